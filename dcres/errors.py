@@ -1,0 +1,129 @@
+"""Every error that dcres raises on purpose, sorted by who has to act.
+
+::
+
+    DcresError
+    ├── InputError             the caller asked for something that cannot be; exit status 2
+    │   ├── ConfigError        a VM file, a layout or an option is wrong
+    │   ├── NotFound           no such VM, checkpoint or host
+    │   └── Conflict           it exists already, or something else is being done to it
+    ├── HostError              this host cannot do what is needed
+    │   ├── UnsupportedHost    kernel, privileges or programs are missing
+    │   └── NoRoom             not enough memory or disk
+    ├── StorageError           what is on disk cannot be trusted or written
+    │   ├── CheckpointCorrupt  a file of a checkpoint is missing, truncated or altered
+    │   └── StoreFull          the disk ran out of space
+    ├── PagingError            remote paging went wrong
+    │   ├── ProtocolError      a peer sent a malformed or unexpected frame
+    │   ├── Refused            a peer did not prove that it belongs to this VM
+    │   └── PagesLost          pages that should be somewhere are nowhere
+    ├── VmError                the QEMU process
+    │   ├── QemuFailed         it did not start, or exited; its own words are included
+    │   ├── MonitorError       a QMP command failed
+    │   ├── UnsafeDevice       a device or disk that writes guest memory behind our back
+    │   └── VmLost             the VM cannot go on; restore a checkpoint
+    └── ClusterError           Ray, or an actor on it
+        └── OperationFailed    an operation over several hosts; says which host failed and why
+
+An error crosses Ray as its type and its ``args``, so every class takes exactly the
+arguments that it stores: one sentence, and for `OperationFailed` the failures by host.
+"""
+
+from __future__ import annotations
+
+
+class DcresError(Exception):
+    """Base of all; its text is one sentence that names the thing and the remedy."""
+
+
+class InputError(DcresError):
+    """The caller asked for something that cannot be."""
+
+
+class ConfigError(InputError):
+    """A VM file, a layout or an option is wrong."""
+
+
+class NotFound(InputError):
+    """There is no such VM, checkpoint or host."""
+
+
+class Conflict(InputError):
+    """It exists already, or something else is being done to it."""
+
+
+class HostError(DcresError):
+    """This host cannot do what is needed."""
+
+
+class UnsupportedHost(HostError):
+    """The kernel, privileges or programs that dcres needs are missing."""
+
+
+class NoRoom(HostError):
+    """Not enough memory or disk on a host."""
+
+
+class StorageError(DcresError):
+    """What is on disk cannot be trusted or written."""
+
+
+class CheckpointCorrupt(StorageError):
+    """A file of a checkpoint is missing, truncated or altered."""
+
+
+class StoreFull(StorageError):
+    """The disk ran out of space."""
+
+
+class PagingError(DcresError):
+    """Remote paging went wrong."""
+
+
+class ProtocolError(PagingError):
+    """A peer sent a malformed or unexpected frame."""
+
+
+class Refused(PagingError):
+    """A peer did not prove that it belongs to this VM."""
+
+
+class PagesLost(PagingError):
+    """Pages that should be somewhere are nowhere."""
+
+
+class VmError(DcresError):
+    """Something about the QEMU process."""
+
+
+class QemuFailed(VmError):
+    """QEMU did not start, or exited."""
+
+
+class MonitorError(VmError):
+    """A QMP command failed."""
+
+
+class UnsafeDevice(VmError):
+    """A device or disk would write guest memory behind the page table's back."""
+
+
+class VmLost(VmError):
+    """The VM cannot go on; restore a checkpoint."""
+
+
+class ClusterError(DcresError):
+    """Ray, or an actor on it."""
+
+
+class OperationFailed(ClusterError):
+    """An operation over several hosts failed; `failures` maps host → what went wrong there."""
+
+    def __init__(self, message: str, failures: dict[str, str]) -> None:
+        super().__init__(message, failures)
+        self.message = message
+        self.failures = failures
+
+    def __str__(self) -> str:
+        parts = "; ".join(f"{host}: {why}" for host, why in sorted(self.failures.items()))
+        return f"{self.message} ({parts})" if parts else self.message

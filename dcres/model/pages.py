@@ -1,0 +1,88 @@
+"""Page numbers and extents: all page arithmetic of dcres.
+
+A *page number* is the page's place in QEMU's RAM block, which is also its place in the RAM
+file and in every memory file: byte offset = page number × `PAGE_SIZE`.
+
+*Extents* are an ``int64`` array of shape ``(n, 2)``: rows ``[first, stop)`` in pages,
+ascending, neither empty nor touching. They are what files, sockets and system calls want;
+a boolean *mask* of one byte per page is what decisions want. Both convert to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+PAGE_SIZE = 4096
+
+Mask = npt.NDArray[np.bool_]
+Pages = npt.NDArray[np.int64]
+Extents = npt.NDArray[np.int64]
+
+EMPTY: Extents = np.empty((0, 2), dtype=np.int64)
+
+
+def pages_of(length_bytes: int) -> int:
+    """The number of pages in `length_bytes`; ValueError unless it is whole pages."""
+    count, rest = divmod(length_bytes, PAGE_SIZE)
+    if rest:
+        raise ValueError(f"{length_bytes} bytes is not a multiple of {PAGE_SIZE}")
+    return count
+
+
+def extents_of_mask(mask: Mask) -> Extents:
+    """The extents where `mask` is true."""
+    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).astype(np.int64, copy=False)
+
+
+def extents_of_pages(pages: Pages) -> Extents:
+    """The extents that cover ascending, distinct page numbers."""
+    if pages.size == 0:
+        return EMPTY
+    breaks = np.flatnonzero(np.diff(pages) != 1)
+    first = pages[np.concatenate(([0], breaks + 1))]
+    last = pages[np.concatenate((breaks, [pages.size - 1]))]
+    return np.stack((first, last + 1), axis=1)
+
+
+def extents_of_ranges(ranges: Iterable[tuple[int, int]]) -> Extents:
+    """Extents from ascending ``(first, stop)`` pairs; pairs that touch are joined."""
+    joined: list[list[int]] = []
+    for first, stop in ranges:
+        if joined and joined[-1][1] == first:
+            joined[-1][1] = stop
+        elif first < stop:
+            joined.append([first, stop])
+    return np.array(joined, dtype=np.int64).reshape(-1, 2)
+
+
+def mask_of_extents(extents: Extents, page_count: int) -> Mask:
+    """A mask of `page_count` pages that is true inside `extents`."""
+    steps = np.zeros(page_count + 1, dtype=np.int8)
+    steps[extents[:, 0]] += 1
+    steps[extents[:, 1]] -= 1
+    return np.cumsum(steps[:-1], dtype=np.int8).astype(np.bool_)
+
+
+def pages_of_extents(extents: Extents) -> Pages:
+    """Every page number in `extents`, ascending."""
+    if extents.size == 0:
+        return np.empty(0, dtype=np.int64)
+    lengths = extents[:, 1] - extents[:, 0]
+    starts = np.repeat(extents[:, 0] - np.concatenate(([0], np.cumsum(lengths)[:-1])), lengths)
+    return starts + np.arange(lengths.sum(), dtype=np.int64)
+
+
+def count_pages(extents: Extents) -> int:
+    """How many pages lie in `extents`."""
+    return int((extents[:, 1] - extents[:, 0]).sum())
+
+
+def split(extents: Extents, longest: int) -> Iterator[tuple[int, int]]:
+    """`extents` in pieces ``(first, stop)`` of at most `longest` pages, in order."""
+    for first, stop in extents.tolist():
+        for start in range(first, stop, longest):
+            yield start, min(start + longest, stop)
