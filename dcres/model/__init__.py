@@ -1,0 +1,1 @@
+"""What dcres decides: pure values and state machines, no I/O and no clock."""

@@ -1,0 +1,38 @@
+"""libc's own functions, where Python has no name for them; errno becomes OSError in one place."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_libc.syscall.restype = ctypes.c_long
+
+SYS_USERFAULTFD = 323
+SYS_PIPE2 = 293
+SYS_PIDFD_GETFD = 438
+
+
+def check(result: int, what: str) -> int:
+    """`result` of a C call, or OSError with errno when it is negative."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> int:
+    """ptrace(2). The tracer is the calling thread: every call for a tracee comes from one."""
+    return check(_libc.ptrace(request, pid, address, data), f"ptrace {request:#x} on {pid}")
+
+
+def userfaultfd(flags: int) -> int:
+    """userfaultfd(2) for the calling process."""
+    return check(_libc.syscall(SYS_USERFAULTFD, flags), "userfaultfd")
+
+
+def pidfd_getfd(pidfd: int, target_fd: int) -> int:
+    """pidfd_getfd(2): our own copy of another process's descriptor."""
+    return check(_libc.syscall(SYS_PIDFD_GETFD, pidfd, target_fd, 0), "pidfd_getfd")
