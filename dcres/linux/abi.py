@@ -69,16 +69,17 @@ class PmScanArg(ctypes.Structure):
     ]
 
 
+_REGISTERS = (
+    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx"),
+    *("rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base"),
+    *("ds", "es", "fs", "gs"),
+)
+
+
 class UserRegs(ctypes.Structure):
     """struct user_regs_struct of x86-64."""
 
-    _fields_ = [
-        (name, _u64)
-        for name in (
-            "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags "
-            "rsp ss fs_base gs_base ds es fs gs"
-        ).split()
-    ]
+    _fields_ = [(name, _u64) for name in _REGISTERS]
 
 
 class Iovec(ctypes.Structure):

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from dcres.linux import abi
-from dcres.model.pages import PAGE_SIZE, Extents, extents_of_ranges
+from dcres.model.pages import PAGE_SIZE, Extents, join
 
 _REGIONS_AT_ONCE = 16384
 
@@ -58,4 +58,4 @@ class WriteTracker:
             parts.append(self._regions[:found, :2].astype(np.int64))
             call.start = call.walk_end
         pages = (np.concatenate(parts) - self._start) // PAGE_SIZE
-        return extents_of_ranges((first, stop) for first, stop in pages.tolist())
+        return join(pages)

@@ -16,6 +16,7 @@ from typing import Self
 
 from dcres.errors import UnsupportedHost
 from dcres.linux import abi, libc
+from dcres.model.pages import PAGE_SIZE
 
 REQUIRED_FEATURES = (
     abi.UffdFeature.MISSING_SHMEM
@@ -85,27 +86,29 @@ class Userfaultfd:
         return [a for event, a in _ADDRESS.iter_unpack(data) if event == abi.UFFD_EVENT_PAGEFAULT]
 
     def copy(self, destination: int, source: int, length_bytes: int) -> int:
-        """Put pages in place, write-protected, and wake who waits for them; bytes put.
+        """Put pages in place, write-protected, and wake who waits for them.
 
-        Stops short at a page that is there already (EEXIST): that page's waiters are woken
-        too, it is left as it is, and the bytes before it are returned.
+        A page that is there already is left as it is (its waiters are woken all the same);
+        returns how many such pages there were. Afterwards every page of the range is present.
         """
         call = self._copy
-        done = 0
+        done = existed = 0
         while done < length_bytes:
             call.dst, call.src, call.len = destination + done, source + done, length_bytes - done
             call.mode, call.copy = abi.UFFDIO_COPY_MODE_WP, 0
             try:
                 fcntl.ioctl(self.fd, abi.UFFDIO_COPY, call)
-                return length_bytes
+                break
             except OSError as error:
-                done += max(call.copy, 0)
+                # `copy` holds the bytes put so far, or the error itself when there are none.
+                done += max(int(call.copy), 0)
                 if error.errno == errno.EEXIST:
-                    self.wake(destination + done, length_bytes - done)
-                    return done
-                if error.errno != errno.EAGAIN:
+                    self.wake(destination + done, PAGE_SIZE)
+                    done += PAGE_SIZE
+                    existed += 1
+                elif error.errno != errno.EAGAIN:
                     raise
-        return done
+        return existed
 
     def zero(self, start: int, length_bytes: int) -> bool:
         """Put zero pages in place and wake; False when a page was there already (woken too)."""

@@ -10,7 +10,7 @@ a boolean *mask* of one byte per page is what decisions want. Both convert to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -48,15 +48,14 @@ def extents_of_pages(pages: Pages) -> Extents:
     return np.stack((first, last + 1), axis=1)
 
 
-def extents_of_ranges(ranges: Iterable[tuple[int, int]]) -> Extents:
-    """Extents from ascending ``(first, stop)`` pairs; pairs that touch are joined."""
-    joined: list[list[int]] = []
-    for first, stop in ranges:
-        if joined and joined[-1][1] == first:
-            joined[-1][1] = stop
-        elif first < stop:
-            joined.append([first, stop])
-    return np.array(joined, dtype=np.int64).reshape(-1, 2)
+def join(ranges: Extents) -> Extents:
+    """Extents from ascending, non-empty ranges that may touch each other."""
+    if len(ranges) < 2:
+        return ranges
+    apart = ranges[1:, 0] != ranges[:-1, 1]
+    first = ranges[np.concatenate(([True], apart)), 0]
+    stop = ranges[np.concatenate((apart, [True])), 1]
+    return np.stack((first, stop), axis=1)
 
 
 def mask_of_extents(extents: Extents, page_count: int) -> Mask:
