@@ -1,0 +1,167 @@
+"""Processes that outlive us, and a way to name them that cannot hit a stranger.
+
+A pid may be given to another process once its owner has ended. The pid together with the
+process's start time (field 22 of ``/proc/PID/stat``, in clock ticks since boot) names one
+process for good, and a pidfd taken and then checked against it sends signals without a race.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcres.errors import UnsupportedHost
+
+_PROC = Path("/proc")
+# The shell tells us its own pid and start time, which exec keeps; then it becomes the program.
+_LAUNCHER = 'read -r stat <"/proc/$$/stat"; echo "$stat"; exec "$@" >&2'
+
+
+def _start_time_of_stat(stat: str) -> tuple[int, str]:
+    """Start time and state letter; the name in parentheses may hold anything, even ``)``."""
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return int(fields[19]), fields[0]
+
+
+def _read_stat(pid: int) -> tuple[int, str] | None:
+    try:
+        return _start_time_of_stat((_PROC / str(pid) / "stat").read_text(errors="replace"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """One process, for good: `start_time` is in clock ticks since boot."""
+
+    pid: int
+    start_time: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """The process that has `pid` now, or None when there is none."""
+        stat = _read_stat(pid)
+        return None if stat is None else cls(pid, stat[0])
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs; a zombie does not."""
+        stat = _read_stat(self.pid)
+        return stat is not None and stat[0] == self.start_time and stat[1] not in "ZX"
+
+    def _open(self) -> int | None:
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        # The pidfd pins whichever process it names, so checking after opening leaves no gap.
+        if self.alive:
+            return fd
+        os.close(fd)
+        return None
+
+    def kill(self, sig: int = signal.SIGKILL) -> bool:
+        """Send `sig`; False when the process has ended already."""
+        fd = self._open()
+        if fd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(fd, sig)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def wait_gone(self, timeout_s: float) -> bool:
+        """Wait until it has ended (reaped or not); False when `timeout_s` passed before."""
+        fd = self._open()
+        if fd is None:
+            return True
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            return bool(poll.poll(int(timeout_s * 1000)))
+        finally:
+            os.close(fd)
+
+    def end(self, grace_s: float = 5.0) -> None:
+        """SIGTERM, and SIGKILL when it has not ended after `grace_s`; returns when it is gone."""
+        if self.kill(signal.SIGTERM) and not self.wait_gone(grace_s):
+            self.kill(signal.SIGKILL)
+            self.wait_gone(grace_s)
+
+
+def _stdin_of(data: bytes) -> int:
+    """A descriptor at the start of `data`, which never touches a disk."""
+    fd = os.memfd_create("stdin")
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def spawn_detached(
+    argv: Sequence[str],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: bytes | None = None,
+) -> ProcessId:
+    """Start `argv` in a session of its own, as a child of init rather than of us.
+
+    It outlives us, gets none of our descriptors, and leaves no zombie of ours. Its output is
+    appended to `log` (mode 0600); it reads `stdin`, or ``/dev/null``. When this returns the
+    program has been started; whether it stays is for the caller to see. Raises UnsupportedHost
+    when the program is not installed, OSError when `log` cannot be written.
+    """
+    path = None if env is None else env.get("PATH")
+    if shutil.which(argv[0], path=path) is None:
+        raise UnsupportedHost(f"{argv[0]} is not installed or not executable; run scripts/setup")
+    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    stdin_fd = None
+    try:
+        stdin_fd = os.open(os.devnull, os.O_RDONLY) if stdin is None else _stdin_of(stdin)
+        # Reading to the end of the pipe waits until exec has replaced the shell's output.
+        launched = subprocess.run(
+            ["setsid", "--fork", "sh", "-c", _LAUNCHER, "dcres-launch", *argv],
+            stdin=stdin_fd,
+            stdout=subprocess.PIPE,
+            stderr=log_fd,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            check=True,
+        )
+    finally:
+        os.close(log_fd)
+        if stdin_fd is not None:
+            os.close(stdin_fd)
+    stat = launched.stdout.decode(errors="replace")
+    return ProcessId(int(stat.split(" ", 1)[0]), _start_time_of_stat(stat)[0])
+
+
+def find_marked(key: str, value: str) -> list[ProcessId]:
+    """Live processes that were started with ``key=value`` in their environment."""
+    wanted = f"{key}={value}".encode()
+    found = []
+    for entry in _PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            before = ProcessId.of(int(entry.name))
+            marked = wanted in (entry / "environ").read_bytes().split(b"\0")
+            if marked and before is not None and before.alive:
+                found.append(before)
+    return found
