@@ -9,6 +9,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.syscall.restype = ctypes.c_long
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
 SYS_USERFAULTFD = 323
 SYS_PIPE2 = 293
@@ -36,3 +37,8 @@ def userfaultfd(flags: int) -> int:
 def pidfd_getfd(pidfd: int, target_fd: int) -> int:
     """pidfd_getfd(2): our own copy of another process's descriptor."""
     return check(_libc.syscall(SYS_PIDFD_GETFD, pidfd, target_fd, 0), "pidfd_getfd")
+
+
+def fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> int:
+    """fallocate(2)."""
+    return check(_libc.fallocate(fd, mode, offset_bytes, length_bytes), "fallocate")

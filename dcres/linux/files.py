@@ -1,0 +1,130 @@
+"""Calls on sparse files and files that bypass the page cache.
+
+A file's pages here are `PAGE_SIZE` pieces of it, and a hole is what lseek(2) calls one. tmpfs,
+ext4, XFS and btrfs report holes page by page; a file system that does not know holes reports
+the whole file as data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dcres.linux import libc
+from dcres.model.pages import EMPTY, PAGE_SIZE, Extents, join
+
+# linux/falloc.h
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+
+_FORGET_EXTENTS_AT = 1 << 16
+
+
+def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Make a hole; the file keeps its length and whole pages of it give their memory back.
+
+    fallocate(2): works on tmpfs, ext4, XFS and btrfs. Raises OSError.
+    """
+    libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes)
+
+
+def data_extents(fd: int, page_count: int) -> Extents:
+    """The pages of `fd` that are not holes, as extents.
+
+    lseek(2) with SEEK_DATA and SEEK_HOLE moves the file position, which duplicated descriptors
+    share, so the file is opened once more for it. Pages that come or go meanwhile may be
+    reported or not. Raises ValueError unless the file is `page_count` pages long, and OSError.
+    """
+    with opened(f"/proc/self/fd/{fd}", os.O_RDONLY) as private_fd:
+        length_bytes = os.fstat(private_fd).st_size
+        if length_bytes != page_count * PAGE_SIZE:
+            raise ValueError(f"the file has {length_bytes} bytes, not {page_count} pages")
+        blocks = [_as_extents(block) for block in _data_ranges(private_fd, length_bytes)]
+    return join(np.concatenate(blocks)) if blocks else EMPTY
+
+
+def _data_ranges(fd: int, length_bytes: int) -> Iterator[list[tuple[int, int]]]:
+    """Byte ranges of data, in blocks: a tuple in Python takes ten times a row in numpy."""
+    ranges: list[tuple[int, int]] = []
+    position = 0
+    while position < length_bytes:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here to the end
+                break
+            raise
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        ranges.append((start, position))
+        if len(ranges) == _FORGET_EXTENTS_AT:
+            yield ranges
+            ranges = []
+    if ranges:
+        yield ranges
+
+
+def _as_extents(ranges: list[tuple[int, int]]) -> Extents:
+    """Byte ranges as page ranges; a file system of smaller blocks may have parts of pages."""
+    pages = np.array(ranges, dtype=np.int64)
+    pages[:, 0] //= PAGE_SIZE
+    pages[:, 1] = -(-pages[:, 1] // PAGE_SIZE)
+    np.maximum(pages[1:, 0], pages[:-1, 1], out=pages[1:, 0])
+    return pages[pages[:, 0] < pages[:, 1]]
+
+
+def aligned_buffer(length_bytes: int) -> mmap.mmap:
+    """Anonymous memory that starts on a page, as O_DIRECT demands; untouched pages cost none."""
+    return mmap.mmap(-1, length_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def open_direct(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> tuple[int, bool]:
+    """Open `path`, with O_DIRECT if its file system takes that: ``(descriptor, direct)``.
+
+    The flag is added after opening: open(2) with O_CREAT | O_DIRECT can create the file and
+    then fail. The caller closes the descriptor. Raises OSError.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return fd, False
+        os.close(fd)
+        raise
+    return fd, True
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> Iterator[int]:
+    """os.open(3) that closes the descriptor in the end."""
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive flock(2) on the file `path`, which is created and stays."""
+    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+
+
+def allocated_bytes(fd: int) -> int:
+    """What the file takes on its file system, including its own bookkeeping (`st_blocks`)."""
+    return os.fstat(fd).st_blocks * 512
+
+
+def fs_free_bytes(path: str | os.PathLike[str]) -> int:
+    """What the file system of `path` has left for this user."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize

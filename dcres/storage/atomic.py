@@ -1,0 +1,83 @@
+"""Files and folders that are there after a power failure.
+
+A new file needs fsync of itself and then of the folder that names it (fsync(2)); a rename in
+one folder is atomic (rename(2)), so readers see the old content or the new, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dcres.errors import StoreFull
+from dcres.linux.files import fs_free_bytes, opened
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def store_full(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" while writing `path` into `StoreFull`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = fs_free_bytes(path.parent)
+        raise StoreFull(
+            f"no room to write {path} ({os.strerror(error.errno)}, {free} bytes are free); delete "
+            "old checkpoints or put the store on a larger disk"
+        ) from None
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in folder `path` durable."""
+    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file that another program wrote durable, together with its name."""
+    with opened(path, os.O_RDONLY) as fd, store_full(path):
+        os.fsync(fd)
+    sync_folder(path.parent)
+
+
+def make_private_dirs(path: Path) -> None:
+    """Create folder `path` and its missing parents, mode 0700, durably; existing ones stay."""
+    missing = [path]
+    while not missing[-1].exists() and missing[-1].parent != missing[-1]:
+        missing.append(missing[-1].parent)
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError), store_full(folder):
+            folder.mkdir(mode=0o700)
+            sync_folder(folder.parent)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Give `path` the content `data`, all of it or none; durable on return.
+
+    An existing file is replaced. Two writers of one path need a lock. Raises StoreFull.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with store_full(path):
+            _write_new(temporary, data, mode)
+            os.rename(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode) as fd:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)

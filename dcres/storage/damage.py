@@ -1,0 +1,19 @@
+"""The errors for files of a checkpoint that are not what they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dcres.errors import CheckpointCorrupt
+
+
+def corrupt(path: Path, what: str) -> CheckpointCorrupt:
+    """The error for `path`; `what` says in a clause what is wrong with it."""
+    return CheckpointCorrupt(f"{path}: {what}; restore another checkpoint or a copy")
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointCorrupt:
+    """The error for a file that is missing or cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return corrupt(path, "it is missing")
+    return corrupt(path, f"it cannot be read ({error.strerror})")

@@ -1,0 +1,68 @@
+"""Names on disk: ``STORE/VM/CHECKPOINT/{manifest.json, HOST/…}``.
+
+Every name that becomes part of a path is checked against these patterns, so none leaves the
+store.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from dcres.errors import NotFound
+
+MANIFEST = "manifest.json"
+MEMORY = "memory.img"
+PAGES = "pages.arrow"
+SUMS = "sums.arrow"
+HISTORY = "history.arrow"
+VMCORE = "vmcore"
+GENERATION = "generation"
+GENERATION_LOCK = ".generation.lock"
+
+VM_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$"
+HOST_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+FILE_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+CHECKPOINT_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}$"
+_TAIL_LENGTH = len("-YYYYmmdd-HHMMSS-xxxx")
+
+
+def checkpoint_id(vm: str, now: datetime, token: str) -> str:
+    """``VM-YYYYmmdd-HHMMSS-xxxx``, in UTC; `token` is four hexadecimal digits."""
+    return checked_checkpoint(f"{checked_vm(vm)}-{now.astimezone(UTC):%Y%m%d-%H%M%S}-{token}")
+
+
+def vm_of(checkpoint: str) -> str:
+    """The VM that a checkpoint's id names."""
+    return checked_checkpoint(checkpoint)[:-_TAIL_LENGTH]
+
+
+def stamp_of(checkpoint: str) -> str:
+    """``YYYYmmdd-HHMMSS`` of a checkpoint's id; sorts by age."""
+    return checked_checkpoint(checkpoint)[1 - _TAIL_LENGTH : -len("-xxxx")]
+
+
+def is_checkpoint_of(vm: str, name: str) -> bool:
+    """Whether `name` is the id of a checkpoint of `vm`."""
+    return re.fullmatch(CHECKPOINT_PATTERN, name) is not None and vm_of(name) == vm
+
+
+def checked_vm(vm: str) -> str:
+    """`vm`, or NotFound if no VM can be called so."""
+    return _checked(VM_PATTERN, vm, "VM")
+
+
+def checked_checkpoint(checkpoint: str) -> str:
+    """`checkpoint`, or NotFound if no checkpoint can be called so."""
+    return _checked(CHECKPOINT_PATTERN, checkpoint, "checkpoint")
+
+
+def checked_host(host: str) -> str:
+    """`host`, or NotFound if no host can be called so."""
+    return _checked(HOST_PATTERN, host, "host")
+
+
+def _checked(pattern: str, name: str, what: str) -> str:
+    if re.fullmatch(pattern, name) is None:
+        raise NotFound(f"{name!r} cannot be the name of a {what}; see `dcres checkpoints`")
+    return name

@@ -1,0 +1,209 @@
+"""The manifest: the one durable fact that a checkpoint exists, and all that restore must know.
+
+On disk it is JSON with a ``checksum`` key, the SHA-256 of the canonical JSON of all other keys.
+`loads` accepts exactly what `dumps` writes, so that no altered byte goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from dcres.errors import CheckpointCorrupt
+from dcres.model.pages import PAGE_SIZE
+from dcres.storage.damage import corrupt
+from dcres.storage.layout import (
+    CHECKPOINT_PATTERN,
+    FILE_PATTERN,
+    HOST_PATTERN,
+    MEMORY,
+    VM_PATTERN,
+)
+
+FORMAT_VERSION = 1
+
+# Four places: the shortest decimal of such a number never has an exponent, in any language.
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(lambda s: round(s, 4))]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Role(StrEnum):
+    """What a host was to the VM."""
+
+    MAIN = "main"
+    SUB = "sub"
+
+
+class Mode(StrEnum):
+    """How the checkpoint was taken: while the VM ran, or stopped."""
+
+    LIVE = "live"
+    STOP = "stop"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileSum(_Model):
+    """One small file of a host's folder, as it must be."""
+
+    name: str = Field(pattern=FILE_PATTERN)
+    length_bytes: Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class DiskSnapshot(_Model):
+    """A disk and the name of the internal snapshot in it."""
+
+    path: str
+    format: str
+    snapshot: str
+
+
+class PagingDuring(_Model):
+    """Pages that the VM's own remote paging moved while the checkpoint was taken."""
+
+    pages_in: Count = 0
+    pages_out: Count = 0
+
+
+class HostSlice(_Model):
+    """What one host saved: its memory file, and every small file in its folder."""
+
+    host: str = Field(pattern=HOST_PATTERN)
+    role: Role
+    share_bytes: Count
+    pages: Count
+    bytes_written: Count
+    file_bytes_allocated: Count
+    seconds: Seconds
+    memory_file: str = Field(default=MEMORY, pattern=FILE_PATTERN)
+    files: tuple[FileSum, ...]
+
+    def file(self, name: str) -> FileSum | None:
+        """The checksum of the small file `name`, if this host saved one."""
+        return next((file for file in self.files if file.name == name), None)
+
+
+class Manifest(_Model):
+    """A published checkpoint. `hosts` begins with the main host, in order of their indices."""
+
+    format_version: Literal[1] = 1
+    checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
+    vm: str = Field(pattern=VM_PATTERN)
+    created: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
+    mode: Mode
+    memory_format: Literal["sparse"] = "sparse"
+    memory_bytes: int = Field(gt=0, multiple_of=PAGE_SIZE)
+    page_size: Literal[4096] = 4096
+    generation: Count
+    vm_spec: dict[str, JsonValue]
+    qemu_version: str
+    accel: str
+    machine: dict[str, str] = {}
+    tick: Count
+    hosts: tuple[HostSlice, ...] = Field(min_length=1)
+    vmcore: FileSum
+    disks: tuple[DiskSnapshot, ...] = ()
+    seconds: Seconds
+    downtime_seconds: Seconds
+    pages_moved_for_checkpoint: Count = 0
+    paging_during: PagingDuring = PagingDuring()
+    rounds: Count = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [slice_.host for slice_ in self.hosts]
+        if len(set(names)) != len(names):
+            raise ValueError("a host is named twice")
+        if [slice_.role for slice_ in self.hosts] != [Role.MAIN] + [Role.SUB] * (len(names) - 1):
+            raise ValueError("the first host is the main host, and the only one")
+        if self.pages > self.page_count:
+            raise ValueError("the hosts saved more pages than the VM has")
+        if self.vmcore not in self.main.files:
+            raise ValueError("the VM core is not among the main host's files")
+        return self
+
+    @property
+    def main(self) -> HostSlice:
+        """The main host's part."""
+        return self.hosts[0]
+
+    @property
+    def pages(self) -> int:
+        """The number of pages saved, on all hosts."""
+        return sum(slice_.pages for slice_ in self.hosts)
+
+    @property
+    def page_count(self) -> int:
+        """The number of pages of the VM's memory, saved or never touched."""
+        return self.memory_bytes // PAGE_SIZE
+
+
+def canonical(values: Any) -> bytes:
+    """Canonical JSON: keys sorted, no spaces, ASCII with escapes, shortest decimals."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def dumps(manifest: Manifest) -> str:
+    """The manifest file's content: sorted keys, two spaces of indentation, a final newline."""
+    values = manifest.model_dump(mode="json")
+    values["checksum"] = hashlib.sha256(canonical(values)).hexdigest()
+    return json.dumps(values, sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+
+def loads(text: str, path: Path) -> Manifest:
+    """The manifest in `text`. Raises CheckpointCorrupt, which names `path`, for any other text."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, f"it is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise corrupt(path, "it is not a JSON object")
+    _require_sum(values, path)
+    _require_version(values, path)
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise corrupt(path, f"{where or 'it'}: {first['msg']}") from None
+    if dumps(manifest) != text:
+        raise corrupt(path, "it says the same in other bytes, so it was altered")
+    return manifest
+
+
+def _require_version(values: dict[str, Any], path: Path) -> None:
+    version = values.get("format_version")
+    if version == FORMAT_VERSION:
+        return
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointCorrupt(
+            f"{path} has format version {version} and this dcres reads {FORMAT_VERSION}; "
+            f"use a dcres that reads version {version}"
+        )
+    raise corrupt(path, f"its format version is {version!r}, which no dcres wrote")
+
+
+def _require_sum(values: dict[str, Any], path: Path) -> None:
+    claimed = values.pop("checksum", None)
+    try:
+        found = hashlib.sha256(canonical(values)).hexdigest()
+    except ValueError as error:
+        raise corrupt(path, f"it is not JSON ({error})") from None
+    if claimed != found:
+        raise corrupt(path, "it was altered: its checksum differs")

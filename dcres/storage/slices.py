@@ -1,0 +1,98 @@
+"""One host's part of a published checkpoint, read back and checked against the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dcres.errors import NotFound
+from dcres.model.pages import Mask
+from dcres.storage import layout, tables
+from dcres.storage.damage import corrupt
+from dcres.storage.digest import Sums
+from dcres.storage.manifest import FileSum, HostSlice, Manifest, Role
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """What `memory_file.load` needs, and where this host's files are.
+
+    `mask` and `sums` have one entry per page of the VM; `sums` means something where `mask` is
+    true.
+    """
+
+    host: str
+    folder: Path
+    memory_path: Path
+    mask: Mask
+    sums: Sums
+
+
+def find_slice(manifest: Manifest, host: str) -> HostSlice:
+    """The part of `host`. Raises NotFound."""
+    for part in manifest.hosts:
+        if part.host == host:
+            return part
+    names = ", ".join(part.host for part in manifest.hosts)
+    raise NotFound(f"checkpoint {manifest.checkpoint} has no host {host!r}; its hosts are {names}")
+
+
+def listed(manifest: Manifest, part: HostSlice, name: str) -> FileSum:
+    """The checksum of file `name`. Raises CheckpointCorrupt if the manifest does not list it."""
+    found = part.file(name)
+    if found is None:
+        what = f"the manifest of {manifest.checkpoint} does not list it"
+        raise corrupt(Path(part.host, name), what)
+    return found
+
+
+def read_sums(folder: Path, manifest: Manifest, part: HostSlice) -> tuple[Mask, Sums]:
+    """Mask and checksums of the pages here. Raises CheckpointCorrupt."""
+    expected = listed(manifest, part, layout.SUMS)
+    mask, sums = tables.read_sums(folder / layout.SUMS, manifest.page_count, expected)
+    count = int(np.count_nonzero(mask))
+    if count != part.pages:
+        what = f"it lists {count} pages and the manifest {part.pages}"
+        raise corrupt(folder / layout.SUMS, what)
+    return mask, sums
+
+
+def read_here(folder: Path, manifest: Manifest, part: HostSlice) -> Mask:
+    """The pages here according to the page placement or page existence file."""
+    expected = listed(manifest, part, layout.PAGES)
+    path = folder / layout.PAGES
+    match part.role:
+        case Role.MAIN:
+            here: Mask = read_placement(folder, manifest) == 0
+            return here
+        case Role.SUB:
+            return tables.read_existence(path, manifest.page_count, expected)
+
+
+def read_placement(folder: Path, manifest: Manifest) -> tables.Placement:
+    """The main host's page placement file: per page an index in `manifest.hosts`, or nowhere."""
+    expected = listed(manifest, manifest.main, layout.PAGES)
+    path = folder / layout.PAGES
+    placement, hosts = tables.read_placement(path, manifest.page_count, expected)
+    if hosts != tuple(part.host for part in manifest.hosts):
+        raise corrupt(path, f"its hosts {', '.join(hosts)} are not the manifest's")
+    return placement
+
+
+def read_slice(folder: Path, manifest: Manifest, host: str) -> Slice:
+    """The part of `host` in `folder`. Raises CheckpointCorrupt and NotFound."""
+    part = find_slice(manifest, host)
+    mask, sums = read_sums(folder, manifest, part)
+    require_same(folder / layout.PAGES, read_here(folder, manifest, part), mask, host)
+    return Slice(host, folder, folder / part.memory_file, mask, sums)
+
+
+def require_same(path: Path, here: Mask, mask: Mask, host: str) -> None:
+    """CheckpointCorrupt unless the table at `path` gives `host` exactly the saved pages `mask`."""
+    differing = np.flatnonzero(here != mask)
+    if differing.size:
+        page = int(differing[0])
+        what = "was saved by {} and is not its" if mask[page] else "is {}'s and was not saved there"
+        raise corrupt(path, f"page {page} {what.format(host)}")
