@@ -23,6 +23,7 @@
     │   ├── UnsafeDevice       a device or disk that writes guest memory behind our back
     │   └── VmLost             the VM cannot go on; restore a checkpoint
     └── ClusterError           Ray, or an actor on it
+        ├── ActorGone          an actor has died or is being restarted; try again, or give up on it
         └── OperationFailed    an operation over several hosts; says which host failed and why
 
 An error crosses Ray as its type and its ``args``, so every class takes exactly the
@@ -114,6 +115,10 @@ class VmLost(VmError):
 
 class ClusterError(DcresError):
     """Ray, or an actor on it."""
+
+
+class ActorGone(ClusterError):
+    """An actor has died or is being restarted; what it was doing may or may not be done."""
 
 
 class OperationFailed(ClusterError):
