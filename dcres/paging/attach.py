@@ -1,0 +1,128 @@
+"""Getting hold of a QEMU: its RAM mapping, a userfaultfd and a pipe of its own.
+
+QEMU keeps its copies of all three for as long as it lives. That is what lets a pager die:
+faults go on waiting, pages in the pipe stay there, and the next pager takes copies again.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from dcres.errors import PagesLost, VmLost
+from dcres.linux import inject
+from dcres.linux.files import data_extents
+from dcres.linux.userfaultfd import Userfaultfd
+from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
+from dcres.model.placement import MAIN, recover
+from dcres.paging.outbox import Outbox
+from dcres.paging.settings import PagerSettings
+from dcres.paging.table import PageTable
+
+_USERFAULTFD = "anon_inode:[userfaultfd]"
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What a pager works with. All descriptors are ours and closed by the stack given."""
+
+    uffd: Userfaultfd
+    base: int
+    ram: int
+    outbox: Outbox
+    adopted: bool
+
+
+def attach(settings: PagerSettings, table: PageTable, stack: ExitStack) -> Attached:
+    """Take over the paging of a stopped QEMU, or of one whose pager has died.
+
+    Raises VmLost when QEMU is gone, UnsupportedHost, PagesLost when memory is missing.
+    """
+    base = _ram_base(settings)
+    ram, spool = _open(settings.ram, stack), _open(settings.outbox, stack)
+    os.ftruncate(spool, settings.page_count * PAGE_SIZE)
+    adopted = table.pipe_inode != 0
+    if adopted:
+        uffd = stack.enter_context(_adopt_userfaultfd(settings.qemu_pid))
+    else:
+        _require_placed(table, ram)
+        uffd = stack.enter_context(_new_userfaultfd(settings, base))
+        table.pipe_inode = _new_pipe(settings.qemu_pid)
+    pipe = _adopt_pipe(settings.qemu_pid, table.pipe_inode, stack)
+    outbox = Outbox(table, ram, spool, pipe)
+    if adopted:
+        _recover(table, outbox, ram, spool)
+        uffd.wake(base, settings.page_count * PAGE_SIZE)
+    return Attached(uffd, base, ram, outbox, adopted)
+
+
+def _open(path: str, stack: ExitStack) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _ram_base(settings: PagerSettings) -> int:
+    try:
+        found = inject.mappings(settings.qemu_pid, settings.ram)
+    except FileNotFoundError:
+        raise VmLost(f"QEMU (process {settings.qemu_pid}) is gone") from None
+    if len(found) != 1 or found[0][1] - found[0][0] != settings.page_count * PAGE_SIZE:
+        raise VmLost(f"process {settings.qemu_pid} does not map {settings.ram} once and whole")
+    return found[0][0]
+
+
+def _new_userfaultfd(settings: PagerSettings, base: int) -> Userfaultfd:
+    number = inject.make_userfaultfd(settings.qemu_pid)
+    uffd = Userfaultfd(inject.take(settings.qemu_pid, number))
+    uffd.enable()
+    # Without sub hosts nothing is ever missing: the guest then runs at full speed, and only
+    # its writes are recorded.
+    uffd.register(base, settings.page_count * PAGE_SIZE, missing=bool(settings.subs))
+    return uffd
+
+
+def _adopt_userfaultfd(pid: int) -> Userfaultfd:
+    numbers = inject.descriptors(pid, _USERFAULTFD)
+    if len(numbers) != 1:
+        raise VmLost(
+            f"QEMU (process {pid}) holds {len(numbers)} userfaultfds, not the one of dcres"
+        )
+    return Userfaultfd(inject.take(pid, numbers[0]))
+
+
+def _new_pipe(pid: int) -> int:
+    read_end, _ = inject.make_pipe(pid)
+    return os.stat(f"/proc/{pid}/fd/{read_end}").st_ino
+
+
+def _adopt_pipe(pid: int, inode: int, stack: ExitStack) -> tuple[int, int]:
+    numbers = inject.descriptors(pid, f"pipe:[{inode}]")
+    if len(numbers) != 2:
+        raise VmLost(f"QEMU (process {pid}) no longer holds the pipe of dcres")
+    read_end, write_end = (inject.take(pid, number) for number in numbers)
+    stack.callback(os.close, read_end)
+    stack.callback(os.close, write_end)
+    return read_end, write_end
+
+
+def present(fd: int, page_count: int) -> Mask:
+    """Which pages a sparse file holds."""
+    return mask_of_extents(data_extents(fd, page_count), page_count)
+
+
+def _require_placed(table: PageTable, ram: int) -> None:
+    in_ram = present(ram, table.page_count)
+    wrong = int((in_ram != (table.owners == MAIN)).sum())
+    if wrong:
+        raise PagesLost(f"the RAM file and the page table disagree about {wrong} pages")
+
+
+def _recover(table: PageTable, outbox: Outbox, ram: int, spool: int) -> None:
+    outbox.recover()
+    found = recover(table.owners, present(ram, table.page_count), present(spool, table.page_count))
+    if found.lost.any():
+        raise PagesLost(f"{int(found.lost.sum())} pages of the main host are gone")
+    table.owners[:] = found.owners
+    outbox.drop_mask(found.stale_outbox)

@@ -1,0 +1,206 @@
+"""Page-out: who leaves when the main host holds more than its share, and where to.
+
+`Evictor.step` moves one batch from the RAM file to the outbox and sends it to the sub host
+with the most room. A page is `LEAVING` until that host has acknowledged it; a fault takes it
+back from the outbox. A page taken back while its copy was on the way is *recalled*: when the
+acknowledgement comes the copy is released, and until then the page does not leave again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dcres.linux.pagemap import WriteTracker
+from dcres.model.history import coldest
+from dcres.model.pages import (
+    Extents,
+    Mask,
+    Pages,
+    count_pages,
+    extents_of_pages,
+    mask_of_extents,
+    pages_of_extents,
+)
+from dcres.model.placement import LEAVING, MAIN
+from dcres.paging.link import Link, Request
+from dcres.paging.outbox import Outbox
+from dcres.paging.table import PageTable
+
+STEP_PAGES = 64
+MOST_IN_FLIGHT_PAGES = 1024
+CANDIDATES = 4096
+
+
+class Evictor:
+    """Keeps the main host within its share."""
+
+    def __init__(
+        self,
+        table: PageTable,
+        outbox: Outbox,
+        links: Sequence[Link],
+        tracker: WriteTracker,
+        now: Callable[[], int],
+    ) -> None:
+        self._table = table
+        self._outbox = outbox
+        self._links = links
+        self._tracker = tracker
+        self._now = now
+        self._candidates: deque[Pages] = deque()
+        self._recalled = np.zeros(table.page_count, dtype=np.bool_)
+        self._unsent: deque[Extents] = deque()
+        self._in_flight: set[int] = set()
+        self.enabled = True
+        self.pages_out = 0
+        self.resident = int((table.owners == MAIN).sum())
+        self.leaving = int((table.owners == LEAVING).sum())
+        left_over = np.flatnonzero(table.owners == LEAVING)
+        self._queue(extents_of_pages(left_over))
+
+    @property
+    def headroom_pages(self) -> int:
+        """How far below its limit the main host is kept, so that faults find room."""
+        return min(512, self._table.limit_pages // 16)
+
+    @property
+    def slack_pages(self) -> int:
+        """How far above its limit the main host may go for a moment."""
+        return max(64, min(1024, self._table.limit_pages // 16))
+
+    @property
+    def excess_pages(self) -> int:
+        """Pages to send out now; negative when there is room."""
+        return self.resident - (self._table.limit_pages - self.headroom_pages)
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether faults must wait until pages have left."""
+        return self.resident + self.leaving >= self._table.limit_pages + self.slack_pages
+
+    @property
+    def drained(self) -> bool:
+        """Whether no page is on its way out."""
+        return self.leaving == 0 and not self._in_flight
+
+    def step(self) -> bool:
+        """Send what waits, or one batch more if there is too much; whether anything moved."""
+        if self._send_unsent():
+            return True
+        if not self.enabled or self.excess_pages <= 0 or self.leaving >= MOST_IN_FLIGHT_PAGES:
+            return False
+        link = self._roomiest()
+        if link is None:
+            return False
+        pages = self._victims(min(STEP_PAGES, self.excess_pages, link.room_pages))
+        if pages.size == 0:
+            return False
+        self._outbox.take(pages)
+        self.resident -= pages.size
+        self.leaving += pages.size
+        self._send(link, extents_of_pages(pages))
+        return True
+
+    def _roomiest(self) -> Link | None:
+        for link in self._links:
+            link.flush_releases()
+        roomy = [link for link in self._links if link.room_pages > 0]
+        return max(roomy, key=lambda link: link.room_pages, default=None)
+
+    def _victims(self, count: int) -> Pages:
+        while True:
+            if not self._candidates:
+                self._choose()
+                if not self._candidates:
+                    return np.empty(0, dtype=np.int64)
+            batch = self._candidates.popleft()
+            batch = self._still_here(batch)
+            if batch.size > count:
+                self._candidates.appendleft(batch[count:])
+                batch = batch[:count]
+            if batch.size:
+                return batch
+
+    def _still_here(self, pages: Pages) -> Pages:
+        may_leave: Mask = (self._table.owners[pages] == MAIN) & ~self._recalled[pages]
+        return pages[may_leave]
+
+    def _choose(self) -> None:
+        """Refill the candidates: those untouched longest, in batches of neighbours."""
+        self.note_writes()
+        here = (self._table.owners == MAIN) & ~self._recalled
+        count = min(CANDIDATES, max(STEP_PAGES, self.resident // 8))
+        pages = coldest(self._table.ticks, here, count)
+        for at in range(0, pages.size, STEP_PAGES):
+            self._candidates.append(pages[at : at + STEP_PAGES])
+
+    def note_writes(self) -> None:
+        """Take the kernel's record of written pages into the access history."""
+        written = mask_of_extents(self._tracker.scan(protect=True), self._table.page_count)
+        self._table.ticks[written & (self._table.owners == MAIN)] = self._now()
+
+    def _queue(self, extents: Extents) -> None:
+        for first, stop in extents.tolist():
+            for at in range(first, stop, STEP_PAGES):
+                self._unsent.append(np.array([[at, min(at + STEP_PAGES, stop)]]))
+
+    def _send_unsent(self) -> bool:
+        if not self._unsent:
+            return False
+        pages = pages_of_extents(self._unsent[0])
+        pages = pages[self._table.owners[pages] == LEAVING]
+        link = self._roomiest()
+        if pages.size and (link is None or link.room_pages < pages.size):
+            return False
+        self._unsent.popleft()
+        if pages.size and link is not None:
+            self._send(link, extents_of_pages(pages))
+        return True
+
+    def _send(self, link: Link, extents: Extents) -> None:
+        self._in_flight.update(pages_of_extents(extents).tolist())
+        link.page_out(extents, self._outbox.read(extents))
+
+    def stored(self, link: Link, extents: Extents) -> None:
+        """A sub host holds these pages: the table says so, then the outbox forgets them."""
+        pages = pages_of_extents(extents)
+        self._in_flight.difference_update(pages.tolist())
+        recalled = self._recalled[pages]
+        gone = pages[~recalled]
+        self._table.owners[gone] = link.code
+        self.leaving -= gone.size
+        self.pages_out += gone.size
+        self._outbox.drop(extents_of_pages(gone))
+        if recalled.any():
+            self._recalled[pages[recalled]] = False
+            link.release(extents_of_pages(pages[recalled]))
+
+    def unanswered(self, requests: Sequence[Request]) -> None:
+        """Page-outs on a link that broke: send again what is still leaving."""
+        for request in requests:
+            pages = pages_of_extents(request.extents)
+            self._in_flight.difference_update(pages.tolist())
+            self._recalled[pages] = False  # a copy that did arrive is found when maps are compared
+            self._unsent.append(request.extents)
+
+    def take_back(self, page: int) -> bytes:
+        """The content of a leaving page that is wanted again; then call `taken_back`."""
+        extents = np.array([[page, page + 1]])
+        return self._outbox.read(extents)[0]
+
+    def taken_back(self, page: int) -> None:
+        """The page is in the RAM file again: it leaves the outbox."""
+        self._table.owners[page] = MAIN
+        self._table.ticks[page] = self._now()
+        self.resident += 1
+        self.leaving -= 1
+        if page in self._in_flight:
+            self._recalled[page] = True
+        self._outbox.drop(np.array([[page, page + 1]]))
+
+    def arrived(self, extents: Extents) -> None:
+        """Pages came to the main host."""
+        self.resident += count_pages(extents)

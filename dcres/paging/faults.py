@@ -1,0 +1,176 @@
+"""Page-in: every page that the guest misses is brought, with its neighbours.
+
+This is the path whose latency the guest feels. It looks things up in bytes rather than numpy
+arrays and asks for the missed page in a frame of its own, so that the guest goes on before the
+neighbours are there (measured with `dcres bench paging`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from ctypes import addressof, c_char
+from mmap import mmap
+
+import numpy as np
+
+from dcres.errors import PagesLost, PagingError
+from dcres.linux.userfaultfd import Userfaultfd
+from dcres.model.history import hottest
+from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages, pages_of_extents
+from dcres.model.placement import LEAVING, MAIN, NOWHERE
+from dcres.paging.evictor import Evictor
+from dcres.paging.link import Link, LinkState, Request
+from dcres.paging.outbox import Outbox
+from dcres.paging.table import PageTable
+
+WINDOW_PAGES = 16
+_SAMPLES = 4096
+_FAULTS_AT_ONCE = 16
+
+
+class FaultHandler:
+    """Answers the faults of one VM."""
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        base: int,
+        table: PageTable,
+        evictor: Evictor,
+        outbox: Outbox,
+        links: Sequence[Link],
+        now: Callable[[], int],
+    ) -> None:
+        self._uffd = uffd
+        self._base = base
+        self._table = table
+        self._owners = table.owner_bytes()
+        self._evictor = evictor
+        self._outbox = outbox
+        self._links = {link.code: link for link in links}
+        self._now = now
+        self._page = mmap(-1, PAGE_SIZE)
+        self._page_address = addressof(c_char.from_buffer(self._page))
+        self._fetching: dict[int, int] = {}  # page → when it was missed (ns), 0 if not missed
+        self._waiting: dict[int, set[int]] = {}  # link code → missed pages while it is down
+        self.latencies_ns: deque[int] = deque(maxlen=_SAMPLES)
+        self.faults = self.pages_in = self.zero_pages = self.taken_back = 0
+
+    @property
+    def fetching(self) -> bool:
+        """Whether a page-in is under way."""
+        return bool(self._fetching)
+
+    def read(self) -> None:
+        """Answer a handful of faults that wait at the userfaultfd."""
+        for address in self._uffd.read_faults(_FAULTS_AT_ONCE):
+            self.faults += 1
+            self._fault((address - self._base) // PAGE_SIZE)
+
+    def _fault(self, page: int) -> None:
+        owner = self._owners[page]
+        if owner == NOWHERE:
+            self._zero(page)
+        elif owner == MAIN:
+            self._already_here(page)
+        elif owner == LEAVING:
+            self._take_back(page)
+        else:
+            self._page_in(page, owner)
+
+    def _zero(self, page: int) -> None:
+        self._uffd.zero(self._base + page * PAGE_SIZE, PAGE_SIZE)
+        self._owners[page] = MAIN
+        self._table.ticks[page] = self._now()
+        self._evictor.resident += 1
+        self.zero_pages += 1
+
+    def _already_here(self, page: int) -> None:
+        # Two vCPUs missed it at once, or it came with its neighbours meanwhile. To wake the
+        # guest without looking would spin for ever, should the page be gone.
+        if not self._outbox.ram_has(page):
+            raise PagesLost(f"page {page} is no longer in the guest's RAM file")
+        self._uffd.wake(self._base + page * PAGE_SIZE, PAGE_SIZE)
+
+    def _take_back(self, page: int) -> None:
+        self._page[:] = self._evictor.take_back(page)
+        self._uffd.copy(self._base + page * PAGE_SIZE, self._page_address, PAGE_SIZE)
+        self._evictor.taken_back(page)
+        self.taken_back += 1
+
+    def _page_in(self, page: int, owner: int) -> None:
+        if self._fetching.get(page):
+            return
+        already_asked = page in self._fetching
+        self._fetching[page] = time.perf_counter_ns()
+        link = self._links[owner]
+        if link.state is not LinkState.READY:
+            self._waiting.setdefault(owner, set()).add(page)
+            return
+        if already_asked:
+            return
+        link.page_in(np.array([[page, page + 1]]))
+        neighbours = self._neighbours(page, owner)
+        if neighbours:
+            self._fetching.update(dict.fromkeys(neighbours, 0))
+            link.page_in(extents_of_pages(np.array(neighbours)))
+
+    def _neighbours(self, page: int, owner: int) -> list[int]:
+        """Pages of the aligned window around `page` that the same host holds."""
+        first = page - page % WINDOW_PAGES
+        owners = self._owners[first : first + WINDOW_PAGES]
+        return [
+            first + i
+            for i, each in enumerate(owners)
+            if each == owner and first + i not in self._fetching
+        ]
+
+    def fill(self, most: int) -> bool:
+        """Bring `most` remote pages nobody has missed, the last touched first, to fill room."""
+        remote = self._table.owners > LEAVING
+        for code, link in self._links.items():
+            here = remote & (self._table.owners == code)
+            pages = hottest(self._table.ticks, here, most)
+            if pages.size and link.state is LinkState.READY:
+                self._fetching.update(dict.fromkeys(pages.tolist(), 0))
+                link.page_in(extents_of_pages(pages))
+                return True
+        return False
+
+    def arrived(self, link: Link, extents: Extents, address: int) -> None:
+        """Put pages in place, record it, and only then let the sub host forget them."""
+        tick = self._now()
+        for first, stop in extents.tolist():
+            if self._owners[first:stop] != bytes([link.code]) * (stop - first):
+                raise PagingError(f"{link.sub.host} sent pages that it does not own")
+            length = (stop - first) * PAGE_SIZE
+            self._uffd.copy(self._base + first * PAGE_SIZE, address, length)
+            self._table.owners[first:stop] = MAIN
+            address += length
+            for page in range(first, stop):
+                self._done(page)
+            self._table.ticks[first:stop] = tick
+            self.pages_in += stop - first
+        self._evictor.arrived(extents)
+        link.release(extents)
+
+    def _done(self, page: int) -> None:
+        missed_at = self._fetching.pop(page, 0)
+        if missed_at:
+            self.latencies_ns.append(time.perf_counter_ns() - missed_at)
+
+    def link_ready(self, link: Link) -> None:
+        """Ask again for what was missed while the link was down."""
+        for page in sorted(self._waiting.pop(link.code, set())):
+            self._fetching.pop(page, None)
+            self._page_in(page, link.code)
+
+    def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
+        """Page-ins on a link that broke: ask again, when it is back, for what was missed."""
+        for request in requests:
+            for page in pages_of_extents(request.extents).tolist():
+                if self._fetching.pop(page, 0):
+                    self._fetching[page] = time.perf_counter_ns()
+                    self._waiting.setdefault(link.code, set()).add(page)

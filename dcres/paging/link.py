@@ -1,0 +1,257 @@
+"""The pager's connection to one memory server: made, proved, reconciled, used, made again.
+
+::
+
+    DOWN ──connect──▶ GREETING ──WELCOME──▶ RECONCILING ──maps agree──▶ READY
+      ▲                                                                   │
+      └───────────────── the connection ends, for whatever reason ◀───────┘
+
+After each connect the server's existence map is held against the network page table. Pages
+that the server has and the table places elsewhere are leftovers of a crash and are released;
+a page that the table places there and the server lacks means that the VM has lost memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+
+from dcres.errors import PagesLost, PagingError, ProtocolError, Refused
+from dcres.model import wire
+from dcres.model.pages import (
+    Extents,
+    Mask,
+    count_pages,
+    extents_of_mask,
+    extents_of_pages,
+    pages_of_extents,
+)
+from dcres.model.wire import Frame, Identity, Kind
+from dcres.paging.loop import Loop
+from dcres.paging.settings import SubAddress
+from dcres.paging.stream import FrameStream
+
+log = logging.getLogger("dcres.pager")
+
+RETRY_S = 0.1
+RELEASE_PAGES = 512
+
+
+class LinkState(StrEnum):
+    """How far a link is."""
+
+    DOWN = "down"
+    GREETING = "greeting"
+    RECONCILING = "reconciling"
+    READY = "ready"
+
+
+class LinkUser(Protocol):
+    """Who is told what happens on a link."""
+
+    def expected(self, link: Link, first: int, count: int) -> Mask:
+        """Which pages the network page table places on this link's host."""
+
+    def link_ready(self, link: Link) -> None:
+        """Requests may be sent from now on."""
+
+    def link_down(self, link: Link, unanswered: list[Request]) -> None:
+        """The connection ended; these requests were not answered and will not be."""
+
+    def pages_arrived(self, link: Link, extents: Extents, address: int) -> None:
+        """The data of `extents`, one after the other in memory at `address`."""
+
+    def pages_stored(self, link: Link, extents: Extents) -> None:
+        """The server holds these pages."""
+
+    def memory_lost(self, why: PagingError) -> None:
+        """Pages are gone: the VM cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that waits for its answer."""
+
+    number: int
+    kind: Kind
+    extents: Extents
+
+
+class Link:
+    """One sub host as the pager sees it."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sub: SubAddress,
+        code: int,
+        identity: Identity,
+        page_count: int,
+        user: LinkUser,
+        address_of: Callable[[FrameStream], int],
+    ) -> None:
+        self.sub = sub
+        self.code = code
+        self.state = LinkState.DOWN
+        self.held_pages = 0  # as the server will count them once it has read what was sent
+        self.trouble = ""  # why it is down
+        self._loop = loop
+        self._identity = identity
+        self._page_count = page_count
+        self._user = user
+        self._address_of = address_of
+        self._stream: FrameStream | None = None
+        self._buffer_address = 0
+        self._handshake: wire.ClientHandshake | None = None
+        self._unanswered: deque[Request] = deque()
+        self._releases: list[Extents] = []
+        self._release_pages = 0
+        self._number = 0
+        self._retry_at = 0.0
+
+    @property
+    def room_pages(self) -> int:
+        """Pages that the server can still take; 0 while it is not ready."""
+        if self.state is not LinkState.READY:
+            return 0
+        return self.sub.capacity_pages - self.held_pages
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is waiting to be sent or answered."""
+        return not self._unanswered and not self._releases
+
+    def connect_if_due(self) -> None:
+        """Try to connect when down, at most every `RETRY_S`."""
+        now = time.monotonic()
+        if self.state is not LinkState.DOWN or now < self._retry_at:
+            return
+        self._retry_at = now + RETRY_S
+        family = socket.AF_INET6 if ":" in self.sub.address else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        sock.connect_ex((self.sub.address, self.sub.port))
+        self._stream = FrameStream(self._loop, sock, self._frame, self._closed)
+        self._buffer_address = self._address_of(self._stream)
+        self._handshake = wire.ClientHandshake(
+            self._identity, secrets.token_bytes(wire.NONCE_BYTES)
+        )
+        self.state = LinkState.GREETING
+        self._stream.send([self._handshake.hello()])
+
+    def page_in(self, extents: Extents) -> None:
+        """Ask for pages that this host holds; at most `wire.MAX_PAGES`."""
+        self._request(Kind.PAGE_IN, extents, [wire.pack_extents(extents)])
+
+    def page_out(self, extents: Extents, data: list[bytes]) -> None:
+        """Hand pages over; releases go first, so that the server has their room."""
+        self.flush_releases()
+        self.held_pages += count_pages(extents)
+        self._request(Kind.PAGE_OUT, extents, [wire.pack_extents(extents), *data])
+
+    def release(self, extents: Extents) -> None:
+        """Pages that the server need not keep any more; told in batches."""
+        self._releases.append(extents)
+        self._release_pages += count_pages(extents)
+        if self._release_pages >= RELEASE_PAGES:
+            self.flush_releases()
+
+    def flush_releases(self) -> None:
+        """Send the releases that wait."""
+        if not self._releases or self.state is not LinkState.READY:
+            return
+        pages = np.sort(np.concatenate([pages_of_extents(each) for each in self._releases]))
+        extents = extents_of_pages(pages)
+        self._releases, self._release_pages = [], 0
+        for at in range(0, len(extents), wire.MAX_RELEASE_EXTENTS):
+            part = extents[at : at + wire.MAX_RELEASE_EXTENTS]
+            self.held_pages -= count_pages(part)
+            self._request(Kind.RELEASE, part, [wire.pack_extents(part)])
+
+    def _request(self, kind: Kind, extents: Extents, payload: list[bytes]) -> None:
+        if self._stream is None:
+            raise PagingError(f"{self.sub.host} is not connected")
+        self._number = self._number % 0xFFFFFFFF + 1
+        self._unanswered.append(Request(self._number, kind, extents))
+        length = sum(map(len, payload))
+        self._stream.send([wire.header(kind, self._number, length), *payload])
+
+    def _closed(self, why: PagingError | OSError) -> None:
+        was, self.state, self._stream = self.state, LinkState.DOWN, None
+        unanswered, self._unanswered = list(self._unanswered), deque()
+        self._releases, self._release_pages = [], 0
+        if isinstance(why, PagesLost):
+            self._user.memory_lost(why)
+        if str(why) != self.trouble:
+            log.warning("link to %s is down (was %s): %s", self.sub.host, was, why)
+        self.trouble = str(why)
+        self._user.link_down(self, unanswered)
+
+    def _frame(self, frame: Frame) -> None:
+        if self.state is LinkState.GREETING:
+            self._greet(frame)
+            return
+        if frame.kind is Kind.ERROR:
+            # What it means shows when the link is made again and the maps are compared.
+            raise PagingError(f"{self.sub.host} reports {bytes(frame.payload).decode()}")
+        if not self._unanswered or self._unanswered[0].number != frame.request:
+            raise ProtocolError(f"{self.sub.host} answered a request that was not made")
+        self._answered(self._unanswered.popleft(), frame)
+
+    def _greet(self, frame: Frame) -> None:
+        if self._handshake is None or self._stream is None:
+            raise ProtocolError("a frame came before HELLO was sent")
+        answer = self._handshake.answer(frame)
+        if answer is not None:
+            self._stream.send([answer])
+            return
+        if self._handshake.page_count != self._page_count:
+            raise Refused(f"{self.sub.host} serves a VM of another size")
+        self.state = LinkState.RECONCILING
+        self.held_pages = 0
+        for first in range(0, self._page_count, wire.MAX_MAP_PAGES):
+            count = min(wire.MAX_MAP_PAGES, self._page_count - first)
+            extent = np.array([[first, first + count]], dtype=np.int64)
+            self._request(Kind.EXISTENCE, extent, [wire.pack_range(first, count)])
+
+    def _answered(self, request: Request, frame: Frame) -> None:
+        match request.kind, frame.kind:
+            case Kind.PAGE_IN, Kind.PAGES:
+                extents, at = wire.unpack_pages(frame.payload, self._page_count)
+                if not np.array_equal(extents, request.extents):
+                    raise ProtocolError(f"{self.sub.host} sent pages that were not asked for")
+                address = self._buffer_address + frame.offset + at
+                self._user.pages_arrived(self, extents, address)
+            case Kind.PAGE_OUT, Kind.STORED:
+                self._user.pages_stored(self, request.extents)
+            case Kind.RELEASE, Kind.RELEASED:
+                pass
+            case Kind.EXISTENCE, Kind.EXISTENCE_MAP:
+                self._reconcile(request.extents, frame)
+            case asked, got:
+                raise ProtocolError(f"{self.sub.host} answered {asked.name} with {got.name}")
+
+    def _reconcile(self, extents: Extents, frame: Frame) -> None:
+        first, stop = extents[0].tolist()
+        here = wire.unpack_mask(frame.payload, stop - first)
+        expected = self._user.expected(self, first, stop - first)
+        lacking = int((expected & ~here).sum())
+        if lacking:
+            raise PagesLost(f"{self.sub.host} lacks {lacking} pages that it should hold")
+        self.held_pages += int(here.sum())
+        leftover = extents_of_mask(here & ~expected) + first
+        if len(leftover):
+            self.release(leftover)
+        if stop == self._page_count:
+            self.state, self.trouble = LinkState.READY, ""
+            self.flush_releases()
+            self._user.link_ready(self)

@@ -1,0 +1,373 @@
+"""The pager of a main host: ``python -m dcres.paging.pager SETTINGS``.
+
+One process per VM, one thread, one event loop. It owns the network page table and answers
+QEMU's page faults; nothing else runs in it, because whatever holds the interpreter lock holds
+up the guest.
+
+::
+
+    RUNNING ──quiesce──▶ QUIET ──freeze──▶ FROZEN ──thaw──▶ RUNNING
+       │                                                  (thaw works from QUIET, too)
+       └── a page is gone ──▶ LOST: serves nothing; the guest waits and never reads zeros
+
+QUIET sends no page out and has none on the way, but answers faults: saving the VM core can
+touch guest memory. FROZEN answers none, so that placement stands still.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from ctypes import addressof, c_char
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcres.errors import DcresError, PagesLost, PagingError, ProtocolError
+from dcres.linux.pagemap import WriteTracker
+from dcres.model.pages import Extents, Mask
+from dcres.model.placement import MAIN, NOWHERE, digest, pages_by_host, sub_code
+from dcres.model.wire import Kind
+from dcres.paging import settings as settings_
+from dcres.paging.attach import Attached, attach, present
+from dcres.paging.control import Answer, ControlServer, Reply, failure
+from dcres.paging.evictor import Evictor
+from dcres.paging.faults import FaultHandler
+from dcres.paging.link import Link, Request
+from dcres.paging.loop import READ, Loop
+from dcres.paging.settings import PagerSettings
+from dcres.paging.stream import FrameStream
+from dcres.paging.table import PageTable
+
+log = logging.getLogger("dcres.pager")
+
+TICK_S = 0.1
+IDLE_S = 0.02
+FILL_PAGES = 64
+
+
+class PagerState(StrEnum):
+    """See the module's picture."""
+
+    RUNNING = "running"
+    QUIET = "quiet"
+    FROZEN = "frozen"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    """An order whose answer has to wait: `keep` answers it once it is `due`."""
+
+    due: Callable[[], bool]
+    keep: Callable[[], None]
+    reply: Reply
+
+
+class Pager:
+    """Faults, page-outs, links and orders, in one loop."""
+
+    def __init__(self, settings: PagerSettings, stack: ExitStack) -> None:
+        self._settings = settings
+        self._table = _open_table(settings)
+        self._attached: Attached = attach(settings, self._table, stack)
+        self._started = time.monotonic()
+        self._first_tick = int(self._table.ticks.max(initial=0)) + 1
+        self._loop = Loop()
+        self._links = [
+            Link(
+                self._loop,
+                sub,
+                sub_code(index),
+                settings.identity,
+                settings.page_count,
+                self,
+                _buffer_address,
+            )
+            for index, sub in enumerate(settings.subs)
+        ]
+        tracker = stack.enter_context(
+            WriteTracker(settings.qemu_pid, self._attached.base, settings.page_count)
+        )
+        outbox = self._attached.outbox
+        self._evictor = Evictor(self._table, outbox, self._links, tracker, self.tick)
+        self._faults = FaultHandler(
+            self._attached.uffd,
+            self._attached.base,
+            self._table,
+            self._evictor,
+            outbox,
+            self._links,
+            self.tick,
+        )
+        self._state = PagerState.RUNNING
+        self._lost_why = ""
+        self._filling = False
+        self._listening = True
+        self._stopping = False
+        self._promises: list[_Promise] = []
+        self._pidfd = os.pidfd_open(settings.qemu_pid)
+        stack.callback(os.close, self._pidfd)
+        self._loop.add(self._attached.uffd.fd, self._fault_ready)
+        self._loop.add(self._pidfd, self._qemu_ended)
+        self._control = ControlServer(self._loop, Path(settings.control), self._order)
+
+    def tick(self) -> int:
+        """The present tick of access history; goes on where an earlier pager left off."""
+        return self._first_tick + int((time.monotonic() - self._started) / TICK_S)
+
+    def run(self) -> None:
+        """Page until told to stop or QEMU ends."""
+        busy = True
+        while not self._stopping:
+            self._loop.turn(0 if busy else IDLE_S)
+            for link in self._links:
+                link.connect_if_due()
+            busy = self._work()
+            if not busy:
+                self._settle()
+            self._keep_promises()
+        self._control.close()
+
+    def stop(self) -> None:
+        """Leave `run` soon. QEMU keeps its descriptors: the guest's faults wait."""
+        self._stopping = True
+
+    def _work(self) -> bool:
+        """One step of what is not a fault; whether there may be more at once."""
+        if self._state not in (PagerState.RUNNING, PagerState.QUIET):
+            return False
+        # While QUIET nothing leaves, so waiting for room would be waiting for ever.
+        self._listen(self._state is PagerState.QUIET or not self._evictor.over_limit)
+        if self._faults.fetching and not self._evictor.over_limit:
+            return False  # the guest waits for that page: its answer goes first
+        moved = self._evictor.step()
+        if not moved and self._filling and self._state is PagerState.RUNNING:
+            moved = self._fill()
+        return moved
+
+    def _fill(self) -> bool:
+        room = -self._evictor.excess_pages
+        self._filling = room > 0 and self._faults.fill(min(FILL_PAGES, room))
+        return self._filling
+
+    def _settle(self) -> None:
+        if not self._faults.fetching:
+            for link in self._links:
+                link.flush_releases()
+
+    def _listen(self, wanted: bool) -> None:
+        """Take faults from the kernel or leave them there."""
+        if wanted != self._listening:
+            self._listening = wanted
+            self._loop.want(self._attached.uffd.fd, READ if wanted else 0)
+
+    def _fault_ready(self, _: int) -> None:
+        try:
+            self._faults.read()
+        except PagesLost as error:
+            self.memory_lost(error)
+        except (ProcessLookupError, FileNotFoundError):
+            self.stop()  # QEMU is on its way out
+
+    def _qemu_ended(self, _: int) -> None:
+        log.info("QEMU has ended")
+        self.stop()
+
+    # What links tell (LinkUser)
+
+    def expected(self, link: Link, first: int, count: int) -> Mask:
+        """Which pages the table places on the link's host."""
+        expected: Mask = self._table.owners[first : first + count] == link.code
+        return expected
+
+    def link_ready(self, link: Link) -> None:
+        """Go on with what waits for this host."""
+        log.info("%s is connected and holds %d pages", link.sub.host, link.held_pages)
+        self._faults.link_ready(link)
+
+    def link_down(self, link: Link, unanswered: list[Request]) -> None:
+        """Keep what was under way for when it is back."""
+        self._faults.unanswered(link, [r for r in unanswered if r.kind is Kind.PAGE_IN])
+        self._evictor.unanswered([r for r in unanswered if r.kind is Kind.PAGE_OUT])
+
+    def pages_arrived(self, link: Link, extents: Extents, address: int) -> None:
+        """Page-in."""
+        self._faults.arrived(link, extents, address)
+
+    def pages_stored(self, link: Link, extents: Extents) -> None:
+        """Page-out is acknowledged."""
+        self._evictor.stored(link, extents)
+
+    def memory_lost(self, why: PagingError) -> None:
+        """Stop serving for good; the guest waits."""
+        log.error("the VM is lost: %s", why)
+        self._state = PagerState.LOST
+        self._lost_why = str(why)
+        self._listen(False)
+
+    # Orders
+
+    def _order(self, do: str, arguments: dict[str, Any], reply: Reply) -> None:
+        match do:
+            case "status":
+                reply(self._status())
+            case "quiesce":
+                self._quiesce(reply)
+            case "freeze":
+                self._freeze(reply)
+            case "thaw":
+                self._thaw()
+                reply({"ok": True})
+            case "resize":
+                self._resize(int(arguments["limit_pages"]))
+                reply({"ok": True})
+            case "stop":
+                self.stop()
+                reply({"ok": True})
+            case _:
+                raise ProtocolError(f"a pager cannot {do}")
+
+    def _require_alive(self) -> None:
+        if self._state is PagerState.LOST:
+            raise PagesLost(self._lost_why)
+
+    def _quiesce(self, reply: Reply) -> None:
+        self._require_alive()
+        self._evictor.enabled = False
+        self._state = PagerState.QUIET
+        self._promises.append(
+            _Promise(lambda: self._evictor.drained, lambda: reply({"ok": True}), reply)
+        )
+
+    def _freeze(self, reply: Reply) -> None:
+        self._require_alive()
+
+        def settled() -> bool:
+            for link in self._links:
+                link.flush_releases()
+            return not self._faults.fetching and all(link.settled for link in self._links)
+
+        def freeze() -> None:
+            self._state = PagerState.FROZEN
+            self._listen(False)
+            self._evictor.note_writes()
+            reply({"ok": True, **self._placement()})
+
+        self._evictor.enabled = False
+        self._promises.append(
+            _Promise(lambda: self._evictor.drained and settled(), freeze, reply)
+        )
+
+    def _thaw(self) -> None:
+        self._require_alive()
+        self._promises.clear()
+        self._evictor.enabled = True
+        self._state = PagerState.RUNNING
+        self._listen(True)
+
+    def _resize(self, limit_pages: int) -> None:
+        self._require_alive()
+        self._filling = limit_pages > self._table.limit_pages
+        self._table.limit_pages = limit_pages
+
+    def _keep_promises(self) -> None:
+        lost = self._state is PagerState.LOST
+        for promise in [each for each in self._promises if lost or each.due()]:
+            self._promises.remove(promise)
+            if lost:
+                promise.reply(failure(PagesLost(self._lost_why)))
+            else:
+                promise.keep()
+
+    def _placement(self) -> Answer:
+        """The frozen page table in short; the table file has it whole."""
+        owners = self._table.owners
+        in_ram = present(self._attached.ram, self._settings.page_count)
+        if not self._settings.subs:
+            owners[:] = np.where(in_ram, MAIN, NOWHERE)
+        if not np.array_equal(in_ram, owners == MAIN):
+            error = PagesLost("the RAM file and the page table disagree")
+            self.memory_lost(error)
+            return failure(error)
+        return {
+            "pages": pages_by_host(owners, len(self._links)),
+            "digests": [digest(owners == link.code) for link in self._links],
+            "tick": self.tick(),
+            **self._counters(),
+        }
+
+    def _counters(self) -> dict[str, int]:
+        return {
+            "pages_in": self._faults.pages_in,
+            "pages_out": self._evictor.pages_out,
+            "zero_pages": self._faults.zero_pages,
+            "taken_back": self._faults.taken_back,
+            "faults": self._faults.faults,
+        }
+
+    def _status(self) -> Answer:
+        owners = self._table.owners
+        samples = np.array(self._faults.latencies_ns or [0]) / 1000
+        return {
+            "ok": True,
+            "state": str(self._state),
+            "lost_why": self._lost_why,
+            "pid": os.getpid(),
+            "adopted": self._attached.adopted,
+            "limit_pages": self._table.limit_pages,
+            "pages": pages_by_host(owners, len(self._links)),
+            "leaving": self._evictor.leaving,
+            "page_in_median_us": float(np.median(samples)),
+            "page_in_p99_us": float(np.percentile(samples, 99)),
+            "links": {
+                link.sub.host: {"state": str(link.state), "trouble": link.trouble}
+                for link in self._links
+            },
+            **self._counters(),
+        }
+
+
+def _open_table(settings: PagerSettings) -> PageTable:
+    path = Path(settings.table)
+    if path.exists():
+        return PageTable(path, settings.page_count)
+    fd = os.open(settings.ram, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # QEMU loads firmware and kernel before the guest runs.
+        owners = np.where(present(fd, settings.page_count), MAIN, NOWHERE).astype(np.uint8)
+    finally:
+        os.close(fd)
+    return PageTable.create(path, owners, settings.limit_pages)
+
+
+def _buffer_address(stream: FrameStream) -> int:
+    return addressof(c_char.from_buffer(stream.buffer))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the pager whose settings file is named."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    try:
+        settings = settings_.load(PagerSettings, Path(arguments[0]))
+        with ExitStack() as stack:
+            pager = Pager(settings, stack)
+            signal.signal(signal.SIGTERM, lambda *_: pager.stop())
+            log.info("paging for process %d", settings.qemu_pid)
+            pager.run()
+    except (OSError, DcresError) as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

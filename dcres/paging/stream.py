@@ -1,0 +1,112 @@
+"""A connected TCP socket that carries frames, in a `Loop`: never blocks, keeps what is unsent."""
+
+from __future__ import annotations
+
+import mmap
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from dcres.errors import PagingError
+from dcres.model import wire
+from dcres.paging.loop import READ, WRITE, Loop
+
+_BUFFER_BYTES = 2 << 20
+_MAX_PARTS = 256  # below IOV_MAX
+
+Part: TypeAlias = bytes | memoryview
+
+
+class FrameStream:
+    """Frames in and out. `on_frame` is called per frame, `on_close` once, with the reason."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        on_frame: Callable[[wire.Frame], None],
+        on_close: Callable[[PagingError | OSError], None],
+    ) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._loop = loop
+        self._sock = sock
+        self._on_frame = on_frame
+        self._on_close = on_close
+        self.buffer = mmap.mmap(-1, _BUFFER_BYTES)
+        self._decoder = wire.Decoder(memoryview(self.buffer))
+        self._unsent: deque[Part] = deque()
+        self.open = True
+        loop.add(sock.fileno(), self._ready)
+
+    def send(self, parts: Sequence[Part]) -> None:
+        """Send `parts` in order, now as far as the socket takes them, the rest when it can."""
+        if not self.open:
+            return
+        waiting = bool(self._unsent)
+        self._unsent.extend(parts)
+        if not waiting:
+            self._flush()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything was handed to the kernel."""
+        return not self._unsent
+
+    def close(self, why: PagingError | OSError) -> None:
+        """Close the connection and tell `on_close`; the second time does nothing."""
+        if not self.open:
+            return
+        self.open = False
+        self._loop.remove(self._sock.fileno())
+        self._sock.close()
+        self._unsent.clear()
+        self._on_close(why)
+
+    def _ready(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if events & ~WRITE and self.open:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            length = self._sock.recv_into(self._decoder.receive_into())
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(error)
+            return
+        if length == 0:
+            self.close(ConnectionResetError("the peer closed the connection"))
+            return
+        self._decoder.received(length)
+        try:
+            for frame in self._decoder.frames():
+                self._on_frame(frame)
+                if not self.open:
+                    return
+        except PagingError as error:
+            self.close(error)
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                parts = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PARTS))]
+                self._sent(self._sock.sendmsg(parts))
+        except (BlockingIOError, InterruptedError):
+            self._loop.want(self._sock.fileno(), READ | WRITE)
+            return
+        except OSError as error:
+            self.close(error)
+            return
+        self._loop.want(self._sock.fileno(), READ)
+
+    def _sent(self, length: int) -> None:
+        while length:
+            first = self._unsent.popleft()
+            if length < len(first):
+                self._unsent.appendleft(memoryview(first)[length:])
+                return
+            length -= len(first)

@@ -1,0 +1,78 @@
+"""The page sub-table of a sub host: which pages are here, and their data.
+
+Both live in one sparse file on tmpfs, as long as the VM's memory: offset = page number ×
+4096, a hole where the page is not here. So it survives the memory server, and has the very
+shape of the memory file that a checkpoint makes of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from dcres.errors import NoRoom, PagesLost
+from dcres.linux import files
+from dcres.model.pages import PAGE_SIZE, Extents, Mask, count_pages, mask_of_extents
+
+
+class SubTable:
+    """The pages that one sub host holds for one VM. Not for several threads."""
+
+    def __init__(self, path: Path, page_count: int, capacity_pages: int) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._fd, page_count * PAGE_SIZE)
+        self.page_count = page_count
+        self.capacity_pages = capacity_pages
+        here = files.data_extents(self._fd, page_count)
+        self._here: Mask = mask_of_extents(here, page_count)
+        self.held_pages = count_pages(here)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def existence(self, first: int, count: int) -> Mask:
+        """Which of `count` pages from `first` are here."""
+        return self._here[first : first + count]
+
+    def read(self, extents: Extents) -> list[bytes]:
+        """The data of `extents`, one piece each. Raises PagesLost if one page is not here."""
+        pieces = []
+        for first, stop in extents.tolist():
+            if not self._here[first:stop].all():
+                raise PagesLost(f"pages {first} to {stop - 1} are not all on this sub host")
+            pieces.append(os.pread(self._fd, (stop - first) * PAGE_SIZE, first * PAGE_SIZE))
+        return pieces
+
+    def write(self, extents: Extents, data: memoryview) -> None:
+        """Take pages in. Raises NoRoom before anything changed, when they do not fit."""
+        added = sum(
+            stop - first - int(self._here[first:stop].sum()) for first, stop in extents.tolist()
+        )
+        if self.held_pages + added > self.capacity_pages:
+            raise NoRoom(
+                f"this sub host holds {self.held_pages} of {self.capacity_pages} pages and "
+                f"cannot take {added} more"
+            )
+        at = 0
+        for first, stop in extents.tolist():
+            length = (stop - first) * PAGE_SIZE
+            written = os.pwrite(self._fd, data[at : at + length], first * PAGE_SIZE)
+            if written != length:
+                raise NoRoom("the tmpfs that holds this sub host's pages is full")
+            at += length
+            self._here[first:stop] = True
+        self.held_pages += added
+
+    def release(self, extents: Extents | Iterable[tuple[int, int]]) -> None:
+        """Forget pages; those that are not here are passed over."""
+        for first, stop in extents:
+            here = int(self._here[first:stop].sum())
+            if here:
+                files.punch_hole(self._fd, int(first) * PAGE_SIZE, int(stop - first) * PAGE_SIZE)
+                self._here[first:stop] = False
+                self.held_pages -= here

@@ -1,0 +1,123 @@
+"""The network page table, access history and page-out journal in one shared file on tmpfs.
+
+The pager writes it, its successor and the host's actor read it. It survives the pager: stores
+to a shared mapping are in the file the moment they are made, whatever then kills the process.
+
+Layout: a header page, four bytes of tick per page, one byte of owner per page.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from enum import IntEnum
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from dcres.errors import PagingError
+from dcres.model.history import Ticks
+from dcres.model.pages import PAGE_SIZE, Pages
+from dcres.model.placement import Owners
+
+_MAGIC = b"DCRESTB1"
+_HEADER = struct.Struct("<8sQQQII")  # magic, pages, limit pages, pipe inode, journal state, count
+_HEADER_BYTES = PAGE_SIZE
+_JOURNAL_AT = 64
+JOURNAL_PAGES = (_HEADER_BYTES - _JOURNAL_AT) // 8
+
+
+class JournalState(IntEnum):
+    """How far a batch of page-outs has come; see `dcres.paging.evictor`."""
+
+    EMPTY = 0
+    COPYING = 1
+    PUNCHING = 2
+
+
+class PageTable:
+    """One VM's table file, mapped. `owners` and `ticks` are views of the mapping."""
+
+    def __init__(self, path: Path, page_count: int, *, writable: bool = True) -> None:
+        length = _HEADER_BYTES + 5 * page_count
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size != length:
+                raise PagingError(f"{path} is not the page table of {page_count} pages")
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(fd, length, access=access)
+        finally:
+            os.close(fd)
+        if self._map[:8] != _MAGIC:
+            raise PagingError(f"{path} is not a page table")
+        self.page_count = page_count
+        self._owners_at = _HEADER_BYTES + 4 * page_count
+        self.ticks: Ticks = np.frombuffer(self._map, np.uint32, page_count, _HEADER_BYTES)
+        self.owners: Owners = np.frombuffer(self._map, np.uint8, page_count, self._owners_at)
+        self._journal = np.frombuffer(self._map, np.uint64, JOURNAL_PAGES, _JOURNAL_AT)
+
+    @classmethod
+    def create(cls, path: Path, owners: Owners, limit_pages: int) -> Self:
+        """A new table file (mode 0600) with these owners; replaces one that is there."""
+        fresh = path.with_suffix(".new")
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, _HEADER_BYTES + 5 * owners.size)
+            os.pwrite(fd, _HEADER.pack(_MAGIC, owners.size, limit_pages, 0, 0, 0), 0)
+            os.pwrite(fd, owners.tobytes(), _HEADER_BYTES + 4 * owners.size)
+        finally:
+            os.close(fd)
+        fresh.rename(path)
+        return cls(path, owners.size)
+
+    def owner_bytes(self) -> memoryview:
+        """The owners as bytes: a scalar look-up here costs a third of numpy's."""
+        return memoryview(self._map)[self._owners_at :]
+
+    def _field(self, index: int) -> int:
+        return int(_HEADER.unpack_from(self._map)[index])
+
+    def _set_field(self, index: int, value: int) -> None:
+        fields = list(_HEADER.unpack_from(self._map))
+        fields[index] = value
+        _HEADER.pack_into(self._map, 0, *fields)
+
+    @property
+    def limit_pages(self) -> int:
+        """Pages that the main host may keep."""
+        return self._field(2)
+
+    @limit_pages.setter
+    def limit_pages(self, value: int) -> None:
+        self._set_field(2, value)
+
+    @property
+    def pipe_inode(self) -> int:
+        """Which pipe of QEMU's carries page-outs; 0 before it is made."""
+        return self._field(3)
+
+    @pipe_inode.setter
+    def pipe_inode(self, value: int) -> None:
+        self._set_field(3, value)
+
+    @property
+    def journal_state(self) -> JournalState:
+        """Where the batch in `journal_pages` stands."""
+        return JournalState(self._field(4))
+
+    @journal_state.setter
+    def journal_state(self, value: JournalState) -> None:
+        self._set_field(4, value)
+
+    @property
+    def journal_pages(self) -> Pages:
+        """The pages of the batch under way, ascending."""
+        return self._journal[: self._field(5)].astype(np.int64)
+
+    def begin_batch(self, pages: Pages) -> None:
+        """Write a batch down before it is started."""
+        self._journal[: pages.size] = pages
+        self._set_field(5, pages.size)
+        self.journal_state = JournalState.COPYING

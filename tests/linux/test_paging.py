@@ -1,0 +1,213 @@
+"""Remote paging loses nothing: under storms, under kills, under strangers."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcres.errors import PagesLost
+from dcres.linux import files
+from dcres.model import wire
+from dcres.model.pages import PAGE_SIZE
+from dcres.model.placement import FIRST_SUB, MAIN, NOWHERE
+from dcres.model.wire import Identity, Kind
+from dcres.paging.table import PageTable
+from tests.support.paging import Rig, rig
+from tests.support.wait import until
+
+pytestmark = pytest.mark.linux
+
+PAGES = 2048
+
+
+@pytest.fixture
+def paged(tmp_path: Path, writer_program: Path) -> Iterator[Rig]:
+    """2048 pages, of which the main host may keep 512."""
+    with rig(tmp_path, writer_program, PAGES, 512, (1024, 1024)) as made:
+        yield made
+
+
+def finished(paged: Rig) -> tuple[int, int]:
+    """Wait for the writer's run to end: its (operations, damaged pages)."""
+    answer = paged.writer.answer()
+    assert answer[0] == "ops", answer
+    return int(answer[1]), int(answer[3])
+
+
+def test_untouched_pages_live_nowhere(paged: Rig) -> None:
+    paged.writer.ask("write 1 100")
+    status = paged.status()
+    assert sum(status["pages"]) == 100
+    for name in ("guest.ram", "outbox.ram", "sub0.ram", "sub1.ram"):
+        assert os.stat(paged.ram / name).st_blocks * 512 <= 100 * PAGE_SIZE
+
+
+def test_200_storms_lose_no_update(paged: Rig) -> None:
+    rng = random.Random(7)
+    paged.writer.ask("fill")
+    paged.writer.tell("run 24")
+    before = paged.status()
+    for _ in range(200):
+        paged.order("resize", limit_pages=rng.choice([64, 128, 512, 1024, 2048]))
+        moved = paged.status()["pages_out"]
+        goal = moved + rng.randrange(1, 60)
+        deadline = rng.uniform(0.02, 0.1)
+        with_deadline(lambda goal=goal: paged.status()["pages_out"] >= goal, deadline)
+    operations, damaged = finished(paged)
+    after = paged.status()
+    assert damaged == 0
+    assert operations > 0
+    assert after["pages_out"] - before["pages_out"] > 10_000
+    assert after["pages_in"] - before["pages_in"] > 10_000
+
+
+def with_deadline(predicate: object, timeout_s: float) -> None:
+    """Wait until the predicate holds or the time is over; both are fine."""
+    assert callable(predicate)
+    try:
+        until(predicate, timeout_s, "movement")
+    except AssertionError:
+        return
+
+
+def test_the_main_host_keeps_its_share(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    paged.writer.ask("run 1")
+    until(lambda: paged.status()["pages"][0] <= 512, 5, "page-out")
+    allocated = os.stat(paged.ram / "guest.ram").st_blocks * 512
+    assert allocated <= (512 + 64) * PAGE_SIZE
+    paged.order("resize", limit_pages=128)
+    until(lambda: paged.status()["pages"][0] <= 128, 5, "page-out after the resize")
+    paged.order("resize", limit_pages=1024)
+    until(lambda: paged.status()["pages"][0] >= 900, 5, "page-in after the resize")
+
+
+def test_frozen_placement_is_whole_and_agrees_everywhere(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    paged.writer.ask("run 1")
+    paged.order("quiesce")
+    frozen = paged.order("freeze")
+    table = PageTable(paged.ram / "table", PAGES, writable=False)
+    for index in range(2):
+        assert paged.status(f"sub{index}")["digest"] == frozen["digests"][index]
+    assert sum(frozen["pages"]) == PAGES
+    memory = np.frombuffer(paged.memory(), np.uint64).reshape(PAGES, -1)
+    assert (memory[:, 0] == np.arange(PAGES)).all()
+    assert (memory[:, 1] == memory[:, -1]).all()
+    assert set(np.unique(table.owners)) <= {MAIN, FIRST_SUB, FIRST_SUB + 1}
+    paged.writer.tell("run 0.3")
+    served = paged.status()["pages_in"]
+    until(lambda: paged.status()["state"] == "frozen", 1, "still frozen")
+    assert paged.status()["pages_in"] == served
+    paged.order("thaw")
+    assert finished(paged)[1] == 0
+
+
+def test_a_killed_pager_is_replaced_and_nothing_is_lost(paged: Rig) -> None:
+    rng = random.Random(3)
+    paged.writer.ask("fill")
+    paged.writer.tell("run 12")
+    for _ in range(12):
+        goal = paged.status()["pages_out"] + rng.randrange(1, 400)
+        with_deadline(lambda goal=goal: paged.status()["pages_out"] >= goal, 0.3)
+        paged.kill("pager")
+        paged.start_pager()
+        assert paged.status()["adopted"]
+    operations, damaged = finished(paged)
+    assert (damaged, paged.status()["state"]) == (0, "running")
+    assert operations > 0
+
+
+def test_a_killed_memory_server_is_replaced_and_nothing_is_lost(paged: Rig) -> None:
+    rng = random.Random(5)
+    paged.writer.ask("fill")
+    paged.writer.tell("run 10")
+    for turn in range(10):
+        goal = paged.status()["pages_out"] + rng.randrange(1, 400)
+        with_deadline(lambda goal=goal: paged.status()["pages_out"] >= goal, 0.3)
+        paged.kill(f"sub{turn % 2}")
+        paged.start_server(turn % 2)
+    operations, damaged = finished(paged)
+    assert (damaged, paged.status()["state"]) == (0, "running")
+    assert operations > 0
+
+
+def test_without_a_pager_the_guest_waits_and_never_reads_zeros(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    paged.kill("pager")
+    paged.writer.tell("run 0.1")
+    assert paged.writer.process.stdout is not None
+    answered, _, _ = select.select([paged.writer.process.stdout.fileno()], [], [], 0.6)
+    assert not answered, "the writer went on without a pager"
+    paged.start_pager()
+    assert finished(paged)[1] == 0
+
+
+def test_a_page_gone_from_a_sub_host_is_reported_and_never_read_as_zeros(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    until(lambda: paged.status()["leaving"] == 0, 5, "drained")
+    paged.kill("sub0")
+    store = os.open(paged.ram / "sub0.ram", os.O_RDWR)
+    first = int(files.data_extents(store, PAGES)[0, 0])
+    files.punch_hole(store, first * PAGE_SIZE, PAGE_SIZE)
+    os.close(store)
+    paged.start_server(0)
+    until(lambda: paged.status()["state"] == "lost", 5, "the loss is noticed")
+    assert "lacks 1 pages" in paged.status()["lost_why"]
+    with pytest.raises(PagesLost):
+        paged.order("quiesce")
+
+
+def exchange(port: int, *frames: bytes) -> bytes:
+    """Send frames one by one and return all that comes back until the server hangs up."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        for frame in frames:
+            sock.sendall(frame)
+        received = b""
+        while data := sock.recv(65536):
+            received += data
+    return received
+
+
+def hello(vm: bytes, generation: int) -> bytes:
+    return wire.ClientHandshake(Identity(vm, generation, b"x" * 32), b"n" * 32).hello()
+
+
+@pytest.mark.parametrize(
+    ("who", "frames"),
+    [
+        ("a stranger", lambda vm: [b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"]),
+        ("a wrong VM", lambda vm: [hello(b"w" * 16, 1)]),
+        ("a wrong generation", lambda vm: [hello(vm, 2)]),
+        ("a wrong secret", lambda vm: [hello(vm, 1), wire.frame(Kind.PROOF, 0, b"p" * 32)]),
+        (
+            "no proof at all",
+            lambda vm: [wire.frame(Kind.PAGE_IN, 1, wire.pack_extents(np.array([[0, 1]])))],
+        ),
+        ("a wrong version", lambda vm: [b"DCRP\x63" + bytes(11)]),
+        ("a too long frame", lambda vm: [wire.header(Kind.HELLO, 0, 1 << 30)]),
+    ],
+)
+def test_who_does_not_belong_is_refused_and_logged(paged: Rig, who: str, frames: object) -> None:
+    paged.writer.ask("fill")
+    assert callable(frames)
+    before = paged.status("sub0")
+    received = exchange(paged.servers[0].port, *frames(bytes.fromhex(paged.vm)))
+    assert len(received) <= 2 * wire.HEADER.size + wire.NONCE_BYTES, who
+    after = paged.status("sub0")
+    assert after["refused"] == before["refused"] + 1
+    assert "refused 127.0.0.1" in paged.log("sub0")
+    assert paged.writer.ask("run 0.2")[3] == "0"
+
+
+def test_fresh_memory_costs_nothing_and_reads_as_zeros(paged: Rig) -> None:
+    assert paged.writer.ask("read 1 10")[3] == "0"
+    table = PageTable(paged.ram / "table", PAGES, writable=False)
+    assert (table.owners[10:] == NOWHERE).all()
