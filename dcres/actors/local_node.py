@@ -1,0 +1,208 @@
+"""One Ray node on this machine: its command line, its environment, its end.
+
+Facts about Ray that shaped this file:
+
+* An agent that finds port 52365 taken retries for 3.5 s before the node is ready; so port 0.
+* Workers and agents overwrite their title, and with it a random part of what
+  /proc/PID/environ shows: their marks vanish. They stay in the session of their node's
+  ``ray start``, whose own mark is never overwritten, so they are found by session.
+* Ray's sockets live below --temp-dir, and a socket's path ends at 107 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcres.config import HostSettings
+from dcres.errors import ClusterError
+from dcres.linux.process import ProcessId, find_marked, spawn_detached
+
+CLUSTER_MARK = "DCRES_CLUSTER"
+HOST_MARK = "DCRES_HOST"
+MIB = 1 << 20
+
+_END_TIMEOUT_S = 20.0
+_READY = "Ray runtime started"
+# Below the ephemeral ports (32768…), so that no outgoing connection takes one in between,
+# and above Ray's worker ports (10002–19999).
+_PORTS = range(20000, 32000)
+_OBJECT_STORE_BYTES = 80_000_000
+_RAY_ENVIRON = {
+    "RAY_AUTH_MODE": "token",
+    # A host's death is noticed after 2 s instead of 13.5 s.
+    "RAY_health_check_initial_delay_ms": "500",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_failure_threshold": "3",
+    # A call to an actor that just died fails up to 1 s earlier.
+    "RAY_timeout_ms_task_wait_for_death_info": "100",
+    # Guest memory is tmpfs and counts as used: the monitor would kill actors for it.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRole:
+    """The head node: control only, no memory for VMs."""
+
+    dashboard_port: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostRole:
+    """A host node, with `memory_bytes` for VMs."""
+
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalNode:
+    """All that it takes to start one node; `address` is the cluster's, not the node's."""
+
+    cluster: str
+    home: Path
+    address: str
+    settings: HostSettings
+    temp: Path
+    role: HeadRole | HostRole
+
+    @property
+    def log(self) -> Path:
+        """What ``ray start`` prints."""
+        return self.settings.run.parent / "ray.log"
+
+    def launch(self) -> ProcessId:
+        """Start the node, in a session of its own; it makes itself ready in about 5 s."""
+        self.settings.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.settings.ram.mkdir(mode=0o700)
+        self.temp.mkdir(mode=0o700)
+        argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        return spawn_detached(
+            [*argv, *self.arguments()], log=self.log, env=self.environ(), cwd=self.temp
+        )
+
+    def is_ready(self) -> bool:
+        """Whether the node says that it is part of the cluster."""
+        return _READY in self.log.read_text(errors="replace")
+
+    def arguments(self) -> list[str]:
+        """The options of ``ray start``."""
+        common = [
+            "--log-style=record",
+            "--log-color=false",
+            "--disable-usage-stats",
+            f"--node-ip-address={self.settings.address}",
+            f"--node-name={self.settings.name}",
+            f"--temp-dir={self.temp}",
+            "--num-cpus=1",
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            "--include-log-monitor=false",
+            "--dashboard-agent-listen-port=0",
+        ]
+        match self.role:
+            case HeadRole(port):
+                return [*common, *self._head_arguments(port)]
+            case HostRole(memory_bytes):
+                return [*common, *self._host_arguments(memory_bytes)]
+
+    def _host_arguments(self, memory_bytes: int) -> list[str]:
+        name = self.settings.name
+        resources = {"vm_memory": memory_bytes // MIB, f"host:{name}": 1}
+        return [
+            f"--address={self.address}",
+            f"--resources={json.dumps(resources)}",
+            f"--labels=dcres-host={name}",
+        ]
+
+    def _head_arguments(self, dashboard_port: int | None) -> list[str]:
+        arguments = ["--head", f"--port={self.address.rpartition(':')[2]}", "--no-monitor"]
+        arguments.append(f"--ray-client-server-port={free_port()}")
+        if dashboard_port is None:
+            return [*arguments, "--include-dashboard=false"]
+        return [*arguments, "--include-dashboard=true", f"--dashboard-port={dashboard_port}"]
+
+    def environ(self) -> dict[str, str]:
+        """The environment of the node and of all that is started on it."""
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("RAY_", "DCRES_"))
+        }
+        return {
+            **inherited,
+            **_RAY_ENVIRON,
+            "RAY_AUTH_TOKEN_PATH": str(self.home / "token"),
+            "DCRES_HOME": str(self.home),
+            CLUSTER_MARK: self.cluster,
+            **self.settings.environ(),
+        }
+
+
+def free_port() -> int:
+    """A port that nothing on this machine listens on."""
+    for _ in range(200):
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe:
+            try:
+                # Ray's servers listen on every address, so every address is asked.
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                continue
+            return port
+    raise ClusterError(f"no free port between {_PORTS.start} and {_PORTS.stop}")
+
+
+def marked(marks: Mapping[str, str]) -> set[ProcessId]:
+    """The processes that carry all of `marks`, without ourselves."""
+    found = [set(find_marked(key, value)) for key, value in marks.items()]
+    return {process for process in set.intersection(*found) if process.pid != os.getpid()}
+
+
+def end_all(marks: Mapping[str, str]) -> None:
+    """SIGKILL whatever carries `marks`, and the rest of its nodes, until nothing is left."""
+    sessions: set[int] = set()
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while True:
+        carriers = marked(marks)
+        sessions |= _sessions_led_by(carriers)
+        processes = carriers | _in_sessions(sessions)
+        if not processes:
+            return
+        if time.monotonic() > deadline:
+            pids = sorted(process.pid for process in processes)
+            raise ClusterError(f"processes {pids} do not end; end them by hand")
+        for process in processes:
+            process.kill(signal.SIGKILL)
+        for process in processes:
+            process.wait_gone(_END_TIMEOUT_S)
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def _sessions_led_by(processes: set[ProcessId]) -> set[int]:
+    """Their sessions, except those that a stranger leads, such as a terminal's."""
+    pids = {process.pid for process in processes}
+    sessions = {_session(pid) for pid in pids} - {0}
+    leaders = {session: ProcessId.of(session) for session in sessions}
+    return {s for s, leader in leaders.items() if s in pids or leader is None or not leader.alive}
+
+
+def _in_sessions(sessions: set[int]) -> set[ProcessId]:
+    pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    found = (ProcessId.of(pid) for pid in pids if _session(pid) in sessions)
+    mine = os.getpid()
+    return {process for process in found if process and process.alive and process.pid != mine}
