@@ -24,7 +24,6 @@ Facts about Ray 2.60 that shaped this file:
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import time
@@ -55,11 +54,10 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from dcres.config import format_size
+from dcres.actors.room import MIB, HostInfo, free_sentence, host_named, require_room, whole_mib
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
 
 NAMESPACE = "dcres"
-MIB = 1 << 20
 
 _CONNECT_TIMEOUT_S = 3.0
 _REMOVE_TIMEOUT_S = 20.0
@@ -166,18 +164,6 @@ def own_node_address() -> str:
 # Hosts.
 
 
-@dataclass(frozen=True, slots=True)
-class HostInfo:
-    """A node with memory for VMs; the head node has none and is not a host."""
-
-    name: str
-    node_id: str
-    address: str
-    memory_total_bytes: int
-    memory_free_bytes: int
-    alive: bool
-
-
 def hosts() -> list[HostInfo]:
     """All hosts that Ray knows, by name; dead ones too, unless the name is in use again."""
     used = _reserved_by_node()
@@ -223,19 +209,12 @@ def _reserved_by_node() -> dict[str, int]:
     return used
 
 
-def _require_host(name: str) -> HostInfo:
-    alive = {host.name: host for host in hosts() if host.alive}
-    if name not in alive:
-        raise NotFound(f"no host {name} in the cluster; it has {', '.join(alive) or 'none'}")
-    return alive[name]
-
-
 def run_on(host: str, function: Callable[..., _T], *args: Any, timeout_s: float = 60.0) -> _T:
     """Run a plain function once on `host` and return its result.
 
     Raises NotFound, what the function raises (as `ActorPort.call` does), and ClusterError.
     """
-    strategy = NodeAffinitySchedulingStrategy(_require_host(host).node_id, soft=False)
+    strategy = NodeAffinitySchedulingStrategy(host_named(host, hosts()).node_id, soft=False)
     remote = ray.remote(num_cpus=0, max_retries=0)(function)
     what = f"{function.__name__} on {host}"
     return Pending(what, remote.options(scheduling_strategy=strategy).remote(*args)).result(
@@ -281,23 +260,29 @@ def reserve(
     ends it. Raises NoRoom with what is missing and what is free, Conflict if the name is
     taken, NotFound for a host that is not there.
     """
+    taken = f"a reservation {name} exists already; release it first"
     if reservation(name) is not None:
-        raise Conflict(f"a reservation {name} exists already; release it first")
+        raise Conflict(taken)
     _require_room(shares_bytes, hosts)
-    bundles: list[dict[str, float]] = []
-    for index, share in enumerate(shares_bytes):
-        bundle = {"vm_memory": float(math.ceil(share / MIB))}
-        if hosts is not None:
-            bundle[f"host:{hosts[index]}"] = 0.001
-        bundles.append(bundle)
+    bundles = [{"vm_memory": float(whole_mib(share))} for share in shares_bytes]
+    for bundle, host in zip(bundles, hosts or [], strict=False):
+        bundle[f"host:{host}"] = 0.001
     try:
         group = placement_group(bundles, "STRICT_SPREAD", name=name, lifetime="detached")
     except ray.exceptions.RaySystemError as error:
-        raise Conflict(f"a reservation {name} exists already; release it first") from error
+        raise Conflict(taken) from error
     if group.wait(timeout_s):
         return Reservation(name)
     release(name)
-    raise NoRoom(f"no memory for {name} within {timeout_s:.3g} s: {_free_sentence()}")
+    raise NoRoom(f"no memory for {name} within {timeout_s:.3g} s: {_free()}")
+
+
+def _require_room(shares_bytes: Sequence[int], names: Sequence[str] | None) -> None:
+    require_room(shares_bytes, names, hosts())
+
+
+def _free() -> str:
+    return free_sentence(hosts())
 
 
 def reservation(name: str) -> Reservation | None:
@@ -337,32 +322,6 @@ def _actors_in(group: PlacementGroup) -> list[str]:
         for row in rows
         if row.placement_group_id == group.id.binary() and row.state != ActorTableData.DEAD
     ]
-
-
-def _require_room(shares_bytes: Sequence[int], names: Sequence[str] | None) -> None:
-    """NoRoom unless every share fits a live host of its own; NotFound for unknown hosts."""
-    shares = [math.ceil(share / MIB) * MIB for share in shares_bytes]
-    if names is not None:
-        if len(set(names)) != len(shares):
-            raise Conflict(f"{len(shares)} shares need as many different hosts, not {names}")
-        places = [_require_host(name) for name in names]
-    else:
-        shares.sort(reverse=True)
-        alive = [host for host in hosts() if host.alive]
-        places = sorted(alive, key=lambda host: host.memory_free_bytes, reverse=True)
-    if len(places) < len(shares):
-        raise NoRoom(f"{len(shares)} hosts are needed: {_free_sentence()}")
-    for share, host in zip(shares, places, strict=False):
-        if share > host.memory_free_bytes:
-            where = f"host {host.name}" if names is not None else "any host that is left"
-            raise NoRoom(
-                f"a share of {format_size(share)} does not fit {where}: {_free_sentence()}"
-            )
-
-
-def _free_sentence() -> str:
-    free = [f"{h.name} has {format_size(h.memory_free_bytes)}" for h in hosts() if h.alive]
-    return f"{', '.join(free)} free" if free else "the cluster has no host"
 
 
 # Actors.
