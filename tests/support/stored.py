@@ -1,0 +1,118 @@
+"""A small VM over three hosts, and a checkpoint of it in a store."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from dcres.linux.files import opened
+from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
+from dcres.storage import layout, tables
+from dcres.storage.atomic import sync_file
+from dcres.storage.digest import file_sum
+from dcres.storage.manifest import DiskSnapshot, FileSum, HostSlice, Manifest, Mode, Role
+from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
+from dcres.storage.store import Store
+
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+HOSTS = ("h0", "h1", "h2")
+PAGE_COUNT = 96
+
+
+def memory(path: Path, mask: Mask, seed: int = 1) -> Path:
+    """A RAM file with random content where `mask` is true and holes elsewhere."""
+    random = np.random.default_rng(seed)
+    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+        os.ftruncate(fd, len(mask) * PAGE_SIZE)
+        for page in np.flatnonzero(mask).tolist():
+            os.pwrite(fd, random.bytes(PAGE_SIZE), page * PAGE_SIZE)
+    return path
+
+
+def save(path: Path, source: Path, mask: Mask) -> SavedMemory:
+    """`source`'s pages in `mask` as a sealed memory file at `path`."""
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(path, len(mask)) as writer,
+    ):
+        writer.save(fd, extents_of_mask(mask))
+        return writer.seal()
+
+
+def placement(page_count: int = PAGE_COUNT, seed: int = 2) -> tables.Placement:
+    """Pages at random on the hosts, and some nowhere."""
+    choices = np.array([0, 1, 2, tables.NOWHERE], dtype=np.uint8)
+    return np.random.default_rng(seed).choice(choices, page_count)
+
+
+def take(
+    store: Store,
+    ram: Path,
+    *,
+    generation: int = 1,
+    vm: str = "demo",
+    now: datetime = NOW,
+    token: str = "00ab",
+) -> Manifest:
+    """All files of a checkpoint of the RAM file `ram`, and its manifest, not yet published."""
+    where = placement()
+    checkpoint = store.new_id(vm, now, token)
+    store.begin(vm, checkpoint)
+    parts = tuple(
+        _slice(store.host_folder(vm, checkpoint, host), ram, where, index)
+        for index, host in enumerate(HOSTS)
+    )
+    vmcore = parts[0].file(layout.VMCORE)
+    assert vmcore is not None
+    return Manifest(
+        checkpoint=checkpoint,
+        vm=vm,
+        created=f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        mode=Mode.STOP,
+        memory_bytes=PAGE_COUNT * PAGE_SIZE,
+        generation=generation,
+        vm_spec={"name": vm, "memory": PAGE_COUNT * PAGE_SIZE, "append": "é=\u2028"},
+        qemu_version="7.2.22",
+        accel="tcg",
+        tick=7,
+        hosts=parts,
+        vmcore=vmcore,
+        disks=(DiskSnapshot(path="/d.qcow2", format="qcow2", snapshot=checkpoint),),
+        seconds=1.23456,
+        downtime_seconds=0.00001,
+        rounds=1,
+    )
+
+
+def _slice(folder: Path, ram: Path, where: tables.Placement, index: int) -> HostSlice:
+    saved = save(folder / layout.MEMORY, ram, where == index)
+    files = [tables.write_sums(folder / layout.SUMS, saved.mask, saved.sums)]
+    if index == 0:
+        files += _main_files(folder, where)
+    else:
+        files.append(tables.write_existence(folder / layout.PAGES, where == index))
+    return HostSlice(
+        host=HOSTS[index],
+        role=Role.MAIN if index == 0 else Role.SUB,
+        share_bytes=PAGE_COUNT * PAGE_SIZE // 2,
+        pages=saved.pages,
+        bytes_written=saved.bytes_written,
+        file_bytes_allocated=saved.allocated_bytes,
+        seconds=saved.seconds,
+        files=tuple(files),
+    )
+
+
+def _main_files(folder: Path, where: tables.Placement) -> list[FileSum]:
+    core = folder / layout.VMCORE
+    core.write_bytes(np.random.default_rng(3).bytes(10_000))
+    sync_file(core)
+    history = np.arange(PAGE_COUNT, dtype=np.uint32)
+    return [
+        tables.write_placement(folder / layout.PAGES, where, HOSTS),
+        tables.write_history(folder / layout.HISTORY, history, 7),
+        file_sum(core),
+    ]

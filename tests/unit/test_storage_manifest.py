@@ -1,0 +1,139 @@
+"""The manifest: exactly what was written, or an error that names the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dcres import config
+from dcres.errors import CheckpointCorrupt
+from dcres.storage import layout
+from dcres.storage.manifest import FileSum, HostSlice, Manifest, Mode, Role, canonical, dumps, loads
+
+PATH = Path("store/demo/manifest.json")
+CORE = FileSum(name="vmcore", length_bytes=5, sha256="0" * 64)
+
+
+def part(host: str, role: Role, pages: int = 1) -> HostSlice:
+    return HostSlice(
+        host=host,
+        role=role,
+        share_bytes=4096,
+        pages=pages,
+        bytes_written=4096,
+        file_bytes_allocated=4096,
+        seconds=0.5,
+        files=(CORE,) if role is Role.MAIN else (),
+    )
+
+
+def manifest(**changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "checkpoint": "demo-20260301-120000-00ab",
+        "vm": "demo",
+        "created": "2026-03-01T12:00:00Z",
+        "mode": Mode.STOP,
+        "memory_bytes": 8192,
+        "generation": 1,
+        "vm_spec": {"name": "demo", "append": "ü", "list": [1, None, True]},
+        "qemu_version": "7.2",
+        "accel": "tcg",
+        "tick": 3,
+        "hosts": (part("h0", Role.MAIN), part("h1", Role.SUB)),
+        "vmcore": CORE,
+        "seconds": 1.000049,
+        "downtime_seconds": 0.00002,
+    }
+    return Manifest(**values | changes)
+
+
+def signed(values: dict[str, Any]) -> str:
+    values.pop("checksum", None)
+    values["checksum"] = hashlib.sha256(canonical(values)).hexdigest()
+    return json.dumps(values, sort_keys=True, indent=2) + "\n"
+
+
+def changed(**changes: Any) -> str:
+    return signed(json.loads(dumps(manifest())) | changes)
+
+
+def test_round_trip() -> None:
+    text = dumps(manifest())
+    assert text.isascii()
+    assert loads(text, PATH) == manifest()
+    assert text == changed()
+
+
+def test_durations_never_need_an_exponent() -> None:
+    values = json.loads(dumps(manifest()))
+    assert (values["seconds"], values["downtime_seconds"]) == (1.0, 0.0)
+    assert "0.0001" in dumps(manifest(seconds=0.0001))
+
+
+def test_every_flipped_bit_is_found() -> None:
+    text = dumps(manifest()).encode()
+    for place in range(len(text)):
+        for bit in range(8):
+            altered = text[:place] + bytes([text[place] ^ (1 << bit)]) + text[place + 1 :]
+            with pytest.raises(CheckpointCorrupt, match=r"manifest\.json"):
+                loads(altered.decode("latin-1"), PATH)
+
+
+def test_every_truncation_is_found() -> None:
+    text = dumps(manifest())
+    for length in range(len(text)):
+        with pytest.raises(CheckpointCorrupt, match=r"manifest\.json"):
+            loads(text[:length], PATH)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "checksum differs"),
+        ("[" * 100_000, "not JSON"),
+        ('{"seconds": NaN}', "not JSON"),
+        (changed(colour="red"), "colour: Extra inputs"),
+        (changed(format_version=2), "use a dcres that reads version 2"),
+        (changed(format_version="1"), "format version is '1'"),
+        (changed(tick=-1), "tick: "),
+        (changed(memory_bytes=5000), "memory_bytes: "),
+        (changed(vm="../x"), "vm: "),
+        (changed(tick="3"), "other bytes"),
+        (dumps(manifest()) + "\n", "other bytes"),
+        (dumps(manifest()).replace('"tick"', '"tick": 3, "tick"'), "other bytes"),
+    ],
+)
+def test_what_is_not_a_manifest(text: str, message: str) -> None:
+    with pytest.raises(CheckpointCorrupt, match=message) as caught:
+        loads(text, PATH)
+    assert str(PATH) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hosts": ()}, "at least 1"),
+        ({"hosts": (part("h0", Role.SUB),)}, "first host is the main host"),
+        ({"hosts": (part("h0", Role.MAIN), part("h1", Role.MAIN))}, "the only one"),
+        ({"hosts": (part("h0", Role.MAIN), part("h0", Role.SUB))}, "named twice"),
+        ({"hosts": (part("h0", Role.MAIN, pages=3),)}, "more pages than the VM has"),
+        ({"vmcore": FileSum(name="x", length_bytes=5, sha256="0" * 64)}, "VM core"),
+        ({"seconds": float("inf")}, "finite"),
+    ],
+)
+def test_what_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        manifest(**changes)
+
+
+def test_vm_names_are_those_of_vm_files() -> None:
+    assert layout.VM_PATTERN == config.NAME_PATTERN
+    assert re.fullmatch(layout.CHECKPOINT_PATTERN, "a-20260101-000000-0000")

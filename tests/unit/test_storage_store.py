@@ -1,0 +1,374 @@
+"""The store: a checkpoint exists if and only if its manifest does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import threading
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound
+from dcres.linux.files import opened
+from dcres.model.pages import PAGE_SIZE
+from dcres.storage import layout, memory_file, tables
+from dcres.storage.manifest import Manifest
+from dcres.storage.store import Store
+from tests.support.stored import HOSTS, NOW, PAGE_COUNT, memory, placement, take
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Path:
+    return memory(tmp_path / "ram", placement() != tables.NOWHERE)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def published(root: Store, ram: Path) -> Manifest:
+    manifest = take(root, ram)
+    root.publish(manifest)
+    return manifest
+
+
+def folder(root: Store, manifest: Manifest) -> Path:
+    return root.root / manifest.vm / manifest.checkpoint
+
+
+def files_of(root: Store, manifest: Manifest) -> list[Path]:
+    paths = folder(root, manifest).rglob("*")
+    return sorted(path for path in paths if path.is_file())
+
+
+def test_ids_are_utc() -> None:
+    now = datetime(2026, 1, 2, 1, 0, 0, tzinfo=timezone(timedelta(hours=9)))
+    assert Store.new_id("a-b", now, "00ff") == "a-b-20260101-160000-00ff"
+    assert layout.vm_of("a-b-20260101-160000-00ff") == "a-b"
+
+
+@pytest.mark.parametrize("name", ["../x", "", "A", "a/b", "a-", ".", "a\n"])
+def test_names_cannot_leave_the_store(root: Store, name: str) -> None:
+    checkpoint = "a-20260101-160000-00ff"
+    for attempt in (
+        lambda: root.new_id(name, NOW, "0000"),
+        lambda: root.begin(name, checkpoint),
+        lambda: root.begin("a", name),
+        lambda: root.host_folder("a", checkpoint, f"{name}/"),
+        lambda: root.get(name),
+        lambda: root.delete(name),
+        lambda: root.sweep(name),
+        lambda: root.list(name),
+        lambda: root.discard("a", name),
+    ):
+        with pytest.raises(NotFound):
+            attempt()
+
+
+def test_a_checkpoint_belongs_to_its_vm(root: Store) -> None:
+    with pytest.raises(NotFound, match="not one of VM b"):
+        root.begin("b", "a-20260101-160000-00ff")
+
+
+def test_folders_and_files_are_private(root: Store, published: Manifest) -> None:
+    for path in [root.root, *root.root.rglob("*")]:
+        wanted = 0o700 if path.is_dir() else 0o600
+        if path.name != layout.VMCORE:
+            assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+
+
+def test_a_published_checkpoint_comes_back(root: Store, published: Manifest, ram: Path) -> None:
+    assert root.get(published.checkpoint) == published
+    assert [entry.manifest for entry in root.list()] == [published]
+    back = root.root.parent / "back"
+    with opened(back, os.O_RDWR | os.O_CREAT) as fd:
+        os.ftruncate(fd, PAGE_COUNT * PAGE_SIZE)
+        for host in HOSTS:
+            part = root.read_slice(published, host)
+            memory_file.load(part.memory_path, part.mask, part.sums, fd)
+    assert back.read_bytes() == ram.read_bytes()
+    assert root.read_placement(published).tolist() == placement().tolist()
+    assert root.read_history(published).tolist() == list(range(PAGE_COUNT))
+    assert root.vmcore(published).stat().st_size == 10_000
+
+
+def test_without_manifest_it_is_not_there_and_swept(root: Store, ram: Path) -> None:
+    manifest = take(root, ram)
+    assert root.list() == []
+    with pytest.raises(NotFound):
+        root.get(manifest.checkpoint)
+    assert root.sweep("demo", keep=frozenset({manifest.checkpoint})) == []
+    assert root.sweep("demo") == [manifest.checkpoint]
+    assert not folder(root, manifest).exists()
+    with pytest.raises(NotFound, match="was discarded"):
+        root.publish(manifest)
+
+
+def test_a_crash_before_the_rename_announces_nothing(
+    root: Store, ram: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = take(root, ram)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        root.publish(manifest)
+    monkeypatch.undo()
+    assert root.list() == []
+    assert root.sweep("demo") == [manifest.checkpoint]
+
+
+def test_sweep_leaves_the_rest_alone(root: Store, published: Manifest) -> None:
+    root.next_generation("demo")
+    (root.root / "demo" / "mine").mkdir()
+    assert root.sweep("demo") == []
+    assert root.get(published.checkpoint) == published
+    assert (root.root / "demo" / "mine").exists()
+    assert root.sweep("other") == []
+
+
+def test_publish_may_be_repeated_but_not_changed(root: Store, published: Manifest) -> None:
+    root.publish(published)
+    with pytest.raises(Conflict, match="other content"):
+        root.publish(published.model_copy(update={"tick": 8}))
+    with pytest.raises(Conflict, match="published already"):
+        root.begin(published.vm, published.checkpoint)
+    with pytest.raises(Conflict, match="delete it"):
+        root.discard(published.vm, published.checkpoint)
+    assert root.get(published.checkpoint) == published
+
+
+def test_discard_may_be_repeated(root: Store, ram: Path) -> None:
+    manifest = take(root, ram)
+    root.discard(manifest.vm, manifest.checkpoint)
+    root.discard(manifest.vm, manifest.checkpoint)
+    assert not folder(root, manifest).exists()
+
+
+def test_delete_removes_the_manifest_first(
+    root: Store, published: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(path: Path) -> None:
+        assert not (path / layout.MANIFEST).exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        root.delete(published.checkpoint)
+    monkeypatch.undo()
+    assert root.list() == []
+    assert root.sweep("demo") == [published.checkpoint]
+    with pytest.raises(NotFound):
+        root.delete(published.checkpoint)
+
+
+def test_newest_last_over_vms(root: Store, ram: Path) -> None:
+    late, early, other = (
+        take(root, ram, now=NOW + timedelta(hours=1), token="0000"),
+        take(root, ram, now=NOW, token="ffff"),
+        take(root, ram, vm="abc", now=NOW + timedelta(minutes=1)),
+    )
+    same_second = take(root, ram, now=NOW, token="0001", generation=2)
+    for manifest in (late, early, other, same_second):
+        root.publish(manifest)
+    assert [entry.manifest for entry in root.list()] == [early, same_second, other, late]
+    assert [entry.manifest for entry in root.list("abc")] == [other]
+
+
+def test_a_corrupt_manifest_is_listed_with_its_error(
+    root: Store, published: Manifest, ram: Path
+) -> None:
+    good = take(root, ram, token="1111")
+    root.publish(good)
+    path = folder(root, published) / layout.MANIFEST
+    for content in (b"", b"{}", b"\xff\xfe", path.read_bytes()[:-40]):
+        path.write_bytes(content)
+        by_id = {entry.checkpoint: entry for entry in root.list()}
+        assert by_id[good.checkpoint].manifest == good
+        assert str(path) in (by_id[published.checkpoint].error or "")
+        with pytest.raises(CheckpointCorrupt, match=r"manifest\.json"):
+            root.verify(published.checkpoint)
+    root.delete(published.checkpoint)
+    assert [entry.manifest for entry in root.list()] == [good]
+
+
+def test_a_manifest_in_another_folder_is_refused(root: Store, published: Manifest) -> None:
+    moved = "demo-20260301-120000-ffff"
+    folder(root, published).rename(root.root / "demo" / moved)
+    with pytest.raises(CheckpointCorrupt, match=f"belongs to checkpoint {published.checkpoint}"):
+        root.get(moved)
+
+
+def test_similar_ids_are_named(root: Store, published: Manifest) -> None:
+    with pytest.raises(NotFound, match=f"did you mean {published.checkpoint}"):
+        root.get(published.checkpoint[:-1] + "c")
+    with pytest.raises(NotFound, match="did you mean"):
+        root.get(published.checkpoint[:-7])
+    with pytest.raises(NotFound, match="see `dcres checkpoints`"):
+        root.get("zzz")
+
+
+def test_generations_only_grow(root: Store, ram: Path) -> None:
+    assert [root.next_generation("demo") for _ in range(3)] == [1, 2, 3]
+    root.publish(take(root, ram, generation=40))
+    assert root.next_generation("demo") == 41
+    (root.root / "demo" / layout.GENERATION).write_text("7 or 8")
+    with pytest.raises(CheckpointCorrupt, match="generation is not a number"):
+        root.next_generation("demo")
+
+
+def test_generations_are_given_out_once(root: Store) -> None:
+    given: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: given.append(root.next_generation("demo")))
+        for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(given) == list(range(1, 17))
+
+
+def test_room_before_the_first_checkpoint(root: Store) -> None:
+    assert root.room("demo") > 0
+
+
+def test_verify_reports_every_file(root: Store, published: Manifest) -> None:
+    done: list[int] = []
+    report = root.verify(published.checkpoint, done.append)
+    assert report.ok
+    assert report.pages == sum(done) == published.pages
+    stored = [path for path in files_of(root, published) if path.name != layout.MANIFEST]
+    assert sorted((file.host, file.name) for file in report.files) == [
+        (path.parent.name, path.name) for path in stored
+    ]
+
+
+def test_a_flipped_bit_in_any_file_is_named(root: Store, published: Manifest) -> None:
+    for path in files_of(root, published):
+        whole = path.stat()
+        with opened(path, os.O_RDWR) as fd:
+            offset = first_data(fd)
+            byte = os.pread(fd, 1, offset)
+            os.pwrite(fd, bytes([byte[0] ^ 1]), offset)
+            assert_named(root, published, path)
+            os.pwrite(fd, byte, offset)
+        assert path.stat().st_size == whole.st_size
+        assert root.verify(published.checkpoint).ok
+
+
+def first_data(fd: int) -> int:
+    return os.lseek(fd, 0, os.SEEK_DATA) + 5
+
+
+def test_a_truncated_or_missing_file_is_named(root: Store, published: Manifest) -> None:
+    for path in files_of(root, published):
+        data, aside = path.read_bytes(), path.with_suffix(".aside")
+        path.rename(aside)
+        if path.name != layout.MANIFEST:
+            assert_named(root, published, path)
+        path.write_bytes(data[:-1])
+        assert_named(root, published, path)
+        aside.rename(path)
+    assert root.verify(published.checkpoint).ok
+
+
+def assert_named(root: Store, manifest: Manifest, path: Path) -> None:
+    with pytest.raises(CheckpointCorrupt) as caught:
+        root.verify(manifest.checkpoint, strict=True)
+    assert str(path) in str(caught.value)
+    if path.name != layout.MANIFEST:
+        bad = [file for file in root.verify(manifest.checkpoint).files if not file.ok]
+        assert (path.parent.name, path.name) in [(file.host, file.name) for file in bad]
+        assert not root.verify_part(manifest, path.parent.name).ok
+
+
+def rewritten(root: Store, manifest: Manifest, host: int, **files: object) -> Manifest:
+    """`manifest` after the tables of `host` were replaced by others, as a faulty host might."""
+    place = folder(root, manifest) / HOSTS[host]
+    part = manifest.hosts[host]
+    sums = [write(place / name) for name, write in files.items() if callable(write)]
+    kept = [file for file in part.files if file.name not in {new.name for new in sums}]
+    new_part = part.model_copy(update={"files": (*kept, *sums)})
+    hosts = tuple(new_part if other is part else other for other in manifest.hosts)
+    return manifest.model_copy(update={"hosts": hosts})
+
+
+def republish(root: Store, manifest: Manifest) -> None:
+    (folder(root, manifest) / layout.MANIFEST).unlink()
+    root.publish(manifest)
+
+
+def problems(root: Store, manifest: Manifest) -> list[str]:
+    republish(root, manifest)
+    report = root.verify(manifest.checkpoint)
+    assert not report.ok
+    with pytest.raises(DcresError):
+        root.verify(manifest.checkpoint, strict=True)
+    return [file.problem for file in report.files if file.problem]
+
+
+def test_existence_must_agree_with_the_memory_file(root: Store, published: Manifest) -> None:
+    here = placement() == 1
+    page = int(np.flatnonzero(here)[4])
+    here[page] = False
+    forged = rewritten(
+        root, published, 1, **{layout.PAGES: lambda path: tables.write_existence(path, here)}
+    )
+    assert f"page {page} was saved by h1 and is not its" in problems(root, forged)[0]
+    with pytest.raises(CheckpointCorrupt, match=f"page {page}"):
+        root.read_slice(forged, "h1")
+
+
+def test_placement_must_agree_with_every_host(root: Store, published: Manifest) -> None:
+    where = placement()
+    page = int(np.flatnonzero(where == 1)[0])
+    where[page] = 2
+    forged = rewritten(
+        root,
+        published,
+        0,
+        **{layout.PAGES: lambda path: tables.write_placement(path, where, HOSTS)},
+    )
+    (problem,) = problems(root, forged)
+    assert f"page {page} was saved by h1 and is not its" in problem
+    where[page] = 1
+    lost = int(np.flatnonzero(where == tables.NOWHERE)[0])
+    where[lost] = 2
+    forged = rewritten(
+        root, forged, 0, **{layout.PAGES: lambda path: tables.write_placement(path, where, HOSTS)}
+    )
+    (problem,) = problems(root, forged)
+    assert f"page {lost} is h2's and was not saved there" in problem
+
+
+def test_placement_must_name_the_manifests_hosts(root: Store, published: Manifest) -> None:
+    others = ("h0", "h2", "h1")
+    forged = rewritten(
+        root,
+        published,
+        0,
+        **{layout.PAGES: lambda path: tables.write_placement(path, placement(), others)},
+    )
+    assert "h0, h2, h1 are not the manifest's" in problems(root, forged)[0]
+
+
+def test_a_table_that_the_manifest_does_not_list(root: Store, published: Manifest) -> None:
+    part = published.hosts[1]
+    bare = part.model_copy(update={"files": ()})
+    forged = published.model_copy(update={"hosts": (published.main, bare, published.hosts[2])})
+    assert "does not list it" in problems(root, forged)[0]
+
+
+def test_unknown_hosts(root: Store, published: Manifest) -> None:
+    with pytest.raises(NotFound, match="its hosts are h0, h1, h2"):
+        root.read_slice(published, "h9")

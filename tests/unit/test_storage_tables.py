@@ -1,0 +1,162 @@
+"""Tables: round trips, and nothing malformed is read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dcres.errors import CheckpointCorrupt
+from dcres.storage import tables
+from dcres.storage.digest import file_sum
+from dcres.storage.manifest import FileSum
+
+COUNT = 50
+MASK = np.arange(COUNT) % 3 == 1
+SUMS = np.arange(COUNT, dtype=np.uint64) * np.uint64(2**58) * MASK
+PLACEMENT = np.where(MASK, 0, np.where(np.arange(COUNT) % 2, 1, tables.NOWHERE)).astype(np.uint8)
+HISTORY = np.arange(COUNT, dtype=np.uint32)[::-1] * 80_000_000
+
+Write = Callable[[Path], FileSum]
+Read = Callable[..., Any]
+KINDS: dict[str, tuple[Write, Read]] = {
+    "placement": (
+        lambda path: tables.write_placement(path, PLACEMENT, ("h0", "h1")),
+        tables.read_placement,
+    ),
+    "existence": (lambda path: tables.write_existence(path, MASK), tables.read_existence),
+    "sums": (lambda path: tables.write_sums(path, MASK, SUMS), tables.read_sums),
+    "history": (lambda path: tables.write_history(path, HISTORY, 9), tables.read_history),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    files = {}
+    for kind, (write, _) in KINDS.items():
+        files[kind] = tmp_path / f"{kind}.arrow"
+        assert write(files[kind]) == file_sum(files[kind])
+    placement, hosts = tables.read_placement(files["placement"], COUNT)
+    assert placement.tolist() == PLACEMENT.tolist()
+    assert hosts == ("h0", "h1")
+    here = tables.read_existence(files["existence"], COUNT)
+    assert here.dtype == np.bool_
+    assert here.tolist() == MASK.tolist()
+    mask, sums = tables.read_sums(files["sums"], COUNT)
+    assert mask.tolist() == MASK.tolist()
+    assert sums.tolist() == SUMS.tolist()
+    history, tick = tables.read_history(files["history"], COUNT)
+    assert history.tolist() == HISTORY.tolist()
+    assert tick == 9
+
+
+def test_a_vm_without_a_page_here(tmp_path: Path) -> None:
+    nothing = np.zeros(COUNT, dtype=np.bool_)
+    tables.write_sums(tmp_path / "s", nothing, np.zeros(COUNT, dtype=np.uint64))
+    assert not tables.read_sums(tmp_path / "s", COUNT)[0].any()
+
+
+@kinds
+def test_every_flipped_byte_is_found(tmp_path: Path, kind: str) -> None:
+    write, read = KINDS[kind]
+    path = tmp_path / "t.arrow"
+    expected = write(path)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+        with pytest.raises(CheckpointCorrupt, match=r"t\.arrow"):
+            read(path, COUNT, expected)
+
+
+@kinds
+@pytest.mark.parametrize("known", [True, False])
+def test_every_truncation_is_found(tmp_path: Path, kind: str, known: bool) -> None:
+    write, read = KINDS[kind]
+    path = tmp_path / "t.arrow"
+    expected = write(path) if known else (write(path), None)[1]
+    data = path.read_bytes()
+    for length in range(0, len(data), 1 if known else 7):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointCorrupt, match=r"t\.arrow"):
+            read(path, COUNT, expected)
+
+
+@kinds
+def test_a_table_of_another_vm_kind_or_nothing(tmp_path: Path, kind: str) -> None:
+    write, read = KINDS[kind]
+    path = tmp_path / "t.arrow"
+    with pytest.raises(CheckpointCorrupt, match="it is missing"):
+        read(path, COUNT)
+    write(path)
+    with pytest.raises(CheckpointCorrupt, match="page_count is 50, not 51"):
+        read(path, COUNT + 1)
+    other = next(name for name in KINDS if name != kind)
+    KINDS[other][0](path)
+    with pytest.raises(CheckpointCorrupt, match=f"kind is {other}, not {kind}"):
+        read(path, COUNT)
+
+
+def forge(path: Path, kind: str, columns: dict[str, Any], **more: str) -> None:
+    metadata = {
+        "kind": kind,
+        "format_version": "1",
+        "page_size": "4096",
+        "page_count": str(COUNT),
+        **more,
+    }
+    batch = pa.record_batch(columns)
+    schema = pa.schema(
+        [field.with_nullable(False) for field in batch.schema],
+        metadata={f"dcres.{key}": value for key, value in metadata.items()},
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+
+
+def u64(*values: int) -> Any:
+    return pa.array(values, pa.uint64())
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "more", "message"),
+    [
+        ("sums", {"page": u64(2, 1), "xxh3_64": u64(0, 0)}, {}, "do not ascend"),
+        ("sums", {"page": u64(1, 1), "xxh3_64": u64(0, 0)}, {}, "do not ascend"),
+        ("sums", {"page": u64(COUNT), "xxh3_64": u64(0)}, {}, "leave the VM's memory"),
+        ("sums", {"page": u64(1), "sum": u64(0)}, {}, "other names or types"),
+        ("sums", {"page": pa.array([1]), "xxh3_64": u64(0)}, {}, "other names or types"),
+        ("existence", {"here": pa.array([True])}, {}, "1 rows instead of 50"),
+        ("history", {"last_access": pa.array([1], pa.uint32())}, {"tick": "1"}, "1 rows"),
+        ("history", {"last_access": pa.array(HISTORY)}, {"tick": "-1"}, "not a number"),
+        ("history", {"last_access": pa.array(HISTORY)}, {}, "not a number"),
+        ("placement", {"host": pa.array(PLACEMENT)}, {"hosts": '["h0"]'}, "host 1 of 1"),
+        ("placement", {"host": pa.array(PLACEMENT)}, {"hosts": "{}"}, "list of hosts"),
+        ("placement", {"host": pa.array(PLACEMENT)}, {}, "list of hosts"),
+        ("placement", {"host": pa.array(PLACEMENT)}, {"format_version": "2"}, "format_version"),
+    ],
+)
+def test_a_well_formed_table_with_wrong_content(
+    tmp_path: Path, kind: str, columns: dict[str, Any], more: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "t.arrow"
+    forge(path, kind, columns, **more)
+    with pytest.raises(CheckpointCorrupt, match=message) as caught:
+        KINDS[kind][1](path, COUNT)
+    assert str(path) in str(caught.value)
+
+
+@kinds
+def test_flips_without_a_checksum_never_crash(tmp_path: Path, kind: str) -> None:
+    write, read = KINDS[kind]
+    path = tmp_path / "t.arrow"
+    write(path)
+    data = path.read_bytes()
+    for place in range(0, len(data), 3):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x80]) + data[place + 1 :])
+        with contextlib.suppress(CheckpointCorrupt):
+            read(path, COUNT)
