@@ -70,7 +70,7 @@ def test_trouble_at_any_moment(at: int, trouble: Event) -> None:
 
 def test_every_order_of_votes_failures_and_publishing_is_safe() -> None:
     start = usual()[:3]
-    events = (
+    events: tuple[Event, ...] = (
         Passed("m", Barrier.SAVED),
         Passed("s", Barrier.SAVED),
         Failed("s", "gone"),

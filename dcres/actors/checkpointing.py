@@ -1,0 +1,257 @@
+"""One checkpoint, driven over the hosts: carries out what `model.commit` decides."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from dcres.actors.messages import Finished, Saved
+from dcres.actors.ports import Port
+from dcres.config import VmSpec
+from dcres.errors import DcresError, OperationFailed
+from dcres.model.commit import (
+    Barrier,
+    Cancelled,
+    Commit,
+    Event,
+    Failed,
+    Instruction,
+    Passed,
+    Phase,
+    Published,
+    PublishFailed,
+)
+from dcres.storage.manifest import (
+    DiskSnapshot,
+    FileSum,
+    HostSlice,
+    Manifest,
+    Mode,
+    PagingDuring,
+    Role,
+    dumps,
+)
+
+log = logging.getLogger("dcres.coordinator")
+
+_PREPARE_TIMEOUT_S = 60.0
+_FINISH_TIMEOUT_S = 300.0
+_SAVE_TIMEOUT_S = 24 * 3600.0
+_RESTART_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is checkpointed: a VM, and where it runs."""
+
+    vm: str
+    generation: int
+    spec: VmSpec
+    accel: str
+    qemu_version: str
+    hosts: tuple[str, ...]  # the main host first
+    ports: Mapping[str, Port]
+
+    @property
+    def main(self) -> str:
+        """The main host's name."""
+        return self.hosts[0]
+
+
+class Checkpointing:
+    """A checkpoint under way. `run` returns its manifest; `cancel` may be called meanwhile."""
+
+    def __init__(
+        self, subject: Subject, checkpoint: str, mode: Mode, created: datetime | None = None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.phase = Phase.PREPARING
+        self._subject = subject
+        self._mode = mode
+        self._created = created or datetime.now(UTC)
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._began = time.monotonic()
+        self._before: dict[str, int] = {}
+        self._finished: Finished | None = None
+        self._saved: dict[str, Saved] = {}
+        self._downtime_s = 0.0
+        self._manifest: Manifest | None = None
+
+    def cancel(self, why: str) -> None:
+        """Give it up, unless it is being published already."""
+        self._events.put(Cancelled(why))
+
+    def run(self) -> Manifest:
+        """Take the checkpoint. Raises OperationFailed; the VM then runs, if it can at all."""
+        commit, instructions = Commit.begin(self._subject.hosts, self._subject.main)
+        while True:
+            self.phase = commit.phase
+            for instruction in instructions:
+                self._obey(instruction)
+            if commit.ended:
+                break
+            commit, instructions = commit.step(self._events.get())
+        if commit.phase is Phase.ABANDONED or self._manifest is None:
+            raise OperationFailed(
+                f"the checkpoint of VM {self._subject.vm} was given up; "
+                "the VM goes on and earlier checkpoints are as they were",
+                commit.failures,
+            )
+        return self._manifest
+
+    def _obey(self, instruction: Instruction) -> None:
+        match instruction:
+            case Instruction.PREPARE:
+                self._tell_all("prepare", Barrier.SYNCHRONISE, _PREPARE_TIMEOUT_S)
+            case Instruction.FINISH:
+                self._submit(self._subject.main, self._finish)
+            case Instruction.SAVE:
+                for host in self._subject.hosts:
+                    self._submit(host, self._save)
+            case Instruction.RESUME:
+                self._resume()
+            case Instruction.PUBLISH:
+                self._publish()
+            case Instruction.DISCARD:
+                self._discard()
+
+    def _submit(self, host: str, work: Callable[[str], Barrier]) -> None:
+        def attempt() -> None:
+            try:
+                self._events.put(Passed(host, work(host)))
+            except DcresError as error:
+                self._events.put(Failed(host, str(error)))
+            except Exception as error:
+                log.exception("checkpoint %s on %s", self.checkpoint, host)
+                self._events.put(Failed(host, f"{type(error).__name__}: {error}"))
+
+        threading.Thread(target=attempt, name=f"checkpoint-{host}", daemon=True).start()
+
+    def _tell_all(self, method: str, barrier: Barrier, timeout_s: float) -> None:
+        def tell(host: str) -> Barrier:
+            answer = self._subject.ports[host].call(method, self.checkpoint, timeout_s=timeout_s)
+            if host == self._subject.main:
+                self._before = answer
+            return barrier
+
+        for host in self._subject.hosts:
+            self._submit(host, tell)
+
+    def _finish(self, host: str) -> Barrier:
+        port = self._subject.ports[host]
+        self._finished = port.call("finish", self.checkpoint, timeout_s=_FINISH_TIMEOUT_S)
+        return Barrier.FINISH
+
+    def _save(self, host: str) -> Barrier:
+        finished = self._require_finished()
+        arguments: tuple[Any, ...] = (self.checkpoint,)
+        if host == self._subject.main:
+            arguments = (self.checkpoint, finished.tick)
+        saved: Saved = self._subject.ports[host].call("save", *arguments, timeout_s=_SAVE_TIMEOUT_S)
+        self._require_agreement(host, saved, finished)
+        self._saved[host] = saved
+        return Barrier.SAVED
+
+    def _require_finished(self) -> Finished:
+        if self._finished is None:
+            raise OperationFailed("the main host did not finish", {})
+        return self._finished
+
+    def _require_agreement(self, host: str, saved: Saved, finished: Finished) -> None:
+        """Existence on a sub host and placement on the main host name the same pages."""
+        index = self._subject.hosts.index(host)
+        same = index == 0 or saved.digest == finished.digests[index - 1]
+        if not same or saved.pages != finished.pages[index]:
+            raise OperationFailed(
+                f"{host} saved {saved.pages} pages, not the {finished.pages[index]} pages that "
+                "the network page table places there",
+                {},
+            )
+
+    def _resume(self) -> None:
+        """Let the VM go on, through a restart of the main host's actor if need be."""
+        port = self._subject.ports[self._subject.main]
+        try:
+            port.wait_ready(_RESTART_TIMEOUT_S)
+            resumed_at = port.call("resume")
+        except DcresError as error:
+            log.error("VM %s cannot go on: %s", self._subject.vm, error)
+            return
+        if self._finished is not None:
+            self._downtime_s = resumed_at - self._finished.stopped_at
+
+    def _publish(self) -> None:
+        port = self._subject.ports[self._subject.main]
+        try:
+            self._manifest = self._make_manifest()
+            text = dumps(self._manifest)
+            try:
+                port.call("publish", text)
+            except DcresError:
+                # Publishing may be repeated, and an actor that died in it is back in a moment.
+                port.wait_ready(_RESTART_TIMEOUT_S)
+                port.call("publish", text)
+        except Exception as error:
+            self._manifest = None
+            self._events.put(PublishFailed(str(error)))
+        else:
+            self._events.put(Published())
+
+    def _discard(self) -> None:
+        for host in self._subject.hosts:
+            port = self._subject.ports[host]
+            try:
+                port.wait_ready(_RESTART_TIMEOUT_S)
+                port.call("abandon", self.checkpoint)
+            except DcresError as error:
+                # It is not listed, and swept before the next checkpoint.
+                log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)
+
+    def _make_manifest(self) -> Manifest:
+        finished, subject = self._require_finished(), self._subject
+        disks = tuple(
+            DiskSnapshot(path=str(each.path), format=each.format, snapshot=self.checkpoint)
+            for each in subject.spec.disks
+        )
+        return Manifest(
+            checkpoint=self.checkpoint,
+            vm=subject.vm,
+            created=self._created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            mode=self._mode,
+            memory_bytes=subject.spec.memory,
+            generation=subject.generation,
+            vm_spec=subject.spec.model_dump(mode="json", by_alias=True),
+            qemu_version=subject.qemu_version,
+            accel=subject.accel,
+            tick=finished.tick,
+            hosts=tuple(self._slice(index) for index in range(len(subject.hosts))),
+            vmcore=FileSum(**finished.vmcore),
+            disks=disks,
+            seconds=time.monotonic() - self._began,
+            downtime_seconds=self._downtime_s,
+            pages_moved_for_checkpoint=finished.moved,
+            paging_during=PagingDuring(
+                pages_in=finished.pages_in - self._before["pages_in"],
+                pages_out=finished.pages_out - self._before["pages_out"],
+            ),
+        )
+
+    def _slice(self, index: int) -> HostSlice:
+        host = self._subject.hosts[index]
+        saved = self._saved[host]
+        return HostSlice(
+            host=host,
+            role=Role.MAIN if index == 0 else Role.SUB,
+            share_bytes=self._subject.spec.layout.shares[index],
+            pages=saved.pages,
+            bytes_written=saved.bytes_written,
+            file_bytes_allocated=saved.allocated_bytes,
+            seconds=saved.seconds,
+            files=tuple(FileSum(**each) for each in saved.files),
+        )

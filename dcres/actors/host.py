@@ -1,0 +1,304 @@
+"""What the main host's and the sub hosts' actors share: files, daemons, loading and saving.
+
+A host actor owns no state that matters: QEMU, pager and memory server are processes of their
+own, and everything that is known about them lies in files under the host's run folder. An
+actor that Ray starts again finds them there and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dcres.actors.messages import LoadOrder, Progress, Saved
+from dcres.config import HostSettings
+from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
+from dcres.linux.files import data_extents, fs_free_bytes, punch_hole
+from dcres.linux.process import ProcessId, find_marked, spawn_detached
+from dcres.model.pages import PAGE_SIZE, count_pages
+from dcres.model.placement import digest
+from dcres.paging import control
+from dcres.storage import memory_file, tables
+from dcres.storage.layout import MEMORY
+from dcres.storage.manifest import FileSum, Manifest, loads
+from dcres.storage.memory_file import SavedMemory
+from dcres.storage.store import Store
+
+log = logging.getLogger("dcres.host")
+
+_START_TIMEOUT_S = 20.0
+_MOST_RESTARTS = 20
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class VmFolder:
+    """Where one VM's files are on one host."""
+
+    run: Path
+    ram: Path
+
+    @classmethod
+    def of(cls, settings: HostSettings, vm: str) -> VmFolder:
+        """The folders of `vm` on the host with these settings."""
+        return cls(settings.run / vm, settings.ram / vm)
+
+    def make(self) -> None:
+        """Create both, private to us."""
+        for folder in (self.run, self.ram):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Remove the RAM; of the run folder keep nothing but logs."""
+        shutil.rmtree(self.ram, ignore_errors=True)
+        for path in self.run.glob("*"):
+            if path.suffix != ".log":
+                path.unlink(missing_ok=True)
+
+    @property
+    def state(self) -> Path:
+        """What the actor has to know when it is started again."""
+        return self.run / "state.json"
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Replace a state file (mode 0600) in one step."""
+    fresh = path.with_suffix(".new")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(state, file)
+    fresh.rename(path)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The state file's content; None when there is none."""
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return state
+
+
+def marker(folder: VmFolder) -> dict[str, str]:
+    """The environment of every process that is started for a VM on this host."""
+    return {"DCRES_VM_RUN": str(folder.run)}
+
+
+def end_leftovers(folder: VmFolder) -> None:
+    """End processes of the VM on this host that no state file tells of.
+
+    An actor that was killed between starting a process and writing that down left them.
+    """
+    for key, value in marker(folder).items():
+        for process in find_marked(key, value):
+            process.end(grace_s=1.0)
+
+
+class Daemon:
+    """A paging process that is kept running: started, adopted, and started again when it dies.
+
+    Its settings file says all it needs, so that a new one goes on where the old one stopped.
+    """
+
+    def __init__(self, module: str, vm_folder: VmFolder, name: str) -> None:
+        folder = vm_folder.run
+        self._argv = [sys.executable, "-m", module, str(folder / f"{name}.json")]
+        self._marker = marker(vm_folder)
+        self._pid_file = folder / f"{name}.pid"
+        self._log = folder / f"{name}.log"
+        self.control = folder / f"{name}.sock"
+        self.name = name
+        self.restarts = 0
+        self._wanted = False
+        self._watcher: threading.Thread | None = None
+        self._process: ProcessId | None = None
+
+    def start(self) -> None:
+        """Start it, or adopt the one that runs; returns when it answers."""
+        self._process = self._read_pid()
+        if self._process is None or not self._process.alive:
+            self._spawn()
+        self._await_answer()
+        self._wanted = True
+        self._watcher = threading.Thread(target=self._watch, name=self.name, daemon=True)
+        self._watcher.start()
+
+    def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        """Give it an order; see `control.call`."""
+        return control.call(self.control, do, timeout_s, **arguments)
+
+    def stop(self) -> None:
+        """End it for good. Repeatable."""
+        self._wanted = False
+        process = self._process or self._read_pid()
+        if process is not None:
+            process.end()
+        self._pid_file.unlink(missing_ok=True)
+        self.control.unlink(missing_ok=True)
+
+    def _read_pid(self) -> ProcessId | None:
+        state = read_state(self._pid_file)
+        return None if state is None else ProcessId(state["pid"], state["start_time"])
+
+    def _spawn(self) -> None:
+        process = spawn_detached(self._argv, self._log, {**os.environ, **self._marker})
+        write_state(self._pid_file, {"pid": process.pid, "start_time": process.start_time})
+        self._process = process
+
+    def _await_answer(self) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            process = self._process
+            try:
+                if process is not None and self.call("status", 2.0)["pid"] == process.pid:
+                    return
+            except PagingError:
+                if process is None or not process.alive or time.monotonic() > deadline:
+                    raise PagingError(f"the {self.name} did not start: {self._words()}") from None
+            time.sleep(_POLL_S)
+
+    def _words(self) -> str:
+        try:
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+        except FileNotFoundError:
+            return "it said nothing"
+        return lines[-1] if lines else "it said nothing"
+
+    def _watch(self) -> None:
+        while self._wanted and self.restarts < _MOST_RESTARTS:
+            process = self._process
+            if process is None or not process.wait_gone(0.5) or not self._wanted:
+                continue
+            self.restarts += 1
+            log.warning("the %s has died; starting another", self.name)
+            try:
+                self._spawn()
+                self._await_answer()
+            except (PagingError, OSError) as error:
+                log.error("%s", error)
+
+
+class Meter:
+    """Counts pages as they are done, lets others look, and stops the work when it is cancelled."""
+
+    def __init__(self) -> None:
+        self._progress = Progress()
+        self._cancelled = threading.Event()
+
+    @contextmanager
+    def measuring(self, what: str, pages: int) -> Iterator[Callable[[int], None]]:
+        """A callback for the work inside the ``with`` block; raises Conflict once cancelled."""
+        self._progress = Progress(what, 0, pages * PAGE_SIZE)
+        lock = threading.Lock()
+
+        def done(pages: int) -> None:
+            if self._cancelled.is_set():
+                raise Conflict(f"{what} was cancelled")
+            with lock:
+                now = self._progress
+                self._progress = replace(now, done_bytes=now.done_bytes + pages * PAGE_SIZE)
+
+        yield done
+
+    def cancel(self) -> None:
+        """Make the work under way fail soon."""
+        self._cancelled.set()
+
+    def reset(self) -> None:
+        """Allow new work."""
+        self._cancelled.clear()
+        self._progress = Progress()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return self._progress
+
+
+def require_tmpfs_room(ram: Path, share_bytes: int) -> None:
+    """NoRoom unless the tmpfs that holds guest memory can take `share_bytes` more."""
+    ram.mkdir(mode=0o700, parents=True, exist_ok=True)
+    free = fs_free_bytes(ram)
+    if free < share_bytes:
+        raise NoRoom(
+            f"{ram} has {free >> 20} MiB free and this host's share is {share_bytes >> 20} MiB; "
+            "give the tmpfs more room or choose another folder with DCRES_RAM"
+        )
+
+
+def require_store_room(store: Path, length_bytes: int) -> None:
+    """StoreFull before anything is stopped, when the disk clearly has too little room."""
+    free = fs_free_bytes(store)
+    if free < length_bytes:
+        raise StoreFull(
+            f"{store} has {free >> 20} MiB free and this host's part needs up to "
+            f"{length_bytes >> 20} MiB; delete checkpoints or give it another disk"
+        )
+
+
+def save_part(
+    host: str,
+    source: Path,
+    folder: Path,
+    meter: Meter,
+    tables_of: Callable[[SavedMemory], Sequence[FileSum]],
+) -> Saved:
+    """Save all pages of the sparse file `source` as this host's part of a checkpoint.
+
+    Memory file, checksums and the tables that `tables_of` writes are durable on return.
+    Placement is frozen while this runs. Raises StoreFull, Conflict when cancelled.
+    """
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        page_count = os.fstat(fd).st_size // PAGE_SIZE
+        extents = data_extents(fd, page_count)
+        path = folder / MEMORY
+        path.unlink(missing_ok=True)
+        with (
+            meter.measuring("save", count_pages(extents)) as done,
+            memory_file.MemoryFileWriter(path, page_count, done) as writer,
+        ):
+            writer.save(fd, extents)
+            saved = writer.seal()
+    finally:
+        os.close(fd)
+    sums = tables.write_sums(folder / "sums.arrow", saved.mask, saved.sums)
+    files = (*tables_of(saved), sums)
+    return Saved(
+        host=host,
+        pages=saved.pages,
+        bytes_written=saved.bytes_written,
+        allocated_bytes=saved.allocated_bytes,
+        seconds=saved.seconds,
+        digest=digest(saved.mask),
+        files=tuple(each.model_dump() for each in files),
+    )
+
+
+def load_parts(store: Store, order: LoadOrder, target: Path, meter: Meter) -> Manifest:
+    """Load parts of a checkpoint into the sparse file `target`, verified page by page.
+
+    The file is created, or emptied first. Raises CheckpointCorrupt, NoRoom.
+    """
+    manifest = loads(order.manifest, Path("manifest.json"))
+    parts = [store.read_slice(manifest, host) for host in order.hosts]
+    total = sum(int(part.mask.sum()) for part in parts)
+    fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, manifest.memory_bytes)
+        punch_hole(fd, 0, manifest.memory_bytes)
+        with meter.measuring("load", total) as done:
+            for part in parts:
+                memory_file.load(part.memory_path, part.mask, part.sums, fd, done)
+    finally:
+        os.close(fd)
+    return manifest

@@ -1,0 +1,384 @@
+"""The actor of the main host: QEMU, the pager, and this host's part of checkpoints.
+
+Every method runs on the main host. What it does to the VM it does at most once per call; after
+a failure the coordinator calls `abandon` or `destroy`, which may be repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcres.actors.host import (
+    Daemon,
+    Meter,
+    VmFolder,
+    end_leftovers,
+    load_parts,
+    marker,
+    read_state,
+    require_store_room,
+    require_tmpfs_room,
+    save_part,
+    write_state,
+)
+from dcres.actors.messages import Finished, Progress, RunOrder, Saved, Status
+from dcres.config import Accel, HostSettings, VmSpec, default_home
+from dcres.errors import CheckpointCorrupt, MonitorError, NotFound, PagingError, VmLost
+from dcres.model.pages import PAGE_SIZE, pages_of
+from dcres.model.placement import MAIN, from_saved, to_saved
+from dcres.paging import settings as paging_settings
+from dcres.paging.settings import PagerSettings
+from dcres.paging.table import PageTable
+from dcres.storage import tables
+from dcres.storage.digest import file_sum
+from dcres.storage.layout import HISTORY, PAGES, VMCORE
+from dcres.storage.manifest import FileSum, Manifest, loads
+from dcres.storage.memory_file import SavedMemory
+from dcres.storage.store import Store
+from dcres.vm import accel as accel_
+from dcres.vm import disk, process, safety
+from dcres.vm.command import VmFiles, disk_nodes
+from dcres.vm.monitor import Monitor, RunState
+from dcres.vm.process import QemuProcess, last_words
+
+_LINKS_TIMEOUT_S = 20.0
+_DRAIN_TIMEOUT_S = 60.0
+
+
+class MainHost:
+    """One VM on its main host."""
+
+    def __init__(
+        self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
+    ) -> None:
+        self._vm = vm
+        self._settings = HostSettings.from_environ(environ, address)
+        self._folder = VmFolder.of(self._settings, vm)
+        self._store = Store(self._settings.store)
+        self._pager = Daemon("dcres.paging.pager", self._folder, "pager")
+        self._meter = Meter()
+        self._saving = threading.Lock()
+        self._orders = threading.Lock()
+        self._monitor: Monitor | None = None
+        self._state: dict[str, Any] = read_state(self._folder.state) or {}
+        if self._state and self._qemu.alive:
+            self._pager.start()
+
+    # What this host knows
+
+    def describe(self) -> Status:
+        """Who this host is, and the VM's state file as the actor before left it."""
+        return {
+            "host": self._settings.name,
+            "role": "main",
+            "present": bool(self._state),
+            "spec": self._state.get("spec"),
+            "generation": self._state.get("generation", 0),
+            "checkpoint": self._state.get("checkpoint"),
+            "accel": self._state.get("accel"),
+            "accel_why": self._state.get("accel_why"),
+            "qemu_version": self._state.get("qemu_version"),
+            "reserved": self._state.get("reserved", 0),
+            "running": self._state.get("running", False),
+        }
+
+    @property
+    def _qemu(self) -> QemuProcess:
+        if not self._state:
+            raise NotFound(f"host {self._settings.name} does not run VM {self._vm}")
+        return QemuProcess.from_dict(self._state["qemu"])
+
+    @property
+    def _spec(self) -> VmSpec:
+        return VmSpec.model_validate(self._state["spec"])
+
+    def _remember(self, **changes: Any) -> None:
+        self._state = {**self._state, **changes}
+        write_state(self._folder.state, self._state)
+
+    @contextmanager
+    def _qmp(self) -> Iterator[Monitor]:
+        """The monitor, connected; one user at a time. Raises VmLost when QEMU has ended."""
+        with self._orders:
+            qemu = self._qemu
+            if self._monitor is None:
+                self._monitor = qemu.connect()
+            try:
+                yield self._monitor
+            except MonitorError:
+                self._monitor.close()
+                self._monitor = None
+                if not qemu.alive:
+                    raise VmLost(self._obituary(qemu)) from None
+                raise
+
+    def _obituary(self, qemu: QemuProcess) -> str:
+        words = last_words(qemu.files.log)
+        return f"QEMU of VM {self._vm} has ended ({words}); restore a checkpoint"
+
+    def status(self) -> Status:
+        """The VM and its paging as they are now. Raises VmLost when QEMU has ended."""
+        qemu = self._qemu
+        if not qemu.alive:
+            raise VmLost(self._obituary(qemu))
+        with self._qmp() as monitor:
+            run_state = monitor.status()
+        return {
+            "host": self._settings.name,
+            "role": "main",
+            "run_state": str(run_state),
+            "accel": self._state["accel"],
+            "accel_why": self._state["accel_why"],
+            "console": str(qemu.files.console),
+            "qemu_pid": qemu.process.pid,
+            "checkpoint": self._state.get("checkpoint"),
+            "restarts": self._pager.restarts,
+            **self._pager.call("status"),
+        }
+
+    def progress(self) -> Progress:
+        """How far a long operation here is."""
+        return self._meter.progress
+
+    # Start and restore
+
+    def run(self, order: RunOrder) -> None:
+        """Start QEMU and the pager, with what `order.load` names in memory; guest stopped.
+
+        Raises ConfigError, NoRoom, QemuFailed, UnsafeDevice, CheckpointCorrupt, PagingError.
+        What was started until then is for `destroy` to end.
+        """
+        spec = order.spec
+        spec.require_files()
+        require_tmpfs_room(self._settings.ram, spec.layout.main)
+        manifest = None if order.load is None else loads(order.load.manifest, Path("manifest.json"))
+        cache = default_home() / "cache"
+        if manifest is None:
+            chosen, why = accel_.choose(spec.accel, spec.kernel, cache)
+        else:
+            chosen, why = accel_.choose(Accel(manifest.accel), spec.kernel, cache)
+            self._revert_disks(manifest)
+        self._folder.make()
+        self._meter.reset()
+        self._start_qemu(order, chosen, why)
+        if order.load is not None and manifest is not None:
+            load_parts(self._store, order.load, self._ram, self._meter)
+            self._write_table(order, manifest)
+        self._start_pager(order)
+        if manifest is not None:
+            with self._qmp() as monitor:
+                self._load_core(monitor, manifest)
+
+    @property
+    def _ram(self) -> Path:
+        return self._folder.ram / "guest.ram"
+
+    def _start_qemu(self, order: RunOrder, chosen: Accel, why: str) -> None:
+        run = self._folder.run
+        vm_files = VmFiles(self._ram, run / "qmp.sock", run / "console.log", run / "qemu.log")
+        vm_files.console.unlink(missing_ok=True)
+        qemu, self._monitor = process.start(
+            order.spec,
+            vm_files,
+            chosen,
+            incoming=order.load is not None,
+            env={**os.environ, **marker(self._folder)},
+        )
+        self._remember(
+            vm=self._vm,
+            generation=order.incarnation.generation,
+            spec=order.spec.model_dump(mode="json", by_alias=True),
+            hosts=list(order.hosts),
+            qemu=qemu.to_dict(),
+            accel=str(chosen),
+            accel_why=why,
+            qemu_version=self._monitor.version,
+            reserved=order.spec.layout.main,
+            running=False,
+            checkpoint=None,
+        )
+        safety.require_safe(self._monitor, qemu.process.pid, self._ram)
+
+    def _revert_disks(self, manifest: Manifest) -> None:
+        for each in manifest.disks:
+            disk.require_snapshot(Path(each.path), each.snapshot)
+        for each in manifest.disks:
+            disk.revert(Path(each.path), each.snapshot)
+
+    def _write_table(self, order: RunOrder, manifest: Manifest) -> None:
+        """The network page table as the checkpoint has it, before the pager looks."""
+        placement = self._store.read_placement(manifest)
+        owners = from_saved(placement)
+        if not order.subs:
+            owners = np.where(owners != 0, MAIN, owners).astype(np.uint8)
+        limit = pages_of(order.spec.layout.main)
+        table = PageTable.create(self._folder.ram / "table", owners, limit)
+        table.ticks[:] = self._store.read_history(manifest)
+
+    def _start_pager(self, order: RunOrder) -> None:
+        settings = PagerSettings(
+            vm=order.incarnation.identity,
+            generation=order.incarnation.generation,
+            secret=order.incarnation.secret,
+            page_count=pages_of(order.spec.memory),
+            limit_pages=pages_of(order.spec.layout.main),
+            qemu_pid=self._qemu.process.pid,
+            ram=str(self._ram),
+            outbox=str(self._folder.ram / "outbox.ram"),
+            table=str(self._folder.ram / "table"),
+            control=str(self._pager.control),
+            subs=order.subs,
+        )
+        paging_settings.save(settings, self._folder.run / "pager.json")
+        self._pager.start()
+        self._await_links()
+
+    def _await_links(self) -> None:
+        deadline = time.monotonic() + _LINKS_TIMEOUT_S
+        while True:
+            status = self._pager.call("status")
+            if status["state"] == "lost":
+                raise PagingError(status["lost_why"])
+            waiting = {h: link for h, link in status["links"].items() if link["state"] != "ready"}
+            if not waiting:
+                return
+            if time.monotonic() > deadline:
+                whys = ", ".join(f"{host} ({link['trouble']})" for host, link in waiting.items())
+                raise PagingError(f"no connection to the memory servers of {whys}")
+            time.sleep(0.01)
+
+    def _load_core(self, monitor: Monitor, manifest: Manifest) -> None:
+        core = self._store.vmcore(manifest)
+        try:
+            monitor.load_core(core)
+        except MonitorError as error:
+            if not self._qemu.alive:
+                words = last_words(self._qemu.files.log)
+                raise CheckpointCorrupt(f"QEMU cannot load {core}: {words}") from error
+            raise
+
+    def go(self) -> None:
+        """Let the guest run, from wherever it stands. Repeatable."""
+        with self._qmp() as monitor:
+            if monitor.status() is not RunState.RUNNING:
+                monitor.cont()
+        self._remember(running=True)
+
+    def resize(self, limit_pages: int) -> None:
+        """Change how much the main host keeps; pages move while the guest runs."""
+        self._pager.call("resize", limit_pages=limit_pages)
+        layout = {**self._state["spec"]["layout"], "main": limit_pages * PAGE_SIZE}
+        self._remember(spec={**self._state["spec"], "layout": layout})
+
+    # Checkpoint
+
+    def next_generation(self) -> int:
+        """A number that no earlier life of this VM had; durable."""
+        return self._store.next_generation(self._vm)
+
+    def prepare(self, checkpoint: str) -> dict[str, int]:
+        """Sweep unfinished checkpoints, make room for this one; paging counters as they are.
+
+        Raises StoreFull, VmLost.
+        """
+        self._meter.reset()
+        status = self.status()
+        self._store.sweep(self._vm)
+        self._store.begin(self._vm, checkpoint)
+        require_store_room(self._settings.store, sum(status["pages"][:1]) * PAGE_SIZE)
+        return {"pages_in": status["pages_in"], "pages_out": status["pages_out"]}
+
+    def finish(self, checkpoint: str) -> Finished:
+        """Stop the VM, drain paging, snapshot the disks, save the VM core, freeze placement.
+
+        The state file says so first: an actor that is started again finds out what it left.
+        """
+        self._remember(checkpoint=checkpoint)
+        folder = self._store.host_folder(self._vm, checkpoint, self._settings.name)
+        with self._qmp() as monitor:
+            stopped_at = time.monotonic()
+            monitor.stop()
+            self._pager.call("quiesce", _DRAIN_TIMEOUT_S)
+            before = self._pager.call("status")
+            nodes = disk_nodes(self._spec)
+            monitor.snapshot_disks(nodes, checkpoint)
+            monitor.save_core(folder / VMCORE)
+        frozen = self._pager.call("freeze", _DRAIN_TIMEOUT_S)
+        return Finished(
+            vmcore=file_sum(folder / VMCORE).model_dump(),
+            snapshot=checkpoint if nodes else None,
+            pages=tuple(frozen["pages"]),
+            digests=tuple(frozen["digests"]),
+            tick=frozen["tick"],
+            moved=sum(frozen[key] - before[key] for key in ("pages_in", "pages_out")),
+            pages_in=frozen["pages_in"],
+            pages_out=frozen["pages_out"],
+            stopped_at=stopped_at,
+        )
+
+    def save(self, checkpoint: str, tick: int) -> Saved:
+        """Save the pages, the page placement and the access history; durable on return."""
+        name = self._settings.name
+        folder = self._store.host_folder(self._vm, checkpoint, name)
+        table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
+
+        def write_tables(_: SavedMemory) -> list[FileSum]:
+            placement = to_saved(table.owners)
+            hosts = tuple(self._state["hosts"])
+            return [
+                tables.write_placement(folder / PAGES, placement, hosts),
+                tables.write_history(folder / HISTORY, table.ticks, tick),
+                file_sum(folder / VMCORE),
+            ]
+
+        with self._saving:
+            return save_part(name, self._ram, folder, self._meter, write_tables)
+
+    def resume(self) -> float:
+        """Thaw paging, let the guest run; the time on this host's monotonic clock.
+
+        Also undoes a checkpoint that stopped half-way, so it is safe to call at any time.
+        """
+        self._pager.call("thaw")
+        self.go()
+        self._remember(checkpoint=None)
+        return time.monotonic()
+
+    def publish(self, manifest: str) -> None:
+        """Write the manifest: from now on the checkpoint exists. Repeatable."""
+        self._store.publish(loads(manifest, Path("manifest.json")))
+
+    def published(self, checkpoint: str) -> bool:
+        """Whether the checkpoint's manifest is there."""
+        return any(each.checkpoint == checkpoint for each in self._store.list(self._vm))
+
+    def abandon(self, checkpoint: str) -> None:
+        """Stop saving, remove this host's part and its disk snapshots. Repeatable."""
+        self._meter.cancel()
+        with self._saving:
+            self._store.discard(self._vm, checkpoint)
+        self._meter.reset()
+        if self._state and self._qemu.alive:
+            with self._qmp() as monitor:
+                monitor.delete_snapshots(disk_nodes(self._spec), checkpoint)
+
+    def destroy(self) -> None:
+        """End QEMU and the pager, give all memory back. Repeatable."""
+        self._meter.cancel()
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+        if self._state:
+            self._qemu.end(grace_s=2.0)
+        self._pager.stop()
+        end_leftovers(self._folder)
+        self._state = {}
+        self._folder.remove()

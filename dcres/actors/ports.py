@@ -1,0 +1,49 @@
+"""How the coordinator sees the rest: hosts behind ports, and the fleet that provides them.
+
+`dcres.actors._ray.ActorPort` and `tests.support.fleet.LocalPort` are both ports; the contract
+tests hold them to the same behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Pending(Protocol):
+    """A call under way."""
+
+    def result(self, timeout_s: float) -> Any:
+        """Wait for its result. Raises what the call raised, ClusterError when time is over."""
+
+
+class Port(Protocol):
+    """An actor that can be called."""
+
+    def submit(self, method: str, *args: Any) -> Pending:
+        """Start a call and return at once."""
+
+    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        """Call and wait. Raises DcresError as raised there, ActorGone, ClusterError."""
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the actor answers, through a restart if need be."""
+
+
+class Fleet(Protocol):
+    """Hosts for one VM: reserved, with an actor on each."""
+
+    def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
+        """Set memory aside and start the actors; the hosts, the main host first.
+
+        Raises NoRoom, NotFound or Conflict, and then nothing is reserved.
+        """
+
+    def find(self, vm: str) -> list[Port]:
+        """The ports of a VM's hosts, the main host first; empty when nothing is reserved."""
+
+    def extend(self, vm: str, share: int, extra: int) -> None:
+        """Set `extra` bytes more aside on the main host; 0 gives back what was set aside."""
+
+    def release(self, vm: str) -> None:
+        """End the actors and the reservation. Repeatable."""

@@ -1,0 +1,148 @@
+"""The actor of a sub host: keeps the memory server running, saves and loads this host's part.
+
+Every method runs on the sub host. Calling one again after a failure is safe: `serve` starts
+over, `save` replaces what an earlier try left, `abandon` and `destroy` may be repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from dcres.actors.host import (
+    Daemon,
+    Meter,
+    VmFolder,
+    end_leftovers,
+    load_parts,
+    read_state,
+    require_store_room,
+    require_tmpfs_room,
+    save_part,
+    write_state,
+)
+from dcres.actors.messages import Progress, Saved, ServeOrder, Status
+from dcres.config import HostSettings
+from dcres.errors import NotFound
+from dcres.model.pages import PAGE_SIZE
+from dcres.paging import settings as paging_settings
+from dcres.paging.settings import ServerSettings, SubAddress
+from dcres.storage import tables
+from dcres.storage.store import Store
+
+
+class SubHost:
+    """One VM's part on one sub host."""
+
+    def __init__(
+        self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
+    ) -> None:
+        self._vm = vm
+        self._settings = HostSettings.from_environ(environ, address)
+        self._folder = VmFolder.of(self._settings, vm)
+        self._store = Store(self._settings.store)
+        self._server = Daemon("dcres.paging.server", self._folder, "server")
+        self._meter = Meter()
+        self._saving = threading.Lock()
+        state = read_state(self._folder.state)
+        if state is not None:
+            self._server.start()
+
+    def describe(self) -> Status:
+        """Who this host is and whether it serves."""
+        serving = self._folder.state.exists()
+        return {"host": self._settings.name, "role": "sub", "present": serving}
+
+    @property
+    def _store_file(self) -> Path:
+        return self._folder.ram / "store.ram"
+
+    def serve(self, order: ServeOrder) -> SubAddress:
+        """Load this host's part, if ordered, and start the memory server; where it listens.
+
+        Raises NoRoom, CheckpointCorrupt, PagingError.
+        """
+        require_tmpfs_room(self._settings.ram, order.capacity_pages * PAGE_SIZE)
+        self._folder.make()
+        self._meter.reset()
+        if order.load is not None:
+            load_parts(self._store, order.load, self._store_file, self._meter)
+        settings = ServerSettings(
+            vm=order.incarnation.identity,
+            generation=order.incarnation.generation,
+            secret=order.incarnation.secret,
+            page_count=order.page_count,
+            capacity_pages=order.capacity_pages,
+            address=self._settings.address,
+            port=0,
+            store=str(self._store_file),
+            control=str(self._server.control),
+        )
+        path = self._folder.run / "server.json"
+        paging_settings.save(settings, path)
+        self._server.start()
+        port = int(self._server.call("status")["port"])
+        # A memory server that is started again must be found where the pager looks for it.
+        paging_settings.save(ServerSettings(**{**asdict(settings), "port": port}), path)
+        write_state(self._folder.state, {"generation": order.incarnation.generation})
+        return SubAddress(self._settings.name, settings.address, port, order.capacity_pages)
+
+    def status(self) -> Status:
+        """Counters of the memory server. Raises NotFound when this host serves nothing."""
+        self._require_serving()
+        return {
+            "host": self._settings.name,
+            "role": "sub",
+            "restarts": self._server.restarts,
+            **self._server.call("status"),
+        }
+
+    def prepare(self, checkpoint: str) -> None:
+        """Sweep what unfinished checkpoints left, make room for this one. Raises StoreFull."""
+        self._require_serving()
+        self._meter.reset()
+        held = int(self._server.call("status")["held_pages"])
+        self._store.begin(self._vm, checkpoint)
+        require_store_room(self._settings.store, held * PAGE_SIZE)
+
+    def save(self, checkpoint: str) -> Saved:
+        """Save all pages that are here; durable when this returns. The pager is frozen.
+
+        Raises StoreFull, Conflict when it was cancelled.
+        """
+        self._require_serving()
+        folder = self._store.host_folder(self._vm, checkpoint, self._settings.name)
+        with self._saving:
+            return save_part(
+                self._settings.name,
+                self._store_file,
+                folder,
+                self._meter,
+                lambda saved: [tables.write_existence(folder / "pages.arrow", saved.mask)],
+            )
+
+    def abandon(self, checkpoint: str) -> None:
+        """Stop saving and remove this host's part. Repeatable."""
+        self._meter.cancel()
+        with self._saving:
+            self._store.discard(self._vm, checkpoint)
+        self._meter.reset()
+
+    def progress(self) -> Progress:
+        """How far a long operation here is."""
+        return self._meter.progress
+
+    def destroy(self) -> None:
+        """End the memory server and give its memory back. Repeatable."""
+        self._meter.cancel()
+        self._folder.state.unlink(missing_ok=True)
+        self._server.stop()
+        end_leftovers(self._folder)
+        self._folder.remove()
+
+    def _require_serving(self) -> None:
+        if not self._folder.state.exists():
+            raise NotFound(f"host {self._settings.name} serves nothing for VM {self._vm}")
