@@ -132,11 +132,7 @@ class LocalNode:
 
     def environ(self) -> dict[str, str]:
         """The environment of the node and of all that is started on it."""
-        inherited = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("RAY_", "DCRES_"))
-        }
+        inherited = {key: text for key, text in os.environ.items() if not key.startswith("RAY_")}
         return {
             **inherited,
             **_RAY_ENVIRON,

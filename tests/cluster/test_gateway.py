@@ -1,0 +1,296 @@
+"""The gateway on a real Ray: placement, calls, errors, and what survives which death."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dcres.actors import _ray as gateway
+from dcres.actors._ray import ActorPort
+from dcres.actors.local_cluster import LocalCluster
+from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
+from tests.support.actors import Probe, host_of_task, task_that_fails
+from tests.support.errors import ALL_ERRORS, example
+from tests.support.wait import until
+
+pytestmark = pytest.mark.cluster
+MIB = 1 << 20
+READY_S = 20.0
+
+
+def start(name: str, *args: object, bundle: int | None = None) -> ActorPort:
+    """A `Probe` that answers: on a bundle of the reservation that its name begins with."""
+    place = None if bundle is None else gateway.reservation(name.partition(":")[0])
+    port = gateway.spawn(Probe, name, args, reservation=place, bundle=bundle or 0)
+    port.wait_ready(READY_S)
+    return port
+
+
+@pytest.fixture
+def probe(unique: str) -> ActorPort:
+    return start(f"{unique}:probe", 3)
+
+
+@pytest.fixture(scope="module")
+def raiser(cluster: LocalCluster) -> Iterator[ActorPort]:
+    """One actor for the many tests that only want an error from it."""
+    yield start("test-raiser")
+    gateway.kill("test-raiser")
+
+
+class TestConnecting:
+    def test_nobody_listens(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}"):
+                gateway._require_listener(address)
+
+    @pytest.mark.parametrize("address", ["auto", "localhost", "ray://x", ""])
+    def test_no_address(self, address: str) -> None:
+        with pytest.raises(ClusterError, match="write host:port"):
+            gateway._require_listener(address)
+
+    def test_a_token_that_is_not_there(self, cluster: LocalCluster, tmp_path: Path) -> None:
+        with pytest.raises(ClusterError, match=r"token file .* is missing"):
+            gateway._require_token(cluster.address, tmp_path / "none")
+
+    def test_again_is_harmless(self, cluster: LocalCluster) -> None:
+        gateway.connect(cluster.address, cluster.token_path)
+        assert gateway.hosts()
+
+    def test_raylet_messages_stay_off_standard_output(
+        self, unique: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        port = start(f"{unique}:a")
+        os.kill(port.pid(), signal.SIGKILL)
+        with pytest.raises(ActorGone):
+            port.call("hold", 30, timeout_s=20)
+        port.wait_ready(READY_S)
+        assert capfd.readouterr().out == ""
+
+
+class TestHosts:
+    def test_they_are_those_of_the_cluster(self, cluster: LocalCluster) -> None:
+        found = {host.name: host for host in gateway.hosts() if host.alive}
+        assert set(found) == set(cluster.hosts)
+        for name, host in found.items():
+            assert host.memory_total_bytes == cluster.memory_per_host
+            assert host.memory_free_bytes == host.memory_total_bytes
+            assert host.address == cluster.settings(name).address
+
+    def test_a_function_runs_where_it_should(self, cluster: LocalCluster) -> None:
+        for name in cluster.hosts:
+            assert gateway.run_on(name, host_of_task) == name
+
+    def test_a_functions_error_comes_back(self, cluster: LocalCluster) -> None:
+        with pytest.raises(NoRoom):
+            gateway.run_on(cluster.hosts[0], task_that_fails, NoRoom)
+
+    def test_an_unknown_host(self, cluster: LocalCluster) -> None:
+        with pytest.raises(NotFound, match=f"no host h99 .*{cluster.hosts[0]}"):
+            gateway.run_on("h99", host_of_task)
+
+
+class TestReservations:
+    def test_every_share_has_a_host_of_its_own(self, cluster: LocalCluster, unique: str) -> None:
+        shares = [64 * MIB, 32 * MIB, 4096]
+        reservation = gateway.reserve(unique, shares)
+        assert len(set(reservation.hosts)) == 3
+        free = {host.name: host.memory_free_bytes for host in gateway.hosts()}
+        for share, host in zip([64 * MIB, 32 * MIB, MIB], reservation.hosts, strict=True):
+            assert free[host] == cluster.memory_per_host - share
+
+    def test_prescribed_hosts(self, cluster: LocalCluster, unique: str) -> None:
+        wanted = list(reversed(cluster.hosts))
+        assert gateway.reserve(unique, [MIB] * len(wanted), wanted).hosts == tuple(wanted)
+
+    def test_it_is_found_again_and_released(self, unique: str) -> None:
+        reservation = gateway.reserve(unique, [MIB])
+        assert gateway.reservation(unique) == reservation
+        assert pickle.loads(pickle.dumps(reservation)) == reservation
+        gateway.release(unique)
+        assert gateway.reservation(unique) is None
+        gateway.release(unique)
+
+    def test_the_name_is_taken(self, unique: str) -> None:
+        gateway.reserve(unique, [MIB])
+        with pytest.raises(Conflict, match=unique):
+            gateway.reserve(unique, [MIB])
+
+    def test_no_room_for_a_share(self, cluster: LocalCluster, unique: str) -> None:
+        with pytest.raises(NoRoom, match=r"a share of 1 TiB fits no host .*h0 has"):
+            gateway.reserve(unique, [MIB, 1 << 40])
+        with pytest.raises(NoRoom, match="does not fit host h0: h0 has"):
+            gateway.reserve(unique, [1 << 40], ["h0"])
+        assert gateway.reservation(unique) is None
+
+    def test_too_few_hosts(self, cluster: LocalCluster, unique: str) -> None:
+        count = len(cluster.hosts) + 1
+        with pytest.raises(NoRoom, match=f"{count} hosts are needed"):
+            gateway.reserve(unique, [MIB] * count)
+
+    def test_a_released_reservation_takes_its_actors_along(self, unique: str) -> None:
+        gateway.reserve(unique, [MIB, MIB])
+        ports = [start(f"{unique}:{bundle}", bundle=bundle) for bundle in (0, 1)]
+        gateway.release(unique)
+        assert gateway.list_actors(unique) == []
+        with pytest.raises(ActorGone):
+            ports[0].call("get")
+
+
+class TestActors:
+    def test_it_runs_on_the_host_of_its_bundle(self, unique: str) -> None:
+        reservation = gateway.reserve(unique, [MIB, MIB])
+        for bundle in (0, 1):
+            port = start(f"{unique}:{bundle}", bundle=bundle)
+            assert port.call("host") == reservation.host_of(bundle)
+
+    def test_without_a_reservation_it_runs_on_the_head(self, probe: ActorPort) -> None:
+        assert probe.call("host") == "head"
+
+    def test_it_knows_its_name_and_address(self, cluster: LocalCluster, probe: ActorPort) -> None:
+        assert probe.call("where") == (probe.name, cluster.settings("head").address)
+
+    def test_the_name_is_taken(self, probe: ActorPort) -> None:
+        with pytest.raises(Conflict, match=probe.name):
+            gateway.spawn(Probe, probe.name)
+
+    def test_finding_listing_killing(self, unique: str, probe: ActorPort) -> None:
+        assert gateway.find(probe.name) == probe
+        assert gateway.list_actors(unique) == [probe.name]
+        assert gateway.find(unique) is None
+        gateway.kill(probe.name)
+        assert gateway.find(probe.name) is None
+        gateway.kill(probe.name)
+        start(probe.name, 4)
+        assert probe.call("get") == 4
+
+    def test_a_constructors_error_comes_back(self, unique: str) -> None:
+        port = gateway.spawn(Probe, f"{unique}:a", (None, "the constructor failed"))
+        with pytest.raises(DcresError, match="the constructor failed"):
+            port.wait_ready(READY_S)
+
+    def test_actors_call_and_spawn_each_other(self, unique: str, probe: ActorPort) -> None:
+        reservation = gateway.reserve(unique, [MIB])
+        nested = probe.call("spawn", f"{unique}:nested", reservation, 0)
+        nested.wait_ready(READY_S)
+        assert probe.call("ask", nested, "get") == "nested"
+        assert probe.call("ask", nested, "host") == reservation.host_of(0)
+
+    def test_calls_run_side_by_side(self, probe: ActorPort) -> None:
+        under_way = [probe.submit("hold", 60) for _ in range(8)]
+        assert probe.call("get", timeout_s=5) == 3
+        gateway.kill(probe.name)
+        with pytest.raises(ActorGone):
+            under_way[0].result(10)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("cls", ALL_ERRORS, ids=lambda cls: cls.__name__)
+    def test_an_error_of_dcres_comes_back_as_itself(
+        self, raiser: ActorPort, cls: type[DcresError]
+    ) -> None:
+        with pytest.raises(cls) as raised:
+            raiser.call("fail", cls)
+        assert type(raised.value) is cls
+        assert raised.value.args == example(cls).args
+        assert str(raised.value) == str(example(cls))
+
+    def test_another_exception_keeps_its_traceback(self, raiser: ActorPort) -> None:
+        with pytest.raises(
+            ClusterError, match=r"test-raiser\.break_down failed: KeyError"
+        ) as raised:
+            raiser.call("break_down")
+        assert "in break_down" in str(raised.value.__cause__)
+
+    def test_no_answer_in_time(self, raiser: ActorPort) -> None:
+        with pytest.raises(ClusterError, match=r"test-raiser\.hold did not answer within 0.1 s"):
+            raiser.call("hold", 1, timeout_s=0.1)
+
+    def test_no_such_actor(self, cluster: LocalCluster) -> None:
+        with pytest.raises(ActorGone, match="there is no actor test-nobody"):
+            ActorPort("test-nobody").call("get")
+        with pytest.raises(ActorGone):
+            ActorPort("test-nobody").wait_ready(5)
+
+    def test_gathering_keeps_results_and_failures_apart(self, raiser: ActorPort) -> None:
+        pendings = {
+            "good": raiser.submit("get"),
+            "bad": raiser.submit("fail", NoRoom),
+            "late": raiser.submit("hold", 1),
+        }
+        results, failures = gateway.gather(pendings, timeout_s=0.5)
+        assert results == {"good": None}
+        assert {name: type(error) for name, error in failures.items()} == {
+            "bad": NoRoom,
+            "late": ClusterError,
+        }
+
+
+class TestDeaths:
+    def test_a_killed_worker_is_started_again(self, probe: ActorPort) -> None:
+        probe.call("set", 99)
+        before = probe.pid()
+        under_way = probe.submit("hold", 60)
+        probe.call("get")
+        os.kill(before, signal.SIGKILL)
+        with pytest.raises(ActorGone):
+            under_way.result(10)
+        probe.wait_ready(READY_S)
+        assert probe.pid() != before
+        assert probe.call("get") == 3, "the constructor ran again, with its first arguments"
+
+    def test_a_detached_process_outlives_worker_and_actor(
+        self, unique: str, tmp_path: Path
+    ) -> None:
+        gateway.reserve(unique, [MIB])
+        port = start(f"{unique}:a", bundle=0)
+        process = port.call("start_process", tmp_path / "log")
+        try:
+            os.kill(port.pid(), signal.SIGKILL)
+            until(lambda: _answers(port), READY_S, "the actor to answer again")
+            assert process.alive
+            gateway.kill(port.name)
+            gateway.release(unique)
+            assert process.alive
+        finally:
+            process.kill()
+
+    def test_a_lost_host_is_noticed_and_replaced(
+        self, cluster: LocalCluster, unique: str, tmp_path: Path
+    ) -> None:
+        lost = cluster.add_host()
+        gateway.reserve(unique, [MIB], [lost])
+        port = start(f"{unique}:a", bundle=0)
+        process = port.call("start_process", tmp_path / "log")
+        under_way = port.submit("hold", 60)
+        cluster.kill_host(lost)
+        assert not process.alive
+        with pytest.raises(ActorGone):
+            under_way.result(10)
+        until(lambda: lost not in _alive(), 5, "Ray to notice the loss of a host")
+        with pytest.raises(NotFound, match="on no live host"):
+            until(lambda: gateway.Reservation(unique).host_of(0) != lost, 5)
+        gateway.release(unique)
+        assert gateway.list_actors(unique) == []
+        with pytest.raises(NotFound):
+            gateway.reserve(unique, [MIB], [lost])
+
+
+def _answers(port: ActorPort) -> bool:
+    try:
+        port.call("get", timeout_s=5)
+    except ActorGone:
+        return False
+    return True
+
+
+def _alive() -> set[str]:
+    return {host.name for host in gateway.hosts() if host.alive}

@@ -1,0 +1,49 @@
+"""What all tests share: their order, the cluster, and the guard that nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+
+from dcres.linux.process import ProcessId, find_marked
+from tests.support.cluster import cluster, unique
+
+__all__ = ["cluster", "unique"]
+
+ORDER = ("unit", "contracts", "linux", "cluster", "vm", "crash")
+MARK = "DCRES_TESTS"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Whatever these tests start inherits the mark, and nothing else on the machine has it.
+    os.environ[MARK] = secrets.token_hex(8)
+
+
+def _place(item: pytest.Item) -> int:
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    return ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cheap tests first: from pure functions to whole VMs under random kills."""
+    items.sort(key=_place)
+
+
+def _describe(process: ProcessId) -> str:
+    command = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    return f"{process.pid} {command.decode(errors='replace')[:120]}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The run fails if a process that it started still runs."""
+    left = [process for process in find_marked(MARK, os.environ[MARK]) if process.alive]
+    if not left:
+        return
+    print("\nleft running by the tests, ended now:")
+    for process in left:
+        print("   ", _describe(process))
+        process.kill()
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,39 @@
+"""One local cluster for all tests that need one, and what is left behind by a test."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dcres.actors import _ray as gateway
+from dcres.actors.local_cluster import LocalCluster
+
+HOSTS = 3
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Three hosts, and this process connected to them; whoever loses one adds one."""
+    with LocalCluster.start(tmp_path_factory.mktemp("cluster"), HOSTS) as running:
+        gateway.connect(running.address, running.token_path)
+        yield running
+        gateway.disconnect()
+
+
+@pytest.fixture
+def unique(cluster: LocalCluster) -> Iterator[str]:
+    """A name for the test's reservation, and the beginning of its actors' names."""
+    name = f"test-{secrets.token_hex(3)}"
+    yield name
+    gateway.release(name)
+    for actor in gateway.list_actors(name):
+        gateway.kill(actor)
+
+
+def run_folders(cluster: LocalCluster) -> list[Path]:
+    """Every folder that a cluster makes outside its home."""
+    places = (Path("/tmp"), Path("/dev/shm"))
+    return [folder for place in places for folder in place.glob(f"*{cluster.id}*")]

@@ -1,0 +1,111 @@
+"""Imports point down, siblings never meet, and each outside library has one owner."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What a part may import besides itself, dcres.errors and dcres.model.pages.
+MAY_IMPORT = {
+    "errors": set[str](),
+    "config": set[str](),
+    "model": set[str](),
+    "linux": set[str](),
+    "storage": {"model", "linux"},
+    "paging": {"model", "linux"},
+    "vm": {"model", "linux", "config"},
+    "actors": {"model", "linux", "config", "storage", "paging", "vm"},
+    "doctor": {"model", "linux", "config", "storage", "paging", "vm", "actors"},
+    "api": {"model", "linux", "config", "storage", "paging", "vm", "actors", "doctor"},
+    "demo": {"model", "linux", "config", "storage", "paging", "vm", "actors", "doctor", "api"},
+    "cli": {"model", "linux", "config", "storage", "vm", "actors", "doctor", "api", "demo"},
+    "": {"model", "config", "api"},  # dcres/__init__.py, the façade
+}
+OWNERS = {
+    "ray": ("dcres/actors/_ray.py",),
+    "qemu": ("dcres/vm/monitor.py",),
+    "pyarrow": ("dcres/storage/",),
+    "pydantic": ("dcres/config.py", "dcres/storage/manifest.py"),
+    "ctypes": ("dcres/linux/",),
+    "fcntl": ("dcres/linux/",),
+    "typer": ("dcres/cli.py", "dcres/cli/"),
+}
+MODEL_MAY_IMPORT = {"numpy", "dcres", *sys.stdlib_module_names}
+FOR_EVERYONE = ("dcres.errors.", "dcres.model.pages.")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a file imports; ``from a import b`` is a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def part_of(dotted: str) -> str:
+    """``dcres.vm.monitor.Monitor`` → vm."""
+    return [*dotted.split("."), ""][1]
+
+
+def problems(file: str, line: int, name: str) -> Iterator[str]:
+    part = part_of(file.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."))
+    top = name.split(".")[0]
+    where = f"{file}:{line} imports {name}"
+    if top in OWNERS and not file.startswith(OWNERS[top]):
+        yield f"{where}, but only {' and '.join(OWNERS[top])} may import {top}"
+    if part == "model" and top not in MODEL_MAY_IMPORT:
+        yield f"{where}, but model is pure: only the standard library and numpy"
+    if top != "dcres" or f"{name}.".startswith(FOR_EVERYONE):
+        return
+    if part not in MAY_IMPORT:
+        yield f"{file}: {part!r} has no place among the layers; give it one in {__name__}"
+    elif part_of(name) not in {part, *MAY_IMPORT[part]}:
+        may = ", ".join(sorted(MAY_IMPORT[part])) or "nothing of dcres"
+        yield f"{where}, but {part or 'the façade'} may import {may}"
+
+
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "dcres").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_down(file: str) -> None:
+    found = [p for line, name in imports(ROOT / file) for p in problems(file, line, name)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "why"),
+    [
+        ("dcres/paging/x.py", "dcres.vm.monitor.Monitor", "but paging may import linux, model"),
+        ("dcres/model/x.py", "dcres.linux.abi", "but model may import nothing"),
+        ("dcres/linux/x.py", "dcres.model.plan", "but linux may import nothing"),
+        ("dcres/storage/x.py", "dcres.config.VmSpec", "but storage may import"),
+        ("dcres/actors/coordinator.py", "ray", "only dcres/actors/_ray.py may import ray"),
+        ("dcres/vm/process.py", "qemu.qmp.QMPClient", "only dcres/vm/monitor.py"),
+        ("dcres/model/x.py", "xxhash", "model is pure"),
+        ("dcres/new/x.py", "dcres.vm.command", "has no place among the layers"),
+    ],
+)
+def test_the_rules_catch(file: str, name: str, why: str) -> None:
+    assert why in "\n".join(problems(file, 1, name))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("dcres/linux/x.py", "dcres.model.pages.PAGE_SIZE"),
+        ("dcres/linux/x.py", "dcres.errors.HostError"),
+        ("dcres/storage/tables.py", "pyarrow.ipc"),
+        ("dcres/cli.py", "dcres.api.connect"),
+        ("dcres/actors/_ray.py", "ray.exceptions"),
+    ],
+)
+def test_the_rules_allow(file: str, name: str) -> None:
+    assert not list(problems(file, 1, name))
