@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from dcres.errors import Conflict, NoRoom, StorageError
 from dcres.linux.files import (
@@ -58,6 +59,7 @@ from dcres.storage.transfer import (
 THREADS = 2
 _SHORTEST_DIRECT = 128
 _BOOKKEEPING_BYTES = 1 << 20
+_SUM_OF_ZEROS = np.uint64(xxh3_64_intdigest(bytes(PAGE_SIZE)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -268,7 +270,7 @@ def _read_pages(
         if bad.size:
             raise corrupt(path, f"page {bad[0]} was altered: its checksum differs")
 
-    with _opened_memory_file(path, mask, extents) as fd:
+    with _opened_memory_file(path, mask, sums) as fd:
 
         def read(buffer: memoryview, offset_bytes: int) -> None:
             _read_memory_file(path, fd, buffer, offset_bytes)
@@ -278,8 +280,8 @@ def _read_pages(
 
 
 @contextlib.contextmanager
-def _opened_memory_file(path: Path, mask: Mask, extents: Extents) -> Iterator[int]:
-    """A descriptor of `path`, once its length and its holes are what `mask` says."""
+def _opened_memory_file(path: Path, mask: Mask, sums: Sums) -> Iterator[int]:
+    """A descriptor of `path`, once its length and its holes were checked."""
     try:
         fd, _ = open_direct(path, os.O_RDONLY)
     except OSError as error:
@@ -288,14 +290,24 @@ def _opened_memory_file(path: Path, mask: Mask, extents: Extents) -> Iterator[in
         length_bytes = os.fstat(fd).st_size
         if length_bytes != len(mask) * PAGE_SIZE:
             raise corrupt(path, f"it has {length_bytes} bytes instead of {len(mask) * PAGE_SIZE}")
-        found = data_extents(fd, len(mask))
-        if not np.array_equal(found, extents):
-            page = int(np.flatnonzero(mask_of_extents(found, len(mask)) != mask)[0])
-            what = "is missing (a hole)" if mask[page] else "is there and should not be"
-            raise corrupt(path, f"page {page} {what}")
+        _check_holes(path, mask_of_extents(data_extents(fd, len(mask)), len(mask)), mask, sums)
         yield fd
     finally:
         os.close(fd)
+
+
+def _check_holes(path: Path, found: Mask, mask: Mask, sums: Sums) -> None:
+    """CheckpointCorrupt for a page that is data and should not be, or the other way round.
+
+    A page of zeros may have become a hole, which reads the same: cp(1) does that to copies of
+    sparse files.
+    """
+    wrong = found != mask
+    if wrong.any():
+        wrong &= ~mask | (sums != _SUM_OF_ZEROS)
+        for page in np.flatnonzero(wrong)[:1].tolist():
+            what = "is missing (a hole)" if mask[page] else "is there and should not be"
+            raise corrupt(path, f"page {page} {what}")
 
 
 def _read_memory_file(path: Path, fd: int, buffer: memoryview, offset_bytes: int) -> None:

@@ -147,6 +147,22 @@ def test_a_page_of_zeros_is_a_page(tmp_path: Path) -> None:
     assert verify(tmp_path / "m", saved.mask, saved.sums) == 1
 
 
+def test_a_page_of_zeros_may_become_a_hole_in_a_copy(tmp_path: Path) -> None:
+    source = memory(tmp_path / "ram", np.ones(6, dtype=np.bool_))
+    with opened(source, os.O_RDWR) as fd:
+        os.pwrite(fd, bytes(2 * PAGE_SIZE), 2 * PAGE_SIZE)
+    saved = save(tmp_path / "m", source, np.ones(6, dtype=np.bool_))
+    with opened(tmp_path / "m", os.O_RDWR) as fd:
+        files.punch_hole(fd, 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+    assert load_into(tmp_path / "back", tmp_path / "m", saved) == source.read_bytes()
+    with opened(tmp_path / "back", os.O_RDONLY) as fd:
+        assert files.data_extents(fd, 6).tolist() == [[0, 6]]
+    with opened(tmp_path / "m", os.O_RDWR) as fd:
+        files.punch_hole(fd, 0, 5 * PAGE_SIZE)
+    with pytest.raises(CheckpointCorrupt, match="page 0 is missing"):
+        verify(tmp_path / "m", saved.mask, saved.sums)
+
+
 def test_progress_counts_every_page_once(tmp_path: Path) -> None:
     mask = np.ones(5000, dtype=np.bool_)
     source = memory(tmp_path / "ram", mask)
