@@ -136,6 +136,8 @@ class LocalNode:
         return {
             **inherited,
             **_RAY_ENVIRON,
+            # ``python`` in a Ray job's entry point is the Python that dcres is installed for.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "RAY_AUTH_TOKEN_PATH": str(self.home / "token"),
             "DCRES_HOME": str(self.home),
             CLUSTER_MARK: self.cluster,
