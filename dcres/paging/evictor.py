@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from dcres.linux.pagemap import WriteTracker
 from dcres.model.history import coldest
@@ -34,6 +35,21 @@ MOST_IN_FLIGHT_PAGES = 1024
 CANDIDATES = 4096
 
 
+REGION_PAGES = 512
+_GOLDEN = 0.6180339887498949
+
+
+def _homes(page_count: int, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The index of each region's sub host, in proportion to the capacities.
+
+    Multiples of the golden ratio fall evenly into the unit interval, so that any stretch of
+    memory is spread over the sub hosts as well as the whole of it is.
+    """
+    regions = np.arange(-(-page_count // REGION_PAGES))
+    bounds = np.cumsum(capacities) / max(sum(capacities), 1)
+    return np.searchsorted(bounds[:-1], regions * _GOLDEN % 1.0, side="right")
+
+
 class Evictor:
     """Keeps the main host within its share."""
 
@@ -50,6 +66,7 @@ class Evictor:
         self._links = links
         self._tracker = tracker
         self._now = now
+        self._homes = _homes(table.page_count, [link.sub.capacity_pages for link in links])
         self._candidates: deque[Pages] = deque()
         self._recalled = np.zeros(table.page_count, dtype=np.bool_)
         self._unsent: deque[Extents] = deque()
@@ -92,12 +109,13 @@ class Evictor:
             return True
         if not self.enabled or self.excess_pages <= 0 or self.leaving >= MOST_IN_FLIGHT_PAGES:
             return False
-        link = self._roomiest()
-        if link is None:
+        roomiest = self._roomiest()
+        if roomiest is None:
             return False
-        pages = self._victims(min(STEP_PAGES, self.excess_pages, link.room_pages))
+        pages = self._victims(min(STEP_PAGES, self.excess_pages))
         if pages.size == 0:
             return False
+        link, pages = self._destination(pages, roomiest)
         self._outbox.take(pages)
         self.resident -= pages.size
         self.leaving += pages.size
@@ -109,6 +127,22 @@ class Evictor:
             link.flush_releases()
         roomy = [link for link in self._links if link.room_pages > 0]
         return max(roomy, key=lambda link: link.room_pages, default=None)
+
+    def _destination(self, pages: Pages, roomiest: Link) -> tuple[Link, Pages]:
+        """Where the first of `pages` goes, and which of them go with it.
+
+        Each region of memory has a sub host of its own, as long as there is room: neighbours
+        stay together, which makes fault-around find them and files long stretches.
+        """
+        homes = self._homes[pages // REGION_PAGES]
+        link = self._links[int(homes[0])]
+        together: Mask = homes == homes[0]
+        if link.room_pages < pages.size:
+            link, together = roomiest, np.ones(pages.size, dtype=np.bool_)
+        together[link.room_pages :] = False
+        if not together.all():
+            self._candidates.appendleft(pages[~together])
+        return link, pages[together]
 
     def _victims(self, count: int) -> Pages:
         while True:
