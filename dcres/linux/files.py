@@ -50,18 +50,29 @@ def data_extents(fd: int, page_count: int) -> Extents:
     return join(np.concatenate(blocks)) if blocks else EMPTY
 
 
-def _data_ranges(fd: int, length_bytes: int) -> Iterator[list[tuple[int, int]]]:
+def data_extents_within(fd: int, extents: Extents) -> Extents:
+    """The pages of `extents` that are not holes in `fd`; see `data_extents`."""
+    blocks = []
+    with opened(f"/proc/self/fd/{fd}", os.O_RDONLY) as private_fd:
+        for first, stop in extents.tolist():
+            ranges = _data_ranges(private_fd, stop * PAGE_SIZE, first * PAGE_SIZE)
+            blocks += [_as_extents(block) for block in ranges]
+    return join(np.concatenate(blocks)) if blocks else EMPTY
+
+
+def _data_ranges(fd: int, stop_bytes: int, position: int = 0) -> Iterator[list[tuple[int, int]]]:
     """Byte ranges of data, in blocks: a tuple in Python takes ten times a row in numpy."""
     ranges: list[tuple[int, int]] = []
-    position = 0
-    while position < length_bytes:
+    while position < stop_bytes:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # no data from here to the end
                 break
             raise
-        position = os.lseek(fd, start, os.SEEK_HOLE)
+        if start >= stop_bytes:
+            break
+        position = min(os.lseek(fd, start, os.SEEK_HOLE), stop_bytes)
         ranges.append((start, position))
         if len(ranges) == _FORGET_EXTENTS_AT:
             yield ranges

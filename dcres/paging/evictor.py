@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,6 @@ from dcres.model.pages import (
     Extents,
     Mask,
     Pages,
-    count_pages,
     extents_of_pages,
     mask_of_extents,
     pages_of_extents,
@@ -50,6 +50,27 @@ def _homes(page_count: int, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.searchsorted(bounds[:-1], regions * _GOLDEN % 1.0, side="right")
 
 
+class Changes(Protocol):
+    """Who wants to know which pages came, left or were written: see `ChangeMap`."""
+
+    def mark(self, first: int, stop: int) -> None:
+        """Pages ``[first, stop)`` have just changed."""
+
+    def mark_pages(self, pages: Pages) -> None:
+        """The same for page numbers."""
+
+
+class _NobodyLooks:
+    def mark(self, first: int, stop: int) -> None:
+        return
+
+    def mark_pages(self, pages: Pages) -> None:
+        return
+
+
+NOBODY_LOOKS = _NobodyLooks()
+
+
 class Evictor:
     """Keeps the main host within its share."""
 
@@ -72,6 +93,7 @@ class Evictor:
         self._unsent: deque[Extents] = deque()
         self._in_flight: set[int] = set()
         self.enabled = True
+        self.changes: Changes = NOBODY_LOOKS
         self.pages_out = 0
         self.resident = int((table.owners == MAIN).sum())
         self.leaving = int((table.owners == LEAVING).sum())
@@ -117,6 +139,7 @@ class Evictor:
             return False
         link, pages = self._destination(pages, roomiest)
         self._outbox.take(pages)
+        self.changes.mark_pages(pages)
         self.resident -= pages.size
         self.leaving += pages.size
         self._send(link, extents_of_pages(pages))
@@ -174,7 +197,9 @@ class Evictor:
     def note_writes(self) -> None:
         """Take the kernel's record of written pages into the access history."""
         written = mask_of_extents(self._tracker.scan(protect=True), self._table.page_count)
-        self._table.ticks[written & (self._table.owners == MAIN)] = self._now()
+        pages = np.flatnonzero(written & (self._table.owners == MAIN))
+        self._table.ticks[pages] = self._now()
+        self.changes.mark_pages(pages)
 
     def _queue(self, extents: Extents) -> None:
         for first, stop in extents.tolist():
@@ -229,12 +254,13 @@ class Evictor:
         """The page is in the RAM file again: it leaves the outbox."""
         self._table.owners[page] = MAIN
         self._table.ticks[page] = self._now()
-        self.resident += 1
+        self.arrived(page, page + 1)
         self.leaving -= 1
         if page in self._in_flight:
             self._recalled[page] = True
         self._outbox.drop(np.array([[page, page + 1]]))
 
-    def arrived(self, extents: Extents) -> None:
-        """Pages came to the main host."""
-        self.resident += count_pages(extents)
+    def arrived(self, first: int, stop: int) -> None:
+        """Pages ``[first, stop)`` are on the main host now, and the table says so."""
+        self.changes.mark(first, stop)
+        self.resident += stop - first

@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from ctypes import addressof, c_char
 from mmap import mmap
 
 import numpy as np
 
 from dcres.errors import PagesLost, PagingError
+from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.history import hottest
 from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages, pages_of_extents
@@ -52,7 +52,7 @@ class FaultHandler:
         self._links = {link.code: link for link in links}
         self._now = now
         self._page = mmap(-1, PAGE_SIZE)
-        self._page_address = addressof(c_char.from_buffer(self._page))
+        self._page_address = address_of(self._page)
         self._fetching: dict[int, int] = {}  # page → when it was missed (ns), 0 if not missed
         self._waiting: dict[int, set[int]] = {}  # link code → missed pages while it is down
         self.latencies_ns: deque[int] = deque(maxlen=_SAMPLES)
@@ -84,7 +84,7 @@ class FaultHandler:
         self._uffd.zero(self._base + page * PAGE_SIZE, PAGE_SIZE)
         self._owners[page] = MAIN
         self._table.ticks[page] = self._now()
-        self._evictor.resident += 1
+        self._evictor.arrived(page, page + 1)
         self.zero_pages += 1
 
     def _already_here(self, page: int) -> None:
@@ -152,8 +152,8 @@ class FaultHandler:
             for page in range(first, stop):
                 self._done(page)
             self._table.ticks[first:stop] = tick
+            self._evictor.arrived(first, stop)
             self.pages_in += stop - first
-        self._evictor.arrived(extents)
         link.release(extents)
 
     def _done(self, page: int) -> None:

@@ -18,7 +18,6 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -26,6 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from dcres.errors import PagesLost, PagingError, ProtocolError, Refused
+from dcres.linux.pipe import address_of
 from dcres.model import wire
 from dcres.model.pages import (
     Extents,
@@ -97,7 +97,6 @@ class Link:
         identity: Identity,
         page_count: int,
         user: LinkUser,
-        address_of: Callable[[FrameStream], int],
     ) -> None:
         self.sub = sub
         self.code = code
@@ -108,7 +107,6 @@ class Link:
         self._identity = identity
         self._page_count = page_count
         self._user = user
-        self._address_of = address_of
         self._stream: FrameStream | None = None
         self._buffer_address = 0
         self._handshake: wire.ClientHandshake | None = None
@@ -141,7 +139,7 @@ class Link:
         sock.setblocking(False)
         sock.connect_ex((self.sub.address, self.sub.port))
         self._stream = FrameStream(self._loop, sock, self._frame, self._closed)
-        self._buffer_address = self._address_of(self._stream)
+        self._buffer_address = address_of(self._stream.buffer)
         self._handshake = wire.ClientHandshake(
             self._identity, secrets.token_bytes(wire.NONCE_BYTES)
         )

@@ -18,25 +18,16 @@ the pipe only after it is in the file.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import termios
-from array import array
 
 from dcres.errors import PagesLost
 from dcres.linux import files
+from dcres.linux.pipe import resize_pipe, waiting_bytes
 from dcres.model.pages import PAGE_SIZE, Extents, Mask, Pages, extents_of_mask, extents_of_pages
 from dcres.model.placement import LEAVING
 from dcres.paging.table import JournalState, PageTable
 
 BATCH_PAGES = 256
-
-
-def pipe_bytes(fd: int) -> int:
-    """How many bytes wait in a pipe."""
-    waiting = array("i", [0])
-    fcntl.ioctl(fd, termios.FIONREAD, waiting)
-    return waiting[0]
 
 
 class Outbox:
@@ -47,7 +38,7 @@ class Outbox:
         self._ram = ram
         self._outbox = outbox
         self._pipe_out, self._pipe_in = pipe
-        fcntl.fcntl(self._pipe_in, fcntl.F_SETPIPE_SZ, BATCH_PAGES * PAGE_SIZE)
+        resize_pipe(self._pipe_in, BATCH_PAGES * PAGE_SIZE)
 
     def take(self, pages: Pages) -> None:
         """Move ascending, present `pages` (at most `BATCH_PAGES`) from the RAM file here."""
@@ -87,7 +78,7 @@ class Outbox:
         match self._table.journal_state:
             case JournalState.COPYING:
                 # Nothing was punched: the pages are in the RAM file, the pipe has references.
-                while waiting := pipe_bytes(self._pipe_out):
+                while waiting := waiting_bytes(self._pipe_out):
                     os.read(self._pipe_out, waiting)
             case JournalState.PUNCHING:
                 self._resume_punching()
@@ -99,7 +90,7 @@ class Outbox:
         pages = self._table.journal_pages
         self._punch(extents_of_pages(pages))
         # What is still in the pipe is the batch's tail; the rest is in the outbox already.
-        left = pipe_bytes(self._pipe_out)
+        left = waiting_bytes(self._pipe_out)
         whole, rest = divmod(left, PAGE_SIZE)
         tail = pages[pages.size - whole - (1 if rest else 0) :].tolist()
         for page in tail:

@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from ctypes import addressof, c_char
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -38,13 +37,13 @@ from dcres.model.placement import MAIN, NOWHERE, digest, pages_by_host, sub_code
 from dcres.model.wire import Kind
 from dcres.paging import settings as settings_
 from dcres.paging.attach import Attached, attach, present
+from dcres.paging.changes import ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply, failure
-from dcres.paging.evictor import Evictor
+from dcres.paging.evictor import NOBODY_LOOKS, Evictor
 from dcres.paging.faults import FaultHandler
 from dcres.paging.link import Link, Request
 from dcres.paging.loop import READ, Loop
 from dcres.paging.settings import PagerSettings
-from dcres.paging.stream import FrameStream
 from dcres.paging.table import PageTable
 
 log = logging.getLogger("dcres.pager")
@@ -90,7 +89,6 @@ class Pager:
                 settings.identity,
                 settings.page_count,
                 self,
-                _buffer_address,
             )
             for index, sub in enumerate(settings.subs)
         ]
@@ -111,6 +109,7 @@ class Pager:
         self._state = PagerState.RUNNING
         self._lost_why = ""
         self._filling = False
+        self._tracking = ""
         self._listening = True
         self._stopping = False
         self._promises: list[_Promise] = []
@@ -230,6 +229,15 @@ class Pager:
             case "resize":
                 self._resize(int(arguments["limit_pages"]))
                 reply({"ok": True})
+            case "track":
+                self._track(Path(arguments["changes"]))
+                reply({"ok": True})
+            case "scan":
+                reply({"ok": True, "written": self._scan(arguments["changes"])})
+            case "untrack":
+                self._evictor.changes = NOBODY_LOOKS
+                self._tracking = ""
+                reply({"ok": True})
             case "stop":
                 self.stop()
                 reply({"ok": True})
@@ -263,9 +271,7 @@ class Pager:
             reply({"ok": True, **self._placement()})
 
         self._evictor.enabled = False
-        self._promises.append(
-            _Promise(lambda: self._evictor.drained and settled(), freeze, reply)
-        )
+        self._promises.append(_Promise(lambda: self._evictor.drained and settled(), freeze, reply))
 
     def _thaw(self) -> None:
         self._require_alive()
@@ -273,6 +279,25 @@ class Pager:
         self._evictor.enabled = True
         self._state = PagerState.RUNNING
         self._listen(True)
+
+    def _track(self, changes: Path) -> None:
+        """From now on mark in `changes` what comes, goes and is written. Repeatable."""
+        self._require_alive()
+        self._evictor.note_writes()  # what was written before is not news
+        self._evictor.changes = ChangeMap(changes, self._settings.page_count)
+        self._tracking = str(changes)
+
+    def _scan(self, changes: str) -> int:
+        """Mark what the guest wrote since the last scan; how many pages are marked now.
+
+        A pager that was started again in the middle has missed changes, and says so.
+        """
+        self._require_alive()
+        marks = self._evictor.changes
+        if changes != self._tracking or not isinstance(marks, ChangeMap):
+            raise PagingError("the pager was started again and does not track this checkpoint")
+        self._evictor.note_writes()
+        return marks.count()
 
     def _resize(self, limit_pages: int) -> None:
         self._require_alive()
@@ -347,10 +372,6 @@ def _open_table(settings: PagerSettings) -> PageTable:
     finally:
         os.close(fd)
     return PageTable.create(path, owners, settings.limit_pages)
-
-
-def _buffer_address(stream: FrameStream) -> int:
-    return addressof(c_char.from_buffer(stream.buffer))
 
 
 def main(arguments: list[str]) -> int:

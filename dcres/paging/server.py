@@ -23,6 +23,7 @@ from dcres.model.pages import PAGE_SIZE, count_pages
 from dcres.model.placement import digest
 from dcres.model.wire import Frame, Kind
 from dcres.paging import settings as settings_
+from dcres.paging.changes import ChangeMap
 from dcres.paging.control import ControlServer, Reply
 from dcres.paging.loop import Loop
 from dcres.paging.settings import ServerSettings
@@ -90,6 +91,7 @@ class MemoryServer:
         self._pager: Connection | None = None
         self._strangers: list[Connection] = []
         self._stopping = False
+        self._tracking = ""
         self._listener = socket.create_server((settings.address, settings.port), backlog=16)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
@@ -173,15 +175,31 @@ class MemoryServer:
         for stranger in [s for s in self._strangers if s.since < deadline]:
             stranger.refuse(Refused("it did not prove itself in time"))
 
-    def _order(self, do: str, _arguments: dict[str, Any], reply: Reply) -> None:
+    def _order(self, do: str, arguments: dict[str, Any], reply: Reply) -> None:
         match do:
             case "status":
                 reply({"ok": True, **self.status()})
+            case "track":
+                self.table.changes = ChangeMap(Path(arguments["changes"]), self.settings.page_count)
+                self._tracking = arguments["changes"]
+                reply({"ok": True})
+            case "scan":
+                reply({"ok": True, "written": self._scan(arguments["changes"])})
+            case "untrack":
+                self.table.changes = None
+                self._tracking = ""
+                reply({"ok": True})
             case "stop":
                 self.stop()
                 reply({"ok": True})
             case _:
                 raise ProtocolError(f"a memory server cannot {do}")
+
+    def _scan(self, changes: str) -> int:
+        """How many pages are marked; a server that was started again has missed some."""
+        if changes != self._tracking or self.table.changes is None:
+            raise PagingError("the memory server was started again and does not track this")
+        return self.table.changes.count()
 
     def status(self) -> dict[str, Any]:
         """Counters and the digest of the existence map, as JSON values."""

@@ -15,6 +15,7 @@ from typing import Self
 from dcres.errors import NoRoom, PagesLost
 from dcres.linux import files
 from dcres.model.pages import PAGE_SIZE, Extents, Mask, count_pages, mask_of_extents
+from dcres.paging.changes import ChangeMap
 
 
 class SubTable:
@@ -25,6 +26,7 @@ class SubTable:
         os.ftruncate(self._fd, page_count * PAGE_SIZE)
         self.page_count = page_count
         self.capacity_pages = capacity_pages
+        self.changes: ChangeMap | None = None  # who wants to know what comes and goes
         here = files.data_extents(self._fd, page_count)
         self._here: Mask = mask_of_extents(here, page_count)
         self.held_pages = count_pages(here)
@@ -66,6 +68,8 @@ class SubTable:
                 raise NoRoom("the tmpfs that holds this sub host's pages is full")
             at += length
             self._here[first:stop] = True
+            if self.changes is not None:
+                self.changes.mark(first, stop)
         self.held_pages += added
 
     def release(self, extents: Extents | Iterable[tuple[int, int]]) -> None:
@@ -76,3 +80,5 @@ class SubTable:
                 files.punch_hole(self._fd, int(first) * PAGE_SIZE, int(stop - first) * PAGE_SIZE)
                 self._here[first:stop] = False
                 self.held_pages -= here
+                if self.changes is not None:
+                    self.changes.mark(int(first), int(stop))

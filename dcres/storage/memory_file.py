@@ -28,6 +28,7 @@ from xxhash import xxh3_64_intdigest
 
 from dcres.errors import Conflict, NoRoom, StorageError
 from dcres.linux.files import (
+    aligned_buffer,
     allocated_bytes,
     data_extents,
     fs_free_bytes,
@@ -46,8 +47,9 @@ from dcres.model.pages import (
 )
 from dcres.storage.atomic import store_full, sync_folder
 from dcres.storage.damage import corrupt, unreadable
-from dcres.storage.digest import Sums
+from dcres.storage.digest import Sums, page_sums
 from dcres.storage.transfer import (
+    BATCH_PAGES,
     EndOfFile,
     Progress,
     Runs,
@@ -104,6 +106,7 @@ class MemoryFileWriter:
         self._lock = threading.Lock()
         self._whole = True
         self._sealed = False
+        self._staged: list[tuple[int, int, memoryview]] = []
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -144,6 +147,34 @@ class MemoryFileWriter:
             punch_hole(self._cached_fd, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
             self._mask[first:stop] = False
 
+    def stage(self, source_fd: int, extents: Extents) -> None:
+        """Read `extents` into memory now, as fast as that goes; `settle` saves them later.
+
+        Takes as much memory as the pages. Raises ValueError if the source is shorter, OSError.
+        """
+        self._require_unsealed()
+        arena = memoryview(aligned_buffer(max(count_pages(extents), 1) * PAGE_SIZE))
+        for first, stop in extents.tolist():
+            length_bytes = (stop - first) * PAGE_SIZE
+            _read_source(source_fd, arena[:length_bytes], first * PAGE_SIZE)
+            self._staged.append((first, stop, arena[:length_bytes]))
+            arena = arena[length_bytes:]
+
+    def settle(self) -> None:
+        """Save what was staged, oldest first. Raises StoreFull, OSError."""
+        self._require_unsealed()
+        self._whole = False
+        for first, stop, data in self._staged:
+            for start in range(first, stop, BATCH_PAGES):
+                end = min(start + BATCH_PAGES, stop)
+                piece = data[(start - first) * PAGE_SIZE : (end - first) * PAGE_SIZE]
+                self._record(np.arange(start, end), page_sums(piece, np.arange(end - start)))
+                self._write([(start, end)], piece)
+                if self._progress is not None:
+                    self._progress(end - start)
+        self._staged.clear()
+        self._whole = True
+
     def seal(self) -> SavedMemory:
         """Make the file durable and end the writing.
 
@@ -151,7 +182,7 @@ class MemoryFileWriter:
         StoreFull if the disk turned out to be full.
         """
         self._require_unsealed()
-        if not self._whole:
+        if not self._whole or self._staged:
             raise StorageError(
                 f"saving to {self.path} failed, so it cannot be part of a checkpoint"
             )

@@ -1,0 +1,56 @@
+"""Which pages of a host changed since somebody looked: one byte a page, shared on tmpfs.
+
+A pager or memory server marks, the host's actor takes the marks while it saves a live
+checkpoint. No lock: whoever changes a page marks it *after* the change; whoever saves clears
+the mark *before* it looks at the page. So a change that the saving misses leaves its mark, and
+the page is looked at again. What a mark means is for the page itself to say: it is in the
+host's sparse file and is saved again, or it is not and vanishes from the memory file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from dcres.model.pages import Extents, Pages, extents_of_pages
+
+
+class ChangeMap:
+    """The marks of one host, in a file that both sides map."""
+
+    def __init__(self, path: Path, page_count: int) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, page_count)
+            self._map = mmap.mmap(fd, page_count)
+        finally:
+            os.close(fd)
+        self._marks = np.frombuffer(self._map, dtype=np.bool_)
+
+    @classmethod
+    def fresh(cls, path: Path, page_count: int) -> Self:
+        """A new file without marks in place of any that is there."""
+        path.unlink(missing_ok=True)
+        return cls(path, page_count)
+
+    def mark(self, first: int, stop: int) -> None:
+        """Pages ``[first, stop)`` have just changed."""
+        self._marks[first:stop] = True
+
+    def mark_pages(self, pages: Pages) -> None:
+        """The same for page numbers."""
+        self._marks[pages] = True
+
+    def count(self) -> int:
+        """How many pages are marked."""
+        return int(np.count_nonzero(self._marks))
+
+    def take(self) -> Extents:
+        """The marked pages; their marks are cleared. Look at the pages after this, not before."""
+        pages = np.flatnonzero(self._marks)
+        self._marks[pages] = False
+        return extents_of_pages(pages)
