@@ -98,6 +98,11 @@ def connect(address: str, token_path: Path | None = None) -> None:
         raise ClusterError(f"cannot join the Ray cluster at {address}: {error}") from error
 
 
+def connected_address() -> str | None:
+    """The cluster that this process is connected to; None when it is not."""
+    return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
+
+
 def disconnect() -> None:
     """Leave the cluster; detached actors and reservations stay. Repeatable."""
     ray.shutdown()

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -46,6 +46,7 @@ log = logging.getLogger("dcres.coordinator")
 
 _START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
 _ASK_TIMEOUT_S = 10.0
+_CANCEL_TIMEOUT_S = 45.0
 
 
 class VmPhase(StrEnum):
@@ -72,13 +73,14 @@ class Coordinator:
         self._hosts: tuple[str, ...] = ()
         self._operation = threading.Lock()
         self._checkpointing: Checkpointing | None = None
+        self._unwanted: threading.Event | None = None  # while a start or restore is under way
         self._last: dict[str, Any] = {}
         self._recover()
 
     @contextmanager
-    def _exclusively(self, phase: VmPhase) -> Iterator[None]:
+    def _exclusively(self, phase: VmPhase, wait_s: float = 0.0) -> Iterator[None]:
         """One operation at a time; the phase before is back if the operation fails."""
-        if not self._operation.acquire(blocking=False):
+        if not self._operation.acquire(timeout=wait_s):
             raise Conflict(f"VM {self._vm} is {self._phase}; wait until that is done")
         before, self._phase = self._phase, phase
         try:
@@ -169,19 +171,30 @@ class Coordinator:
     ) -> None:
         """Reserve, start sub hosts, then the main host, then let the guest run; or undo all."""
         shares = spec.layout.shares
-        self._hosts = tuple(self._fleet.reserve(self._vm, shares, hosts))
+        self._unwanted = threading.Event()
         try:
+            self._hosts = tuple(self._fleet.reserve(self._vm, shares, hosts))
+            self._require_wanted()
             ports = self._ports()
             main = ports[self._hosts[0]]
             incarnation = Incarnation(self._vm, main.call("next_generation"), secrets.token_hex(32))
             loads = _load_orders(manifest, len(shares))
             subs = self._serve(spec, incarnation, ports, loads[1:])
+            self._require_wanted()
             order = RunOrder(incarnation, spec, self._hosts, subs, loads[0])
             main.call("run", order, timeout_s=_START_TIMEOUT_S)
+            self._require_wanted()
             main.call("go")
         except BaseException:
             self._take_down()
+            self._require_wanted()
             raise
+        finally:
+            self._unwanted = None
+
+    def _require_wanted(self) -> None:
+        if self._unwanted is not None and self._unwanted.is_set():
+            raise Conflict(f"the start of VM {self._vm} was cancelled")
 
     def _serve(
         self,
@@ -236,12 +249,19 @@ class Coordinator:
         )
 
     def cancel(self) -> bool:
-        """Give up the checkpoint under way; False when there is none."""
-        checkpointing = self._checkpointing
-        if checkpointing is None:
-            return False
-        checkpointing.cancel("cancelled by the user")
-        return True
+        """Give up the checkpoint, start or restore under way; False when there is none.
+
+        A start's hosts are told to end what they have, so that long loading ends at once.
+        """
+        checkpointing, unwanted = self._checkpointing, self._unwanted
+        if checkpointing is not None:
+            checkpointing.cancel("cancelled by the user")
+        elif unwanted is not None:
+            unwanted.set()
+            for port in self._fleet.find(self._vm):
+                with suppress(ActorGone):
+                    port.submit("destroy")
+        return checkpointing is not None or unwanted is not None
 
     # Restore
 
@@ -255,7 +275,7 @@ class Coordinator:
         the checkpoint is as it was.
         """
         manifest = loads(manifest_text, Path("manifest.json"))
-        spec = _spec_for(manifest, layout)
+        spec = spec_for(manifest, layout)
         with self._exclusively(VmPhase.RESTORING):
             self._require_absent()
             began = time.monotonic()
@@ -353,7 +373,7 @@ class Coordinator:
     def stop(self) -> None:
         """End the VM and give back all it used; its checkpoints stay. Repeatable."""
         self.cancel()
-        with self._exclusively(VmPhase.STOPPING):
+        with self._exclusively(VmPhase.STOPPING, _CANCEL_TIMEOUT_S):
             self._take_down()
             self._phase, self._why = VmPhase.ABSENT, ""
 
@@ -387,7 +407,7 @@ def _load_orders(manifest: Manifest | None, hosts: int) -> list[LoadOrder | None
     return [LoadOrder(text, (part.host,)) for part in manifest.hosts]
 
 
-def _spec_for(manifest: Manifest, layout: Layout | None) -> VmSpec:
+def spec_for(manifest: Manifest, layout: Layout | None) -> VmSpec:
     """The VM file of a checkpoint with another layout. Raises ConfigError if it cannot hold it."""
     spec = VmSpec.model_validate(manifest.vm_spec)
     layout = layout or spec.layout
