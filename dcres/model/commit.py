@@ -2,11 +2,16 @@
 
 ::
 
-    PREPARING ──all SYNCHRONISED──▶ FINISHING ──main FINISHED──▶ SAVING ──all SAVED──▶ PUBLISHING
-        │                               │                           │                     │
-        └───── a host fails, cancel ────┴──────────┬────────────────┘               published │
-                                                   ▼                                       ▼
-                                               ABANDONED  ◀──── publishing fails ────  PUBLISHED
+    PREPARING ──all PREPARED──▶ COPYING ──Converged──▶ SYNCHRONISING ──all SYNCHRONISED──┐
+                  (live)         │   ▲                        ▲                          ▼
+                    │            └───┘ AnotherRound           │                     FINISHING
+                    └── (stop: no rounds) ────────────────────┘            main FINISHED │
+                                                                                         ▼
+    PUBLISHED ◀──Published── PUBLISHING ◀──all SAVED── SAVING ◀──all subs STAGED── STAGING
+                                 │                  the VM runs again
+
+    Before PUBLISHING any failure, or a cancel, leads to ABANDONED; a manifest that cannot be
+    written does, too.
 
 A vote (SAVED) is a promise: the host's part is durable, whatever becomes of the host. So a
 host that fails after its vote changes nothing, and once every vote is in there is no way back
@@ -26,8 +31,11 @@ from typing import TypeAlias, assert_never
 class Barrier(StrEnum):
     """Named barriers that hosts pass."""
 
-    SYNCHRONISE = "synchronise"  # every host: ready to save
-    FINISH = "finish"  # the main host: VM stopped, core saved, placement frozen
+    PREPARED = "prepared"  # every host: there is room, and changes are tracked
+    COPIED = "copied"  # every host: a round is done
+    SYNCHRONISE = "synchronise"  # every host: little is left
+    FINISH = "finish"  # the main host: VM stopped, core saved, placement frozen, rest staged
+    STAGED = "staged"  # every sub host: the rest is in memory, so the VM may go on
     SAVED = "saved"  # every host: its part is durable; this is the vote
 
 
@@ -35,7 +43,10 @@ class Phase(StrEnum):
     """Where a checkpoint stands."""
 
     PREPARING = "preparing"
+    COPYING = "copying"
+    SYNCHRONISING = "synchronising"
     FINISHING = "finishing"
+    STAGING = "staging"
     SAVING = "saving"
     PUBLISHING = "publishing"
     PUBLISHED = "published"
@@ -66,6 +77,16 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class AnotherRound:
+    """Too much is left (see `model.live`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converged:
+    """Enough is saved, or more rounds would not help."""
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """The manifest is durable."""
 
@@ -77,18 +98,37 @@ class PublishFailed:
     why: str
 
 
-Event: TypeAlias = Passed | Failed | Cancelled | Published | PublishFailed
+Event: TypeAlias = (
+    Passed | Failed | Cancelled | AnotherRound | Converged | Published | PublishFailed
+)
 
 
 class Instruction(StrEnum):
     """What the coordinator is to do next."""
 
-    PREPARE = "prepare"  # tell every host to make room and pass SYNCHRONISE
-    FINISH = "finish"  # tell the main host to stop the VM, save its core, freeze placement
-    SAVE = "save"  # tell every host to save its pages and vote
+    PREPARE = "prepare"  # tell every host to make room and track changes
+    COPY = "copy"  # tell every host to save what is marked, while the guest runs
+    JUDGE = "judge"  # decide whether another round is worth it
+    SYNCHRONISE = "synchronise"  # tell every host to get ready for the stop
+    FINISH = "finish"  # tell the main host to stop the VM, save its core, freeze, stage
+    STAGE = "stage"  # tell every sub host to take the rest into memory
     RESUME = "resume"  # let the VM run
+    SAVE = "save"  # tell every host to make its part durable and vote
     PUBLISH = "publish"  # write the manifest
     DISCARD = "discard"  # tell every host to remove its part
+
+
+# While these last the VM stands still.
+_STOPPED = (Phase.FINISHING, Phase.STAGING)
+
+_BARRIERS = {
+    Phase.PREPARING: Barrier.PREPARED,
+    Phase.COPYING: Barrier.COPIED,
+    Phase.SYNCHRONISING: Barrier.SYNCHRONISE,
+    Phase.FINISHING: Barrier.FINISH,
+    Phase.STAGING: Barrier.STAGED,
+    Phase.SAVING: Barrier.SAVED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +137,18 @@ class Commit:
 
     hosts: frozenset[str]
     main: str
+    live: bool
     phase: Phase = Phase.PREPARING
     waiting: frozenset[str] = frozenset()
     failures: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, hosts: Iterable[str], main: str) -> tuple[Commit, list[Instruction]]:
+    def begin(
+        cls, hosts: Iterable[str], main: str, *, live: bool
+    ) -> tuple[Commit, list[Instruction]]:
         """A checkpoint that starts now."""
         every = frozenset(hosts)
-        return cls(every, main, waiting=every), [Instruction.PREPARE]
+        return cls(every, main, live, waiting=every), [Instruction.PREPARE]
 
     @property
     def ended(self) -> bool:
@@ -123,6 +166,10 @@ class Commit:
                 return self._failed(host, why)
             case Cancelled(why):
                 return self._cancelled(why)
+            case AnotherRound():
+                return self._judged(Phase.COPYING, Instruction.COPY)
+            case Converged():
+                return self._judged(Phase.SYNCHRONISING, Instruction.SYNCHRONISE)
             case Published():
                 return replace(self, phase=Phase.PUBLISHED), []
             case PublishFailed(why):
@@ -132,32 +179,38 @@ class Commit:
                 assert_never(event)
 
     def _passed(self, host: str, barrier: Barrier) -> tuple[Commit, list[Instruction]]:
-        if barrier is not self._barrier or host not in self.waiting:
+        if barrier is not _BARRIERS.get(self.phase) or host not in self.waiting:
             return self, []
-        waiting = self.waiting - {host}
-        if waiting:
-            return replace(self, waiting=waiting), []
-        match self.phase:
-            case Phase.PREPARING:
-                after = replace(self, phase=Phase.FINISHING, waiting=frozenset({self.main}))
-                return after, [Instruction.FINISH]
-            case Phase.FINISHING:
-                return replace(self, phase=Phase.SAVING, waiting=self.hosts), [Instruction.SAVE]
-            case _:
-                after = replace(self, phase=Phase.PUBLISHING, waiting=frozenset())
-                return after, [Instruction.RESUME, Instruction.PUBLISH]
+        after = replace(self, waiting=self.waiting - {host})
+        return (after, []) if after.waiting else after._everyone_passed()
 
-    @property
-    def _barrier(self) -> Barrier | None:
+    def _everyone_passed(self) -> tuple[Commit, list[Instruction]]:
+        subs = self.hosts - {self.main}
         match self.phase:
+            case Phase.PREPARING if self.live:
+                return self._enter(Phase.COPYING, self.hosts, Instruction.COPY)
             case Phase.PREPARING:
-                return Barrier.SYNCHRONISE
-            case Phase.FINISHING:
-                return Barrier.FINISH
-            case Phase.SAVING:
-                return Barrier.SAVED
+                return self._enter(Phase.SYNCHRONISING, self.hosts, Instruction.SYNCHRONISE)
+            case Phase.COPYING:
+                return self, [Instruction.JUDGE]
+            case Phase.SYNCHRONISING:
+                return self._enter(Phase.FINISHING, {self.main}, Instruction.FINISH)
+            case Phase.FINISHING if subs:
+                return self._enter(Phase.STAGING, subs, Instruction.STAGE)
+            case Phase.FINISHING | Phase.STAGING:
+                return self._enter(Phase.SAVING, self.hosts, Instruction.RESUME, Instruction.SAVE)
             case _:
-                return None
+                return self._enter(Phase.PUBLISHING, (), Instruction.PUBLISH)
+
+    def _enter(
+        self, phase: Phase, waiting: Iterable[str], *instructions: Instruction
+    ) -> tuple[Commit, list[Instruction]]:
+        return replace(self, phase=phase, waiting=frozenset(waiting)), list(instructions)
+
+    def _judged(self, phase: Phase, instruction: Instruction) -> tuple[Commit, list[Instruction]]:
+        if self.phase is not Phase.COPYING or self.waiting:
+            return self, []
+        return self._enter(phase, self.hosts, instruction)
 
     def _failed(self, host: str, why: str) -> tuple[Commit, list[Instruction]]:
         voted = self.phase is Phase.SAVING and host not in self.waiting
@@ -172,6 +225,6 @@ class Commit:
 
     def _abandon(self, failures: dict[str, str]) -> tuple[Commit, list[Instruction]]:
         after = replace(self, phase=Phase.ABANDONED, waiting=frozenset(), failures=failures)
-        if self.phase is Phase.PREPARING:
-            return after, [Instruction.DISCARD]
-        return after, [Instruction.RESUME, Instruction.DISCARD]
+        if self.phase in _STOPPED:
+            return after, [Instruction.RESUME, Instruction.DISCARD]
+        return after, [Instruction.DISCARD]

@@ -7,9 +7,11 @@ from itertools import permutations
 import pytest
 
 from dcres.model.commit import (
+    AnotherRound,
     Barrier,
     Cancelled,
     Commit,
+    Converged,
     Event,
     Failed,
     Instruction,
@@ -20,79 +22,118 @@ from dcres.model.commit import (
 )
 
 HOSTS = ("m", "s")
+FINISH_TO_STAGED: tuple[Event, ...] = (
+    Passed("m", Barrier.SYNCHRONISE),
+    Passed("s", Barrier.SYNCHRONISE),
+    Passed("m", Barrier.FINISH),
+    Passed("s", Barrier.STAGED),
+)
+PREPARED: tuple[Event, ...] = (Passed("m", Barrier.PREPARED), Passed("s", Barrier.PREPARED))
+COPIED: tuple[Event, ...] = (Passed("m", Barrier.COPIED), Passed("s", Barrier.COPIED))
+VOTES: tuple[Event, ...] = (Passed("s", Barrier.SAVED), Passed("m", Barrier.SAVED))
+STOPPED = (*PREPARED, *FINISH_TO_STAGED, *VOTES, Published())
+LIVE = (
+    *PREPARED,
+    *COPIED,
+    AnotherRound(),
+    *COPIED,
+    Converged(),
+    *FINISH_TO_STAGED,
+    *VOTES,
+    Published(),
+)
 
 
-def run(events: tuple[Event, ...]) -> tuple[Commit, list[Instruction]]:
-    commit, said = Commit.begin(HOSTS, "m")
-    said = list(said)
+def run(events: tuple[Event, ...], *, live: bool) -> tuple[Commit, list[Instruction]]:
+    commit, first = Commit.begin(HOSTS, "m", live=live)
+    said = list(first)
     for event in events:
         commit, more = commit.step(event)
         said += more
+        assert_invariants(commit, said)
     return commit, said
 
 
-def usual() -> tuple[Event, ...]:
-    return (
-        Passed("m", Barrier.SYNCHRONISE),
-        Passed("s", Barrier.SYNCHRONISE),
-        Passed("m", Barrier.FINISH),
-        Passed("s", Barrier.SAVED),
-        Passed("m", Barrier.SAVED),
-        Published(),
+def assert_invariants(commit: Commit, said: list[Instruction]) -> None:
+    stopped = said.count(Instruction.FINISH) - said.count(Instruction.RESUME)
+    standing = commit.phase in (Phase.FINISHING, Phase.STAGING)
+    assert stopped == (1 if standing else 0), "the VM runs exactly when it should"
+    assert not (Instruction.PUBLISH in said and commit.phase is Phase.SAVING)
+    assert commit.waiting <= commit.hosts
+
+
+def test_the_usual_order_of_a_stopped_checkpoint() -> None:
+    commit, said = run(STOPPED, live=False)
+    assert commit.phase is Phase.PUBLISHED
+    assert " ".join(said) == "prepare synchronise finish stage resume save publish"
+
+
+def test_the_usual_order_of_a_live_checkpoint() -> None:
+    commit, said = run(LIVE, live=True)
+    assert commit.phase is Phase.PUBLISHED
+    assert " ".join(said) == (
+        "prepare copy judge copy judge synchronise finish stage resume save publish"
     )
 
 
-def test_the_usual_order_publishes() -> None:
-    commit, said = run(usual())
-    assert commit.phase is Phase.PUBLISHED
-    assert said == [
-        Instruction.PREPARE,
-        Instruction.FINISH,
-        Instruction.SAVE,
-        Instruction.RESUME,
-        Instruction.PUBLISH,
-    ]
+def test_without_sub_hosts_nothing_is_staged_elsewhere() -> None:
+    commit, _ = Commit.begin(("m",), "m", live=False)
+    for barrier in (Barrier.PREPARED, Barrier.SYNCHRONISE):
+        commit, _ = commit.step(Passed("m", barrier))
+    commit, said = commit.step(Passed("m", Barrier.FINISH))
+    assert said == [Instruction.RESUME, Instruction.SAVE]
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("trouble", [Failed("s", "gone"), Failed("m", "gone"), Cancelled("^C")])
-def test_trouble_at_any_moment(at: int, trouble: Event) -> None:
-    events = usual()
-    commit, said = run((*events[:at], trouble, *events[at:]))
-    # s has voted after four events, and both after five.
-    harmless = at >= 5 or (at == 4 and trouble == Failed("s", "gone"))
-    assert commit.phase is (Phase.PUBLISHED if harmless else Phase.ABANDONED)
-    assert (Instruction.DISCARD in said) is not harmless
-    assert (Instruction.PUBLISH in said) is harmless
-    if Instruction.FINISH in said:
-        assert said.count(Instruction.RESUME) == 1
+def test_trouble_at_any_moment(live: bool, trouble: Event) -> None:
+    events = LIVE if live else STOPPED
+    for at in range(len(events)):
+        commit, said = run((*events[:at], trouble, *events[at:]), live=live)
+        # s votes third from the end, m second from the end.
+        harmless = at >= len(events) - 1 or (
+            at == len(events) - 2 and trouble == Failed("s", "gone")
+        )
+        assert commit.phase is (Phase.PUBLISHED if harmless else Phase.ABANDONED), at
+        assert (Instruction.DISCARD in said) is not harmless, at
+        assert (Instruction.PUBLISH in said) is harmless, at
 
 
-def test_every_order_of_votes_failures_and_publishing_is_safe() -> None:
-    start = usual()[:3]
+def test_every_order_of_votes_failures_and_cancel_is_safe() -> None:
+    start = STOPPED[:6]
+    events: tuple[Event, ...] = (*VOTES, Failed("s", "gone"), Failed("m", "gone"), Cancelled("^C"))
+    outcomes = set()
+    for order in permutations(events):
+        commit, said = run((*start, *order), live=False)
+        assert not (Instruction.PUBLISH in said and Instruction.DISCARD in said), order
+        outcomes.add(commit.phase)
+    assert outcomes == {Phase.PUBLISHING, Phase.ABANDONED}
+
+
+def test_every_order_of_the_live_phase_is_safe() -> None:
     events: tuple[Event, ...] = (
-        Passed("m", Barrier.SAVED),
-        Passed("s", Barrier.SAVED),
+        *COPIED,
+        AnotherRound(),
+        Converged(),
         Failed("s", "gone"),
-        Failed("m", "gone"),
-        Cancelled("^C"),
+        Passed("s", Barrier.SYNCHRONISE),
     )
     for order in permutations(events):
-        commit, said = run((*start, *order))
-        assert not (Instruction.PUBLISH in said and Instruction.DISCARD in said), order
-        assert said.count(Instruction.RESUME) == 1, order
-        assert commit.phase in (Phase.PUBLISHING, Phase.ABANDONED), order
+        commit, said = run((*PREPARED, *order), live=True)
+        assert commit.phase is Phase.ABANDONED, order
+        assert said.count(Instruction.DISCARD) == 1, order
 
 
 def test_a_manifest_that_cannot_be_written_discards() -> None:
-    commit, said = run((*usual()[:5], PublishFailed("disk full")))
+    commit, said = run((*STOPPED[:-1], PublishFailed("disk full")), live=False)
     assert commit.phase is Phase.ABANDONED
     assert said[-1] is Instruction.DISCARD
     assert commit.failures == {"m": "disk full"}
 
 
 def test_a_barrier_passed_twice_or_early_counts_once() -> None:
-    commit, said = run((Passed("m", Barrier.SYNCHRONISE), Passed("m", Barrier.SYNCHRONISE)))
-    assert commit.phase is Phase.PREPARING
-    commit, said = run((Passed("s", Barrier.SAVED), Passed("m", Barrier.FINISH)))
+    twice = (Passed("m", Barrier.PREPARED), Passed("m", Barrier.PREPARED))
+    assert run(twice, live=True)[0].phase is Phase.PREPARING
+    early = (Passed("s", Barrier.SAVED), Passed("m", Barrier.FINISH), Converged(), AnotherRound())
+    commit, said = run(early, live=True)
     assert (commit.phase, said) == (Phase.PREPARING, [Instruction.PREPARE])

@@ -1,0 +1,32 @@
+"""When a live checkpoint stops the VM."""
+
+from __future__ import annotations
+
+from dcres.model.live import HostRound, Target, Verdict, judge
+from dcres.model.pages import PAGE_SIZE
+
+GB = 1e9
+
+
+def rounds(*left: int) -> list[dict[str, HostRound]]:
+    return [{"m": HostRound(100, pages, 0.1, GB), "s": HostRound(1, 0, 0.1, GB)} for pages in left]
+
+
+def test_it_stops_when_the_rest_fits() -> None:
+    fits = int(0.04 * GB / PAGE_SIZE)
+    judgement = judge(Target(), rounds(fits))
+    assert judgement.verdict is Verdict.FITS
+    assert 0.09 < judgement.estimated_downtime_s <= 0.1
+    assert judge(Target(), rounds(fits * 2)).go_on
+
+
+def test_the_slowest_host_counts() -> None:
+    slow = {"m": HostRound(0, 10, 0.1, GB), "s": HostRound(0, 100_000, 0.1, GB)}
+    assert judge(Target(), [slow]).estimated_downtime_s > 0.4
+
+
+def test_a_busy_guest_does_not_make_it_endless() -> None:
+    left = [10**6, 5 * 10**5, 4 * 10**5, 3 * 10**5]
+    assert judge(Target(max_rounds=4), rounds(*left)).verdict is Verdict.BOUND
+    assert judge(Target(), rounds(10**6, 9 * 10**5, 89 * 10**4)).verdict is Verdict.STALLED
+    assert judge(Target(), rounds(10**6, 9 * 10**5)).go_on
