@@ -21,9 +21,21 @@ MAY_IMPORT = {
     "vm": {"model", "linux", "config"},
     "actors": {"model", "linux", "config", "storage", "paging", "vm"},
     "doctor": {"model", "linux", "config", "storage", "paging", "vm", "actors"},
+    "bench": {"model", "linux", "config", "storage", "paging", "vm", "actors", "doctor"},
     "api": {"model", "linux", "config", "storage", "paging", "vm", "actors", "doctor"},
     "demo": {"model", "linux", "config", "storage", "paging", "vm", "actors", "doctor", "api"},
-    "cli": {"model", "linux", "config", "storage", "vm", "actors", "doctor", "api", "demo"},
+    "cli": {
+        "model",
+        "linux",
+        "config",
+        "storage",
+        "vm",
+        "actors",
+        "doctor",
+        "api",
+        "demo",
+        "bench",
+    },
     "": {"model", "config", "api"},  # dcres/__init__.py, the façade
 }
 OWNERS = {

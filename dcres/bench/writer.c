@@ -7,6 +7,8 @@
  *   run SECONDS   random increments, then verify every page  -> ops N bad M
  *   read STEP N   read N pages, STEP apart (0: at random)    -> ns TOTAL sum S
  *   write STEP N  the same, writing                          -> ns TOTAL sum S
+ *   time STEP N US  read N pages, US microseconds apart, and time each
+ *                 -> missed M median_ns A p99_ns B max_ns C  (of those that took a page fault)
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -71,6 +73,32 @@ static void touch(uint64_t step, uint64_t count, int writing) {
     printf("ns %lu sum %lu\n", now() - start, sum);
 }
 
+static int ascending(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* A page that is here takes at most a few microseconds (it is mapped on first touch); a page
+ * that is brought, ten times as long. */
+enum { MISS_NS = 15000 };
+
+static void time_reads(uint64_t step, uint64_t count, unsigned long pause_us) {
+    uint64_t *took = malloc((count + 1) * sizeof *took), missed = 0;
+    if (!took) exit(1);
+    took[0] = 0;
+    for (uint64_t k = 0; k < count; k++) {
+        uint64_t page = step ? k * step % pages : random_page(), start = now();
+        (void)*word(page, 8);
+        uint64_t ns = now() - start;
+        if (ns >= MISS_NS) took[missed++] = ns;
+        if (pause_us) usleep(pause_us);
+    }
+    qsort(took, missed, sizeof *took, ascending);
+    printf("missed %lu median_ns %lu p99_ns %lu max_ns %lu\n", missed, took[missed / 2],
+           took[missed - missed / 100 - (missed > 0)], took[missed - (missed > 0)]);
+    free(took);
+}
+
 int main(int argc, char **argv) {
     if (argc != 3) return 2;
     pages = strtoull(argv[2], 0, 10);
@@ -83,7 +111,7 @@ int main(int argc, char **argv) {
     printf("%p\n", (void *)memory);
     char line[128];
     double seconds;
-    unsigned long step, count;
+    unsigned long step, count, pause_us;
     while (fgets(line, sizeof line, stdin)) {
         if (!strcmp(line, "fill\n")) {
             for (uint64_t page = 0; page < pages; page++) bump(page);
@@ -95,6 +123,8 @@ int main(int argc, char **argv) {
             touch(step, count, 0);
         } else if (sscanf(line, "write %lu %lu", &step, &count) == 2) {
             touch(step, count, 1);
+        } else if (sscanf(line, "time %lu %lu %lu", &step, &count, &pause_us) == 3) {
+            time_reads(step, count, pause_us);
         } else {
             puts("what?");
         }

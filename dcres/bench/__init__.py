@@ -1,0 +1,57 @@
+"""Measurements with names: `run` one of `NAMES`; docs/measurements.md shows what came out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from dcres.bench import checkpoint, paging
+from dcres.bench.machine import machine, versions
+from dcres.bench.result import Bench, Result, Say, Setup, missed_aims, ratio_spreads, spreads
+from dcres.errors import ConfigError, UnsupportedHost
+
+__all__ = ["NAMES", "Result", "about", "run"]
+
+_BENCHES: dict[str, Bench] = {each.name: each for each in (paging.BENCH, checkpoint.BENCH)}
+
+NAMES: tuple[str, ...] = tuple(_BENCHES)
+
+
+def about(name: str) -> str:
+    """What `name` measures, in a line. Raises ConfigError."""
+    return _bench(name).about
+
+
+def _bench(name: str) -> Bench:
+    if name not in _BENCHES:
+        raise ConfigError(f"no benchmark is called {name}; there are {', '.join(NAMES)}")
+    return _BENCHES[name]
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+def run(name: str, *, quick: bool = False, folder: Path | None = None, say: Say = _quiet) -> Result:
+    """Run one benchmark; `quick` with less data and fewer rounds. `folder` is on the disk to use.
+
+    `say` hears what is being done. Raises ConfigError for a name that is not known,
+    UnsupportedHost without root, and whatever the measured parts raise.
+    """
+    bench = _bench(name)
+    if os.geteuid() != 0:
+        raise UnsupportedHost("benchmarks use userfaultfd and ptrace; run them as root")
+    with tempfile.TemporaryDirectory(prefix="dcres-bench-", dir=folder) as disk:
+        described = machine(Path(disk))
+        rows = bench.measure(Setup(quick, Path(disk), say))
+    ratios = ratio_spreads(rows, bench.ratios)
+    return Result(
+        bench=name,
+        machine=described,
+        versions=versions(),
+        commands=(f"dcres bench {name}{' --quick' if quick else ''} --json",),
+        rows=tuple(rows),
+        ratios=ratios,
+        not_reached=tuple(missed_aims({**spreads(rows), **ratios}, bench.aims)),
+    )
