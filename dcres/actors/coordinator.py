@@ -47,6 +47,7 @@ log = logging.getLogger("dcres.coordinator")
 _START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
 _ASK_TIMEOUT_S = 10.0
 _CANCEL_TIMEOUT_S = 45.0
+_RESUME_TIMEOUT_S = 180.0  # it waits for a stop that is under way
 
 
 class VmPhase(StrEnum):
@@ -107,6 +108,7 @@ class Coordinator:
     def _recover(self) -> None:
         ports = self._fleet.find(self._vm)
         if not ports:
+            self._fleet.release(self._vm)  # a start may have come as far as its reservation
             return
         try:
             descriptions = [self._describe(port) for port in ports]
@@ -135,7 +137,7 @@ class Coordinator:
         return description
 
     def _give_up(self, checkpoint: str, ports: Sequence[Port]) -> None:
-        ports[0].call("resume")
+        ports[0].call("resume", timeout_s=_RESUME_TIMEOUT_S)
         if ports[0].call("published", checkpoint):
             return
         for port in ports:
@@ -160,10 +162,13 @@ class Coordinator:
         self._take_down()
 
     def _is_lost(self) -> bool:
+        """Whether the VM is gone for good; a pager that is being started again is no reason."""
         try:
             self._ask_all()
-        except DcresError:
+        except VmLost:
             return True
+        except DcresError:
+            return False
         return False
 
     def _bring_up(
@@ -335,7 +340,7 @@ class Coordinator:
                 self._phase = VmPhase.ABSENT
         except DcresError as error:
             self._why = str(error)
-            if self._phase is VmPhase.RUNNING:
+            if self._phase is VmPhase.RUNNING and isinstance(error, VmLost):
                 self._phase = VmPhase.LOST
         status["phase"], status["why"] = str(self._phase), self._why
         status["last_checkpoint"] = self._last or None

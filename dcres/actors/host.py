@@ -37,7 +37,9 @@ from dcres.storage.store import Store
 log = logging.getLogger("dcres.host")
 
 _START_TIMEOUT_S = 20.0
+_PATIENCE_S = 10.0
 _MOST_RESTARTS = 20
+_LIVED_LONG_S = 60.0
 _POLL_S = 0.02
 
 
@@ -107,9 +109,16 @@ class Daemon:
     """A paging process that is kept running: started, adopted, and started again when it dies.
 
     Its settings file says all it needs, so that a new one goes on where the old one stopped.
+    `needed` says whether there still is something for it to do.
     """
 
-    def __init__(self, module: str, vm_folder: VmFolder, name: str) -> None:
+    def __init__(
+        self,
+        module: str,
+        vm_folder: VmFolder,
+        name: str,
+        needed: Callable[[], bool] = lambda: True,
+    ) -> None:
         folder = vm_folder.run
         self._argv = [sys.executable, "-m", module, str(folder / f"{name}.json")]
         self._marker = marker(vm_folder)
@@ -118,27 +127,61 @@ class Daemon:
         self.control = folder / f"{name}.sock"
         self.name = name
         self.restarts = 0
+        self.given_up = ""  # why it is not started again
+        self._needed = needed
         self._wanted = False
+        self._spawning = threading.Lock()
         self._watcher: threading.Thread | None = None
         self._process: ProcessId | None = None
 
     def start(self) -> None:
         """Start it, or adopt the one that runs; returns when it answers."""
+        self._wanted = True
+        self._adopt_or_spawn()
+        self._await_answer()
+        self._keep_watch()
+
+    def adopt(self) -> None:
+        """As `start`, for an actor that was started again: what fails now is tried again."""
+        self._wanted = True
+        try:
+            self._adopt_or_spawn()
+            self._await_answer()
+        except (PagingError, OSError) as error:
+            log.error("%s", error)
+        self._keep_watch()
+
+    def _adopt_or_spawn(self) -> None:
         self._process = self._read_pid()
         if self._process is None or not self._process.alive:
             self._spawn()
-        self._await_answer()
-        self._wanted = True
-        self._watcher = threading.Thread(target=self._watch, name=self.name, daemon=True)
-        self._watcher.start()
+
+    def _keep_watch(self) -> None:
+        if self._watcher is None or not self._watcher.is_alive():
+            self._watcher = threading.Thread(target=self._watch, name=self.name, daemon=True)
+            self._watcher.start()
 
     def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """Give it an order; see `control.call`."""
         return control.call(self.control, do, timeout_s, **arguments)
 
+    def call_patiently(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """`call` an order that may be repeated, through a restart if need be."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return self.call(do, **arguments)
+            except PagingError as error:
+                # A reported error has a class of its own; this one says that nobody answered.
+                hopeless = type(error) is not PagingError or self.given_up or not self._needed()
+                if hopeless or time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
+
     def stop(self) -> None:
         """End it for good. Repeatable."""
-        self._wanted = False
+        with self._spawning:
+            self._wanted = False
         process = self._process or self._read_pid()
         if process is not None:
             process.end()
@@ -150,9 +193,12 @@ class Daemon:
         return None if state is None else ProcessId(state["pid"], state["start_time"])
 
     def _spawn(self) -> None:
-        process = spawn_detached(self._argv, self._log, {**os.environ, **self._marker})
-        write_state(self._pid_file, {"pid": process.pid, "start_time": process.start_time})
-        self._process = process
+        with self._spawning:
+            if not self._wanted:
+                raise PagingError(f"the {self.name} is being stopped")
+            process = spawn_detached(self._argv, self._log, {**os.environ, **self._marker})
+            write_state(self._pid_file, {"pid": process.pid, "start_time": process.start_time})
+            self._process = process
 
     def _await_answer(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -174,17 +220,60 @@ class Daemon:
         return lines[-1] if lines else "it said nothing"
 
     def _watch(self) -> None:
-        while self._wanted and self.restarts < _MOST_RESTARTS:
+        in_a_row, since = 0, time.monotonic()
+        while self._wanted:
             process = self._process
-            if process is None or not process.wait_gone(0.5) or not self._wanted:
+            if process is not None and not process.wait_gone(0.5):
                 continue
-            self.restarts += 1
-            log.warning("the %s has died; starting another", self.name)
-            try:
-                self._spawn()
-                self._await_answer()
-            except (PagingError, OSError) as error:
-                log.error("%s", error)
+            if not self._wanted or not self._needed():
+                return
+            in_a_row = 0 if time.monotonic() - since > _LIVED_LONG_S else in_a_row + 1
+            since = time.monotonic()
+            if in_a_row > _MOST_RESTARTS:
+                self.given_up = f"the {self.name} does not stay up: {self._words()}"
+                return
+            self._restart()
+
+    def _restart(self) -> None:
+        self.restarts += 1
+        log.warning("the %s has died; starting another", self.name)
+        try:
+            self._spawn()
+            self._await_answer()
+        except (PagingError, OSError) as error:
+            log.error("%s", error)
+
+
+class Life:
+    """Orders what begins a VM on a host and what ends it: the end waits, and is final.
+
+    Both run in threads of one actor. Without this a coordinator that was started again would
+    end what is there, while the start that its predecessor ordered goes on and leaves a QEMU.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._over = False
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Around a start. Raises Conflict when the end has come."""
+        with self._lock:
+            if self._over:
+                raise Conflict("this VM was ended before its start was done")
+            yield
+
+    @contextmanager
+    def ending(self, hurry: Callable[[], None]) -> Iterator[None]:
+        """Around the end; `hurry` makes a start under way fail and is called until it has."""
+        self._over = True
+        hurry()
+        while not self._lock.acquire(timeout=_POLL_S):
+            hurry()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 class Meter:

@@ -42,3 +42,15 @@ def revert(disk: Path, name: str) -> None:
     done = _run("snapshot", "-a", name, str(disk))
     if done.returncode:
         raise ConfigError(f"disk {disk} cannot be reverted to {name}: {done.stderr.strip()}")
+
+
+def delete(disk: Path, name: str) -> None:
+    """Delete the internal snapshot `name` of `disk`, if it has one.
+
+    Raises ConfigError when QEMU still has the disk open, or qemu-img fails.
+    """
+    if name not in snapshots(disk):
+        return
+    done = _run("snapshot", "-d", name, str(disk))
+    if done.returncode:
+        raise ConfigError(f"snapshot {name} of disk {disk} stays: {done.stderr.strip()}")
