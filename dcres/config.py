@@ -206,6 +206,15 @@ def default_home() -> Path:
     return Path(state) / "dcres"
 
 
+def default_cache() -> Path:
+    """Where dcres keeps what it can make again: $DCRES_CACHE, or the usual place."""
+    if "DCRES_CACHE" in os.environ:
+        return Path(os.environ["DCRES_CACHE"]).absolute()
+    if os.geteuid() == 0:
+        return Path("/var/cache/dcres")
+    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "dcres"
+
+
 class HostSettings(_Model):
     """What a host tells dcres about itself, through the environment of its raylet.
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from dcres.config import HostSettings, default_home, format_size
+from dcres.config import HostSettings, default_cache, default_home, format_size
 from dcres.errors import DcresError
 from dcres.linux import inject
 from dcres.linux.pagemap import WriteTracker
@@ -352,7 +352,7 @@ def _kvm(home: Path) -> Probe | None:
     image = find_image(home / "guest")
     if image is None or shutil.which(QEMU) is None:
         return None
-    return probe_kvm(image.kernel, home / "cache")
+    return probe_kvm(image.kernel, default_cache())
 
 
 def gather(settings: HostSettings) -> Facts:

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,9 +16,11 @@ from dcres.actors.ports import Port
 from dcres.config import VmSpec
 from dcres.errors import DcresError, OperationFailed
 from dcres.model.commit import (
+    AnotherRound,
     Barrier,
     Cancelled,
     Commit,
+    Converged,
     Event,
     Failed,
     Instruction,
@@ -27,6 +29,8 @@ from dcres.model.commit import (
     Published,
     PublishFailed,
 )
+from dcres.model.live import HostRound, Judgement, Target, judge
+from dcres.storage.layout import VMCORE
 from dcres.storage.manifest import (
     DiskSnapshot,
     FileSum,
@@ -41,9 +45,10 @@ from dcres.storage.manifest import (
 log = logging.getLogger("dcres.coordinator")
 
 _PREPARE_TIMEOUT_S = 60.0
-_FINISH_TIMEOUT_S = 300.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
 _RESTART_TIMEOUT_S = 60.0
+# 256 MiB a host: what a round leaves when the guest writes about as fast as the disk.
+STAGE_PAGES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,20 @@ class Checkpointing:
     """A checkpoint under way. `run` returns its manifest; `cancel` may be called meanwhile."""
 
     def __init__(
-        self, subject: Subject, checkpoint: str, mode: Mode, created: datetime | None = None
+        self,
+        subject: Subject,
+        checkpoint: str,
+        mode: Mode,
+        target: Target,
+        created: datetime | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.phase = Phase.PREPARING
         self._subject = subject
         self._mode = mode
+        self._target = target
+        self.rounds: list[dict[str, HostRound]] = []
+        self.judgement: Judgement | None = None
         self._created = created or datetime.now(UTC)
         self._events: queue.Queue[Event] = queue.Queue()
         self._began = time.monotonic()
@@ -83,13 +96,19 @@ class Checkpointing:
         self._downtime_s = 0.0
         self._manifest: Manifest | None = None
 
+    @property
+    def pages_left(self) -> dict[str, int]:
+        """Pages marked on each host after its latest round."""
+        return {host: done.left_pages for each in self.rounds for host, done in each.items()}
+
     def cancel(self, why: str) -> None:
         """Give it up, unless it is being published already."""
         self._events.put(Cancelled(why))
 
     def run(self) -> Manifest:
         """Take the checkpoint. Raises OperationFailed; the VM then runs, if it can at all."""
-        commit, instructions = Commit.begin(self._subject.hosts, self._subject.main)
+        live = self._mode is Mode.LIVE
+        commit, instructions = Commit.begin(self._subject.hosts, self._subject.main, live=live)
         while True:
             self.phase = commit.phase
             for instruction in instructions:
@@ -106,20 +125,33 @@ class Checkpointing:
         return self._manifest
 
     def _obey(self, instruction: Instruction) -> None:
+        subject = self._subject
         match instruction:
             case Instruction.PREPARE:
-                self._tell_all("prepare", Barrier.SYNCHRONISE, _PREPARE_TIMEOUT_S)
+                self._tell(subject.hosts, self._prepare)
+            case Instruction.COPY:
+                self.rounds.append({})
+                self._tell(subject.hosts, self._copy)
+            case Instruction.JUDGE:
+                self._judge()
+            case Instruction.SYNCHRONISE:
+                self._tell(subject.hosts, self._synchronise)
             case Instruction.FINISH:
-                self._submit(self._subject.main, self._finish)
-            case Instruction.SAVE:
-                for host in self._subject.hosts:
-                    self._submit(host, self._save)
+                self._tell(subject.hosts[:1], self._finish)
+            case Instruction.STAGE:
+                self._tell(subject.hosts[1:], self._stage)
             case Instruction.RESUME:
                 self._resume()
+            case Instruction.SAVE:
+                self._tell(subject.hosts, self._save)
             case Instruction.PUBLISH:
                 self._publish()
             case Instruction.DISCARD:
                 self._discard()
+
+    def _tell(self, hosts: Iterable[str], work: Callable[[str], Barrier]) -> None:
+        for host in hosts:
+            self._submit(host, work)
 
     def _submit(self, host: str, work: Callable[[str], Barrier]) -> None:
         def attempt() -> None:
@@ -133,28 +165,52 @@ class Checkpointing:
 
         threading.Thread(target=attempt, name=f"checkpoint-{host}", daemon=True).start()
 
-    def _tell_all(self, method: str, barrier: Barrier, timeout_s: float) -> None:
-        def tell(host: str) -> Barrier:
-            answer = self._subject.ports[host].call(method, self.checkpoint, timeout_s=timeout_s)
-            if host == self._subject.main:
-                self._before = answer
-            return barrier
+    def _prepare(self, host: str) -> Barrier:
+        answer = self._subject.ports[host].call(
+            "prepare", self.checkpoint, timeout_s=_PREPARE_TIMEOUT_S
+        )
+        if host == self._subject.main:
+            self._before = answer
+        return Barrier.PREPARED
 
-        for host in self._subject.hosts:
-            self._submit(host, tell)
+    def _copy(self, host: str) -> Barrier:
+        this_round = self.rounds[-1]
+        port = self._subject.ports[host]
+        this_round[host] = port.call("copy", self.checkpoint, timeout_s=_SAVE_TIMEOUT_S)
+        return Barrier.COPIED
+
+    def _judge(self) -> None:
+        self.judgement = judge(self._target, self.rounds)
+        log.info("checkpoint %s, round %d: %s", self.checkpoint, len(self.rounds), self.judgement)
+        self._events.put(AnotherRound() if self.judgement.go_on else Converged())
+
+    def _synchronise(self, host: str) -> Barrier:
+        live = self._mode is Mode.LIVE
+        port = self._subject.ports[host]
+        port.call("synchronise", self.checkpoint, live, timeout_s=_SAVE_TIMEOUT_S)
+        return Barrier.SYNCHRONISE
+
+    @property
+    def _stage_pages(self) -> int:
+        """What a host may hold in memory so that the VM need not wait for the disk."""
+        return STAGE_PAGES if self._mode is Mode.LIVE else 0
 
     def _finish(self, host: str) -> Barrier:
-        port = self._subject.ports[host]
-        self._finished = port.call("finish", self.checkpoint, timeout_s=_FINISH_TIMEOUT_S)
+        self._finished = self._subject.ports[host].call(
+            "finish", self.checkpoint, self._stage_pages, timeout_s=_SAVE_TIMEOUT_S
+        )
         return Barrier.FINISH
 
+    def _stage(self, host: str) -> Barrier:
+        port = self._subject.ports[host]
+        port.call("stage", self.checkpoint, self._stage_pages, timeout_s=_SAVE_TIMEOUT_S)
+        return Barrier.STAGED
+
     def _save(self, host: str) -> Barrier:
-        finished = self._require_finished()
         arguments: tuple[Any, ...] = (self.checkpoint,)
         if host == self._subject.main:
-            arguments = (self.checkpoint, finished.tick)
+            arguments = (self.checkpoint, self._require_finished().tick)
         saved: Saved = self._subject.ports[host].call("save", *arguments, timeout_s=_SAVE_TIMEOUT_S)
-        self._require_agreement(host, saved, finished)
         self._saved[host] = saved
         return Barrier.SAVED
 
@@ -163,16 +219,17 @@ class Checkpointing:
             raise OperationFailed("the main host did not finish", {})
         return self._finished
 
-    def _require_agreement(self, host: str, saved: Saved, finished: Finished) -> None:
-        """Existence on a sub host and placement on the main host name the same pages."""
-        index = self._subject.hosts.index(host)
-        same = index == 0 or saved.digest == finished.digests[index - 1]
-        if not same or saved.pages != finished.pages[index]:
-            raise OperationFailed(
-                f"{host} saved {saved.pages} pages, not the {finished.pages[index]} pages that "
-                "the network page table places there",
-                {},
-            )
+    def _require_agreement(self) -> None:
+        """Existence on every sub host and placement on the main host name the same pages."""
+        placed = self._saved[self._subject.main].placed
+        for host, expected in zip(self._subject.hosts[1:], placed, strict=True):
+            saved = self._saved[host]
+            if (saved.pages, saved.digest) != (expected.pages, expected.digest):
+                raise OperationFailed(
+                    f"{host} saved {saved.pages} pages, not the {expected.pages} pages that the "
+                    "network page table places there",
+                    {},
+                )
 
     def _resume(self) -> None:
         """Let the VM go on, through a restart of the main host's actor if need be."""
@@ -215,6 +272,7 @@ class Checkpointing:
 
     def _make_manifest(self) -> Manifest:
         finished, subject = self._require_finished(), self._subject
+        self._require_agreement()
         disks = tuple(
             DiskSnapshot(path=str(each.path), format=each.format, snapshot=self.checkpoint)
             for each in subject.spec.disks
@@ -231,7 +289,8 @@ class Checkpointing:
             accel=subject.accel,
             tick=finished.tick,
             hosts=tuple(self._slice(index) for index in range(len(subject.hosts))),
-            vmcore=FileSum(**finished.vmcore),
+            vmcore=self._core_sum(),
+            rounds=len(self.rounds),
             disks=disks,
             seconds=time.monotonic() - self._began,
             downtime_seconds=self._downtime_s,
@@ -241,6 +300,10 @@ class Checkpointing:
                 pages_out=finished.pages_out - self._before["pages_out"],
             ),
         )
+
+    def _core_sum(self) -> FileSum:
+        files = [FileSum(**each) for each in self._saved[self._subject.main].files]
+        return next(each for each in files if each.name == VMCORE)
 
     def _slice(self, index: int) -> HostSlice:
         host = self._subject.hosts[index]

@@ -37,6 +37,7 @@ from dcres.errors import (
     OperationFailed,
     VmLost,
 )
+from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.paging.settings import SubAddress
 from dcres.storage.manifest import Manifest, Mode, dumps, loads
@@ -76,6 +77,7 @@ class Coordinator:
         self._checkpointing: Checkpointing | None = None
         self._unwanted: threading.Event | None = None  # while a start or restore is under way
         self._last: dict[str, Any] = {}
+        self._fixed_s = FIXED_S
         self._recover()
 
     @contextmanager
@@ -220,10 +222,18 @@ class Coordinator:
 
     # Checkpoint
 
-    def checkpoint(self, mode: str = "stop", checkpoint: str | None = None) -> dict[str, Any]:
+    def checkpoint(
+        self,
+        mode: str = "live",
+        checkpoint: str | None = None,
+        downtime_s: float = DOWNTIME_S,
+        max_rounds: int = MAX_ROUNDS,
+    ) -> dict[str, Any]:
         """Take a checkpoint; its manifest's facts as `dcres checkpoint --json` prints them.
 
-        Raises OperationFailed when it was given up: the VM then goes on.
+        `downtime_s` is what a live checkpoint aims at, in at most `max_rounds` rounds; then the
+        VM is stopped all the same, and ``verdict`` says why. Raises OperationFailed when it was
+        given up: the VM then goes on.
         """
         with self._exclusively(VmPhase.CHECKPOINTING):
             ports = self._ports()
@@ -232,14 +242,24 @@ class Coordinator:
             began = time.monotonic()
             now = datetime.now(UTC)
             name = checkpoint or Store.new_id(self._vm, now, secrets.token_hex(2))
-            self._checkpointing = Checkpointing(self._subject(ports), name, Mode(mode), now)
+            target = Target(downtime_s, max_rounds, self._fixed_s)
+            running = Checkpointing(self._subject(ports), name, Mode(mode), target, now)
+            self._checkpointing = running
             try:
-                manifest = self._checkpointing.run()
+                manifest = running.run()
             finally:
                 self._checkpointing = None
             self._phase = VmPhase.RUNNING
             self._last = checkpoint_facts(manifest, time.monotonic() - began)
+            if running.judgement is not None:
+                self._learn(running.judgement, manifest.downtime_seconds)
+                self._last["verdict"] = str(running.judgement.verdict)
             return self._last
+
+    def _learn(self, judgement: Judgement, downtime_s: float) -> None:
+        """The fixed part of the next downtime is what this one had beyond its staging."""
+        staging_s = judgement.estimated_downtime_s - self._fixed_s
+        self._fixed_s = max(0.5 * (self._fixed_s + downtime_s - staging_s), 0.005)
 
     def _subject(self, ports: dict[str, Port]) -> Subject:
         main = ports[self._hosts[0]].call("describe")
@@ -373,7 +393,12 @@ class Coordinator:
                 hosts.append({"host": host, **asdict(port.call("progress", timeout_s=5.0))})
             except DcresError:
                 hosts.append({"host": host, "what": "", "done_bytes": 0, "total_bytes": 0})
-        return {"vm": self._vm, "phase": phase, "hosts": hosts}
+        facts: dict[str, Any] = {"vm": self._vm, "phase": phase, "hosts": hosts}
+        if checkpointing is not None and checkpointing.judgement is not None:
+            facts["round"] = len(checkpointing.rounds)
+            facts["estimated_downtime_seconds"] = checkpointing.judgement.estimated_downtime_s
+            facts["pages_left"] = checkpointing.pages_left
+        return facts
 
     def stop(self) -> None:
         """End the VM and give back all it used; its checkpoints stay. Repeatable."""

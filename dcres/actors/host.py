@@ -14,24 +14,21 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.messages import LoadOrder, Progress, Saved
+from dcres.actors.messages import LoadOrder, Progress
 from dcres.config import HostSettings
 from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
-from dcres.linux.files import data_extents, fs_free_bytes, punch_hole
+from dcres.linux.files import fs_free_bytes, punch_hole
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
-from dcres.model.pages import PAGE_SIZE, count_pages
-from dcres.model.placement import digest
+from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
-from dcres.storage import memory_file, tables
-from dcres.storage.layout import MEMORY
-from dcres.storage.manifest import FileSum, Manifest, loads
-from dcres.storage.memory_file import SavedMemory
+from dcres.storage import memory_file
+from dcres.storage.manifest import Manifest, loads
 from dcres.storage.store import Store
 
 log = logging.getLogger("dcres.host")
@@ -284,19 +281,17 @@ class Meter:
         self._cancelled = threading.Event()
 
     @contextmanager
-    def measuring(self, what: str, pages: int) -> Iterator[Callable[[int], None]]:
-        """A callback for the work inside the ``with`` block; raises Conflict once cancelled."""
+    def measuring(self, what: str, pages: int) -> Iterator[None]:
+        """The work inside the ``with`` block is `what`, and calls `done` as it goes."""
         self._progress = Progress(what, 0, pages * PAGE_SIZE)
-        lock = threading.Lock()
+        yield
 
-        def done(pages: int) -> None:
-            if self._cancelled.is_set():
-                raise Conflict(f"{what} was cancelled")
-            with lock:
-                now = self._progress
-                self._progress = replace(now, done_bytes=now.done_bytes + pages * PAGE_SIZE)
-
-        yield done
+    def done(self, pages: int) -> None:
+        """Pages done since the last call. Raises Conflict once the work is cancelled."""
+        now = self._progress
+        if self._cancelled.is_set():
+            raise Conflict(f"{now.what} was cancelled")
+        self._progress = replace(now, done_bytes=now.done_bytes + pages * PAGE_SIZE)
 
     def cancel(self) -> None:
         """Make the work under way fail soon."""
@@ -334,45 +329,6 @@ def require_store_room(store: Path, length_bytes: int) -> None:
         )
 
 
-def save_part(
-    host: str,
-    source: Path,
-    folder: Path,
-    meter: Meter,
-    tables_of: Callable[[SavedMemory], Sequence[FileSum]],
-) -> Saved:
-    """Save all pages of the sparse file `source` as this host's part of a checkpoint.
-
-    Memory file, checksums and the tables that `tables_of` writes are durable on return.
-    Placement is frozen while this runs. Raises StoreFull, Conflict when cancelled.
-    """
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        page_count = os.fstat(fd).st_size // PAGE_SIZE
-        extents = data_extents(fd, page_count)
-        path = folder / MEMORY
-        path.unlink(missing_ok=True)
-        with (
-            meter.measuring("save", count_pages(extents)) as done,
-            memory_file.MemoryFileWriter(path, page_count, done) as writer,
-        ):
-            writer.save(fd, extents)
-            saved = writer.seal()
-    finally:
-        os.close(fd)
-    sums = tables.write_sums(folder / "sums.arrow", saved.mask, saved.sums)
-    files = (*tables_of(saved), sums)
-    return Saved(
-        host=host,
-        pages=saved.pages,
-        bytes_written=saved.bytes_written,
-        allocated_bytes=saved.allocated_bytes,
-        seconds=saved.seconds,
-        digest=digest(saved.mask),
-        files=tuple(each.model_dump() for each in files),
-    )
-
-
 def load_parts(store: Store, order: LoadOrder, target: Path, meter: Meter) -> Manifest:
     """Load parts of a checkpoint into the sparse file `target`, verified page by page.
 
@@ -385,9 +341,9 @@ def load_parts(store: Store, order: LoadOrder, target: Path, meter: Meter) -> Ma
     try:
         os.ftruncate(fd, manifest.memory_bytes)
         punch_hole(fd, 0, manifest.memory_bytes)
-        with meter.measuring("load", total) as done:
+        with meter.measuring("load", total):
             for part in parts:
-                memory_file.load(part.memory_path, part.mask, part.sums, fd, done)
+                memory_file.load(part.memory_path, part.mask, part.sums, fd, meter.done)
     finally:
         os.close(fd)
     return manifest

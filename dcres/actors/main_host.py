@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,36 @@ from dcres.actors.host import (
     read_state,
     require_store_room,
     require_tmpfs_room,
-    save_part,
     write_state,
 )
-from dcres.actors.messages import Finished, Progress, RunOrder, Saved, Status
-from dcres.config import Accel, HostSettings, VmSpec, default_home
-from dcres.errors import CheckpointCorrupt, MonitorError, NotFound, PagingError, VmLost
+from dcres.actors.messages import Finished, Placed, RunOrder, Saved, Status
+from dcres.actors.saving import SavingHost
+from dcres.config import Accel, HostSettings, VmSpec, default_cache
+from dcres.errors import (
+    CheckpointCorrupt,
+    Conflict,
+    MonitorError,
+    NotFound,
+    PagesLost,
+    PagingError,
+    VmLost,
+)
+from dcres.model.history import Ticks
 from dcres.model.pages import PAGE_SIZE, pages_of
-from dcres.model.placement import MAIN, from_saved, to_saved
+from dcres.model.placement import (
+    MAIN,
+    NOWHERE,
+    Owners,
+    digest,
+    from_saved,
+    sub_code,
+    to_saved,
+)
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import PagerSettings
 from dcres.paging.table import PageTable
 from dcres.storage import tables
+from dcres.storage.atomic import write_durably
 from dcres.storage.digest import file_sum
 from dcres.storage.layout import HISTORY, PAGES, VMCORE
 from dcres.storage.manifest import FileSum, Manifest, loads
@@ -53,19 +72,17 @@ _LINKS_TIMEOUT_S = 20.0
 _DRAIN_TIMEOUT_S = 60.0
 
 
-class MainHost:
+class MainHost(SavingHost):
     """One VM on its main host."""
 
     def __init__(
         self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
     ) -> None:
-        self._vm = vm
         self._settings = HostSettings.from_environ(environ, address)
         self._folder = VmFolder.of(self._settings, vm)
-        self._store = Store(self._settings.store)
         self._pager = Daemon("dcres.paging.pager", self._folder, "pager")
-        self._meter = Meter()
-        self._saving = threading.Lock()
+        super().__init__(Store(self._settings.store), vm, self._settings.name, Meter())
+        self._frozen: tuple[Owners, Ticks] | None = None
         self._orders = threading.Lock()
         self._monitor: Monitor | None = None
         self._state: dict[str, Any] = read_state(self._folder.state) or {}
@@ -144,10 +161,6 @@ class MainHost:
             **self._pager.call("status"),
         }
 
-    def progress(self) -> Progress:
-        """How far a long operation here is."""
-        return self._meter.progress
-
     # Start and restore
 
     def run(self, order: RunOrder) -> None:
@@ -160,7 +173,7 @@ class MainHost:
         spec.require_files()
         require_tmpfs_room(self._settings.ram, spec.layout.main)
         manifest = None if order.load is None else loads(order.load.manifest, Path("manifest.json"))
-        cache = default_home() / "cache"
+        cache = default_cache()
         if manifest is None:
             chosen, why = accel_.choose(spec.accel, spec.kernel, cache)
         else:
@@ -285,38 +298,37 @@ class MainHost:
         return self._store.next_generation(self._vm)
 
     def prepare(self, checkpoint: str) -> dict[str, int]:
-        """Sweep unfinished checkpoints, make room for this one; paging counters as they are.
+        """Sweep unfinished checkpoints, make room for this one, track changes from now on.
 
-        Raises StoreFull, VmLost.
+        The state file says so: an actor that is started again finds out what it left. Returns
+        the paging counters as they are. Raises StoreFull, VmLost.
         """
-        self._meter.reset()
         status = self.status()
         self._store.sweep(self._vm)
         self._store.begin(self._vm, checkpoint)
-        require_store_room(self._settings.store, sum(status["pages"][:1]) * PAGE_SIZE)
+        require_store_room(self._settings.store, status["pages"][0] * PAGE_SIZE)
+        self._remember(checkpoint=checkpoint)
+        self._begin_saving(checkpoint, self._ram, self._pager)
         return {"pages_in": status["pages_in"], "pages_out": status["pages_out"]}
 
-    def finish(self, checkpoint: str) -> Finished:
-        """Stop the VM, drain paging, snapshot the disks, save the VM core, freeze placement.
+    @property
+    def _core(self) -> Path:
+        """Where QEMU writes the VM core: on tmpfs, since the VM stands still meanwhile."""
+        return self._folder.ram / VMCORE
 
-        The state file says so first: an actor that is started again finds out what it left.
-        """
-        self._remember(checkpoint=checkpoint)
-        folder = self._store.host_folder(self._vm, checkpoint, self._settings.name)
+    def finish(self, checkpoint: str, most_pages: int) -> Finished:
+        """Stop the VM, drain paging, snapshot the disks, save the core, freeze, stage the rest."""
         with self._qmp() as monitor:
             stopped_at = time.monotonic()
             monitor.stop()
-            self._pager.call("quiesce", _DRAIN_TIMEOUT_S)
-            before = self._pager.call("status")
-            nodes = disk_nodes(self._spec)
-            monitor.snapshot_disks(nodes, checkpoint)
-            monitor.save_core(folder / VMCORE)
+            before = self._pager.call("quiesce", _DRAIN_TIMEOUT_S)
+            monitor.snapshot_disks(disk_nodes(self._spec), checkpoint)
+            monitor.save_core(self._core)
         frozen = self._pager.call("freeze", _DRAIN_TIMEOUT_S)
+        table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
+        self._frozen = table.owners.copy(), table.ticks.copy()
+        self.stage(checkpoint, most_pages)
         return Finished(
-            vmcore=file_sum(folder / VMCORE).model_dump(),
-            snapshot=checkpoint if nodes else None,
-            pages=tuple(frozen["pages"]),
-            digests=tuple(frozen["digests"]),
             tick=frozen["tick"],
             moved=sum(frozen[key] - before[key] for key in ("pages_in", "pages_out")),
             pages_in=frozen["pages_in"],
@@ -325,22 +337,36 @@ class MainHost:
         )
 
     def save(self, checkpoint: str, tick: int) -> Saved:
-        """Save the pages, the page placement and the access history; durable on return."""
-        name = self._settings.name
-        folder = self._store.host_folder(self._vm, checkpoint, name)
-        table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
+        """Make this host's part durable, with page placement, access history and VM core.
 
-        def write_tables(_: SavedMemory) -> list[FileSum]:
-            placement = to_saved(table.owners)
+        Raises StoreFull, PagesLost when what was saved is not what the page table says.
+        """
+        folder = self._store.host_folder(self._vm, checkpoint, self._host)
+        if self._frozen is None:
+            raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} was not finished")
+        owners, ticks = self._frozen
+        subs = len(self._state["hosts"]) - 1
+
+        def write_tables(saved: SavedMemory) -> list[FileSum]:
+            if not subs:  # nothing is ever missing, so the pager keeps no account of it
+                owners[:] = np.where(saved.mask, MAIN, NOWHERE)
+            wrong = int((saved.mask != (owners == MAIN)).sum())
+            if wrong:
+                raise PagesLost(f"the memory file and the page table disagree about {wrong} pages")
             hosts = tuple(self._state["hosts"])
+            write_durably(folder / VMCORE, self._core.read_bytes())
             return [
-                tables.write_placement(folder / PAGES, placement, hosts),
-                tables.write_history(folder / HISTORY, table.ticks, tick),
+                tables.write_placement(folder / PAGES, to_saved(owners), hosts),
+                tables.write_history(folder / HISTORY, ticks, tick),
                 file_sum(folder / VMCORE),
             ]
 
-        with self._saving:
-            return save_part(name, self._ram, folder, self._meter, write_tables)
+        saved = self._settle(write_tables)
+        self._frozen = None
+        self._remember(checkpoint=None)
+        masks = [owners == sub_code(index) for index in range(subs)]
+        placed = tuple(Placed(int(mask.sum()), digest(mask)) for mask in masks)
+        return replace(saved, placed=placed)
 
     def resume(self) -> float:
         """Thaw paging, let the guest run; the time on this host's monotonic clock.
@@ -349,7 +375,6 @@ class MainHost:
         """
         self._pager.call("thaw")
         self.go()
-        self._remember(checkpoint=None)
         return time.monotonic()
 
     def publish(self, manifest: str) -> None:
@@ -361,18 +386,20 @@ class MainHost:
         return any(each.checkpoint == checkpoint for each in self._store.list(self._vm))
 
     def abandon(self, checkpoint: str) -> None:
-        """Stop saving, remove this host's part and its disk snapshots. Repeatable."""
-        self._meter.cancel()
-        with self._saving:
-            self._store.discard(self._vm, checkpoint)
-        self._meter.reset()
+        """As on every host, and delete the checkpoint's disk snapshots. Repeatable."""
+        super().abandon(checkpoint)
+        self._frozen = None
         if self._state and self._qemu.alive:
+            self._pager.call("untrack")
             with self._qmp() as monitor:
                 monitor.delete_snapshots(disk_nodes(self._spec), checkpoint)
+            self._remember(checkpoint=None)
 
     def destroy(self) -> None:
         """End QEMU and the pager, give all memory back. Repeatable."""
         self._meter.cancel()
+        with self._saving:
+            self._end_saving()
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None

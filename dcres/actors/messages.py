@@ -60,17 +60,21 @@ class RunOrder:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The main host after FINISH: VM stopped, core saved, placement frozen."""
+    """The main host after FINISH: VM stopped, core saved, placement frozen, the rest staged."""
 
-    vmcore: dict[str, Any]
-    snapshot: str | None
-    pages: tuple[int, ...]
-    digests: tuple[str, ...]
     tick: int
     moved: int  # pages that crossed the network between the stop and the freeze
     pages_in: int
     pages_out: int
-    stopped_at: float
+    stopped_at: float  # on the main host's monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What the network page table says of one sub host."""
+
+    pages: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class Saved:
     seconds: float
     digest: str
     files: tuple[dict[str, Any], ...]
+    placed: tuple[Placed, ...] = ()  # from the main host: what every sub host must have saved
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,12 @@
 """The actor of a sub host: keeps the memory server running, saves and loads this host's part.
 
 Every method runs on the sub host. Calling one again after a failure is safe: `serve` starts
-over, `save` replaces what an earlier try left, `abandon` and `destroy` may be repeated.
+over, `abandon` and `destroy` may be repeated.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,32 +20,30 @@ from dcres.actors.host import (
     read_state,
     require_store_room,
     require_tmpfs_room,
-    save_part,
     write_state,
 )
-from dcres.actors.messages import Progress, Saved, ServeOrder, Status
+from dcres.actors.messages import Saved, ServeOrder, Status
+from dcres.actors.saving import SavingHost
 from dcres.config import HostSettings
 from dcres.errors import NotFound
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import ServerSettings, SubAddress
 from dcres.storage import tables
+from dcres.storage.layout import PAGES
 from dcres.storage.store import Store
 
 
-class SubHost:
+class SubHost(SavingHost):
     """One VM's part on one sub host."""
 
     def __init__(
         self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
     ) -> None:
-        self._vm = vm
         self._settings = HostSettings.from_environ(environ, address)
         self._folder = VmFolder.of(self._settings, vm)
-        self._store = Store(self._settings.store)
         self._server = Daemon("dcres.paging.server", self._folder, "server")
-        self._meter = Meter()
-        self._saving = threading.Lock()
+        super().__init__(Store(self._settings.store), vm, self._settings.name, Meter())
         state = read_state(self._folder.state)
         if state is not None:
             self._server.start()
@@ -101,43 +98,26 @@ class SubHost:
         }
 
     def prepare(self, checkpoint: str) -> None:
-        """Sweep what unfinished checkpoints left, make room for this one. Raises StoreFull."""
+        """Make room for a checkpoint and track changes from now on. Raises StoreFull."""
         self._require_serving()
-        self._meter.reset()
         held = int(self._server.call("status")["held_pages"])
         self._store.begin(self._vm, checkpoint)
         require_store_room(self._settings.store, held * PAGE_SIZE)
+        self._begin_saving(checkpoint, self._store_file, self._server)
 
     def save(self, checkpoint: str) -> Saved:
-        """Save all pages that are here; durable when this returns. The pager is frozen.
+        """Make this host's part durable, with its page existence file: the vote.
 
         Raises StoreFull, Conflict when it was cancelled.
         """
-        self._require_serving()
-        folder = self._store.host_folder(self._vm, checkpoint, self._settings.name)
-        with self._saving:
-            return save_part(
-                self._settings.name,
-                self._store_file,
-                folder,
-                self._meter,
-                lambda saved: [tables.write_existence(folder / "pages.arrow", saved.mask)],
-            )
-
-    def abandon(self, checkpoint: str) -> None:
-        """Stop saving and remove this host's part. Repeatable."""
-        self._meter.cancel()
-        with self._saving:
-            self._store.discard(self._vm, checkpoint)
-        self._meter.reset()
-
-    def progress(self) -> Progress:
-        """How far a long operation here is."""
-        return self._meter.progress
+        folder = self._store.host_folder(self._vm, checkpoint, self._host)
+        return self._settle(lambda saved: [tables.write_existence(folder / PAGES, saved.mask)])
 
     def destroy(self) -> None:
         """End the memory server and give its memory back. Repeatable."""
         self._meter.cancel()
+        with self._saving:
+            self._end_saving()
         self._folder.state.unlink(missing_ok=True)
         self._server.stop()
         end_leftovers(self._folder)

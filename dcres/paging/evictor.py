@@ -197,7 +197,10 @@ class Evictor:
     def note_writes(self) -> None:
         """Take the kernel's record of written pages into the access history."""
         written = mask_of_extents(self._tracker.scan(protect=True), self._table.page_count)
-        pages = np.flatnonzero(written & (self._table.owners == MAIN))
+        if self._links:
+            written &= self._table.owners == MAIN
+        # Without sub hosts nobody keeps the owners, and a hole may be reported as written.
+        pages = np.flatnonzero(written)
         self._table.ticks[pages] = self._now()
         self.changes.mark_pages(pages)
 

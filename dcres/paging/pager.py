@@ -33,7 +33,7 @@ import numpy as np
 from dcres.errors import DcresError, PagesLost, PagingError, ProtocolError
 from dcres.linux.pagemap import WriteTracker
 from dcres.model.pages import Extents, Mask
-from dcres.model.placement import MAIN, NOWHERE, digest, pages_by_host, sub_code
+from dcres.model.placement import MAIN, NOWHERE, pages_by_host, sub_code
 from dcres.model.wire import Kind
 from dcres.paging import settings as settings_
 from dcres.paging.attach import Attached, attach, present
@@ -253,7 +253,11 @@ class Pager:
         self._evictor.enabled = False
         self._state = PagerState.QUIET
         self._promises.append(
-            _Promise(lambda: self._evictor.drained, lambda: reply({"ok": True}), reply)
+            _Promise(
+                lambda: self._evictor.drained,
+                lambda: reply({"ok": True, **self._counters()}),
+                reply,
+            )
         )
 
     def _freeze(self, reply: Reply) -> None:
@@ -268,7 +272,7 @@ class Pager:
             self._state = PagerState.FROZEN
             self._listen(False)
             self._evictor.note_writes()
-            reply({"ok": True, **self._placement()})
+            reply({"ok": True, "tick": self.tick(), **self._counters()})
 
         self._evictor.enabled = False
         self._promises.append(_Promise(lambda: self._evictor.drained and settled(), freeze, reply))
@@ -312,23 +316,6 @@ class Pager:
                 promise.reply(failure(PagesLost(self._lost_why)))
             else:
                 promise.keep()
-
-    def _placement(self) -> Answer:
-        """The frozen page table in short; the table file has it whole."""
-        owners = self._table.owners
-        in_ram = present(self._attached.ram, self._settings.page_count)
-        if not self._settings.subs:
-            owners[:] = np.where(in_ram, MAIN, NOWHERE)
-        if not np.array_equal(in_ram, owners == MAIN):
-            error = PagesLost("the RAM file and the page table disagree")
-            self.memory_lost(error)
-            return failure(error)
-        return {
-            "pages": pages_by_host(owners, len(self._links)),
-            "digests": [digest(owners == link.code) for link in self._links],
-            "tick": self.tick(),
-            **self._counters(),
-        }
 
     def _counters(self) -> dict[str, int]:
         return {

@@ -1,0 +1,237 @@
+"""Saving one host's part of a checkpoint: rounds while the guest runs, the rest at the stop.
+
+::
+
+    begin ──▶ copy ──▶ copy … ──▶ stage ──▶ settle
+    track      a round each        the VM     durable,
+    changes    while it runs       stands     the vote
+
+Every page that is here when tracking begins is marked, and from then on every page that comes,
+goes or is written. A round takes the marks and lets each page say for itself: it is in this
+host's sparse file and is saved in its place, or it is not and vanishes from the memory file.
+A stopped checkpoint is the same with no rounds, and with everything written before the VM
+goes on rather than held in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dcres.actors.host import Daemon, Meter
+from dcres.actors.messages import Progress, Saved
+from dcres.errors import Conflict, DcresError
+from dcres.linux.files import data_extents, data_extents_within
+from dcres.model.live import HostRound
+from dcres.model.pages import (
+    EMPTY,
+    PAGE_SIZE,
+    Extents,
+    count_pages,
+    extents_of_pages,
+    pages_of_extents,
+)
+from dcres.model.placement import digest
+from dcres.paging.changes import ChangeMap
+from dcres.storage import tables
+from dcres.storage.layout import MEMORY, SUMS
+from dcres.storage.manifest import FileSum
+from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
+from dcres.storage.store import Store
+
+_SAMPLE_PAGES = 2048
+
+
+def split_pages(extents: Extents, count: int) -> tuple[Extents, Extents]:
+    """The first `count` pages of `extents`, and the others."""
+    pages = pages_of_extents(extents)
+    return extents_of_pages(pages[:count]), extents_of_pages(pages[count:])
+
+
+def without(extents: Extents, taken: Extents) -> Extents:
+    """The pages of `extents` that are not in `taken`, which lies within them."""
+    pages = pages_of_extents(extents)
+    return extents_of_pages(np.setdiff1d(pages, pages_of_extents(taken), assume_unique=True))
+
+
+class PartSaver:
+    """One host's part of one checkpoint. Owned by one call at a time; `close` ends it."""
+
+    def __init__(
+        self, source: Path, folder: Path, changes: Path, daemon: Daemon, meter: Meter
+    ) -> None:
+        self._daemon = daemon
+        self._meter = meter
+        self._folder = folder
+        self._changes_path = changes
+        self._began = time.monotonic()
+        self._gone = EMPTY
+        with ExitStack() as stack:
+            self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, self._source)
+            self._pages = os.fstat(self._source).st_size // PAGE_SIZE
+            path = folder / MEMORY
+            path.unlink(missing_ok=True)
+            self._writer = stack.enter_context(MemoryFileWriter(path, self._pages, meter.done))
+            self._changes = ChangeMap.fresh(changes, self._pages)
+            stack.callback(changes.unlink, missing_ok=True)
+            daemon.call("track", changes=str(changes))
+            stack.callback(self._untrack)
+            self._mark_all()
+            self._rate = self._measure_rate()
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Stop tracking; unless settled, the memory file is gone. Repeatable."""
+        self._stack.close()
+
+    def _untrack(self) -> None:
+        try:
+            self._daemon.call("untrack")
+        except DcresError:
+            return  # it died, and its successor tracks nothing
+
+    def _mark_all(self) -> None:
+        # After tracking began: a page that comes meanwhile is marked twice, none never.
+        for first, stop in data_extents(self._source, self._pages).tolist():
+            self._changes.mark(first, stop)
+
+    def _measure_rate(self) -> float:
+        """Bytes per second at which pages are read into memory, from a sample of them."""
+        here = data_extents(self._source, self._pages)
+        sample, _ = split_pages(here[:_SAMPLE_PAGES], _SAMPLE_PAGES)
+        buffer = bytearray(PAGE_SIZE * _SAMPLE_PAGES)
+        began = time.perf_counter()
+        for first, stop in sample.tolist():
+            length = (stop - first) * PAGE_SIZE
+            os.preadv(self._source, [memoryview(buffer)[:length]], first * PAGE_SIZE)
+        seconds = max(time.perf_counter() - began, 1e-6)
+        return max(count_pages(sample), 1) * PAGE_SIZE / seconds
+
+    def _take(self) -> Extents:
+        """Marked pages that are here; those that are not vanish from the memory file."""
+        self._daemon.call("scan", changes=str(self._changes_path))
+        marked = self._changes.take()
+        here = data_extents_within(self._source, marked)
+        self._gone = without(marked, here)
+        return here
+
+    def copy(self) -> HostRound:
+        """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled."""
+        began = time.monotonic()
+        here = self._take()
+        with self._meter.measuring("copy", count_pages(here)):
+            self._writer.discard(self._gone)
+            self._writer.save(self._source, here)
+        left = int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
+        seconds = time.monotonic() - began
+        return HostRound(count_pages(here), left, seconds, self._rate)
+
+    def stage(self, most_pages: int) -> None:
+        """The VM stands still: take the rest, at most `most_pages` of it into memory.
+
+        What is more is written at once. Afterwards nothing of the host's memory is needed.
+        """
+        here = self._take()
+        at_once, later = split_pages(here, max(0, count_pages(here) - most_pages))
+        if len(at_once):
+            with self._meter.measuring("save", count_pages(at_once)):
+                self._writer.save(self._source, at_once)
+        self._writer.stage(self._source, later)
+        self._untrack()
+
+    def settle(self, host: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]) -> Saved:
+        """Write what was staged and make the part durable, with the tables of `tables_of`."""
+        with self._meter.measuring("save", 0):
+            self._writer.discard(self._gone)
+            self._writer.settle()
+        saved = self._writer.seal()
+        self.close()
+        sums = tables.write_sums(self._folder / SUMS, saved.mask, saved.sums)
+        files = (*tables_of(saved), sums)
+        return Saved(
+            host=host,
+            pages=saved.pages,
+            bytes_written=saved.bytes_written,
+            allocated_bytes=saved.allocated_bytes,
+            seconds=time.monotonic() - self._began,
+            digest=digest(saved.mask),
+            files=tuple(each.model_dump() for each in files),
+        )
+
+
+class SavingHost:
+    """The part of a host's actor that saves: what main host and sub hosts do alike.
+
+    Every method may be called again after a failure, once `abandon` was.
+    """
+
+    def __init__(self, store: Store, vm: str, host: str, meter: Meter) -> None:
+        self._store = store
+        self._vm = vm
+        self._host = host
+        self._meter = meter
+        self._saving = threading.Lock()
+        self._saver: PartSaver | None = None
+
+    def _begin_saving(self, checkpoint: str, source: Path, daemon: Daemon) -> Path:
+        """Make this host's folder in the checkpoint and track changes from now on."""
+        with self._saving:
+            self._end_saving()
+            self._meter.reset()
+            folder = self._store.host_folder(self._vm, checkpoint, self._host)
+            changes = source.with_name("changes")
+            self._saver = PartSaver(source, folder, changes, daemon, self._meter)
+        return folder
+
+    def _end_saving(self) -> None:
+        saver, self._saver = self._saver, None
+        if saver is not None:
+            saver.close()
+
+    @contextmanager
+    def _current(self) -> Iterator[PartSaver]:
+        with self._saving:
+            if self._saver is None:
+                raise Conflict(f"host {self._host} has no checkpoint of VM {self._vm} under way")
+            yield self._saver
+
+    def copy(self, checkpoint: str) -> HostRound:
+        """A round of checkpoint `checkpoint` while the guest runs; see `PartSaver.copy`."""
+        with self._current() as saver:
+            return saver.copy()
+
+    def synchronise(self, checkpoint: str, live: bool) -> None:
+        """The barrier before the stop: a last quick round, if there are rounds at all."""
+        with self._current() as saver:
+            if live:
+                saver.copy()
+
+    def stage(self, checkpoint: str, most_pages: int) -> None:
+        """The VM stands still: take the rest; see `PartSaver.stage`."""
+        with self._current() as saver:
+            saver.stage(most_pages)
+
+    def _settle(self, tables_of: Callable[[SavedMemory], Sequence[FileSum]]) -> Saved:
+        with self._current() as saver:
+            saved = saver.settle(self._host, tables_of)
+            self._saver = None
+        return saved
+
+    def abandon(self, checkpoint: str) -> None:
+        """Stop saving and tracking, remove this host's part. Repeatable."""
+        self._meter.cancel()
+        with self._saving:
+            self._end_saving()
+            self._store.discard(self._vm, checkpoint)
+        self._meter.reset()
+
+    def progress(self) -> Progress:
+        """How far a long operation here is."""
+        return self._meter.progress
