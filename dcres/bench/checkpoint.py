@@ -4,8 +4,8 @@ A real guest fills most of its memory with noise and rests. Every host of the lo
 on this machine and writes to the same disk, so several hosts cannot be faster than one here:
 what shows is what it costs to take part.
 
-In each round and for each number of hosts: the bare disk writes as many bytes as the checkpoint;
-a checkpoint; the VM is stopped; the bare disk reads the same bytes; a restore. Two times each:
+In each round and for each number of hosts: a checkpoint; the VM is stopped; the bare disk writes
+and reads as many bytes as the memory files hold; a restore. Two times each:
 
 * ``save`` and ``load``: how long memory files were written, or read and put in place;
 * ``checkpoint`` and ``restore``: the whole order, until the caller has the answer.
@@ -136,12 +136,11 @@ class Subject:
         wait_for(filled, _FILL_TIMEOUT_S, "the guest has filled its memory")
 
     def round(self, at: int) -> list[Row]:
-        """Bare write, checkpoint, bare read, restore; the checkpoint is deleted in the end."""
-        wrote = self._port.call("status")["hosts"]
-        length = sum(_pages(host) for host in wrote) * PAGE_SIZE
-        raw_write = disk.write(self._raw, length)
+        """Checkpoint, bare write and read, restore; the checkpoint is deleted in the end."""
         facts = self._port.call("checkpoint", "stop", timeout_s=_RESTORE_TIMEOUT_S)
         self._port.call("stop")
+        length = facts["pages"] * PAGE_SIZE
+        raw_write = disk.write(self._raw, length)
         raw_read = disk.read(self._raw)
         restored = self._restore(facts)
         self._raw.unlink()
@@ -193,11 +192,6 @@ class Subject:
         """Stop the VM and its coordinator."""
         self._port.call("stop")
         _ray.kill(coordinator_name(self._vm))
-
-
-def _pages(host: dict[str, Any]) -> int:
-    """Pages that a host holds, from its status."""
-    return int(host["held_pages"]) if host["role"] == "sub" else int(host["pages"][0])
 
 
 class LoadWatch:
