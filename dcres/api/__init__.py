@@ -1,0 +1,1 @@
+"""What people call from Python: clusters, VMs and checkpoints; `dcres` re-exports the names."""

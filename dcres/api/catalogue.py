@@ -1,0 +1,169 @@
+"""Where checkpoints are read, verified and deleted: on this machine, or on the cluster's hosts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from dcres.actors import _ray
+from dcres.config import HostSettings
+from dcres.errors import ClusterError, NotFound
+from dcres.storage.checks import VerifyReport
+from dcres.storage.layout import stamp_of, vm_of
+from dcres.storage.manifest import Manifest
+from dcres.storage.store import Listed, Listing, Store
+
+_T = TypeVar("_T")
+_LOOK_TIMEOUT_S = 60.0
+_READ_ALL_TIMEOUT_S = 24 * 3600.0
+_AT_ONCE = 16
+
+
+class Catalogue(Protocol):
+    """Checkpoints, wherever they lie."""
+
+    def list(self, vm: str | None = None) -> Listing:
+        """Published checkpoints of one VM or all, oldest first."""
+
+    def get(self, checkpoint: str) -> Manifest:
+        """A checkpoint's manifest. Raises NotFound, CheckpointCorrupt."""
+
+    def verify(self, checkpoint: str, done: Callable[[int], None] | None = None) -> VerifyReport:
+        """Read every byte and compare; `done` gets pages done since its last call."""
+
+    def delete(self, checkpoint: str) -> None:
+        """Remove a checkpoint. Raises NotFound."""
+
+
+class StoreHere:
+    """A store that this machine reaches."""
+
+    def __init__(self, root: Path) -> None:
+        self._store = Store(root)
+
+    def list(self, vm: str | None = None) -> Listing:
+        """See `Catalogue`."""
+        return self._store.list(vm)
+
+    def get(self, checkpoint: str) -> Manifest:
+        """See `Catalogue`."""
+        return self._store.get(checkpoint)
+
+    def verify(self, checkpoint: str, done: Callable[[int], None] | None = None) -> VerifyReport:
+        """See `Catalogue`."""
+        return self._store.verify(checkpoint, done)
+
+    def delete(self, checkpoint: str) -> None:
+        """See `Catalogue`."""
+        self._store.delete(checkpoint)
+
+
+class StoresOfHosts:
+    """The hosts' own stores, asked through Ray: the first host that has a checkpoint counts.
+
+    They may be one store that all hosts reach, or one each with that host's part in it.
+    """
+
+    def list(self, vm: str | None = None) -> Listing:
+        """See `Catalogue`."""
+        found: dict[str, Listed] = {}
+        for listing in _on_all(_list, vm):
+            for entry in listing:
+                if entry.manifest is not None or entry.checkpoint not in found:
+                    found[entry.checkpoint] = entry
+        return sorted(found.values(), key=lambda entry: stamp_of(entry.checkpoint))
+
+    def get(self, checkpoint: str) -> Manifest:
+        """See `Catalogue`."""
+        return self._find(checkpoint)[1]
+
+    def verify(self, checkpoint: str, done: Callable[[int], None] | None = None) -> VerifyReport:
+        """See `Catalogue`; the hosts read at the same time, and `done` is called at the end."""
+        host, manifest = self._find(checkpoint)
+        if _ray.run_on(host, _has_all_parts, manifest):
+            report = _ray.run_on(host, _verify, checkpoint, timeout_s=_READ_ALL_TIMEOUT_S)
+        else:
+            report = self._verify_apart(manifest)
+        if done is not None:
+            done(report.pages)
+        return report
+
+    def delete(self, checkpoint: str) -> None:
+        """See `Catalogue`."""
+        self._find(checkpoint)
+        _on_all(_delete, checkpoint)
+
+    def _find(self, checkpoint: str) -> tuple[str, Manifest]:
+        missing: NotFound | None = None
+        for host in _alive():
+            try:
+                return host, _ray.run_on(host, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+            except NotFound as error:
+                missing = error
+        raise missing or ClusterError("the cluster has no host that could be asked")
+
+    def _verify_apart(self, manifest: Manifest) -> VerifyReport:
+        def part(host: str) -> VerifyReport:
+            return _ray.run_on(host, _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S)
+
+        reports = _at_once(part, [each.host for each in manifest.hosts])
+        return VerifyReport(
+            manifest.checkpoint,
+            sum(report.pages for report in reports),
+            tuple(file for report in reports for file in report.files),
+        )
+
+
+def _alive() -> list[str]:
+    return [host.name for host in _ray.hosts() if host.alive]
+
+
+def _at_once(work: Callable[[str], _T], hosts: Sequence[str]) -> list[_T]:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(work, hosts))
+
+
+def _on_all(function: Callable[..., _T], *args: object) -> list[_T]:
+    return _at_once(
+        lambda host: _ray.run_on(host, function, *args, timeout_s=_LOOK_TIMEOUT_S), _alive()
+    )
+
+
+# What follows runs on a host, as a Ray task.
+
+
+def _store() -> Store:
+    return Store(HostSettings.from_environ(os.environ).store)
+
+
+def _list(vm: str | None) -> Listing:
+    return _store().list(vm)
+
+
+def _get(checkpoint: str) -> Manifest:
+    return _store().get(checkpoint)
+
+
+def _verify(checkpoint: str) -> VerifyReport:
+    return _store().verify(checkpoint)
+
+
+def _verify_part(manifest: Manifest, host: str) -> VerifyReport:
+    return _store().verify_part(manifest, host)
+
+
+def _has_all_parts(manifest: Manifest) -> bool:
+    folder = _store().root / manifest.vm / manifest.checkpoint
+    return all((folder / part.host).is_dir() for part in manifest.hosts)
+
+
+def _delete(checkpoint: str) -> None:
+    store = _store()
+    try:
+        store.delete(checkpoint)
+    except NotFound:
+        # Only this host's part is here, and without a manifest it is unfinished work.
+        store.discard(vm_of(checkpoint), checkpoint)

@@ -1,0 +1,207 @@
+"""Clusters: the one that runs already, or one for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from dcres.actors import _ray
+from dcres.actors.fleet import coordinator_name
+from dcres.actors.local_cluster import HEAD, LocalCluster
+from dcres.api.catalogue import StoreHere
+from dcres.api.interrupt import uninterrupted
+from dcres.api.operation import ProgressOption
+from dcres.api.session import Session, open_session
+from dcres.api.status import Host, VmStatus, status_of
+from dcres.api.vm import Checkpoint, Vm, start_vm
+from dcres.config import Layout, VmSpec, load_vm_spec, parse_size, vm_spec
+from dcres.errors import ConfigError, NotFound
+from dcres.storage.store import Listing
+
+_STATUS_TIMEOUT_S = 60.0
+
+
+class Cluster:
+    """A Ray cluster with hosts for split-memory VMs, and this process connected to it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __repr__(self) -> str:
+        alive = [host for host in self.hosts() if host.alive]
+        return f"<Cluster {self.address}: {len(alive)} hosts, VMs: {self._session.vms() or 'none'}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster; it goes on, and so do its VMs."""
+        _ray.disconnect()
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of Ray's head node."""
+        return self._session.address
+
+    @property
+    def local(self) -> LocalCluster | None:
+        """The cluster's processes, when it runs on this machine alone."""
+        return self._session.local
+
+    def hosts(self) -> list[Host]:
+        """All hosts that Ray knows, dead ones too."""
+        return [
+            Host(
+                name=info.name,
+                address=info.address,
+                memory_bytes=info.memory_total_bytes,
+                free_bytes=info.memory_free_bytes if info.alive else 0,
+                alive=info.alive,
+            )
+            for info in _ray.hosts()
+        ]
+
+    def start(
+        self,
+        spec: str | Path | Mapping[str, Any] | VmSpec,
+        hosts: Sequence[str] | None = None,
+        *,
+        progress: ProgressOption = None,
+    ) -> Vm:
+        """Boot a VM over the hosts of its layout: those named, the main host first, or any.
+
+        `spec` is a VM file's path, its values, or a `VmSpec`; file names in it are the main
+        host's. Ctrl-C takes down what was brought up. Raises ConfigError, Conflict when the VM
+        runs, NoRoom, QemuFailed; then nothing of the VM is left running.
+        """
+        return start_vm(self._session, _spec_of(spec), hosts, progress)
+
+    def vm(self, name: str) -> Vm:
+        """The VM of that name. Raises NotFound unless it runs, is lost or is being worked on."""
+        statuses = self.statuses()
+        if name not in (status.vm for status in statuses):
+            known = ", ".join(status.vm for status in statuses) or "none"
+            raise NotFound(f"there is no VM {name} in the cluster; it has {known}")
+        return Vm(self._session, name)
+
+    def vms(self) -> list[Vm]:
+        """All VMs that run, are lost or are being worked on."""
+        return [Vm(self._session, status.vm) for status in self.statuses()]
+
+    def statuses(self) -> list[VmStatus]:
+        """What all VMs do; one whose coordinator does not answer has the phase ``unknown``."""
+        names = {coordinator_name(vm): vm for vm in self._session.vms()}
+        pending = {name: _ray.ActorPort(name).submit("status") for name in names}
+        answers, failures = _ray.gather(pending, _STATUS_TIMEOUT_S)
+        found = [status_of(answer) for answer in answers.values() if answer["phase"] != "absent"]
+        unknown = [VmStatus(names[n], "unknown", str(why)) for n, why in failures.items()]
+        return sorted([*found, *unknown], key=lambda status: status.vm)
+
+    def listing(self, vm: str | None = None) -> Listing:
+        """Published checkpoints of one VM or all, oldest first, unreadable ones too."""
+        return self._session.catalogue.list(vm)
+
+    def checkpoints(self, vm: str | None = None) -> list[Checkpoint]:
+        """The readable checkpoints of one VM or all, oldest first."""
+        return [
+            Checkpoint(self._session, entry.manifest)
+            for entry in self.listing(vm)
+            if entry.manifest is not None
+        ]
+
+    def checkpoint(self, checkpoint: str) -> Checkpoint:
+        """The checkpoint with that id. Raises NotFound, CheckpointCorrupt."""
+        return Checkpoint(self._session, self._session.catalogue.get(checkpoint))
+
+    def delete(self, checkpoint: str) -> None:
+        """Remove a checkpoint for good, readable or not. Raises NotFound."""
+        self._session.catalogue.delete(checkpoint)
+
+    def restore(
+        self,
+        checkpoint: str,
+        layout: Layout | None = None,
+        *,
+        single: bool = False,
+        hosts: int | Sequence[str] | None = None,
+        progress: ProgressOption = None,
+    ) -> Vm:
+        """`Checkpoint.restore` by id."""
+        return self.checkpoint(checkpoint).restore(
+            layout, single=single, hosts=hosts, progress=progress
+        )
+
+
+def connect(address: str | None = None, *, store: str | Path | None = None) -> Cluster:
+    """The cluster at `address` (``host:port``).
+
+    By default: the one that this process is connected to (inside a Ray job or actor), the one
+    that RAY_ADDRESS names, or the one that ``dcres up`` started on this machine. `store` is the
+    checkpoint store if this machine reaches it; else DCRES_STORE, and else the hosts are asked.
+    Raises NotFound, ClusterError.
+    """
+    return Cluster(open_session(address, None if store is None else Path(store)))
+
+
+@contextmanager
+def local_cluster(
+    hosts: int = 3,
+    *,
+    memory: int | str | None = None,
+    store: str | Path | None = None,
+    home: str | Path | None = None,
+    dashboard: bool = False,
+    keep: bool = False,
+) -> Iterator[Cluster]:
+    """A cluster of Ray nodes on this machine, ended with its VMs when the block ends.
+
+    `memory` is what VMs may use on each host. Checkpoints are removed at the end as well,
+    unless `store` names a folder for them (or `home` one for everything). With `keep` it is
+    left running, unless the block is interrupted: ``dcres down`` with DCRES_HOME set to its
+    home ends it. Raises NoRoom, Conflict, ClusterError.
+    """
+    # Not /tmp: that may be a tmpfs, which is memory again and may not know O_DIRECT.
+    folder = Path(tempfile.mkdtemp(prefix="dcres-", dir="/var/tmp") if home is None else home)
+    memory_bytes = None if memory is None else memory_size(memory)
+    local: LocalCluster | None = None
+    try:
+        store_folder = None if store is None else Path(store)
+        local = LocalCluster.start(folder, hosts, memory_bytes, store_folder, dashboard=dashboard)
+        _ray.connect(local.address, local.token_path)
+        catalogue = StoreHere(local.settings(HEAD).store)
+        yield Cluster(Session(local.address, catalogue, local))
+    except KeyboardInterrupt:
+        keep = False
+        raise
+    finally:
+        with uninterrupted():
+            _ray.disconnect()
+            if local is not None and not keep:
+                local.stop()
+            if home is None and not (keep and local):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def memory_size(text: int | str) -> int:
+    """A size that a caller wrote, in bytes. Raises ConfigError."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _spec_of(spec: str | Path | Mapping[str, Any] | VmSpec) -> VmSpec:
+    match spec:
+        case VmSpec():
+            return spec
+        case str() | Path():
+            return load_vm_spec(Path(spec))
+        case _:
+            return vm_spec(spec, source="the VM's values")

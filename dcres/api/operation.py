@@ -1,0 +1,113 @@
+"""A long call to a VM's coordinator, attended: its progress is shown, and Ctrl-C gives it up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from dcres.actors.ports import Pending, Port
+from dcres.api.show import progress_bars
+from dcres.errors import DcresError
+
+_NO_LIMIT_S = 7 * 24 * 3600.0
+_LOOK_EVERY_S = 0.25
+_ASK_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class HostProgress:
+    """How far one host is with what it does, in bytes."""
+
+    host: str
+    what: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OperationProgress:
+    """How far an operation is: its phase, and every host's part."""
+
+    vm: str
+    phase: str
+    hosts: tuple[HostProgress, ...] = ()
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes done on all hosts."""
+        return sum(host.done_bytes for host in self.hosts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes to do on all hosts, as far as they know yet."""
+        return sum(host.total_bytes for host in self.hosts)
+
+
+ShowProgress = Callable[[OperationProgress], None]
+# None: bars, on a terminal or in a notebook; False: none.
+ProgressOption = ShowProgress | bool | None
+
+
+def shown_progress(
+    option: ProgressOption, title: str
+) -> AbstractContextManager[ShowProgress | None]:
+    """What to call as work goes on: the caller's own, bars, or nothing."""
+    if callable(option):
+        return nullcontext(option)
+    return nullcontext(None) if option is False else progress_bars(title)
+
+
+def attend(
+    coordinator: Port, method: str, *args: Any, title: str, progress: ProgressOption = None
+) -> Any:
+    """Call `method` of a coordinator and wait for its end, however long that takes.
+
+    KeyboardInterrupt gives the operation up and is raised once that is done: a checkpoint is
+    cancelled, and what a start or restore had brought up is taken down.
+    """
+    future = _in_thread(coordinator.submit(method, *args))
+    with shown_progress(progress, title) as show:
+        try:
+            while not wait([future], timeout=_LOOK_EVERY_S).done:
+                if show is not None:
+                    _look(coordinator, show)
+        except KeyboardInterrupt:
+            _give_up(coordinator, future)
+            if method in ("start", "restore") and future.exception() is None:
+                coordinator.call("stop", timeout_s=_NO_LIMIT_S)
+            raise
+        return future.result()
+
+
+def _in_thread(pending: Pending) -> Future[Any]:
+    """Wait for a call beside the main thread, which stays open to Ctrl-C."""
+    future: Future[Any] = Future()
+
+    def collect() -> None:
+        try:
+            future.set_result(pending.result(_NO_LIMIT_S))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=collect, name="dcres-operation", daemon=True).start()
+    return future
+
+
+def _look(coordinator: Port, show: ShowProgress) -> None:
+    # While the coordinator is being restarted there is nothing to see, and nothing to say.
+    with suppress(DcresError):
+        answer = coordinator.call("progress", timeout_s=_ASK_TIMEOUT_S)
+        hosts = tuple(HostProgress(**host) for host in answer["hosts"])
+        show(OperationProgress(answer["vm"], answer["phase"], hosts))
+
+
+def _give_up(coordinator: Port, future: Future[Any]) -> None:
+    """Cancel until it has ended: the first order may come before the operation has begun."""
+    while not future.done():
+        with suppress(DcresError):
+            coordinator.call("cancel", timeout_s=_ASK_TIMEOUT_S)
+        wait([future], timeout=1.0)

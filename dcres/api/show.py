@@ -1,0 +1,113 @@
+"""Bars for long work and the consoles they go to: standard error, a terminal or notebook only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+
+class _Host(Protocol):
+    @property
+    def host(self) -> str: ...
+    @property
+    def what(self) -> str: ...
+    @property
+    def done_bytes(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+
+class _Operation(Protocol):
+    @property
+    def phase(self) -> str: ...
+    @property
+    def hosts(self) -> tuple[_Host, ...]: ...
+
+
+def stderr_console() -> Console:
+    """Where everything goes that is not a result."""
+    return Console(stderr=True, highlight=False)
+
+
+def watched(console: Console) -> bool:
+    """Whether somebody looks at what moves: a terminal or a notebook."""
+    return console.is_terminal or console.is_jupyter
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """A line that moves while something of a few seconds is done, where somebody looks."""
+    console = stderr_console()
+    if watched(console):
+        with console.status(text):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def progress_bars(
+    title: str, console: Console | None = None
+) -> Iterator[Callable[[_Operation], None] | None]:
+    """A callback that draws one bar per host; None where nobody would see it."""
+    console = console or stderr_console()
+    if not watched(console):
+        yield None
+        return
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        heading = progress.add_task(title, total=None)
+        yield _Bars(progress, heading, title).show
+
+
+class _Bars:
+    """One bar per host below a heading that names the phase."""
+
+    def __init__(self, progress: Progress, heading: TaskID, title: str) -> None:
+        self._progress = progress
+        self._heading = heading
+        self._title = title
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, operation: _Operation) -> None:
+        """Draw the bars as `operation` has them."""
+        done = total = 0
+        for host in operation.hosts:
+            if not host.total_bytes:
+                continue
+            done, total = done + host.done_bytes, total + host.total_bytes
+            if host.host not in self._tasks:
+                self._tasks[host.host] = self._progress.add_task("", total=host.total_bytes)
+            self._progress.update(
+                self._tasks[host.host],
+                description=f"  {host.host} {host.what}",
+                completed=host.done_bytes,
+                total=host.total_bytes,
+            )
+        self._progress.update(
+            self._heading,
+            description=f"{self._title} ({operation.phase})",
+            completed=done,
+            total=total or None,
+        )

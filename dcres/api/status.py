@@ -1,0 +1,130 @@
+"""Clusters and VMs as they are at one moment: plain values that print well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dcres.config import format_size
+from dcres.model.pages import PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host of the cluster and how much memory VMs may use on it."""
+
+    name: str
+    address: str
+    memory_bytes: int
+    free_bytes: int
+    alive: bool
+
+    def __repr__(self) -> str:
+        free = f"{format_size(self.free_bytes)} of {format_size(self.memory_bytes)} free"
+        return f"<Host {self.name}: {free if self.alive else 'dead'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class HostStatus:
+    """One host's part of a running VM.
+
+    `pages_in` and `pages_out` count since the VM started here; the rates are 0 unless they
+    were measured (`Vm.status` with `over_s`). Latencies are the main host's.
+    """
+
+    host: str
+    role: str
+    pages: int
+    share_pages: int
+    pages_in: int
+    pages_out: int
+    page_in_median_us: float | None = None
+    page_in_p99_us: float | None = None
+    pages_in_per_s: float = 0.0
+    pages_out_per_s: float = 0.0
+
+    @property
+    def fill(self) -> float:
+        """The part of its share that is used, 0 to 1; more while pages are on their way out."""
+        return self.pages / self.share_pages if self.share_pages else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class VmStatus:
+    """A VM as its hosts see it; `hosts` is empty unless it runs, the main host first."""
+
+    vm: str
+    phase: str
+    why: str = ""
+    accel: str = ""
+    run_state: str = ""
+    console: str = ""
+    hosts: tuple[HostStatus, ...] = ()
+
+    @property
+    def pages(self) -> int:
+        """Pages that exist, on all hosts; a page the guest never touched is nowhere."""
+        return sum(host.pages for host in self.hosts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as ``dcres status --json`` prints them."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(
+            f"{host.host} {format_size(host.pages * PAGE_SIZE)}"
+            f"/{format_size(host.share_pages * PAGE_SIZE)}"
+            for host in self.hosts
+        )
+        tail = f": {parts}" if parts else f": {self.why}" if self.why else ""
+        return f"<VmStatus {self.vm} {self.phase}{tail}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{host.host}</td><td>{host.role}</td><td>{host.pages}</td>"
+            f"<td>{host.share_pages}</td><td>{host.pages_in}</td><td>{host.pages_out}</td></tr>"
+            for host in self.hosts
+        )
+        head = "".join(
+            f"<th>{name}</th>" for name in ("host", "role", "pages", "share", "in", "out")
+        )
+        return f"<b>{self.vm}</b>: {self.phase}<table><tr>{head}</tr>{rows}</table>"
+
+
+def status_of(answer: Mapping[str, Any]) -> VmStatus:
+    """A `VmStatus` from a coordinator's answer."""
+    parts: Sequence[Mapping[str, Any]] = answer["hosts"]
+    main: Mapping[str, Any] = parts[0] if parts else {}
+    return VmStatus(
+        vm=answer["vm"],
+        phase=answer["phase"],
+        why=answer["why"],
+        accel=str(main.get("accel", "")),
+        run_state=str(main.get("run_state", "")),
+        console=str(main.get("console", "")),
+        hosts=tuple(_host_status(part) for part in parts),
+    )
+
+
+def _host_status(part: Mapping[str, Any]) -> HostStatus:
+    if part["role"] == "main":
+        return HostStatus(
+            host=part["host"],
+            role="main",
+            pages=int(part["pages"][0]),
+            share_pages=int(part["limit_pages"]),
+            pages_in=int(part["pages_in"]),
+            pages_out=int(part["pages_out"]),
+            page_in_median_us=float(part["page_in_median_us"]),
+            page_in_p99_us=float(part["page_in_p99_us"]),
+        )
+    return HostStatus(
+        host=part["host"],
+        role="sub",
+        pages=int(part["held_pages"]),
+        share_pages=int(part["capacity_pages"]),
+        # What the main host pages in leaves here.
+        pages_in=int(part["pages_in"]),
+        pages_out=int(part["pages_out"]),
+    )

@@ -1,0 +1,90 @@
+"""The command line: parses, calls, prints. ``dcres --help`` shows the commands.
+
+Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from dcres import __version__
+from dcres.api.interrupt import interrupt_on_signals
+from dcres.cli.commands import app
+from dcres.cli.frame import (
+    DEBUG_FLAG,
+    JSON_FLAG,
+    AddressOption,
+    DebugOption,
+    JsonOption,
+    Options,
+    StoreOption,
+    write_error,
+)
+from dcres.errors import DcresError, InputError
+
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+
+@app.callback(invoke_without_command=True)
+def _shared(
+    ctx: typer.Context,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+    address: AddressOption = None,
+    store: StoreOption = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    ctx.obj = Options(json, debug, address, store)
+    if version:
+        print(f"dcres {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json, debug = JSON_FLAG in given, DEBUG_FLAG in given
+    interrupt_on_signals()
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+    )
+    try:
+        status = app(args=given, prog_name="dcres", standalone_mode=False)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing may be written to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        status, message = judge(error)
+        write_error(error, message, as_json=as_json)
+    return int(status or 0)
+
+
+def judge(error: BaseException) -> tuple[int, str]:
+    """Exit status and sentence for an error."""
+    match error:
+        case InputError():
+            return WRONG_INPUT, str(error)
+        case DcresError():
+            return FAILED, str(error)
+        case TyperException():
+            return WRONG_INPUT, f"{error.format_message().rstrip('.')}; see `dcres --help`"
+        case KeyboardInterrupt():
+            return INTERRUPTED, "interrupted; what was under way is given up"
+        case typer.Abort():
+            return FAILED, "nothing was done"
+        case _:
+            name = type(error).__name__
+            return FAILED, f"dcres failed unexpectedly ({name}: {error}); {DEBUG_FLAG} tells where"

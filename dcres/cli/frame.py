@@ -1,0 +1,132 @@
+"""What all commands share: options, JSON or people's form, errors, exit status."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+JSON_FLAG = "--json"
+DEBUG_FLAG = "--debug"
+
+JsonOption = Annotated[
+    bool, typer.Option(JSON_FLAG, help="Print one JSON object; everything else goes to stderr.")
+]
+DebugOption = Annotated[bool, typer.Option(DEBUG_FLAG, help="Log more, and show tracebacks.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="HOST:PORT",
+        help="The Ray cluster; default: RAY_ADDRESS, or the one that `dcres up` started.",
+    ),
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="The checkpoint store, where this machine reaches it; default: DCRES_STORE, "
+        "the local cluster's, or the hosts are asked.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options that every command has; they may stand before the command, too."""
+
+    json: bool = False
+    debug: bool = False
+    address: str | None = None
+    store: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command has to say: as JSON values, and as people read it."""
+
+    values: dict[str, Any]
+    shown: RenderableType = ""
+    status: int = 0
+
+
+_SHARED = {
+    "json": (JsonOption, False),
+    "debug": (DebugOption, False),
+    "address": (AddressOption, None),
+    "store": (StoreOption, None),
+}
+
+
+def add_command(
+    app: typer.Typer, name: str, *, panel: str, shared: tuple[str, ...] = tuple(_SHARED)
+) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Make a command of a function that takes `Options` first and returns an `Answer`.
+
+    The shared options are added to its own.
+    """
+
+    def decorate(function: Callable[..., Answer]) -> Callable[..., Answer]:
+        @functools.wraps(function)
+        def run(ctx: typer.Context, **arguments: Any) -> None:
+            given = {key: arguments.pop(key) for key in shared}
+            options = _merge(ctx.obj or Options(), given)
+            answer = function(options, **arguments)
+            write(answer, as_json=options.json)
+            raise typer.Exit(answer.status)
+
+        signature = inspect.signature(function, eval_str=True)
+        own = list(signature.parameters.values())[1:]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        context = inspect.Parameter("ctx", kind, annotation=typer.Context)
+        added = [
+            inspect.Parameter(key, kind, default=_SHARED[key][1], annotation=_SHARED[key][0])
+            for key in shared
+        ]
+        parameters = [context, *(each.replace(kind=kind) for each in own), *added]
+        run.__dict__["__signature__"] = signature.replace(
+            parameters=parameters, return_annotation=None
+        )
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        del run.__dict__["__wrapped__"]
+        app.command(name, rich_help_panel=panel)(run)
+        return function
+
+    return decorate
+
+
+def _merge(options: Options, given: dict[str, Any]) -> Options:
+    return replace(options, **{key: value for key, value in given.items() if value})
+
+
+def write(answer: Answer, *, as_json: bool) -> None:
+    """Print an answer on standard output."""
+    if as_json:
+        print(json.dumps(answer.values, default=str))
+    elif answer.shown != "":
+        stdout_console().print(answer.shown)
+    sys.stdout.flush()
+
+
+def write_error(error: BaseException, message: str, *, as_json: bool) -> None:
+    """One sentence on standard error; with --json one object on standard output as well."""
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": message}), flush=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False)
+
+
+def stdout_console() -> Console:
+    """Where results go; as wide as it takes when nobody looks."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)

@@ -1,0 +1,269 @@
+"""What commands print for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dcres.api.plan import RestorePlan
+from dcres.api.status import Host, HostStatus, VmStatus
+from dcres.config import format_size
+from dcres.demo import Step, Story
+from dcres.doctor import Check, Status
+from dcres.model.pages import PAGE_SIZE
+from dcres.storage.checks import VerifyReport
+from dcres.storage.store import Listed
+
+_BAR_WIDTH = 24
+_PHASE_STYLES = {"running": "green", "lost": "bold red", "unknown": "red"}
+_CHECK_STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
+
+
+def _table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=False)
+    return table
+
+
+def _size_of(pages: int) -> str:
+    return format_size(pages * PAGE_SIZE)
+
+
+def bar(fill: float, width: int = _BAR_WIDTH) -> Text:
+    """A bar that is full at 1."""
+    full = min(max(round(fill * width), 1 if fill > 0 else 0), width)
+    style = "green" if fill <= 1 else "yellow"
+    return Text("█" * full, style) + Text("░" * (width - full), "dim")
+
+
+def status_view(status: VmStatus, checkpoints: Sequence[str] = ()) -> RenderableType:
+    """Placement as a bar per host, with paging, and the newest checkpoint."""
+    phase = Text(status.phase, _PHASE_STYLES.get(status.phase, "yellow"))
+    head = Text.assemble((status.vm, "bold"), "  ", phase)
+    if status.accel:
+        head.append(f"  {status.accel.upper()}, {_size_of(status.pages)} in use", "dim")
+    if status.why:
+        head.append(f"\n{status.why}")
+    tail = [f"newest of {len(checkpoints)} checkpoints: {checkpoints[-1]}"] if checkpoints else []
+    if not status.hosts:
+        return Group(head, *tail)
+    number = ("in use", "share", "pages in", "pages out", "in/s", "out/s", "page-in µs")
+    table = _table("host", "role", "", *number, right=number)
+    for host in status.hosts:
+        table.add_row(*_host_cells(host))
+    return Group(head, table, *tail)
+
+
+def _host_cells(host: HostStatus) -> list[RenderableType]:
+    latency = ""
+    if host.page_in_median_us is not None and host.page_in_p99_us is not None:
+        latency = f"{host.page_in_median_us:.0f} (p99 {host.page_in_p99_us:.0f})"
+    return [
+        host.host,
+        host.role,
+        bar(host.fill),
+        _size_of(host.pages),
+        _size_of(host.share_pages),
+        str(host.pages_in),
+        str(host.pages_out),
+        f"{host.pages_in_per_s:.0f}",
+        f"{host.pages_out_per_s:.0f}",
+        latency,
+    ]
+
+
+def vms_view(statuses: Sequence[VmStatus]) -> RenderableType:
+    """One line per VM."""
+    if not statuses:
+        return "no VM runs; start one with `dcres start VM.yaml`"
+    table = _table("vm", "phase", "in use", "hosts", "", right=("in use",))
+    for status in statuses:
+        style = _PHASE_STYLES.get(status.phase, "yellow")
+        hosts = " ".join(host.host for host in status.hosts)
+        used = _size_of(status.pages) if status.hosts else ""
+        table.add_row(status.vm, Text(status.phase, style), used, hosts, status.why)
+    return table
+
+
+def hosts_view(hosts: Sequence[Host], address: str) -> RenderableType:
+    """One line per host of a cluster."""
+    table = _table("host", "address", "for VMs", "free", right=("for VMs", "free"))
+    for host in hosts:
+        free = format_size(host.free_bytes) if host.alive else "dead"
+        table.add_row(host.name, host.address, format_size(host.memory_bytes), free)
+    return Group(f"cluster at {address}", table)
+
+
+def checkpoint_view(facts: dict[str, Any]) -> RenderableType:
+    """A checkpoint that was taken, host by host."""
+    head = Text.assemble(
+        (facts["checkpoint"], "bold"),
+        f"  {_size_of(facts['pages'])} in {facts['seconds']:.2f} s,"
+        f" the VM stood still for {facts['downtime_seconds']:.2f} s",
+    )
+    number = ("pages", "size", "written", "on disk", "seconds")
+    table = _table("host", "role", *number, right=number)
+    for host in facts["hosts"]:
+        table.add_row(
+            host["host"],
+            host["role"],
+            str(host["pages"]),
+            _size_of(host["pages"]),
+            format_size(host["bytes_written"]),
+            format_size(host["file_bytes_allocated"]),
+            f"{host['seconds']:.2f}",
+        )
+    moved = facts["pages_moved_for_checkpoint"]
+    return Group(head, table, f"pages moved between hosts for it: {moved}")
+
+
+def checkpoints_view(listing: Iterable[Listed]) -> RenderableType:
+    """One line per checkpoint."""
+    number = ("memory", "saved", "seconds")
+    table = _table("checkpoint", "vm", "created (UTC)", "mode", *number, "hosts", right=number)
+    empty = True
+    for entry in listing:
+        empty = False
+        manifest = entry.manifest
+        if manifest is None:
+            table.add_row(entry.checkpoint, entry.vm, Text(entry.error or "damaged", "red"))
+            continue
+        table.add_row(
+            entry.checkpoint,
+            entry.vm,
+            manifest.created.replace("T", " ").removesuffix("Z"),
+            str(manifest.mode),
+            format_size(manifest.memory_bytes),
+            _size_of(manifest.pages),
+            f"{manifest.seconds:.2f}",
+            " ".join(part.host for part in manifest.hosts),
+        )
+    return "no checkpoint; take one with `dcres checkpoint VM`" if empty else table
+
+
+def inspect_view(values: dict[str, Any]) -> RenderableType:
+    """A manifest: what was saved, where, from what VM."""
+    facts = _table("", "")
+    for name in ("checkpoint", "vm", "created", "mode", "accel", "qemu_version", "generation"):
+        facts.add_row(Text(name.replace("_", " "), "bold"), str(values[name]))
+    facts.add_row(Text("memory", "bold"), format_size(values["memory_bytes"]))
+    facts.add_row(Text("seconds", "bold"), f"{values['seconds']:.2f}")
+    facts.add_row(Text("VM stood still", "bold"), f"{values['downtime_seconds']:.2f} s")
+    for disk in values["disks"]:
+        facts.add_row(Text("disk", "bold"), f"{disk['path']} (snapshot {disk['snapshot']})")
+    number = ("share", "pages", "saved", "on disk")
+    table = _table("host", "role", *number, "files", right=number)
+    for host in values["hosts"]:
+        files = [host["memory_file"], *(file["name"] for file in host["files"])]
+        table.add_row(
+            host["host"],
+            host["role"],
+            format_size(host["share_bytes"]),
+            str(host["pages"]),
+            _size_of(host["pages"]),
+            format_size(host["file_bytes_allocated"]),
+            " ".join(files),
+        )
+    return Group(facts, "", table)
+
+
+def verify_view(report: VerifyReport) -> RenderableType:
+    """Every file with a problem, or that there is none."""
+    if report.ok:
+        return f"{report.checkpoint} is whole: {len(report.files)} files, {report.pages} pages read"
+    table = _table("host", "file", "problem")
+    for file in report.files:
+        if file.problem is not None:
+            table.add_row(file.host, file.name, Text(file.problem, "red"))
+    return Group(Text(f"{report.checkpoint} is damaged", "bold red"), table)
+
+
+def restore_view(facts: dict[str, Any]) -> RenderableType:
+    """Where a VM was restored."""
+    head = f"{facts['vm']} runs again from {facts['checkpoint']}, after {facts['seconds']:.2f} s"
+    table = _table("host", "role", "share", "loaded", right=("share", "loaded"))
+    for host in facts["layout"]:
+        share, loaded = format_size(host["memory_bytes"]), _size_of(host["pages"])
+        table.add_row(host["host"], host["role"], share, loaded)
+    return Group(head, table)
+
+
+def plan_view(plan: RestorePlan) -> RenderableType:
+    """What a restore would do."""
+    number = ("share", "pages", "to read")
+    table = _table("host", "role", *number, right=number)
+    for host in plan.hosts:
+        table.add_row(
+            host.host,
+            host.role,
+            format_size(host.memory_bytes),
+            str(host.pages),
+            format_size(host.read_bytes),
+        )
+    verdict = [Text(problem, "red") for problem in plan.problems]
+    head = f"{plan.checkpoint} would be restored as VM {plan.vm}; nothing was changed"
+    return Group(head, table, *(verdict or [Text("it fits", "green")]))
+
+
+def checks_view(checks: Sequence[Check]) -> RenderableType:
+    """What this host can do, with remedies."""
+    table = _table("", "check", "found")
+    for check in checks:
+        table.add_row(Text(check.status, _CHECK_STYLES[check.status]), check.name, check.detail)
+        if check.remedy:
+            table.add_row("", "", Text(f"→ {check.remedy}", _CHECK_STYLES[check.status]))
+    return table
+
+
+def story_view(story: Story) -> RenderableType:
+    """The demonstration: a table of its steps and the verdict."""
+    number = ("seconds", "in/s", "out/s", "page-in µs")
+    table = _table("step", *number, "MiB per host", "guest", right=number)
+    for step in story.steps:
+        table.add_row(*_step_cells(step))
+    total = sum(step.seconds for step in story.steps)
+    verdict = (
+        Text("the guest lost nothing", "bold green")
+        if story.good
+        else Text("the guest was harmed", "bold red")
+    )
+    words = (
+        f": {story.checks} checks of its memory, {story.failures} failures, "
+        f"{story.ticks_lost} ticks lost; {total:.0f} s in all"
+    )
+    lines: list[RenderableType] = [table, "", Text.assemble(verdict, words)]
+    if story.accel != "kvm":
+        lines.append(Text(f"Linux ran under {story.accel.upper()}: {story.accel_why}", "dim"))
+    lines += [Text(problem, "red") for problem in story.problems]
+    if story.home is not None:
+        lines.append(f"left running; look with: DCRES_HOME={story.home} dcres status demo")
+        lines.append(f"and end it with: DCRES_HOME={story.home} dcres down --purge")
+    return Group(*lines)
+
+
+def _step_cells(step: Step) -> list[str]:
+    def rate(value: float | None) -> str:
+        return "" if value is None else f"{value:.0f}"
+
+    places = [f"{h['host']}{'*' if h['role'] == 'main' else ''} {_mib(h)}" for h in step.hosts]
+    guest = ""
+    if step.guest is not None and step.guest["tick"]:
+        guest = f"{step.guest['checks']} checks, {step.guest['failures']} failures"
+    return [
+        step.step,
+        f"{step.seconds:.1f}",
+        rate(step.pages_in_per_s),
+        rate(step.pages_out_per_s),
+        rate(step.page_in_median_us),
+        "  ".join(places),
+        guest,
+    ]
+
+
+def _mib(host: dict[str, Any]) -> int:
+    return int(host["pages"]) * PAGE_SIZE >> 20
