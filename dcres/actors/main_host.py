@@ -304,7 +304,8 @@ class MainHost(SavingHost):
         the paging counters as they are. Raises StoreFull, VmLost.
         """
         status = self.status()
-        self._store.sweep(self._vm)
+        # Sub hosts that share this store may have begun their part already.
+        self._store.sweep(self._vm, keep=frozenset({checkpoint}))
         self._store.begin(self._vm, checkpoint)
         require_store_room(self._settings.store, status["pages"][0] * PAGE_SIZE)
         self._remember(checkpoint=checkpoint)
