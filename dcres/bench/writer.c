@@ -9,6 +9,7 @@
  *   write STEP N  the same, writing                          -> ns TOTAL sum S
  *   time STEP N US  read N pages, US microseconds apart, and time each
  *                 -> missed M median_ns A p99_ns B max_ns C  (of those that took a page fault)
+ *   causal SECONDS  write 1, 2, 3, ... one page each, in the order of `page_of`   -> ops N
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -73,6 +74,28 @@ static void touch(uint64_t step, uint64_t count, int writing) {
     printf("ns %lu sum %lu\n", now() - start, sum);
 }
 
+/* Which page the k-th write goes to: mostly a quarter of the pages, so that they are written
+ * again while others travel. Anyone can compute it, so anyone can tell what memory has to look
+ * like after k writes. */
+static uint64_t page_of(uint64_t k) {
+    uint64_t hash = k * 0x9E3779B97F4A7C15ull;
+    return (hash >> 20) % ((hash >> 60) ? (pages + 3) / 4 : pages);
+}
+
+static uint64_t causal(double seconds) {
+    static uint64_t k = 0;
+    uint64_t before = k, end = now() + (uint64_t)(seconds * 1e9);
+    while (now() < end)
+        for (int n = 0; n < 16; n++) {
+            uint64_t page = page_of(++k);
+            *word(page, 0) = page;
+            *word(page, 8) = k;
+            *word(page, PAGE / 2) = k;
+            *word(page, PAGE - 8) = k;
+        }
+    return k - before;
+}
+
 static int ascending(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
     return (x > y) - (x < y);
@@ -119,6 +142,8 @@ int main(int argc, char **argv) {
         } else if (sscanf(line, "run %lf", &seconds) == 1) {
             uint64_t ops = run(seconds);
             printf("ops %lu bad %lu\n", ops, bad_pages());
+        } else if (sscanf(line, "causal %lf", &seconds) == 1) {
+            printf("ops %lu\n", causal(seconds));
         } else if (sscanf(line, "read %lu %lu", &step, &count) == 2) {
             touch(step, count, 0);
         } else if (sscanf(line, "write %lu %lu", &step, &count) == 2) {

@@ -1,0 +1,58 @@
+"""Live checkpoints are points in time: shown over many, and shown to be able to fail."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dcres.storage.store import Store
+from tests.support import sabotage
+from tests.support.live import LiveCheckpoints, faults_in
+from tests.support.paging import rig
+
+pytestmark = pytest.mark.linux
+
+PAGES = 2048
+SUBS = (1200, 1200)
+
+
+def test_200_live_checkpoints_under_paging_are_points_in_time(
+    tmp_path: Path, writer_program: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    with rig(tmp_path, writer_program, PAGES, 600, SUBS) as paged:
+        paged.writer.tell("causal 600")
+        checkpoints = LiveCheckpoints(paged, store)
+        before = paged.status()
+        for number in range(200):
+            manifest = checkpoints.take(number)
+            assert faults_in(checkpoints.memory(manifest)) == []
+            assert store.verify(manifest.checkpoint).ok
+            allocated = sum(part.file_bytes_allocated for part in manifest.hosts)
+            assert allocated <= manifest.pages * 4096 * 1.01 + 3 * 65536
+            store.delete(manifest.checkpoint)
+        after = paged.status()
+    assert after["pages_in"] - before["pages_in"] > 2000
+    assert after["pages_out"] - before["pages_out"] > 2000
+
+
+@pytest.mark.parametrize("guard", ["arrivals", "departures", "last scan", "drain"])
+def test_without_one_guard_the_fault_is_seen(
+    guard: str, tmp_path: Path, writer_program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    if guard != "drain":  # a guard of the pager; the drain is ordered from outside
+        monkeypatch.setenv("PYTHONPATH", str(Path(next(iter(sabotage.__path__)))))
+        monkeypatch.setenv("DCRES_TEST_SABOTAGE", guard)
+    with rig(tmp_path, writer_program, PAGES, 600, SUBS) as paged:
+        paged.writer.tell("causal 600")
+        checkpoints = LiveCheckpoints(paged, store, without=guard)
+        for number in range(60):
+            manifest = checkpoints.take(number)
+            found = faults_in(checkpoints.memory(manifest))
+            shutil.rmtree(tmp_path / "store")
+            if found:
+                return
+    pytest.fail(f"60 checkpoints without {guard} showed no fault")
