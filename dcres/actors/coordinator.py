@@ -379,6 +379,11 @@ class Coordinator:
                 raise VmLost(
                     f"host {host} of VM {self._vm} is gone ({error}); restore a checkpoint"
                 ) from None
+            except NotFound:
+                # Ray moves the actors of a dead host to a new one, where nothing of the VM is.
+                raise VmLost(
+                    f"host {host} of VM {self._vm} is gone; restore a checkpoint"
+                ) from None
             if answers[-1].get("state") == "lost":
                 raise VmLost(f"VM {self._vm} is lost: {answers[-1]['lost_why']}")
         return answers
