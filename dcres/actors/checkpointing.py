@@ -60,6 +60,7 @@ class Subject:
     spec: VmSpec
     accel: str
     qemu_version: str
+    machine: str
     hosts: tuple[str, ...]  # the main host first
     ports: Mapping[str, Port]
 
@@ -287,6 +288,7 @@ class Checkpointing:
             vm_spec=subject.spec.model_dump(mode="json", by_alias=True),
             qemu_version=subject.qemu_version,
             accel=subject.accel,
+            machine={"type": subject.machine},
             tick=finished.tick,
             hosts=tuple(self._slice(index) for index in range(len(subject.hosts))),
             vmcore=self._core_sum(),

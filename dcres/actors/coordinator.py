@@ -269,6 +269,7 @@ class Coordinator:
             spec=VmSpec.model_validate(main["spec"]),
             accel=main["accel"],
             qemu_version=main["qemu_version"],
+            machine=main["machine"],
             hosts=self._hosts,
             ports=ports,
         )

@@ -64,7 +64,7 @@ from dcres.storage.memory_file import SavedMemory
 from dcres.storage.store import Store
 from dcres.vm import accel as accel_
 from dcres.vm import disk, process, safety
-from dcres.vm.command import VmFiles, disk_nodes
+from dcres.vm.command import MACHINE, VmFiles, disk_nodes
 from dcres.vm.monitor import Monitor, RunState
 from dcres.vm.process import QemuProcess, last_words
 
@@ -103,6 +103,7 @@ class MainHost(SavingHost):
             "accel": self._state.get("accel"),
             "accel_why": self._state.get("accel_why"),
             "qemu_version": self._state.get("qemu_version"),
+            "machine": self._state.get("machine"),
             "reserved": self._state.get("reserved", 0),
             "running": self._state.get("running", False),
         }
@@ -181,7 +182,8 @@ class MainHost(SavingHost):
             self._revert_disks(manifest)
         self._folder.make()
         self._meter.reset()
-        self._start_qemu(order, chosen, why)
+        machine = MACHINE if manifest is None else manifest.machine.get("type", MACHINE)
+        self._start_qemu(order, chosen, why, machine)
         if order.load is not None and manifest is not None:
             load_parts(self._store, order.load, self._ram, self._meter)
             self._write_table(order, manifest)
@@ -194,7 +196,7 @@ class MainHost(SavingHost):
     def _ram(self) -> Path:
         return self._folder.ram / "guest.ram"
 
-    def _start_qemu(self, order: RunOrder, chosen: Accel, why: str) -> None:
+    def _start_qemu(self, order: RunOrder, chosen: Accel, why: str, machine: str) -> None:
         run = self._folder.run
         vm_files = VmFiles(self._ram, run / "qmp.sock", run / "console.log", run / "qemu.log")
         vm_files.console.unlink(missing_ok=True)
@@ -204,8 +206,10 @@ class MainHost(SavingHost):
             chosen,
             incoming=order.load is not None,
             env={**os.environ, **marker(self._folder)},
+            machine=machine,
         )
         self._remember(
+            machine=self._monitor.machine_type(machine),
             vm=self._vm,
             generation=order.incarnation.generation,
             spec=order.spec.model_dump(mode="json", by_alias=True),

@@ -11,6 +11,7 @@ from dcres.config import Accel, Disk, VmSpec, format_size
 from dcres.errors import ConfigError
 
 QEMU = "qemu-system-x86_64"
+MACHINE = "q35"  # an alias, of the newest version that this QEMU knows
 # sockaddr_un.sun_path holds 108 bytes with the final NUL (unix(7)).
 MAX_SOCKET_PATH_BYTES = 107
 # QEMU rounds -m up to this and then refuses a backend of another size.
@@ -96,11 +97,18 @@ def _check(spec: VmSpec, files: VmFiles) -> None:
 
 
 def qemu_command(
-    spec: VmSpec, files: VmFiles, accel: Accel, *, incoming: bool = False, qemu: str = QEMU
+    spec: VmSpec,
+    files: VmFiles,
+    accel: Accel,
+    *,
+    incoming: bool = False,
+    qemu: str = QEMU,
+    machine: str = MACHINE,
 ) -> list[str]:
     """The command line: the VM is stopped (``-S``), with guest RAM in the shared file `files.ram`.
 
-    With `incoming` it waits for a VM core instead of booting. Raises ConfigError for a socket
+    With `incoming` it waits for a VM core instead of booting; `machine` is then the versioned
+    machine type that the core was saved from, so that a newer QEMU can load it. Raises ConfigError for a socket
     path that is too long and for memory that QEMU would round.
     """
     _check(spec, files)
@@ -109,7 +117,7 @@ def qemu_command(
         qemu,
         *("-name", f"guest={spec.name},debug-threads=on"),
         *("-uuid", str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{spec.name}.dcres"))),
-        *("-machine", "q35,memory-backend=ram"),
+        *("-machine", f"{machine},memory-backend=ram"),
         *("-accel", _accel(accel)),
         # discard-data=on would let QEMU drop the file's content when it ends.
         "-object",

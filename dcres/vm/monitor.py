@@ -153,6 +153,13 @@ class Monitor:
         number = self._client.greeting.QMP.version["qemu"]
         return f"{number['major']}.{number['minor']}.{number['micro']}"
 
+    def machine_type(self, alias: str) -> str:
+        """The versioned machine type, such as ``pc-q35-7.2``, that `alias` stands for here."""
+        for machine in self.execute("query-machines"):
+            if machine.get("alias") == alias:
+                return str(machine["name"])
+        return alias
+
     def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, timeout_s: float = 30.0
     ) -> Any:

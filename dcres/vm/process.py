@@ -10,7 +10,7 @@ from pathlib import Path
 from dcres.config import Accel, VmSpec, format_size
 from dcres.errors import Conflict, MonitorError, QemuFailed, VmLost
 from dcres.linux.process import ProcessId, spawn_detached
-from dcres.vm.command import QEMU, VmFiles, qemu_command
+from dcres.vm.command import MACHINE, QEMU, VmFiles, qemu_command
 from dcres.vm.monitor import Monitor
 
 _LAST_LINES = 6
@@ -105,6 +105,7 @@ def start(
     incoming: bool = False,
     env: Mapping[str, str] | None = None,
     qemu: str = QEMU,
+    machine: str = MACHINE,
     timeout_s: float = 20.0,
 ) -> tuple[QemuProcess, Monitor]:
     """Start QEMU, detached and stopped before its first instruction, with a ready monitor.
@@ -113,7 +114,7 @@ def start(
     it there). Raises QemuFailed with QEMU's own words when it ends at once, ConfigError,
     Conflict or UnsupportedHost; on an error nothing is left running.
     """
-    argv = qemu_command(spec, files, accel, incoming=incoming, qemu=qemu)
+    argv = qemu_command(spec, files, accel, incoming=incoming, qemu=qemu, machine=machine)
     for folder in {path.parent for path in (files.monitor, files.console, files.log)}:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _prepare_ram(spec, files.ram)

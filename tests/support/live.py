@@ -158,7 +158,7 @@ class LiveCheckpoints:
             kernel=Path("none"),
             layout=Layout(main=shares[0], subs=tuple(shares[1:])),
         )
-        self._subject = Subject(VM, 1, spec, "tcg", "none", tuple(ports), ports)
+        self._subject = Subject(VM, 1, spec, "tcg", "none", "q35", tuple(ports), ports)
 
     def take(self, number: int, mode: Mode = Mode.LIVE) -> Manifest:
         name = f"{VM}-20260101-000000-{number:04x}"
