@@ -7,6 +7,7 @@ shape of the memory file that a checkpoint makes of it.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,14 +64,22 @@ class SubTable:
         at = 0
         for first, stop in extents.tolist():
             length = (stop - first) * PAGE_SIZE
-            written = os.pwrite(self._fd, data[at : at + length], first * PAGE_SIZE)
-            if written != length:
-                raise NoRoom("the tmpfs that holds this sub host's pages is full")
+            self._write_run(first, stop, data[at : at + length])
             at += length
-            self._here[first:stop] = True
-            if self.changes is not None:
-                self.changes.mark(first, stop)
-        self.held_pages += added
+
+    def _write_run(self, first: int, stop: int, data: memoryview) -> None:
+        try:
+            written = os.pwrite(self._fd, data, first * PAGE_SIZE)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            written = 0
+        if written != len(data):
+            raise NoRoom("the tmpfs that holds this sub host's pages is full; give it more room")
+        self.held_pages += stop - first - int(self._here[first:stop].sum())
+        self._here[first:stop] = True
+        if self.changes is not None:
+            self.changes.mark(first, stop)
 
     def release(self, extents: Extents | Iterable[tuple[int, int]]) -> None:
         """Forget pages; those that are not here are passed over."""

@@ -108,8 +108,8 @@ def qemu_command(
     """The command line: the VM is stopped (``-S``), with guest RAM in the shared file `files.ram`.
 
     With `incoming` it waits for a VM core instead of booting; `machine` is then the versioned
-    machine type that the core was saved from, so that a newer QEMU can load it. Raises ConfigError for a socket
-    path that is too long and for memory that QEMU would round.
+    machine type that the core was saved from, so that a newer QEMU can load it. Raises
+    ConfigError for a socket path that is too long and for memory that QEMU would round.
     """
     _check(spec, files)
     kib = f"{spec.memory >> 10}K"
