@@ -50,7 +50,8 @@ class ConsoleStage:
             guest = f"{step.guest['checks']} checks, {step.guest['failures']} failures"
         tail = "; ".join(part for part in (step.detail, guest) if part)
         self._console.print(
-            f"[green]✓[/] {step.seconds:6.1f} s  {step.step}{f': [dim]{tail}[/]' if tail else ''}"
+            f"[green]✓[/] {step.seconds:6.1f} s  {step.step}{f': [dim]{tail}[/]' if tail else ''}",
+            soft_wrap=True,
         )
 
     def _update(self, text: str) -> None:

@@ -222,8 +222,8 @@ def checks_view(checks: Sequence[Check]) -> RenderableType:
 
 def story_view(story: Story) -> RenderableType:
     """The demonstration: a table of its steps and the verdict."""
-    number = ("seconds", "in/s", "out/s", "page-in µs")
-    table = _table("step", *number, "MiB per host", "guest", right=number)
+    number = ("seconds", "pages in/s", "out/s", "page-in µs")
+    table = _table("step", *number, "MiB per host (* main)", "checks", right=number)
     for step in story.steps:
         table.add_row(*_step_cells(step))
     total = sum(step.seconds for step in story.steps)
@@ -238,11 +238,11 @@ def story_view(story: Story) -> RenderableType:
     )
     lines: list[RenderableType] = [table, "", Text.assemble(verdict, words)]
     if story.accel != "kvm":
-        lines.append(Text(f"Linux ran under {story.accel.upper()}: {story.accel_why}", "dim"))
+        lines.append(Text(f"Linux ran under {story.accel_why}", "dim"))
     lines += [Text(problem, "red") for problem in story.problems]
     if story.home is not None:
-        lines.append(f"left running; look with: DCRES_HOME={story.home} dcres status demo")
-        lines.append(f"and end it with: DCRES_HOME={story.home} dcres down --purge")
+        lines.append(f"left running: `export DCRES_HOME={story.home}`, then `dcres status demo`;")
+        lines.append("`dcres down --purge` ends it and removes all")
     return Group(*lines)
 
 
@@ -253,14 +253,15 @@ def _step_cells(step: Step) -> list[str]:
     places = [f"{h['host']}{'*' if h['role'] == 'main' else ''} {_mib(h)}" for h in step.hosts]
     guest = ""
     if step.guest is not None and step.guest["tick"]:
-        guest = f"{step.guest['checks']} checks, {step.guest['failures']} failures"
+        failures = step.guest["failures"]
+        guest = f"{failures} FAILED" if failures else f"{step.guest['checks']} ok"
     return [
         step.step,
         f"{step.seconds:.1f}",
         rate(step.pages_in_per_s),
         rate(step.pages_out_per_s),
         rate(step.page_in_median_us),
-        "  ".join(places),
+        " ".join(places),
         guest,
     ]
 
