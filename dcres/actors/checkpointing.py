@@ -14,7 +14,7 @@ from typing import Any
 from dcres.actors.messages import Finished, Saved
 from dcres.actors.ports import Port
 from dcres.config import VmSpec
-from dcres.errors import DcresError, OperationFailed
+from dcres.errors import ActorGone, DcresError, OperationFailed
 from dcres.model.commit import (
     AnotherRound,
     Barrier,
@@ -47,6 +47,8 @@ log = logging.getLogger("dcres.coordinator")
 _PREPARE_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
 _RESTART_TIMEOUT_S = 60.0
+_PERSIST_TIMEOUT_S = 300.0
+_TRIES = 3
 # 256 MiB a host: what a round leaves when the guest writes about as fast as the disk.
 STAGE_PAGES = 65536
 
@@ -96,6 +98,7 @@ class Checkpointing:
         self._saved: dict[str, Saved] = {}
         self._downtime_s = 0.0
         self._manifest: Manifest | None = None
+        self._stuck = ""
 
     @property
     def pages_left(self) -> dict[str, int]:
@@ -120,7 +123,7 @@ class Checkpointing:
         if commit.phase is Phase.ABANDONED or self._manifest is None:
             raise OperationFailed(
                 f"the checkpoint of VM {self._subject.vm} was given up; "
-                "the VM goes on and earlier checkpoints are as they were",
+                f"{self._stuck or 'the VM goes on'} and earlier checkpoints are as they were",
                 commit.failures,
             )
         return self._manifest
@@ -234,27 +237,31 @@ class Checkpointing:
 
     def _resume(self) -> None:
         """Let the VM go on, through a restart of the main host's actor if need be."""
-        port = self._subject.ports[self._subject.main]
         try:
-            port.wait_ready(_RESTART_TIMEOUT_S)
-            resumed_at = port.call("resume")
+            resumed_at = self._persist(self._subject.main, "resume")
         except DcresError as error:
             log.error("VM %s cannot go on: %s", self._subject.vm, error)
+            self._stuck = f"the VM cannot go on: {error}"
             return
         if self._finished is not None:
             self._downtime_s = resumed_at - self._finished.stopped_at
 
+    def _persist(self, host: str, method: str, *args: Any) -> Any:
+        """Call what may be repeated, again when the actor dies in it: it is back in a moment."""
+        port = self._subject.ports[host]
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                port.wait_ready(_RESTART_TIMEOUT_S)
+                return port.call(method, *args, timeout_s=_PERSIST_TIMEOUT_S)
+            except ActorGone:
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
+
     def _publish(self) -> None:
-        port = self._subject.ports[self._subject.main]
         try:
             self._manifest = self._make_manifest()
-            text = dumps(self._manifest)
-            try:
-                port.call("publish", text)
-            except DcresError:
-                # Publishing may be repeated, and an actor that died in it is back in a moment.
-                port.wait_ready(_RESTART_TIMEOUT_S)
-                port.call("publish", text)
+            self._persist(self._subject.main, "publish", dumps(self._manifest))
         except Exception as error:
             self._manifest = None
             self._events.put(PublishFailed(str(error)))
@@ -263,10 +270,8 @@ class Checkpointing:
 
     def _discard(self) -> None:
         for host in self._subject.hosts:
-            port = self._subject.ports[host]
             try:
-                port.wait_ready(_RESTART_TIMEOUT_S)
-                port.call("abandon", self.checkpoint)
+                self._persist(host, "abandon", self.checkpoint)
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)
@@ -298,8 +303,9 @@ class Checkpointing:
             downtime_seconds=self._downtime_s,
             pages_moved_for_checkpoint=finished.moved,
             paging_during=PagingDuring(
-                pages_in=finished.pages_in - self._before["pages_in"],
-                pages_out=finished.pages_out - self._before["pages_out"],
+                # A pager that was started again meanwhile counts from 0.
+                pages_in=max(0, finished.pages_in - self._before["pages_in"]),
+                pages_out=max(0, finished.pages_out - self._before["pages_out"]),
             ),
         )
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from dcres.actors.host import (
     Daemon,
+    Life,
     Meter,
     VmFolder,
     end_leftovers,
@@ -80,14 +81,18 @@ class MainHost(SavingHost):
     ) -> None:
         self._settings = HostSettings.from_environ(environ, address)
         self._folder = VmFolder.of(self._settings, vm)
-        self._pager = Daemon("dcres.paging.pager", self._folder, "pager")
+        self._pager = Daemon("dcres.paging.pager", self._folder, "pager", self._has_qemu)
         super().__init__(Store(self._settings.store), vm, self._settings.name, Meter())
         self._frozen: tuple[Owners, Ticks] | None = None
         self._orders = threading.Lock()
+        self._stopping_vm = threading.Lock()
+        self._remembering = threading.Lock()
+        self._life = Life()
         self._monitor: Monitor | None = None
         self._state: dict[str, Any] = read_state(self._folder.state) or {}
-        if self._state and self._qemu.alive:
-            self._pager.start()
+        # Before its pager is there a VM that is being started is nothing to adopt.
+        if self._state.get("paged") and self._has_qemu():
+            self._pager.adopt()
 
     # What this host knows
 
@@ -114,13 +119,17 @@ class MainHost(SavingHost):
             raise NotFound(f"host {self._settings.name} does not run VM {self._vm}")
         return QemuProcess.from_dict(self._state["qemu"])
 
+    def _has_qemu(self) -> bool:
+        return bool(self._state) and self._qemu.alive
+
     @property
     def _spec(self) -> VmSpec:
         return VmSpec.model_validate(self._state["spec"])
 
     def _remember(self, **changes: Any) -> None:
-        self._state = {**self._state, **changes}
-        write_state(self._folder.state, self._state)
+        with self._remembering:
+            self._state = {**self._state, **changes}
+            write_state(self._folder.state, self._state)
 
     @contextmanager
     def _qmp(self) -> Iterator[Monitor]:
@@ -147,6 +156,8 @@ class MainHost(SavingHost):
         qemu = self._qemu
         if not qemu.alive:
             raise VmLost(self._obituary(qemu))
+        if self._pager.given_up:
+            raise VmLost(f"VM {self._vm} cannot go on ({self._pager.given_up})")
         with self._qmp() as monitor:
             run_state = monitor.status()
         return {
@@ -159,7 +170,7 @@ class MainHost(SavingHost):
             "qemu_pid": qemu.process.pid,
             "checkpoint": self._state.get("checkpoint"),
             "restarts": self._pager.restarts,
-            **self._pager.call("status"),
+            **self._pager.call_patiently("status"),
         }
 
     # Start and restore
@@ -170,18 +181,20 @@ class MainHost(SavingHost):
         Raises ConfigError, NoRoom, QemuFailed, UnsafeDevice, CheckpointCorrupt, PagingError.
         What was started until then is for `destroy` to end.
         """
+        with self._life.beginning():
+            self._run(order)
+
+    def _run(self, order: RunOrder) -> None:
         spec = order.spec
         spec.require_files()
         require_tmpfs_room(self._settings.ram, spec.layout.main)
+        self._store.sweep(self._vm)
         manifest = None if order.load is None else loads(order.load.manifest, Path("manifest.json"))
-        cache = default_cache()
-        if manifest is None:
-            chosen, why = accel_.choose(spec.accel, spec.kernel, cache)
-        else:
-            chosen, why = accel_.choose(Accel(manifest.accel), spec.kernel, cache)
-            self._revert_disks(manifest)
+        wanted = spec.accel if manifest is None else Accel(manifest.accel)
+        chosen, why = accel_.choose(wanted, spec.kernel, default_cache())
+        for each in () if manifest is None else manifest.disks:
+            disk.require_snapshot(Path(each.path), each.snapshot)
         self._folder.make()
-        self._meter.reset()
         machine = MACHINE if manifest is None else manifest.machine.get("type", MACHINE)
         self._start_qemu(order, chosen, why, machine)
         if order.load is not None and manifest is not None:
@@ -189,8 +202,7 @@ class MainHost(SavingHost):
             self._write_table(order, manifest)
         self._start_pager(order)
         if manifest is not None:
-            with self._qmp() as monitor:
-                self._load_core(monitor, manifest)
+            self._load_core(manifest)
 
     @property
     def _ram(self) -> Path:
@@ -224,12 +236,6 @@ class MainHost(SavingHost):
         )
         safety.require_safe(self._monitor, qemu.process.pid, self._ram)
 
-    def _revert_disks(self, manifest: Manifest) -> None:
-        for each in manifest.disks:
-            disk.require_snapshot(Path(each.path), each.snapshot)
-        for each in manifest.disks:
-            disk.revert(Path(each.path), each.snapshot)
-
     def _write_table(self, order: RunOrder, manifest: Manifest) -> None:
         """The network page table as the checkpoint has it, before the pager looks."""
         placement = self._store.read_placement(manifest)
@@ -256,6 +262,7 @@ class MainHost(SavingHost):
         )
         paging_settings.save(settings, self._folder.run / "pager.json")
         self._pager.start()
+        self._remember(paged=True)
         self._await_links()
 
     def _await_links(self) -> None:
@@ -272,15 +279,22 @@ class MainHost(SavingHost):
                 raise PagingError(f"no connection to the memory servers of {whys}")
             time.sleep(0.01)
 
-    def _load_core(self, monitor: Monitor, manifest: Manifest) -> None:
+    def _load_core(self, manifest: Manifest) -> None:
+        """The last step, and the first that cannot be undone: everything else was verified.
+
+        A QEMU that waits for a VM core has its disks open but inactive, and reads their tables
+        anew when it activates them; so they can be reverted this late.
+        """
         core = self._store.vmcore(manifest)
+        for each in manifest.disks:
+            disk.revert(Path(each.path), each.snapshot)
+        qemu = self._qemu
         try:
-            monitor.load_core(core)
-        except MonitorError as error:
-            if not self._qemu.alive:
-                words = last_words(self._qemu.files.log)
-                raise CheckpointCorrupt(f"QEMU cannot load {core}: {words}") from error
-            raise
+            with self._qmp() as monitor:
+                monitor.load_core(core)
+        except VmLost as error:
+            words = last_words(qemu.files.log)
+            raise CheckpointCorrupt(f"QEMU cannot load {core}: {words}") from error
 
     def go(self) -> None:
         """Let the guest run, from wherever it stands. Repeatable."""
@@ -323,6 +337,12 @@ class MainHost(SavingHost):
 
     def finish(self, checkpoint: str, most_pages: int) -> Finished:
         """Stop the VM, drain paging, snapshot the disks, save the core, freeze, stage the rest."""
+        # `resume` waits for this: it must not thaw paging before it was frozen.
+        with self._stopping_vm:
+            return self._finish(checkpoint, most_pages)
+
+    def _finish(self, checkpoint: str, most_pages: int) -> Finished:
+        pager_pid = self._pager.call("status")["pid"]
         with self._qmp() as monitor:
             stopped_at = time.monotonic()
             monitor.stop()
@@ -333,6 +353,7 @@ class MainHost(SavingHost):
         table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
         self._frozen = table.owners.copy(), table.ticks.copy()
         self.stage(checkpoint, most_pages)
+        self._require_frozen(pager_pid)
         return Finished(
             tick=frozen["tick"],
             moved=sum(frozen[key] - before[key] for key in ("pages_in", "pages_out")),
@@ -340,6 +361,15 @@ class MainHost(SavingHost):
             pages_out=frozen["pages_out"],
             stopped_at=stopped_at,
         )
+
+    def _require_frozen(self, pager_pid: int) -> None:
+        """PagingError if pages may have moved since the freeze.
+
+        A pager that was started again knows nothing of the checkpoint: it may page out.
+        """
+        status = self._pager.call("status")
+        if status["pid"] != pager_pid or status["state"] != "frozen":
+            raise PagingError("the pager was started again while the checkpoint was taken")
 
     def save(self, checkpoint: str, tick: int) -> Saved:
         """Make this host's part durable, with page placement, access history and VM core.
@@ -368,7 +398,6 @@ class MainHost(SavingHost):
 
         saved = self._settle(write_tables)
         self._frozen = None
-        self._remember(checkpoint=None)
         masks = [owners == sub_code(index) for index in range(subs)]
         placed = tuple(Placed(int(mask.sum()), digest(mask)) for mask in masks)
         return replace(saved, placed=placed)
@@ -378,39 +407,61 @@ class MainHost(SavingHost):
 
         Also undoes a checkpoint that stopped half-way, so it is safe to call at any time.
         """
-        self._pager.call("thaw")
-        self.go()
-        return time.monotonic()
+        with self._stopping_vm:
+            self._pager.call_patiently("thaw")
+            self.go()
+            return time.monotonic()
 
     def publish(self, manifest: str) -> None:
         """Write the manifest: from now on the checkpoint exists. Repeatable."""
-        self._store.publish(loads(manifest, Path("manifest.json")))
+        published = loads(manifest, Path("manifest.json"))
+        self._store.publish(published)
+        self._forget(published.checkpoint)
 
     def published(self, checkpoint: str) -> bool:
-        """Whether the checkpoint's manifest is there."""
-        return any(each.checkpoint == checkpoint for each in self._store.list(self._vm))
+        """Whether the checkpoint's manifest is there; if so there is nothing left to give up."""
+        found = any(each.checkpoint == checkpoint for each in self._store.list(self._vm))
+        if found:
+            self._forget(checkpoint)
+        return found
+
+    def _forget(self, checkpoint: str) -> None:
+        if self._state.get("checkpoint") == checkpoint:
+            self._remember(checkpoint=None)
 
     def abandon(self, checkpoint: str) -> None:
         """As on every host, and delete the checkpoint's disk snapshots. Repeatable."""
         super().abandon(checkpoint)
         self._frozen = None
-        if self._state and self._qemu.alive:
-            self._pager.call("untrack")
+        if self._state:
+            self._delete_snapshots(checkpoint)
+            self._forget(checkpoint)
+
+    def _delete_snapshots(self, checkpoint: str) -> None:
+        spec = self._spec
+        if self._qemu.alive:
+            self._pager.call_patiently("untrack")
             with self._qmp() as monitor:
-                monitor.delete_snapshots(disk_nodes(self._spec), checkpoint)
-            self._remember(checkpoint=None)
+                monitor.delete_snapshots(disk_nodes(spec), checkpoint)
+            return
+        for each in spec.disks:
+            disk.delete(each.path, checkpoint)
 
     def destroy(self) -> None:
-        """End QEMU and the pager, give all memory back. Repeatable."""
+        """End QEMU and the pager, give all memory back. Repeatable; nothing starts here again."""
+        with self._life.ending(self._hurry):
+            with self._saving:
+                self._end_saving()
+            if self._monitor is not None:
+                self._monitor.close()
+                self._monitor = None
+            if self._state:
+                self._qemu.end(grace_s=2.0)
+            end_leftovers(self._folder)
+            self._state = {}
+            self._folder.remove()
+
+    def _hurry(self) -> None:
         self._meter.cancel()
-        with self._saving:
-            self._end_saving()
-        if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
-        if self._state:
-            self._qemu.end(grace_s=2.0)
         self._pager.stop()
         end_leftovers(self._folder)
-        self._state = {}
-        self._folder.remove()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dcres.actors.host import (
     Daemon,
+    Life,
     Meter,
     VmFolder,
     end_leftovers,
@@ -44,9 +45,9 @@ class SubHost(SavingHost):
         self._folder = VmFolder.of(self._settings, vm)
         self._server = Daemon("dcres.paging.server", self._folder, "server")
         super().__init__(Store(self._settings.store), vm, self._settings.name, Meter())
-        state = read_state(self._folder.state)
-        if state is not None:
-            self._server.start()
+        self._life = Life()
+        if read_state(self._folder.state) is not None:
+            self._server.adopt()
 
     def describe(self) -> Status:
         """Who this host is and whether it serves."""
@@ -62,9 +63,12 @@ class SubHost(SavingHost):
 
         Raises NoRoom, CheckpointCorrupt, PagingError.
         """
+        with self._life.beginning():
+            return self._serve(order)
+
+    def _serve(self, order: ServeOrder) -> SubAddress:
         require_tmpfs_room(self._settings.ram, order.capacity_pages * PAGE_SIZE)
         self._folder.make()
-        self._meter.reset()
         if order.load is not None:
             load_parts(self._store, order.load, self._store_file, self._meter)
         settings = ServerSettings(
@@ -94,13 +98,13 @@ class SubHost(SavingHost):
             "host": self._settings.name,
             "role": "sub",
             "restarts": self._server.restarts,
-            **self._server.call("status"),
+            **self._server.call_patiently("status"),
         }
 
     def prepare(self, checkpoint: str) -> None:
         """Make room for a checkpoint and track changes from now on. Raises StoreFull."""
         self._require_serving()
-        held = int(self._server.call("status")["held_pages"])
+        held = int(self._server.call_patiently("status")["held_pages"])
         self._store.begin(self._vm, checkpoint)
         require_store_room(self._settings.store, held * PAGE_SIZE)
         self._begin_saving(checkpoint, self._store_file, self._server)
@@ -114,14 +118,18 @@ class SubHost(SavingHost):
         return self._settle(lambda saved: [tables.write_existence(folder / PAGES, saved.mask)])
 
     def destroy(self) -> None:
-        """End the memory server and give its memory back. Repeatable."""
+        """End the memory server and give its memory back. Repeatable; it is final."""
+        with self._life.ending(self._hurry):
+            with self._saving:
+                self._end_saving()
+            self._folder.state.unlink(missing_ok=True)
+            end_leftovers(self._folder)
+            self._folder.remove()
+
+    def _hurry(self) -> None:
         self._meter.cancel()
-        with self._saving:
-            self._end_saving()
-        self._folder.state.unlink(missing_ok=True)
         self._server.stop()
         end_leftovers(self._folder)
-        self._folder.remove()
 
     def _require_serving(self) -> None:
         if not self._folder.state.exists():

@@ -1,0 +1,214 @@
+"""A fleet without Ray: hosts' actors as objects of this process, behind ports like an actor's.
+
+`LocalPort` keeps the promises of `dcres.actors._ray.ActorPort` (the contract tests hold both to
+them): values are copied on their way, errors of dcres come out as themselves, everything else
+as ClusterError, and an actor that has died raises ActorGone until it is there again.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from dcres.actors.main_host import MainHost
+from dcres.actors.ports import Port
+from dcres.actors.sub_host import SubHost
+from dcres.config import HostSettings
+from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
+
+_POLL_S = 0.01
+_THREADS = 16
+
+
+def _copy(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPending:
+    """A call under way in a thread."""
+
+    what: str
+    future: Future[Any]
+
+    def result(self, timeout_s: float) -> Any:
+        try:
+            return self.future.result(timeout_s)
+        except TimeoutError:
+            if not self.future.done():
+                raise ClusterError(f"{self.what} did not answer in {timeout_s:.3g} s") from None
+            raise ClusterError(f"{self.what} failed: TimeoutError") from None
+        except DcresError:
+            raise
+        except Exception as error:
+            raise ClusterError(f"{self.what} failed: {type(error).__name__}: {error}") from error
+
+
+class LocalActor:
+    """One object, its threads, and whether it is there."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name = name
+        self.restarts = 0
+        self._make = make
+        self._failure: DcresError | None = None
+        self._object: Any = None
+        self._calls: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(_THREADS, name)
+        self._construct()
+
+    def _construct(self) -> None:
+        try:
+            self._object = self._make()
+        except DcresError as error:
+            self._failure = error
+
+    def submit(self, method: str, args: tuple[Any, ...]) -> LocalPending:
+        what = f"{self.name}.{method}"
+        if self._failure is not None:
+            raise _copy(self._failure)
+        target = self._object
+        answer: Future[Any] = Future()
+        if target is None:
+            answer.set_exception(ActorGone(f"{what}: the actor has died or is being restarted"))
+            return LocalPending(what, answer)
+        given = _copy(args)
+        with self._lock:
+            self._calls.add(answer)
+        self._pool.submit(self._run, getattr(target, method), given, answer)
+        return LocalPending(what, answer)
+
+    def _run(self, method: Callable[..., Any], args: tuple[Any, ...], answer: Future[Any]) -> None:
+        try:
+            result = _copy(method(*args))
+        except BaseException as error:
+            failure = _copy(error)
+            self._settle(answer, lambda: answer.set_exception(failure))
+        else:
+            self._settle(answer, lambda: answer.set_result(result))
+
+    def _settle(self, answer: Future[Any], settle: Callable[[], None]) -> None:
+        with self._lock:
+            if answer in self._calls:
+                self._calls.discard(answer)
+                settle()
+
+    def die(self) -> None:
+        """As if its process were killed: calls under way are lost, it answers no more."""
+        with self._lock:
+            calls, self._calls = self._calls, set()
+            self._object = None
+        for answer in calls:
+            answer.set_exception(ActorGone(f"{self.name}: the actor has died"))
+
+    def restart(self) -> None:
+        """As Ray does it: the constructor again."""
+        self.die()
+        self.restarts += 1
+        self._construct()
+
+    def close(self) -> None:
+        self.die()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def object(self) -> Any:
+        """The object itself, for a test that looks inside."""
+        return self._object
+
+    @property
+    def ready(self) -> bool:
+        return self._object is not None or self._failure is not None
+
+
+class LocalPort:
+    """An actor of this process by name, in a registry of actors."""
+
+    def __init__(self, name: str, actors: Mapping[str, LocalActor]) -> None:
+        self.name = name
+        self._actors = actors
+
+    def submit(self, method: str, *args: Any) -> LocalPending:
+        return self._actor().submit(method, args)
+
+    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        return self.submit(method, *args).result(timeout_s)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self._actor().ready:
+            if time.monotonic() > deadline:
+                raise ActorGone(f"{self.name} is not back within {timeout_s:.3g} s")
+            time.sleep(_POLL_S)
+        self.call("__str__", timeout_s=max(deadline - time.monotonic(), 0.01))
+
+    def _actor(self) -> LocalActor:
+        try:
+            return self._actors[self.name]
+        except KeyError:
+            raise ActorGone(f"there is no actor {self.name} in the cluster") from None
+
+
+Make = Callable[[str, int, str], Any]  # VM, index (0 is the main host), host → the actor's object
+
+
+@dataclass
+class LocalFleet:
+    """Hosts that have room for one VM each; see `dcres.actors.ports.Fleet`."""
+
+    hosts: list[str]
+    make: Make
+    actors: dict[str, LocalActor] = field(default_factory=dict)
+    reserved: dict[str, list[str]] = field(default_factory=dict)
+    extra: dict[str, int] = field(default_factory=dict)
+
+    def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
+        if vm in self.reserved:
+            raise Conflict(f"a reservation {vm} exists already; release it first")
+        names = list(hosts or self.hosts)[: len(shares)]
+        if len(names) < len(shares):
+            raise NoRoom(f"VM {vm} wants {len(shares)} hosts and {len(names)} are there")
+        self.reserved[vm] = names
+        for index, host in enumerate(names):
+            self._spawn(vm, index, host)
+        return names
+
+    def _spawn(self, vm: str, index: int, host: str) -> None:
+        name = self.actor_name(vm, index)
+        self.actors[name] = LocalActor(name, lambda: self.make(vm, index, host))
+
+    @staticmethod
+    def actor_name(vm: str, index: int) -> str:
+        return f"host/{vm}/{index}"
+
+    def actor(self, vm: str, index: int) -> LocalActor:
+        return self.actors[self.actor_name(vm, index)]
+
+    def find(self, vm: str) -> list[Port]:
+        names = (self.actor_name(vm, index) for index in range(len(self.reserved.get(vm, []))))
+        return [LocalPort(name, self.actors) for name in names if name in self.actors]
+
+    def extend(self, vm: str, share: int, extra: int) -> None:
+        self.extra[vm] = extra
+
+    def release(self, vm: str) -> None:
+        for port in self.find(vm):
+            assert isinstance(port, LocalPort)
+            self.actors.pop(port.name).close()
+        self.reserved.pop(vm, None)
+
+
+def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = MainHost) -> LocalFleet:
+    """A fleet whose hosts are real but for Ray: QEMU, pagers and memory servers of their own."""
+
+    def make(vm: str, index: int, host: str) -> MainHost | SubHost:
+        own = settings[host]
+        return (main if index == 0 else SubHost)(vm, own.address, own.environ())
+
+    return LocalFleet(list(settings), make)

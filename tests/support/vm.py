@@ -1,0 +1,232 @@
+"""Whole VMs over real hosts of this process, without Ray: for tests of what is in a checkpoint.
+
+A `Rig` has three (or more) hosts with folders of their own and one store. What it starts is
+gone afterwards, and its end is a test: no process, RAM file or socket is left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dcres.actors.coordinator import Coordinator
+from dcres.actors.main_host import MainHost
+from dcres.config import HostSettings, parse_size
+from dcres.errors import DcresError
+from dcres.linux.process import find_marked
+from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.store import Store
+from dcres.vm import witness
+from dcres.vm.witness import WitnessReport
+from tests.support.fleet import LocalFleet, real_hosts
+from tests.support.guest import guest_image
+from tests.support.wait import until
+
+PAGE_BYTES = 4096  # these tests read memory without the code that they judge
+BOOT_TIMEOUT_S = 120.0
+
+
+def spec_of(
+    name: str = "vm",
+    memory: str = "192MiB",
+    main: str = "96MiB",
+    subs: Sequence[str] = ("64MiB", "64MiB"),
+    fill: int | str = 64,
+    **more: Any,
+) -> dict[str, Any]:
+    """A VM file's values: the witness fills `fill` MiB (or ``off``)."""
+    image = guest_image()
+    return {
+        "name": name,
+        "memory": memory,
+        "kernel": str(image.kernel),
+        "initrd": str(image.initrd),
+        "append": f"console=ttyS0 quiet panic=-1 witness={fill} witness_chunk=1",
+        "accel": "tcg",
+        "layout": {"main": main, "subs": list(subs)},
+        **more,
+    }
+
+
+def await_checks(console: Path, more: int = 1, timeout_s: float = BOOT_TIMEOUT_S) -> WitnessReport:
+    """Wait until the witness has made `more` checks than now; its report, without a failure."""
+    until(lambda: _goes(witness.read(console)), timeout_s, "the witness is ready")
+    target = witness.read(console).checks + more
+    until(
+        lambda: witness.read(console).checks >= target,
+        timeout_s,
+        f"the witness made {target} checks",
+    )
+    report = witness.read(console)
+    assert report.failures == 0, report.failed
+    assert report.boots <= 1
+    return report
+
+
+def _goes(report: WitnessReport) -> bool:
+    return report.ready or report.tick > 0  # a restored guest does not say that it is ready
+
+
+@dataclass
+class Rig:
+    """Hosts, a store and one VM's coordinator."""
+
+    folder: Path
+    ram: Path
+    store: Store
+    settings: dict[str, HostSettings]
+    fleet: LocalFleet
+    coordinator: Coordinator
+    kept: list[Path] = field(default_factory=list)
+
+    @property
+    def console(self) -> Path:
+        return Path(self.coordinator.status()["hosts"][0]["console"])
+
+    def main(self) -> MainHost:
+        """The main host's actor itself."""
+        found = self.fleet.actor("vm", 0).object
+        assert isinstance(found, MainHost)
+        return found
+
+    def boot(self, spec: dict[str, Any], checks: int = 1) -> WitnessReport:
+        """Start a VM and wait for its witness."""
+        self.coordinator.start(spec)
+        return await_checks(self.console, checks)
+
+    def checkpoint(self) -> Manifest:
+        return self.store.get(self.coordinator.checkpoint("stop")["checkpoint"])
+
+    def restore(self, manifest: Manifest, **more: Any) -> dict[str, Any]:
+        return self.coordinator.restore(dumps(manifest), **more)
+
+    def listed(self) -> list[str]:
+        return [each.checkpoint for each in self.store.list()]
+
+    def running(self) -> list[str]:
+        """Whatever still runs for the VM on any host."""
+        return [
+            Path(f"/proc/{process.pid}/cmdline").read_text().replace("\0", " ")
+            for each in self.settings.values()
+            for process in find_marked("DCRES_VM_RUN", str(each.run / "vm"))
+        ]
+
+    def require_nothing_left(self) -> None:
+        """No process, no memory, no socket; logs may stay."""
+        assert self.running() == []
+        left = [path for path in self.ram.rglob("*") if path.is_file()]
+        left += [
+            path
+            for each in self.settings.values()
+            for path in each.run.rglob("*")
+            if not path.is_dir() and path.suffix != ".log"
+        ]
+        assert left == []
+
+
+@contextmanager
+def rig(
+    hosts: int = 3, store: Path | None = None, main: type[MainHost] = MainHost
+) -> Iterator[Rig]:
+    """A `Rig`; its VM is called ``vm``."""
+    folder = Path(tempfile.mkdtemp(prefix="dcres-t-"))
+    ram = Path(tempfile.mkdtemp(prefix="dcres-t-", dir="/dev/shm"))
+    settings = {
+        f"h{number}": HostSettings(
+            name=f"h{number}",
+            run=folder / f"h{number}",
+            ram=ram / f"h{number}",
+            store=store or folder / "store",
+        )
+        for number in range(hosts)
+    }
+    fleet = real_hosts(settings, main)
+    made = Rig(
+        folder,
+        ram,
+        Store(store or folder / "store"),
+        settings,
+        fleet,
+        Coordinator("vm", fleet),
+    )
+    before = descriptors()
+    try:
+        yield made
+        made.coordinator.stop()
+        made.require_nothing_left()
+        until(lambda: descriptors() <= before, 10, "all descriptors are closed")
+    finally:
+        with suppress(DcresError):
+            made.coordinator.stop()
+        shutil.rmtree(folder)
+        shutil.rmtree(ram)
+
+
+def descriptors() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+class PlainMemory:
+    """A VM's memory put together from sparse files, by plain reads, page by page.
+
+    Nothing of dcres is used: ``SEEK_DATA`` tells which pages a file holds.
+    """
+
+    def __init__(self, length_bytes: int) -> None:
+        self.length_bytes = length_bytes
+        self.pages: dict[int, bytes] = {}
+        self.owner: dict[int, str] = {}
+
+    def add(self, path: Path, owner: str) -> int:
+        """Take the pages of one file; AssertionError for a page that another file has."""
+        taken = 0
+        with path.open("rb", buffering=0) as file:
+            assert os.fstat(file.fileno()).st_size == self.length_bytes
+            for number in _pages_of(file.fileno(), self.length_bytes):
+                page = os.pread(file.fileno(), PAGE_BYTES, number * PAGE_BYTES)
+                assert number not in self.owner, f"page {number}: {self.owner[number]} and {owner}"
+                self.pages[number], self.owner[number] = page, owner
+                taken += 1
+        return taken
+
+    def at(self, number: int) -> bytes:
+        """A page; one that is nowhere reads as zeros."""
+        return self.pages.get(number, bytes(PAGE_BYTES))
+
+    def owned_by(self, owner: str) -> set[int]:
+        return {number for number, name in self.owner.items() if name == owner}
+
+
+def _pages_of(fd: int, length_bytes: int) -> Iterator[int]:
+    at = 0
+    while at < length_bytes:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: no data any more
+            return
+        at = os.lseek(fd, data, os.SEEK_HOLE)
+        assert data % PAGE_BYTES == 0
+        yield from range(data // PAGE_BYTES, -(-at // PAGE_BYTES))
+
+
+def total_bytes(text: str) -> int:
+    return parse_size(text)
+
+
+def keeps_checking(console: Path, seconds: float) -> WitnessReport:
+    """Watch the witness for `seconds`: it checks all the time and nothing ever fails."""
+    before = await_checks(console)
+    over = time.monotonic() + seconds
+    while time.monotonic() < over:
+        report = await_checks(console)
+        assert report.ticks_lost == 0
+    assert report.checks - before.checks >= seconds / 4
+    return report
