@@ -20,6 +20,8 @@ def coldest(ticks: Ticks, candidates: Mask, count: int) -> Pages:
     Ties go to the lower page number, so that cold neighbours leave together.
     """
     pages = np.flatnonzero(candidates)
+    if count < 1:
+        return pages[:0]
     if pages.size > count:
         ages = ticks[pages]
         threshold = np.partition(ages, count - 1)[count - 1]
