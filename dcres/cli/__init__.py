@@ -23,6 +23,7 @@ from dcres.cli.frame import (
     JSON_FLAG,
     AddressOption,
     DebugOption,
+    Interrupted,
     JsonOption,
     Options,
     StoreOption,
@@ -46,6 +47,9 @@ def _shared(
     if version:
         print(f"dcres {__version__}")
         raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(WRONG_INPUT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,8 +84,10 @@ def judge(error: BaseException) -> tuple[int, str]:
         case DcresError():
             return FAILED, str(error)
         case TyperException():
-            return WRONG_INPUT, f"{error.format_message().rstrip('.')}; see `dcres --help`"
-        case KeyboardInterrupt():
+            context = getattr(error, "ctx", None)
+            command = "dcres" if context is None else context.command_path
+            return WRONG_INPUT, f"{error.format_message().rstrip('.')}; see `{command} --help`"
+        case KeyboardInterrupt() | Interrupted():
             return INTERRUPTED, "interrupted; what was under way is given up"
         case typer.Abort():
             return FAILED, "nothing was done"

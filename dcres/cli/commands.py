@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dcres.api.cluster import Cluster
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

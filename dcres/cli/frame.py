@@ -59,6 +59,10 @@ class Answer:
     status: int = 0
 
 
+class Interrupted(Exception):
+    """KeyboardInterrupt on its way out: typer would end the program by itself, without a word."""
+
+
 _SHARED = {
     "json": (JsonOption, False),
     "debug": (DebugOption, False),
@@ -80,7 +84,10 @@ def add_command(
         def run(ctx: typer.Context, **arguments: Any) -> None:
             given = {key: arguments.pop(key) for key in shared}
             options = _merge(ctx.obj or Options(), given)
-            answer = function(options, **arguments)
+            try:
+                answer = function(options, **arguments)
+            except KeyboardInterrupt:
+                raise Interrupted from None
             write(answer, as_json=options.json)
             raise typer.Exit(answer.status)
 
