@@ -1,0 +1,123 @@
+"""The page sub-table against a dictionary, and that it outlives its process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcres.errors import NoRoom, PagesLost
+from dcres.linux.files import data_extents, opened
+from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages, pages_of_extents
+from dcres.paging.changes import ChangeMap
+from dcres.paging.subtable import SubTable
+
+PAGES = 40
+CAPACITY = 24
+
+sets = st.sets(st.integers(0, PAGES - 1), min_size=1, max_size=20)
+operations = st.lists(
+    st.tuples(st.sampled_from(["write", "release", "read", "reopen"]), sets), max_size=25
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("subtable") / "store.ram"
+
+
+def extents(pages: set[int]) -> Extents:
+    return extents_of_pages(np.array(sorted(pages), dtype=np.int64))
+
+
+def content(page: int, version: int) -> bytes:
+    return page.to_bytes(8, "little") * 256 + version.to_bytes(8, "little") * 256
+
+
+def data_of(pages: set[int], version: int) -> memoryview:
+    return memoryview(b"".join(content(page, version) for page in sorted(pages)))
+
+
+def agrees(table: SubTable, model: dict[int, bytes]) -> None:
+    assert np.flatnonzero(table.existence(0, PAGES)).tolist() == sorted(model)
+    assert table.held_pages == len(model)
+    if model:
+        assert b"".join(table.read(extents(set(model)))) == b"".join(
+            model[page] for page in sorted(model)
+        )
+
+
+@given(operations)
+def test_it_is_a_dictionary_with_a_capacity(path: Path, steps: list[tuple[str, set[int]]]) -> None:
+    path.unlink(missing_ok=True)
+    model: dict[int, bytes] = {}
+    table = SubTable(path, PAGES, CAPACITY)
+    for version, (step, pages) in enumerate(steps):
+        match step:
+            case "write" if len(model.keys() | pages) > CAPACITY:
+                with pytest.raises(NoRoom, match=f"holds {len(model)} of {CAPACITY}"):
+                    table.write(extents(pages), data_of(pages, version))
+            case "write":
+                table.write(extents(pages), data_of(pages, version))
+                model |= {page: content(page, version) for page in pages}
+            case "release":
+                table.release(extents(pages))
+                model = {page: data for page, data in model.items() if page not in pages}
+            case "read" if not pages <= model.keys():
+                with pytest.raises(PagesLost):
+                    table.read(extents(pages))
+            case "read":
+                assert len(table.read(extents(pages))) == len(extents(pages))
+            case _:
+                table.__exit__()
+                table = SubTable(path, PAGES, CAPACITY)
+        agrees(table, model)
+    table.__exit__()
+
+
+def test_the_file_has_the_shape_of_a_memory_file(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, CAPACITY) as table:
+        table.write(extents({3, 4, 9, 30}), data_of({3, 4, 9, 30}, 1))
+        table.release([(4, 5)])
+    with opened(path, os.O_RDONLY) as fd:
+        assert os.fstat(fd).st_size == PAGES * PAGE_SIZE
+        assert pages_of_extents(data_extents(fd, PAGES)).tolist() == [3, 9, 30]
+        assert os.pread(fd, PAGE_SIZE, 9 * PAGE_SIZE) == content(9, 1)
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_page_of_zeros_is_here_as_any_other(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, CAPACITY) as table:
+        table.write(extents({7}), memoryview(bytes(PAGE_SIZE)))
+    with SubTable(path, PAGES, CAPACITY) as table:
+        assert table.held_pages == 1
+        assert table.read(extents({7})) == [bytes(PAGE_SIZE)]
+
+
+def test_what_comes_and_goes_is_marked(path: Path, tmp_path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, CAPACITY) as table:
+        table.write(extents({1, 2}), data_of({1, 2}, 1))
+        table.changes = ChangeMap(tmp_path / "changes", PAGES)
+        table.write(extents({2, 6}), data_of({2, 6}, 2))
+        table.release([(1, 2)])
+        table.release([(20, 30)])  # nothing there: nothing has changed
+        marks = ChangeMap(tmp_path / "changes", PAGES)
+        assert pages_of_extents(marks.take()).tolist() == [1, 2, 6]
+        assert marks.count() == 0
+
+
+def test_a_full_tmpfs_is_no_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, CAPACITY) as table:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", lambda fd, data, at: len(data) // 2)
+            with pytest.raises(NoRoom, match="tmpfs"):
+                table.write(extents({1}), data_of({1}, 1))
+        assert table.held_pages == 0
