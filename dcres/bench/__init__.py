@@ -8,10 +8,20 @@ from pathlib import Path
 
 from dcres.bench import checkpoint, paging
 from dcres.bench.machine import machine, versions
-from dcres.bench.result import Bench, Result, Say, Setup, missed_aims, ratio_spreads, spreads
+from dcres.bench.result import (
+    Aim,
+    Bench,
+    Figure,
+    Result,
+    Say,
+    Setup,
+    missed_aims,
+    ratio_spreads,
+    spreads,
+)
 from dcres.errors import ConfigError, UnsupportedHost
 
-__all__ = ["NAMES", "Result", "about", "run"]
+__all__ = ["NAMES", "Result", "about", "aims", "figures", "run"]
 
 _BENCHES: dict[str, Bench] = {each.name: each for each in (paging.BENCH, checkpoint.BENCH)}
 
@@ -21,6 +31,16 @@ NAMES: tuple[str, ...] = tuple(_BENCHES)
 def about(name: str) -> str:
     """What `name` measures, in a line. Raises ConfigError."""
     return _bench(name).about
+
+
+def aims(name: str) -> tuple[Aim, ...]:
+    """What the figures of `name` should be. Raises ConfigError."""
+    return _bench(name).aims
+
+
+def figures(name: str) -> tuple[Figure, ...]:
+    """The panels of its plot. Raises ConfigError."""
+    return _bench(name).figures
 
 
 def _bench(name: str) -> Bench:

@@ -28,7 +28,7 @@ from dcres.actors.fleet import coordinator_name
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
 from dcres.bench import disk
-from dcres.bench.result import Aim, Bench, Direction, Ratio, Row, Setup
+from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import build, wait_for
 from dcres.config import default_home
 from dcres.errors import VmError
@@ -251,6 +251,10 @@ def _ratios() -> dict[str, Ratio]:
     return found
 
 
+def _whats(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name}_{n}" for n in HOSTS for name in names)
+
+
 BENCH = Bench(
     name="checkpoint",
     about="checkpoint and restore of a stopped VM over 1, 2 and 3 hosts against the bare disk",
@@ -260,5 +264,9 @@ BENCH = Bench(
         Aim(f"{what}_{n}_over_raw", Direction.AT_LEAST, 0.5)
         for what in ("checkpoint", "restore")
         for n in HOSTS
+    ),
+    figures=(
+        Figure("Checkpoint, stopped VM", "MB/s", _whats("raw_write", "save", "checkpoint")),
+        Figure("Restore", "MB/s", _whats("raw_read", "load", "restore"), color="tab:orange"),
     ),
 )

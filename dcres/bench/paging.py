@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from dcres.bench.result import Aim, Bench, Direction, Ratio, Row, Setup
+from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import Rig, Writer, build_writer, rig, wait_for
 from dcres.errors import PagingError
 from dcres.model.pages import PAGE_SIZE
@@ -200,5 +200,29 @@ BENCH = Bench(
         Aim("page_in_single_median", Direction.AT_MOST, 200, "µs"),
         Aim("page_in_apart_median", Direction.AT_MOST, 200, "µs"),
         Aim("page_in_back_to_back_median", Direction.AT_MOST, 200, "µs"),
+    ),
+    figures=(
+        Figure(
+            "From the fault to the next instruction",
+            "µs",
+            (
+                "page_in_single_median",
+                "page_in_apart_median",
+                "page_in_back_to_back_median",
+                "page_in_while_pages_leave_median",
+            ),
+        ),
+        Figure(
+            "Throughput over loopback",
+            "MB/s",
+            (
+                "loopback_copy",
+                "page_in",
+                "page_out",
+                "walk_reading_twice_share",
+                "walk_writing_twice_share",
+            ),
+            color="tab:orange",
+        ),
     ),
 )

@@ -39,6 +39,12 @@ class Row:
             **self.details,
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """Read `to_dict` back."""
+        own = {key: values[key] for key in ("what", "round", "value", "unit")}
+        return cls(**own, details={k: v for k, v in values.items() if k not in own})
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -114,6 +120,19 @@ class Result:
             "not_reached": list(self.not_reached),
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        """Read `to_dict` back."""
+        return cls(
+            bench=values["bench"],
+            machine=values["machine"],
+            versions=values["versions"],
+            commands=tuple(values["commands"]),
+            rows=tuple(Row.from_dict(row) for row in values["rows"]),
+            ratios={name: Spread(**spread) for name, spread in values["ratios"].items()},
+            not_reached=tuple(values["not_reached"]),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -125,6 +144,16 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
+class Figure:
+    """One panel of a benchmark's plot: bars of measured things that share a unit."""
+
+    title: str
+    unit: str
+    whats: tuple[str, ...]
+    color: str = "tab:blue"
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """One named measurement."""
 
@@ -133,6 +162,7 @@ class Bench:
     measure: Callable[[Setup], list[Row]]
     ratios: Mapping[str, Ratio]
     aims: tuple[Aim, ...]
+    figures: tuple[Figure, ...]
 
 
 def spreads(rows: Sequence[Row]) -> dict[str, Spread]:

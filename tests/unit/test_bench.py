@@ -1,0 +1,145 @@
+"""What benchmarks make of their rows, and the page that is written of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dcres import bench
+from dcres.bench import page
+from dcres.bench.command import view
+from dcres.bench.machine import machine, versions
+from dcres.bench.result import (
+    Aim,
+    Direction,
+    Ratio,
+    Result,
+    Row,
+    Spread,
+    missed_aims,
+    ratio_spreads,
+    spreads,
+)
+from dcres.errors import ConfigError, NotFound
+
+ROWS = (
+    Row("paged", 0, 10.0, "MB/s", {"pages": 7}),
+    Row("local", 0, 100.0, "MB/s"),
+    Row("paged", 1, 30.0, "MB/s"),
+    Row("local", 1, 60.0, "MB/s"),
+    Row("paged", 2, 20.0, "MB/s"),
+)
+
+
+def test_spread_over_the_rounds() -> None:
+    assert spreads(ROWS) == {"paged": Spread(20, 10, 30), "local": Spread(80, 60, 100)}
+
+
+def test_ratios_are_made_within_a_round() -> None:
+    found = ratio_spreads(ROWS, {"paged_over_local": Ratio("paged", "local")})
+    assert found == {"paged_over_local": Spread(0.3, 0.1, 0.5)}
+
+
+def test_a_ratio_of_what_was_not_measured_side_by_side_is_an_error() -> None:
+    with pytest.raises(NotFound, match="needs paged and nothing"):
+        ratio_spreads(ROWS, {"it": Ratio("paged", "nothing")})
+
+
+@pytest.mark.parametrize(
+    ("direction", "value", "missed"),
+    [
+        (Direction.AT_MOST, 20, []),
+        (Direction.AT_MOST, 19, ["paged is 20 MB/s; the aim is at most 19 MB/s"]),
+        (Direction.AT_LEAST, 20, []),
+        (Direction.AT_LEAST, 21, ["paged is 20 MB/s; the aim is at least 21 MB/s"]),
+    ],
+)
+def test_aims(direction: Direction, value: float, missed: list[str]) -> None:
+    aim = Aim("paged", direction, value, "MB/s")
+    assert missed_aims(spreads(ROWS), [aim]) == missed
+
+
+def test_an_aim_that_nothing_was_measured_for_is_not_reached() -> None:
+    assert missed_aims({}, [Aim("it", Direction.AT_MOST, 1)]) == ["it was not measured"]
+
+
+def result(name: str = "paging") -> Result:
+    rows = tuple(
+        Row(what, at, 300.0 + at, panel.unit, {"missed": 3})
+        for panel in bench.figures(name)
+        for what in panel.whats
+        for at in range(2)
+    )
+    ratios = {"page_in_over_link": Spread(0.25, 0.2, 0.3)}
+    not_reached = tuple(missed_aims({**spreads(rows), **ratios}, bench.aims(name)))
+    here = machine(Path("/tmp"))
+    return Result(name, here, versions(), (f"x {name}",), rows, ratios, not_reached)
+
+
+def test_json_has_the_documented_keys_and_comes_back() -> None:
+    one = result()
+    values = json.loads(json.dumps(one.to_dict()))
+    assert list(values) == [
+        "bench",
+        "machine",
+        "versions",
+        "commands",
+        "rows",
+        "ratios",
+        "not_reached",
+    ]
+    assert values["ratios"]["page_in_over_link"] == {"median": 0.25, "min": 0.2, "max": 0.3}
+    assert values["rows"][0]["missed"] == 3
+    assert Result.from_dict(values) == one
+
+
+def test_the_page_tells_what_was_reached_and_what_was_not(tmp_path: Path) -> None:
+    figures = tmp_path / "figures"
+    page.save(result(), figures)
+    (figures / "paging.png").touch()
+    page.write(tmp_path / "measurements.md", figures)
+    text = (tmp_path / "measurements.md").read_text()
+    assert "## paging: " in text
+    assert "| `page_in` | 300 | 300 | 301 | MB/s |" in text
+    assert "- **not reached**: page_in_single_median is 300.5 µs; the aim is at most 200 µs" in text
+    assert "![paging](figures/paging.png)" in text
+    assert "## checkpoint" not in text, "nothing was measured for it"
+
+
+def test_a_result_is_shown_with_its_units_and_missed_aims() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(view(result()))
+    text = console.export_text()
+    assert "page_in_over_link" in text
+    assert "MB/s" in text
+    assert "not reached: page_in_single_median is 300.5 µs" in text
+
+
+def test_plots_are_drawn_where_matplotlib_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in bench.NAMES:
+        assert page.plot(result(name), bench.figures(name), tmp_path)
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_aim_ratio_and_figure_has_a_unit_or_is_measured() -> None:
+    for name in bench.NAMES:
+        assert bench.about(name)
+        assert len({panel.title for panel in bench.figures(name)}) == len(bench.figures(name))
+
+
+def test_a_benchmark_that_is_not_known() -> None:
+    with pytest.raises(ConfigError, match="no benchmark is called figure99; there are paging"):
+        bench.run("figure99")
+
+
+def test_the_machine_is_described() -> None:
+    described = machine(Path("/tmp"))
+    assert described["cpus"] >= 1
+    assert described["memory_bytes"] > 1 << 28
+    assert described["file_system"]
+    assert versions()["linux"]
