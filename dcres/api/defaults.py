@@ -1,8 +1,22 @@
-"""What a checkpoint is by default, and what kinds there are; loads nothing."""
+"""What a checkpoint is by default, and what kinds there are; loads next to nothing."""
 
 from __future__ import annotations
 
-DEFAULT_MODE = "stop"
-MODES = ("stop",)
+from dcres.errors import ConfigError
+
+DEFAULT_MODE = "live"
+MODES = ("live", "stop")
+DEFAULT_DOWNTIME_S = 0.1
+DEFAULT_MAX_ROUNDS = 8
 DEFAULT_FORMAT = "sparse"
 FORMATS = ("sparse",)
+
+
+def require_kind(mode: str, format: str) -> None:
+    """ConfigError unless there are checkpoints of that mode and memory files of that format."""
+    for what, value, known in (("mode", mode, MODES), ("format", format, FORMATS)):
+        if value not in known:
+            raise ConfigError(
+                f"{what} {value!r} is not supported by this version of dcres; "
+                f"use {' or '.join(known)}"
+            )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dcres.actors.ports import Pending, Port
@@ -35,6 +35,9 @@ class OperationProgress:
     vm: str
     phase: str
     hosts: tuple[HostProgress, ...] = ()
+    round: int = 0  # of a live checkpoint; 0 before its first has ended
+    pages_left: Mapping[str, int] = field(default_factory=dict)  # per host, after that round
+    estimated_downtime_s: float | None = None  # if the VM were stopped now
 
     @property
     def done_bytes(self) -> int:
@@ -102,7 +105,16 @@ def _look(coordinator: Port, show: ShowProgress) -> None:
     with suppress(DcresError):
         answer = coordinator.call("progress", timeout_s=_ASK_TIMEOUT_S)
         hosts = tuple(HostProgress(**host) for host in answer["hosts"])
-        show(OperationProgress(answer["vm"], answer["phase"], hosts))
+        show(
+            OperationProgress(
+                answer["vm"],
+                answer["phase"],
+                hosts,
+                answer.get("round", 0),
+                answer.get("pages_left", {}),
+                answer.get("estimated_downtime_seconds"),
+            )
+        )
 
 
 def _give_up(coordinator: Port, future: Future[Any]) -> None:

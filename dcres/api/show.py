@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -35,6 +35,12 @@ class _Operation(Protocol):
     def phase(self) -> str: ...
     @property
     def hosts(self) -> tuple[_Host, ...]: ...
+    @property
+    def round(self) -> int: ...
+    @property
+    def pages_left(self) -> Mapping[str, int]: ...
+    @property
+    def estimated_downtime_s(self) -> float | None: ...
 
 
 def stderr_console() -> Console:
@@ -107,7 +113,18 @@ class _Bars:
             )
         self._progress.update(
             self._heading,
-            description=f"{self._title} ({operation.phase})",
+            description=f"{self._title} ({_phase(operation)})",
             completed=done,
             total=total or None,
         )
+
+
+def _phase(operation: _Operation) -> str:
+    """The phase, and how far a live checkpoint is from stopping the VM."""
+    if operation.estimated_downtime_s is None:
+        return operation.phase
+    left = sum(operation.pages_left.values())
+    return (
+        f"{operation.phase}, {left} pages left after round {operation.round}, "
+        f"≈ {operation.estimated_downtime_s * 1000:.0f} ms of downtime"
+    )

@@ -14,7 +14,13 @@ from dcres.actors import _ray
 from dcres.actors.coordinator import checkpoint_facts
 from dcres.actors.fleet import RayFleet
 from dcres.api.catalogue import Catalogue
-from dcres.api.defaults import DEFAULT_FORMAT, DEFAULT_MODE, FORMATS, MODES
+from dcres.api.defaults import (
+    DEFAULT_DOWNTIME_S,
+    DEFAULT_FORMAT,
+    DEFAULT_MAX_ROUNDS,
+    DEFAULT_MODE,
+    require_kind,
+)
 from dcres.api.operation import (
     HostProgress,
     OperationProgress,
@@ -70,19 +76,32 @@ class Vm:
         mode: str = DEFAULT_MODE,
         *,
         format: str = DEFAULT_FORMAT,
+        downtime_s: float = DEFAULT_DOWNTIME_S,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
         progress: ProgressOption = None,
     ) -> Checkpoint:
-        """Save the VM on all its hosts at once; it then goes on.
+        """Save the VM on all its hosts at once.
+
+        ``live``: it runs meanwhile, and stands still only for what is left when that fits
+        `downtime_s`, or after `max_rounds` rounds. ``stop``: it stands still until all is
+        written. `progress` is called with an `OperationProgress` four times a second.
 
         Ctrl-C cancels it. Raises OperationFailed when it was given up (the VM goes on, earlier
         checkpoints are as they were), ConfigError for a mode or format that there is not.
         """
-        _require_known("mode", mode, MODES)
-        _require_known("format", format, FORMATS)
+        require_kind(mode, format)
+        if not (downtime_s > 0 and max_rounds >= 1):
+            raise ConfigError(
+                f"a downtime of {downtime_s} s in {max_rounds} rounds cannot be aimed at; "
+                "give more than 0 s and at least 1 round"
+            )
         facts = attend(
             self._session.existing(self.name),
             "checkpoint",
             mode,
+            None,
+            downtime_s,
+            max_rounds,
             title=f"checkpoint of {self.name}",
             progress=progress,
         )
@@ -274,14 +293,6 @@ def read_from(path: Path, offset_bytes: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset_bytes)
         return file.read()
-
-
-def _require_known(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(
-            f"{what} {value!r} is not supported by this version of dcres; "
-            f"use {' or '.join(map(str, known))}"
-        )
 
 
 def _with_rates(first: VmStatus, second: VmStatus, seconds: float) -> VmStatus:

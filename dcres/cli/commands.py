@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dcres.api.defaults import DEFAULT_FORMAT, DEFAULT_MODE
+from dcres.api.defaults import (
+    DEFAULT_DOWNTIME_S,
+    DEFAULT_FORMAT,
+    DEFAULT_MAX_ROUNDS,
+    DEFAULT_MODE,
+    require_kind,
+)
 from dcres.cli.frame import Answer, Options, add_command
 
 if TYPE_CHECKING:
@@ -258,17 +264,31 @@ def checkpoint(
     options: Options,
     vm: VmArgument,
     mode: Annotated[
-        str, typer.Option(metavar="MODE", help="stop: the VM stands still while it is saved.")
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="live: the VM runs while it is saved. stop: it stands still meanwhile.",
+        ),
     ] = DEFAULT_MODE,
     format: Annotated[
         str, typer.Option(metavar="FORMAT", help="Of memory files: sparse.")
     ] = DEFAULT_FORMAT,
+    downtime: Annotated[
+        float, typer.Option(metavar="MS", help="live: how long the VM may stand still.")
+    ] = DEFAULT_DOWNTIME_S * 1000,
+    max_rounds: Annotated[
+        int, typer.Option(metavar="N", help="live: stop the VM after so many rounds at the latest.")
+    ] = DEFAULT_MAX_ROUNDS,
 ) -> Answer:
     """Save a VM, every host its own pages at the same time; Ctrl-C gives it up."""
     from dcres.cli.tables import checkpoint_view
 
+    require_kind(mode, format)
     with _cluster(options) as cluster:
-        facts = cluster.vm(vm).checkpoint(mode, format=format).facts
+        taken = cluster.vm(vm).checkpoint(
+            mode, format=format, downtime_s=downtime / 1000, max_rounds=max_rounds
+        )
+        facts = taken.facts
     return Answer(facts, checkpoint_view(facts))
 
 

@@ -104,7 +104,8 @@ def checkpoint_view(facts: dict[str, Any]) -> RenderableType:
     head = Text.assemble(
         (facts["checkpoint"], "bold"),
         f"  {_size_of(facts['pages'])} in {facts['seconds']:.2f} s,"
-        f" the VM stood still for {facts['downtime_seconds']:.2f} s",
+        f" the VM stood still for {facts['downtime_seconds'] * 1000:.0f} ms",
+        f" after {facts['rounds']} rounds: {facts['verdict']}" if "verdict" in facts else "",
     )
     number = ("pages", "size", "written", "on disk", "seconds")
     table = _table("host", "role", *number, right=number)

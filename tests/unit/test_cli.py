@@ -1,0 +1,349 @@
+"""The command line without a cluster: options, JSON, errors, exit status, what people read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from dcres import __version__, doctor
+from dcres.api import cluster as api_cluster
+from dcres.api.plan import PlannedHost, RestorePlan
+from dcres.api.status import Host, HostStatus, VmStatus
+from dcres.cli import judge, main, tables
+from dcres.cli.stage import ConsoleStage
+from dcres.demo import Life, Step, Story
+from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound, OperationFailed
+from dcres.storage.checks import FileResult, VerifyReport
+from dcres.storage.store import Listed
+from dcres.vm.witness import WitnessReport
+
+MAIN = HostStatus("h0", "main", 48, 64, 10, 20, 123.0, 456.0, 7.0, 8.0)
+SUB = HostStatus("h1", "sub", 16, 32, 10, 20)
+RUNNING = VmStatus("box", "running", "", "tcg", "running", "/console", (MAIN, SUB))
+
+
+class FakeVm:
+    """A VM that remembers what was asked of it."""
+
+    def __init__(self, asked: list[Any]) -> None:
+        self.asked = asked
+
+    def status(self, over_s: float = 0.0) -> VmStatus:
+        self.asked.append(("status", over_s))
+        return RUNNING
+
+    def resize(self, main: str) -> VmStatus:
+        self.asked.append(("resize", main))
+        return RUNNING
+
+    def stop(self) -> None:
+        self.asked.append(("stop",))
+
+    def cancel(self) -> bool:
+        return False
+
+    def console(self) -> str:
+        return "hello"
+
+    def checkpoint(self, mode: str, **aims: object) -> Any:
+        raise KeyboardInterrupt
+
+
+class FakeCluster:
+    """A cluster with the VM ``box``; it remembers how it was found."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def vm(self, name: str) -> FakeVm:
+        if name != "box":
+            raise NotFound(f"there is no VM {name} in the cluster; it has box")
+        return FakeVm(self.asked)
+
+    def statuses(self) -> list[VmStatus]:
+        return [RUNNING]
+
+    def listing(self, vm: str) -> list[Listed]:
+        return []
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    cluster = FakeCluster()
+
+    @contextmanager
+    def connect(address: str | None = None, *, store: Path | None = None) -> Iterator[FakeCluster]:
+        cluster.asked.append(("connect", address, store))
+        yield cluster
+
+    monkeypatch.setattr(api_cluster, "connect", connect)
+    return cluster
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which no cluster runs, and nothing that names another."""
+    for name in ("RAY_ADDRESS", "DCRES_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DCRES_HOME", str(tmp_path))
+    return tmp_path
+
+
+def answer_of(capsys: pytest.CaptureFixture[str]) -> Any:
+    """The one JSON object on standard output."""
+    return json.loads(capsys.readouterr().out)
+
+
+class TestStarting:
+    def test_help_loads_neither_ray_nor_arrow(self) -> None:
+        program = (
+            "import sys; from dcres.cli import main; main(['--help']);"
+            "sys.exit(bool({'ray', 'pyarrow', 'pydantic', 'numpy'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for command in ("doctor", "demo", "up", "down", "start", "list", "status", "resize"):
+            assert f" {command} " in done.stdout
+        for command in ("stop", "checkpoint", "checkpoints", "inspect", "verify", "restore"):
+            assert f" {command} " in done.stdout
+
+    def test_the_facade_loads_nothing_either(self) -> None:
+        program = "import sys, dcres; sys.exit('ray' in sys.modules or 'numpy' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"dcres {__version__}\n"
+
+    def test_without_a_command_it_shows_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 2
+        assert "Usage: dcres" in capsys.readouterr().out
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["nix"], "No such command 'nix'; see `dcres --help`"),
+            (["status"], "Missing argument 'VM'; see `dcres status --help`"),
+            (["status", "box", "--nix"], "No such option: --nix"),
+            (["up", "--hosts", "0"], "Invalid value for '--hosts'"),
+            (["up", "--hosts", "1", "--memory", "3"], "not a multiple of 4096 bytes"),
+            (["demo", "--memory", "256MiB"], "at least 512 MiB of memory, not 256 MiB"),
+            (["start", "nix.yaml"], "cannot read nix.yaml: No such file"),
+            (["checkpoint", "box", "--mode", "lively"], "is not supported"),
+            (["checkpoint", "box", "--format", "zip"], "is not supported"),
+            (["delete", "box-20260101-000000-0000"], "has to be confirmed; say --yes"),
+        ],
+    )
+    def test_wrong_input(
+        self, arguments: list[str], words: str, nowhere: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(arguments) == 2
+        printed = capsys.readouterr()
+        assert "error: " in printed.err
+        assert words in printed.err
+        assert printed.err.count("\n") == 1, "one sentence"
+        assert printed.out == ""
+
+    def test_no_cluster(self, nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for command in (["list"], ["checkpoints"], ["down"], ["status", "box"], ["stop", "box"]):
+            assert main(command) == 2
+            assert f"no local cluster runs in {nowhere}; start one with `dcres up`" in (
+                capsys.readouterr().err
+            )
+
+    def test_an_address_where_nothing_listens(
+        self, nowhere: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["list", "--address", "127.0.0.1:1"]) == 1
+        assert "no Ray cluster answers at 127.0.0.1:1" in capsys.readouterr().err
+
+    def test_a_store_is_read_without_a_cluster(
+        self, nowhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["checkpoints", "--json", "--store", str(tmp_path / "store")]) == 0
+        assert answer_of(capsys) == {"checkpoints": []}
+        assert main(["verify", "box-20260101-000000-0000", "--store", str(tmp_path)]) == 2
+        assert "there is no checkpoint" in capsys.readouterr().err
+
+
+class TestErrors:
+    def test_an_error_as_json_too(self, nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--json", "list"]) == 2
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["error"] == "NotFound"
+        assert json.loads(printed.out)["message"] in printed.err
+
+    def test_a_traceback_only_with_debug(
+        self, nowhere: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["list"]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+        assert main(["list", "--debug"]) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("error", "status", "words"),
+        [
+            (Conflict("it runs"), 2, "it runs"),
+            (CheckpointCorrupt("a file is short"), 1, "a file is short"),
+            (OperationFailed("given up", {"h1": "disk full"}), 1, "given up (h1: disk full)"),
+            (KeyboardInterrupt(), 130, "interrupted"),
+            (KeyError("key"), 1, "dcres failed unexpectedly (KeyError: 'key')"),
+        ],
+    )
+    def test_status_and_sentence(self, error: BaseException, status: int, words: str) -> None:
+        found, sentence = judge(error)
+        assert found == status
+        assert sentence.startswith(words)
+
+    def test_brackets_in_an_error_are_no_markup(
+        self, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(name: str) -> FakeVm:
+            raise DcresError("QEMU said [bold]no[/] (" + "x" * 200 + ")")
+
+        monkeypatch.setattr(fake, "vm", fail)
+        assert main(["stop", "box"]) == 1
+        assert "QEMU said [bold]no[/] (xxx" in capsys.readouterr().err
+
+    def test_following_as_json(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["console", "box", "-f", "--json"]) == 2
+        assert "does not go with --follow" in answer_of(capsys)["message"]
+
+    def test_interrupted(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["checkpoint", "box"]) == 130
+        assert "interrupted" in capsys.readouterr().err
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--json", "--address", "a:1", "--store", "s", "list"],
+            ["list", "--json", "--address", "a:1", "--store", "s"],
+            ["--address", "b:2", "list", "--json", "--address", "a:1", "--store", "s"],
+        ],
+    )
+    def test_shared_options_before_or_after_the_command(
+        self, arguments: list[str], fake: FakeCluster, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(arguments) == 0
+        assert fake.asked == [("connect", "a:1", Path("s"))]
+        (found,) = answer_of(capsys)["vms"]
+        assert found["hosts"][0]["page_in_median_us"] == 123.0
+
+
+class TestJson:
+    def test_status(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["status", "box", "--json", "--over", "0.5"]) == 0
+        values = answer_of(capsys)
+        assert (values["vm"], values["phase"], values["checkpoints"]) == ("box", "running", [])
+        assert [host["role"] for host in values["hosts"]] == ["main", "sub"]
+        assert values["hosts"][0]["pages_in_per_s"] == 7.0
+        assert fake.asked[-1] == ("status", 0.5)
+
+    def test_other_commands(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["resize", "box", "--main", "64MiB", "--json"]) == 0
+        assert answer_of(capsys)["vm"] == "box"
+        assert fake.asked[-1] == ("resize", "64MiB")
+        assert main(["stop", "box", "--json"]) == 0
+        assert answer_of(capsys) == {"vm": "box", "stopped": True}
+        assert main(["cancel", "box", "--json"]) == 0
+        assert answer_of(capsys) == {"vm": "box", "cancelled": False}
+        assert main(["console", "box", "--json"]) == 0
+        assert answer_of(capsys) == {"vm": "box", "console": "hello"}
+
+    def test_a_lost_vm_fails_the_status(
+        self, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lost = VmStatus("box", "lost", "host h0 is gone")
+        monkeypatch.setattr(FakeVm, "status", lambda *_: lost)
+        assert main(["status", "box"]) == 1
+        assert "host h0 is gone" in capsys.readouterr().out
+
+
+def shown(renderable: RenderableType) -> str:
+    console = Console(width=200, file=StringIO())
+    console.print(renderable)
+    return written(console)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+class TestTables:
+    def test_status(self) -> None:
+        text = shown(tables.status_view(RUNNING, ["box-1", "box-2"]))
+        assert "box  running  TCG, 256 KiB in use" in text
+        assert "newest of 2 checkpoints: box-2" in text
+        assert text.count("█") == 18 + 12
+        assert "123 (p99 456)" in text
+
+    @pytest.mark.parametrize(("fill", "full"), [(0, 0), (0.001, 1), (0.5, 12), (1, 24), (1.2, 24)])
+    def test_bar(self, fill: float, full: int) -> None:
+        assert tables.bar(fill).plain.count("█") == full
+        assert len(tables.bar(fill).plain) == 24
+
+    def test_lists(self) -> None:
+        assert "no VM runs" in shown(tables.vms_view([]))
+        assert "h0 h1" in shown(tables.vms_view([RUNNING]))
+        assert "no checkpoint" in shown(tables.checkpoints_view([]))
+        damaged = Listed("box-1", "box", None, "manifest.json was altered")
+        assert "manifest.json was altered" in shown(tables.checkpoints_view([damaged]))
+        hosts = [Host("h0", "127.0.0.1", 1 << 30, 1 << 29, True), Host("h1", "a", 1, 0, False)]
+        assert "1 GiB  512 MiB" in shown(tables.hosts_view(hosts, "a:1"))
+
+    def test_verify(self) -> None:
+        good = VerifyReport("box-1", 7, (FileResult("h0", "memory.img", None),))
+        assert "box-1 is whole: 1 files, 7 pages read" in shown(tables.verify_view(good))
+        bad = VerifyReport("box-1", 7, (FileResult("h0", "memory.img", "page 3 was altered"),))
+        assert "page 3 was altered" in shown(tables.verify_view(bad))
+
+    def test_plan(self) -> None:
+        hosts = (PlannedHost("h0", "main", 4096, 1, 4200),)
+        assert "it fits" in shown(tables.plan_view(RestorePlan("box", "box-1", hosts, ())))
+        full = RestorePlan("box", "box-1", hosts, ("h0 has no room",))
+        assert "h0 has no room" in shown(tables.plan_view(full))
+
+    def test_doctor(self) -> None:
+        checks = [doctor.Check("kernel", doctor.Status.FAIL, "Linux 6.1", "boot a newer one")]
+        assert "→ boot a newer one" in shown(tables.checks_view(checks))
+
+    def test_story(self) -> None:
+        story = Story("tcg", "TCG, which is slower", 512 << 20)
+        place = {"host": "h0", "role": "main", "pages": 512}
+        guest = {"tick": 3, "checks": 4, "failures": 0}
+        story.steps.append(Step("boot", 0.0, 1.25, "", [place], 5.0, 6.0, 120.0, guest))
+        text = shown(tables.story_view(story))
+        assert "h0* 2" in text
+        assert "4 ok" in text
+        assert "the guest lost nothing" in text
+        story.lives.append(Life(WitnessReport(), WitnessReport(failures=1, tick=1, checks=1)))
+        story.steps[0].guest = {**guest, "failures": 1}
+        text = shown(tables.story_view(story))
+        assert "1 FAILED" in text
+        assert "the guest was harmed" in text
+
+    def test_the_stage_in_a_log(self) -> None:
+        console = Console(width=60, file=StringIO())
+        with ConsoleStage(console) as stage:
+            stage.begin("boot")
+            stage.note("waiting")
+            guest = {"tick": 1, "checks": 1, "failures": 0}
+            stage.end(Step("boot", 0.0, 2.0, "x" * 80, guest=guest))
+        text = written(console)
+        assert text.count("\n") == 1
+        assert text.endswith("1 checks, 0 failures\n")
