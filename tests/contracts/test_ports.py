@@ -1,0 +1,162 @@
+"""What the coordinator relies on in a port, held against Ray's actors and against our own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import pytest
+
+from dcres.actors import _ray as gateway
+from dcres.actors.ports import Port
+from dcres.errors import ActorGone, ClusterError, DcresError
+from tests.support.actors import Probe
+from tests.support.errors import ALL_ERRORS, example
+from tests.support.fleet import LocalActor, LocalPort
+from tests.support.wait import until
+
+
+class World(Protocol):
+    """Where actors live: starts one, kills its process, names one that is not there."""
+
+    def spawn(self, *args: Any) -> Port: ...
+    def kill(self, port: Port) -> None: ...
+    def missing(self) -> Port: ...
+
+
+class LocalWorld:
+    """Actors of this process; a killed one is back after a moment, as with Ray."""
+
+    def __init__(self) -> None:
+        self.actors: dict[str, LocalActor] = {}
+
+    def spawn(self, *args: Any) -> Port:
+        name = f"probe-{len(self.actors)}"
+        self.actors[name] = LocalActor(name, partial(Probe, *args))
+        return LocalPort(name, self.actors)
+
+    def kill(self, port: Port) -> None:
+        assert isinstance(port, LocalPort)
+        self.actors[port.name].restart()
+
+    def missing(self) -> Port:
+        return LocalPort("nobody", self.actors)
+
+    def close(self) -> None:
+        for actor in self.actors.values():
+            actor.close()
+
+
+class RayWorld:
+    """Actors on the cluster."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def spawn(self, *args: Any) -> Port:
+        number = len(gateway.list_actors(self.name))
+        return gateway.spawn(Probe, f"{self.name}-{number}", args)
+
+    def kill(self, port: Port) -> None:
+        assert isinstance(port, gateway.ActorPort)
+        os.kill(port.pid(), signal.SIGKILL)
+
+    def missing(self) -> Port:
+        return gateway.ActorPort(f"{self.name}-nobody")
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.cluster)])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    if request.param == "ray":
+        yield RayWorld(request.getfixturevalue("unique"))
+        return
+    made = LocalWorld()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def port(world: World) -> Port:
+    made = world.spawn("value")
+    made.wait_ready(30)
+    return made
+
+
+def test_a_call_returns_what_the_method_returns(port: Port) -> None:
+    assert port.call("get") == "value"
+    assert port.call("set", {"a": [1, 2]}) is None
+    assert port.submit("get").result(10) == {"a": [1, 2]}
+
+
+def test_values_are_copies(port: Port) -> None:
+    mine = [1]
+    port.call("set", mine)
+    mine.append(2)
+    got = port.call("get")
+    got.append(3)
+    assert port.call("get") == [1]
+
+
+def test_every_error_keeps_its_type_and_its_text(port: Port) -> None:
+    for cls in ALL_ERRORS:
+        with pytest.raises(DcresError) as caught:
+            port.call("fail", cls)
+        assert type(caught.value) is cls
+        assert str(caught.value) == str(example(cls))
+        assert vars(caught.value) == vars(example(cls))
+
+
+def test_any_other_exception_is_a_cluster_error(port: Port) -> None:
+    with pytest.raises(ClusterError, match=r"break_down.*KeyError.*key") as caught:
+        port.call("break_down")
+    assert type(caught.value) is ClusterError
+
+
+def test_time_over_is_a_cluster_error_and_the_call_goes_on(port: Port) -> None:
+    with pytest.raises(ClusterError, match=r"hold.* did not answer") as caught:
+        port.call("hold", 0.5, timeout_s=0.05)
+    assert type(caught.value) is ClusterError
+    pending = port.submit("hold", 0.3)
+    with pytest.raises(ClusterError):
+        pending.result(0.01)
+    assert pending.result(10) is None
+
+
+def test_calls_run_side_by_side(port: Port) -> None:
+    slow = port.submit("hold", 1.0)
+    began = time.monotonic()
+    assert port.call("get") == "value"
+    assert time.monotonic() - began < 0.9
+    slow.result(10)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda port: port.call("get"), lambda port: port.wait_ready(0.1)],
+    ids=["call", "wait_ready"],
+)
+def test_an_actor_that_is_not_there(world: World, use: Callable[[Port], object]) -> None:
+    with pytest.raises(ActorGone, match="nobody"):
+        use(world.missing())
+
+
+def test_a_constructor_that_fails_says_why(world: World) -> None:
+    broken = world.spawn(None, "no room at all")
+    with pytest.raises(DcresError, match="no room at all"):
+        broken.wait_ready(30)
+
+
+def test_a_call_under_way_is_lost_with_the_actor_and_it_comes_back(
+    world: World, port: Port
+) -> None:
+    port.call("set", "changed")
+    lost = port.submit("hold", 60)
+    world.kill(port)
+    with pytest.raises(ActorGone):
+        lost.result(30)
+    port.wait_ready(30)
+    until(lambda: port.call("get") == "value", 10, "it begins anew")

@@ -1,0 +1,616 @@
+"""The coordinator over hosts that do nothing but keep account, and fail when they are told to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcres.actors.coordinator import Coordinator
+from dcres.actors.messages import (
+    Finished,
+    LoadOrder,
+    Placed,
+    Progress,
+    RunOrder,
+    Saved,
+    ServeOrder,
+)
+from dcres.config import Layout
+from dcres.errors import (
+    ActorGone,
+    CheckpointCorrupt,
+    ClusterError,
+    ConfigError,
+    Conflict,
+    DcresError,
+    NoRoom,
+    NotFound,
+    OperationFailed,
+    PagingError,
+    StoreFull,
+    VmLost,
+)
+from dcres.model.live import HostRound
+from dcres.paging.settings import SubAddress
+from dcres.storage.manifest import Manifest, loads
+from tests.support.fleet import LocalFleet
+from tests.support.wait import until
+
+SPEC: dict[str, Any] = {
+    "name": "vm",
+    "memory": "64MiB",
+    "kernel": "/boot/vmlinuz",
+    "layout": {"main": "32MiB", "subs": ["16MiB", "16MiB"]},
+}
+PAGES = 10
+DIGEST = "d" * 64
+BEGINNINGS = ("serve", "run", "go")
+
+
+@dataclass
+class World:
+    """What outlives the fake actors: what was done, what runs, and what is to fail."""
+
+    done: list[str] = field(default_factory=list)
+    fail: dict[str, DcresError] = field(default_factory=dict)  # "h1.save" → error
+    hooks: dict[str, Callable[[], object]] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)  # the main host's state file
+    serving: set[str] = field(default_factory=set)
+    published: dict[str, str] = field(default_factory=dict)
+    unfinished: set[tuple[str, str]] = field(default_factory=set)
+    frozen: bool = False
+    saved_pages: dict[str, int] = field(default_factory=dict)
+
+    def note(self, host: str, what: str) -> None:
+        ended = self.done.count(f"{host}.destroy")
+        self.done.append(f"{host}.{what}")
+        if f"{host}.{what}" in self.hooks:
+            self.hooks[f"{host}.{what}"]()
+        if f"{host}.{what}" in self.fail:
+            raise self.fail[f"{host}.{what}"]
+        if what in BEGINNINGS and self.done.count(f"{host}.destroy") > ended:
+            raise Conflict("this VM was ended before its start was done")
+
+    def count(self, what: str) -> int:
+        return self.done.count(what)
+
+    @property
+    def runs(self) -> bool:
+        return bool(self.state.get("running")) and not self.frozen
+
+
+class FakeHost:
+    """What main host and sub hosts do alike."""
+
+    def __init__(self, world: World, vm: str, host: str) -> None:
+        self.world, self.vm, self.host = world, vm, host
+
+    def copy(self, checkpoint: str) -> HostRound:
+        self.world.note(self.host, "copy")
+        return HostRound(PAGES, 0, 0.01, 1e9)
+
+    def synchronise(self, checkpoint: str, live: bool) -> None:
+        self.world.note(self.host, "synchronise")
+
+    def stage(self, checkpoint: str, most_pages: int) -> None:
+        self.world.note(self.host, "stage")
+
+    def abandon(self, checkpoint: str) -> None:
+        self.world.note(self.host, "abandon")
+        self.world.unfinished.discard((checkpoint, self.host))
+
+    def progress(self) -> Progress:
+        return Progress("save", 1, 2)
+
+    def _saved(self, files: list[str], placed: tuple[Placed, ...] = ()) -> Saved:
+        sums = tuple({"name": name, "length_bytes": 1, "sha256": "0" * 64} for name in files)
+        pages = self.world.saved_pages.get(self.host, PAGES)
+        return Saved(self.host, pages, PAGES * 4096, PAGES * 4096, 0.1, DIGEST, sums, placed)
+
+
+class FakeMain(FakeHost):
+    """Stands for QEMU and its pager."""
+
+    def describe(self) -> dict[str, Any]:
+        self.world.note(self.host, "describe")
+        return {
+            "host": self.host,
+            "present": bool(self.world.state),
+            "accel": "tcg",
+            "accel_why": "TCG",
+            "qemu_version": "7.2.22",
+            "machine": "pc-q35-7.2",
+            "reserved": 32 << 20,
+            "generation": 1,
+            "checkpoint": None,
+            "running": False,
+            "spec": None,
+            **self.world.state,
+        }
+
+    def status(self) -> dict[str, Any]:
+        self.world.note(self.host, "status")
+        return {"host": self.host, "role": "main", "state": "running", "lost_why": ""}
+
+    def next_generation(self) -> int:
+        return 1
+
+    def run(self, order: RunOrder) -> None:
+        self.world.note(self.host, "run")
+        self.world.state = {
+            "spec": order.spec.model_dump(mode="json", by_alias=True),
+            "running": False,
+            "checkpoint": None,
+            "loaded": order.load.hosts if isinstance(order.load, LoadOrder) else None,
+        }
+
+    def go(self) -> None:
+        self.world.note(self.host, "go")
+        self.world.state["running"] = True
+
+    def resize(self, limit_pages: int) -> None:
+        self.world.note(self.host, f"resize {limit_pages}")
+
+    def prepare(self, checkpoint: str) -> dict[str, int]:
+        self.world.state["checkpoint"] = checkpoint
+        self.world.unfinished.add((checkpoint, self.host))
+        self.world.note(self.host, "prepare")
+        return {"pages_in": 0, "pages_out": 0}
+
+    def finish(self, checkpoint: str, most_pages: int) -> Finished:
+        self.world.frozen = True
+        self.world.note(self.host, "finish")
+        return Finished(tick=1, moved=0, pages_in=0, pages_out=0, stopped_at=1.0)
+
+    def save(self, checkpoint: str, tick: int) -> Saved:
+        self.world.note(self.host, "save")
+        files = ["pages.arrow", "sums.arrow", "history.arrow", "vmcore"]
+        return self._saved(files, (Placed(PAGES, DIGEST), Placed(PAGES, DIGEST)))
+
+    def resume(self) -> float:
+        self.world.note(self.host, "resume")
+        self.world.frozen = False
+        return 1.5
+
+    def publish(self, manifest: str) -> None:
+        self.world.note(self.host, "publish")
+        name = loads(manifest, Path("manifest.json")).checkpoint
+        self.world.published[name] = manifest
+        self.world.unfinished = {each for each in self.world.unfinished if each[0] != name}
+        self.world.state["checkpoint"] = None
+
+    def published(self, checkpoint: str) -> bool:
+        return checkpoint in self.world.published
+
+    def abandon(self, checkpoint: str) -> None:
+        super().abandon(checkpoint)
+        self.world.state["checkpoint"] = None
+
+    def destroy(self) -> None:
+        self.world.note(self.host, "destroy")
+        self.world.state, self.world.frozen = {}, False
+
+
+class FakeSub(FakeHost):
+    """Stands for a memory server."""
+
+    def describe(self) -> dict[str, Any]:
+        self.world.note(self.host, "describe")
+        return {"host": self.host, "present": self.host in self.world.serving}
+
+    def status(self) -> dict[str, Any]:
+        self.world.note(self.host, "status")
+        return {"host": self.host, "role": "sub"}
+
+    def serve(self, order: ServeOrder) -> SubAddress:
+        self.world.note(self.host, "serve")
+        self.world.serving.add(self.host)
+        return SubAddress(self.host, "127.0.0.1", 1, order.capacity_pages)
+
+    def prepare(self, checkpoint: str) -> None:
+        self.world.unfinished.add((checkpoint, self.host))
+        self.world.note(self.host, "prepare")
+
+    def save(self, checkpoint: str) -> Saved:
+        self.world.note(self.host, "save")
+        return self._saved(["pages.arrow", "sums.arrow"])
+
+    def destroy(self) -> None:
+        self.world.note(self.host, "destroy")
+        self.world.serving.discard(self.host)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def fleet(world: World) -> Iterator[LocalFleet]:
+    def make(vm: str, index: int, host: str) -> FakeHost:
+        return (FakeMain if index == 0 else FakeSub)(world, vm, host)
+
+    made = LocalFleet(["h0", "h1", "h2"], make)
+    yield made
+    made.release("vm")
+
+
+@pytest.fixture
+def coordinator(fleet: LocalFleet) -> Coordinator:
+    return Coordinator("vm", fleet)
+
+
+@pytest.fixture
+def started(coordinator: Coordinator, world: World) -> Coordinator:
+    coordinator.start(SPEC)
+    world.done.clear()
+    return coordinator
+
+
+def manifest_of(world: World, facts: dict[str, Any]) -> Manifest:
+    return loads(world.published[facts["checkpoint"]], Path("manifest.json"))
+
+
+def require_nothing(world: World, fleet: LocalFleet) -> None:
+    """Nothing of the VM is anywhere."""
+    assert (world.state, world.serving, world.unfinished) == ({}, set(), set())
+    assert (fleet.reserved, fleet.actors) == ({}, {})
+
+
+# Start
+
+
+def test_a_start_goes_sub_hosts_first_and_the_guest_last(
+    coordinator: Coordinator, world: World
+) -> None:
+    status = coordinator.start(SPEC)
+    assert status["phase"] == "running"
+    orders = [each for each in world.done if each.partition(".")[2] in ("serve", "run", "go")]
+    assert sorted(orders[:2]) == ["h1.serve", "h2.serve"]
+    assert orders[2:] == ["h0.run", "h0.go"]
+    assert world.runs
+
+
+@pytest.mark.parametrize("where", ["h1.serve", "h2.serve", "h0.run", "h0.go"])
+@pytest.mark.parametrize("error", [NoRoom("no room on it"), ActorGone("it died")])
+def test_a_start_that_fails_undoes_all(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, where: str, error: DcresError
+) -> None:
+    world.fail[where] = error
+    with pytest.raises(DcresError, match=str(error)):
+        coordinator.start(SPEC)
+    require_nothing(world, fleet)
+    assert coordinator.status()["phase"] == "absent"
+    world.fail.clear()
+    assert coordinator.start(SPEC)["phase"] == "running"
+
+
+def test_a_start_without_enough_hosts_reserves_nothing(
+    coordinator: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    fleet.hosts.pop()
+    with pytest.raises(NoRoom):
+        coordinator.start(SPEC)
+    require_nothing(world, fleet)
+
+
+def test_what_runs_cannot_be_started_or_restored(started: Coordinator, world: World) -> None:
+    with pytest.raises(Conflict, match="dcres stop vm"):
+        started.start(SPEC)
+    facts = started.checkpoint("stop")
+    with pytest.raises(Conflict, match="dcres stop vm"):
+        started.restore(world.published[facts["checkpoint"]])
+    assert world.runs
+
+
+@pytest.mark.parametrize(
+    ("trouble", "lost"),
+    [(VmLost("QEMU has ended"), True), (PagingError("pager.sock does not answer"), False)],
+)
+def test_only_a_lost_vm_is_replaced_by_a_restore(
+    started: Coordinator, world: World, trouble: DcresError, lost: bool
+) -> None:
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    world.fail["h0.status"] = trouble
+    assert started.status()["phase"] == ("lost" if lost else "running")
+    assert str(trouble) in started.status()["why"]
+    if lost:
+        world.hooks["h0.run"] = lambda: world.fail.clear()
+        started.restore(text)
+        assert world.count("h0.destroy") == 1
+    else:
+        with pytest.raises(Conflict):
+            started.restore(text)
+        assert world.count("h0.destroy") == 0
+        world.fail.clear()
+    assert started.status()["phase"] == "running"
+
+
+def test_a_cancelled_start_takes_all_down(
+    coordinator: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    stopping = threading.Thread(target=coordinator.stop)
+
+    def stop_meanwhile() -> None:
+        stopping.start()
+        until(lambda: world.count("h0.destroy") > 0, 5, "the hosts are told to end")
+
+    world.hooks["h0.run"] = stop_meanwhile
+    with pytest.raises(Conflict, match="cancelled"):
+        coordinator.start(SPEC)
+    stopping.join(10)
+    require_nothing(world, fleet)
+
+
+# Checkpoint
+
+
+@pytest.mark.parametrize("mode", ["stop", "live"])
+def test_a_checkpoint_runs_through_its_steps(started: Coordinator, world: World, mode: str) -> None:
+    facts = started.checkpoint(mode)
+    manifest = manifest_of(world, facts)
+    assert [part.host for part in manifest.hosts] == ["h0", "h1", "h2"]
+    assert (facts["mode"], facts["pages"]) == (mode, 3 * PAGES)
+    assert facts["downtime_seconds"] == 0.5
+    steps = [each.partition(".")[2] for each in world.done]
+    order = ["prepare", "synchronise", "finish", "stage", "resume", "save", "publish"]
+    assert [
+        step for index, step in enumerate(steps) if step in order and step not in steps[:index]
+    ] == order
+    assert world.runs
+    assert not world.unfinished
+
+
+STEPS = [
+    "h0.prepare", "h1.prepare", "h2.synchronise", "h0.finish", "h1.stage",
+    "h0.save", "h2.save", "h0.publish",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_checkpoint_that_fails_resumes_and_discards(
+    started: Coordinator, world: World, step: str
+) -> None:
+    world.fail[step] = StoreFull("the disk is full")
+    with pytest.raises(OperationFailed, match="the disk is full") as caught:
+        started.checkpoint("stop")
+    host = step.partition(".")[0]
+    assert caught.value.failures == {host: "the disk is full"}
+    assert "the VM goes on" in str(caught.value)
+    assert world.runs
+    assert not world.unfinished
+    assert not world.published
+    assert started.status()["phase"] == "running"
+    world.fail.clear()
+    assert started.checkpoint("stop")["checkpoint"] in world.published
+
+
+@pytest.mark.parametrize("step", ["resume", "publish", "abandon"])
+def test_what_may_be_repeated_is_repeated_when_the_actor_dies_in_it(
+    started: Coordinator, world: World, step: str
+) -> None:
+    def once() -> None:
+        world.fail.pop(f"h0.{step}", None) if world.count(f"h0.{step}") > 1 else None
+
+    world.fail[f"h0.{step}"] = ActorGone("it died")
+    world.hooks[f"h0.{step}"] = once
+    if step == "abandon":
+        world.fail["h1.save"] = StoreFull("full")
+        with pytest.raises(OperationFailed, match="full"):
+            started.checkpoint("stop")
+    else:
+        assert started.checkpoint("stop")["checkpoint"] in world.published
+    assert world.count(f"h0.{step}") == 2
+    assert world.runs
+    assert not world.unfinished
+
+
+def test_a_vm_that_cannot_go_on_is_not_said_to_go_on(started: Coordinator, world: World) -> None:
+    world.fail["h0.finish"] = VmLost("QEMU has ended")
+    world.fail["h0.resume"] = VmLost("QEMU has ended")
+    with pytest.raises(OperationFailed, match="cannot go on: QEMU has ended") as caught:
+        started.checkpoint("stop")
+    assert "the VM goes on" not in str(caught.value)
+
+
+def test_parts_that_do_not_fit_together_are_not_published(
+    started: Coordinator, world: World
+) -> None:
+    world.saved_pages["h1"] = PAGES + 1
+    with pytest.raises(OperationFailed, match="h1 saved 11 pages, not the 10"):
+        started.checkpoint("stop")
+    assert not world.published
+    assert not world.unfinished
+    assert world.runs
+
+
+def test_one_operation_at_a_time(started: Coordinator, world: World) -> None:
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    go_on = threading.Event()
+    world.hooks["h1.save"] = lambda: go_on.wait(20)
+    result: list[Any] = []
+    working = threading.Thread(target=lambda: result.append(started.checkpoint("stop")))
+    working.start()
+    until(lambda: world.count("h1.save") == 2, 10, "it saves")
+    refusals: list[Callable[[], object]] = [
+        lambda: started.checkpoint("stop"),
+        lambda: started.start(SPEC),
+        lambda: started.restore(text),
+        lambda: started.resize(16 << 20),
+    ]
+    for refused in refusals:
+        with pytest.raises(Conflict, match="is checkpointing; wait"):
+            refused()
+    assert started.progress()["phase"] == "saving"
+    go_on.set()
+    working.join(10)
+    assert result[0]["checkpoint"] in world.published
+
+
+def test_cancel_gives_a_checkpoint_up(started: Coordinator, world: World) -> None:
+    assert started.cancel() is False
+    world.hooks["h1.prepare"] = lambda: started.cancel()
+    with pytest.raises(OperationFailed, match="cancelled by the user"):
+        started.checkpoint("stop")
+    assert world.runs
+    assert not world.unfinished
+
+
+def test_no_checkpoint_of_what_does_not_run(coordinator: Coordinator) -> None:
+    with pytest.raises(NotFound, match="does not run"):
+        coordinator.checkpoint("stop")
+
+
+# Restore
+
+
+@pytest.fixture
+def checkpoint(started: Coordinator, world: World) -> str:
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    started.stop()
+    world.done.clear()
+    return text
+
+
+def test_a_restore_on_hosts_of_the_same_shape(
+    coordinator: Coordinator, world: World, checkpoint: str
+) -> None:
+    facts = coordinator.restore(checkpoint)
+    assert [each["pages"] for each in facts["layout"]] == [PAGES] * 3
+    assert world.state["loaded"] == ("h0",)
+    assert world.runs
+
+
+def test_a_restore_on_one_host_loads_every_part(
+    coordinator: Coordinator, world: World, checkpoint: str
+) -> None:
+    coordinator.restore(checkpoint, Layout(main=64 << 20))
+    assert world.state["loaded"] == ("h0", "h1", "h2")
+
+
+@pytest.mark.parametrize(
+    ("layout", "match"),
+    [
+        (Layout(main=32 << 20, subs=(32 << 20,)), "3 parts and the layout 2 hosts"),
+        (Layout(main=16 << 20), "holds 16 MiB and the VM has 64 MiB"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(
+    coordinator: Coordinator,
+    world: World,
+    fleet: LocalFleet,
+    checkpoint: str,
+    layout: Layout,
+    match: str,
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        coordinator.restore(checkpoint, layout)
+    require_nothing(world, fleet)
+
+
+@pytest.mark.parametrize("where", ["h2.serve", "h0.run", "h0.go"])
+def test_a_restore_that_fails_leaves_nothing(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str, where: str
+) -> None:
+    world.fail[where] = CheckpointCorrupt("h2/memory.img was altered")
+    with pytest.raises(CheckpointCorrupt, match=r"memory\.img"):
+        coordinator.restore(checkpoint)
+    require_nothing(world, fleet)
+
+
+def test_a_manifest_that_was_altered_is_refused(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
+) -> None:
+    with pytest.raises(CheckpointCorrupt, match=r"manifest\.json"):
+        coordinator.restore(checkpoint.replace('"tick": 1', '"tick": 2'))
+    require_nothing(world, fleet)
+
+
+# The coordinator's own death: a new one finds the hosts as the old one left them
+
+
+def successor(fleet: LocalFleet) -> Coordinator:
+    return Coordinator("vm", fleet)
+
+
+def test_it_finds_nothing(fleet: LocalFleet, world: World) -> None:
+    assert successor(fleet).status()["phase"] == "absent"
+
+
+def test_it_gives_a_bare_reservation_back(fleet: LocalFleet, world: World) -> None:
+    fleet.reserved["vm"] = ["h0"]
+    successor(fleet)
+    require_nothing(world, fleet)
+
+
+def test_it_finds_a_running_vm(started: Coordinator, fleet: LocalFleet, world: World) -> None:
+    found = successor(fleet)
+    assert found.status()["phase"] == "running"
+    assert world.count("h0.resume") == 0
+    assert found.checkpoint("stop")["checkpoint"] in world.published
+
+
+@pytest.mark.parametrize("where", ["h1.serve", "h0.run", "h0.go"])
+def test_it_takes_down_a_start_that_was_not_finished(
+    coordinator: Coordinator, fleet: LocalFleet, world: World, where: str
+) -> None:
+    taken: list[Coordinator] = []
+    world.hooks[where] = lambda: taken.append(successor(fleet)) if not taken else None
+    with pytest.raises(DcresError):
+        coordinator.start(SPEC)
+    assert taken[0].status()["phase"] == "absent"
+    require_nothing(world, fleet)
+
+
+@pytest.mark.parametrize("step", ["h0.finish", "h1.stage", "h0.save", "h0.publish"])
+def test_it_gives_up_a_checkpoint_that_was_not_published(
+    started: Coordinator, fleet: LocalFleet, world: World, step: str
+) -> None:
+    found: list[Coordinator] = []
+    world.hooks[step] = lambda: found.append(successor(fleet)) if not found else None
+    world.fail[step] = ActorGone("this coordinator is dead")
+    world.fail["h0.publish"] = ActorGone("this coordinator is dead")
+    with pytest.raises(DcresError):
+        started.checkpoint("stop")
+    assert found[0].status()["phase"] == "running"
+    assert world.runs
+    assert not world.unfinished
+    assert not world.published
+
+
+def test_it_keeps_a_checkpoint_that_was_published(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    facts = started.checkpoint("stop")
+    world.state["checkpoint"] = facts["checkpoint"]  # killed before the host forgot it
+    world.done.clear()
+    assert successor(fleet).status()["phase"] == "running"
+    assert world.count("h0.abandon") == 0
+    assert facts["checkpoint"] in world.published
+
+
+def test_it_reports_a_vm_whose_host_does_not_answer(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    world.fail["h1.describe"] = ClusterError("h1 did not answer within 10 s")
+    found = successor(fleet)
+    world.fail["h1.status"] = ActorGone("h1 is dead")
+    status = found.status()
+    assert status["phase"] == "lost"
+    assert "h1" in status["why"]
+    assert world.runs  # nobody took it down
+
+
+def test_stop_may_be_repeated_and_ends_what_was_lost(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    world.fail["h2.destroy"] = ActorGone("h2 is dead")
+    started.stop()
+    started.stop()
+    assert world.state == {}
+    assert fleet.reserved == {}

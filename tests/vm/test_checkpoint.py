@@ -1,0 +1,333 @@
+"""What is in a checkpoint, against readings of the guest's memory that share no code with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from dcres.actors.coordinator import spec_for
+from dcres.actors.main_host import MainHost
+from dcres.actors.messages import Incarnation, LoadOrder, RunOrder
+from dcres.config import Layout
+from dcres.errors import OperationFailed, PagingError
+from dcres.storage import tables
+from dcres.storage.manifest import Manifest, dumps
+from dcres.vm import disk
+from tests.support.guest import create_disk
+from tests.support.vm import (
+    PAGE_BYTES,
+    PlainMemory,
+    Rig,
+    await_checks,
+    keeps_checking,
+    rig,
+    spec_of,
+    total_bytes,
+)
+
+pytestmark = pytest.mark.vm
+
+DISK = "/machine/peripheral/virtio-disk0/virtio-backend"
+LEGACY = range(0xA0, 0x100)  # pages that QEMU shows as something else than RAM (PC firmware)
+
+
+class Watched(MainHost):
+    """A main host that has the VM's memory read by plain means before it lets the VM go on."""
+
+    rams: ClassVar[dict[str, Path]] = {}
+    seen: ClassVar[list[PlainMemory]] = []
+
+    def resume(self) -> float:
+        if self._state.get("checkpoint") is not None:
+            self.seen.append(self._read_all())
+        return super().resume()
+
+    def _read_all(self) -> PlainMemory:
+        memory = PlainMemory(self._spec.memory)
+        for host, folder in self.rams.items():
+            name = "guest.ram" if host == "h0" else "store.ram"
+            memory.add(folder / "vm" / name, host)
+        assert memory.add(self.rams["h0"] / "vm" / "outbox.ram", "outbox") == 0
+        return memory
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        with self._qmp() as monitor:
+            return monitor.execute(command, arguments)
+
+
+@contextmanager
+def watched() -> Iterator[Rig]:
+    """A rig whose checkpoints are watched: see `Watched.seen`."""
+    with rig(main=Watched) as made:
+        Watched.rams = {host: each.ram for host, each in made.settings.items()}
+        Watched.seen = []
+        yield made
+
+
+def require_same(found: PlainMemory, expected: PlainMemory) -> None:
+    """The same pages on the same hosts, with the same contents."""
+    assert found.owner == expected.owner
+    differing = [number for number in expected.pages if found.at(number) != expected.at(number)]
+    assert differing == []
+
+
+def saved_memory(store: Rig, manifest: Manifest) -> PlainMemory:
+    """The union of a checkpoint's memory files; no page is in two of them."""
+    memory = PlainMemory(manifest.memory_bytes)
+    for part in manifest.hosts:
+        path = store.store.root / "vm" / manifest.checkpoint / part.host / part.memory_file
+        assert memory.add(path, part.host) == part.pages
+        blocks_bytes = path.stat().st_blocks * 512
+        assert blocks_bytes <= part.pages * PAGE_BYTES * 17 // 16 + (256 << 10)
+    return memory
+
+
+def require_tables_agree(store: Rig, manifest: Manifest, memory: PlainMemory) -> None:
+    """Page placement and page existence files say what the memory files hold."""
+    placement = store.store.read_placement(manifest)
+    for index, part in enumerate(manifest.hosts):
+        pages = memory.owned_by(part.host)
+        assert set((placement == index).nonzero()[0].tolist()) == pages
+        if index:
+            path = store.store.root / "vm" / manifest.checkpoint / part.host / "pages.arrow"
+            here = tables.read_existence(path, manifest.page_count)
+            assert set(here.nonzero()[0].tolist()) == pages
+    assert int((placement != tables.NOWHERE).sum()) == len(memory.pages)
+
+
+@contextmanager
+def loaded_on_one_host(rig: Rig, manifest: Manifest) -> Iterator[Watched]:
+    """An ordinary VM with everything in memory that has not run since the checkpoint."""
+    spec = spec_for(manifest, Layout(main=manifest.memory_bytes))
+    host = Watched("vm", environ=rig.settings["h0"].environ())
+    incarnation = Incarnation("vm", host.next_generation(), "5e" * 32)
+    load = LoadOrder(dumps(manifest), tuple(part.host for part in manifest.hosts))
+    try:
+        host.run(RunOrder(incarnation, spec, ("h0",), (), load))
+        yield host
+    finally:
+        host.destroy()
+
+
+def physical(page: int, page_count: int) -> int:
+    """The guest physical address of a page: q35 puts what exceeds 2 GiB above 4 GiB.
+
+    (hw/i386/pc_q35.c: with at least 2.75 GiB of memory, 2 GiB of it lie below the PCI hole.)
+    """
+    address = page * PAGE_BYTES
+    below = 2 << 30 if page_count * PAGE_BYTES >= 0xB0000000 else 0xB0000000
+    return address if address < below else address - below + (4 << 30)
+
+
+def runs(pages: list[int], page_count: int) -> Iterator[tuple[int, int]]:
+    """Ascending page numbers as (first, stop) without gaps, in physical addresses too."""
+    first = previous = pages[0]
+    for number in pages[1:]:
+        beside = physical(number, page_count) - physical(previous, page_count)
+        if beside != PAGE_BYTES:
+            yield first, previous + 1
+            first = number
+        previous = number
+    yield first, previous + 1
+
+
+def require_in_qemu(host: Watched, memory: PlainMemory, folder: Path) -> int:
+    """QEMU's mapping, and what it reads at guest physical addresses, hold `memory`."""
+    pid = int(host.status()["qemu_pid"])
+    base = _mapping(pid, host._ram)
+    page_count = memory.length_bytes // PAGE_BYTES
+    compared = 0
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as mapped:
+        for first, stop in runs(sorted(memory.pages), page_count):
+            mapped.seek(base + first * PAGE_BYTES)
+            data = mapped.read((stop - first) * PAGE_BYTES)
+            path = folder / "physical"
+            address, length = physical(first, page_count), len(data)
+            host.ask("pmemsave", val=address, size=length, filename=str(path))
+            seen = path.read_bytes()
+            for number in range(first, stop):
+                at = (number - first) * PAGE_BYTES
+                page = memory.at(number)
+                assert data[at : at + PAGE_BYTES] == page, f"page {number} in QEMU's mapping"
+                if number not in LEGACY:
+                    assert seen[at : at + PAGE_BYTES] == page, f"page {number} for the guest"
+                compared += 1
+    return compared
+
+
+def _mapping(pid: int, ram: Path) -> int:
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if line.endswith(f" {ram}"):
+            return int(line.split("-")[0], 16)
+    raise AssertionError(f"QEMU does not map {ram}")
+
+
+def test_the_union_of_the_memory_files_is_the_guests_memory(tmp_path: Path) -> None:
+    with watched() as vm:
+        vm.boot(spec_of(main="64MiB", subs=["72MiB", "72MiB"], fill=72), checks=3)
+        manifests = [vm.checkpoint()]
+        await_checks(vm.console, 2)
+        manifests.append(vm.checkpoint())
+        vm.coordinator.stop()
+        for manifest, seen in zip(manifests, Watched.seen, strict=True):
+            saved = saved_memory(vm, manifest)
+            require_same(saved, seen)
+            require_tables_agree(vm, manifest, saved)
+            assert manifest.pages_moved_for_checkpoint == 0
+            assert min(part.pages for part in manifest.hosts) > 1000
+            assert vm.store.verify(manifest.checkpoint).ok
+        with loaded_on_one_host(vm, manifests[0]) as host:
+            compared = require_in_qemu(host, Watched.seen[0], tmp_path)
+        print(f"{compared} pages compared: plain reading, memory files, QEMU, guest physical")
+        assert compared == manifests[0].pages
+
+
+def test_more_than_4_gib_of_mostly_untouched_memory(tmp_path: Path) -> None:
+    spec = spec_of(memory="5GiB", main="128MiB", subs=["2500MiB", "2500MiB"], fill=48)
+    with watched() as vm:
+        vm.boot(spec)
+        began = time.monotonic()
+        manifest = vm.checkpoint()
+        seconds = time.monotonic() - began
+        saved, seen = saved_memory(vm, manifest), Watched.seen[0]
+        require_same(saved, seen)
+        require_tables_agree(vm, manifest, saved)
+        above = [number for number in saved.pages if number * PAGE_BYTES >= 4 << 30]
+        assert len(above) > 100  # the kernel keeps its own tables at the top of memory
+        assert manifest.pages * PAGE_BYTES < 1 << 30
+        vm.coordinator.stop()
+        with loaded_on_one_host(vm, manifest) as host:
+            assert require_in_qemu(host, seen, tmp_path) == manifest.pages
+        vm.restore(manifest)
+        await_checks(vm.console, 3)
+        print(
+            f"{manifest.pages} pages of 5 GiB, {len(above)} above 4 GiB; saved in {seconds:.1f} s"
+        )
+
+
+@pytest.mark.parametrize(
+    "seconds", [20, pytest.param(120, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+def test_a_guest_with_a_quarter_of_its_memory_here_passes_its_own_checks(seconds: int) -> None:
+    spec = spec_of(memory="192MiB", main="48MiB", subs=["80MiB", "80MiB"], fill=80)
+    with rig() as vm:
+        vm.boot(spec)
+        before = vm.coordinator.status()["hosts"][0]
+        report = keeps_checking(vm.console, seconds)
+        after = vm.coordinator.status()["hosts"][0]
+        moved = {key: after[key] - before[key] for key in ("pages_in", "pages_out")}
+        assert min(moved.values()) > 100 * seconds
+        assert after["pages"][0] <= total_bytes("48MiB") // PAGE_BYTES
+        manifest = vm.checkpoint()
+        vm.coordinator.stop()
+        vm.restore(manifest)
+        again = keeps_checking(vm.console, seconds / 2)
+        print(f"{seconds} s: {report}, {moved}; after the restore: {again}")
+
+
+def write_disk(vm: Rig, pattern: str) -> None:
+    """Fill the beginning of the guest's disk, as the guest would, through QEMU."""
+    with vm.main()._qmp() as monitor:
+        line = f'qemu-io -d {DISK} "write -P {pattern} 0 256k"'
+        said = monitor.execute("human-monitor-command", {"command-line": line})
+    assert said == "", said
+
+
+def read_disk(vm: Rig, pattern: str) -> None:
+    """Have QEMU read it; a difference is told in its log, at the latest when it ends."""
+    with vm.main()._qmp() as monitor:
+        line = f'qemu-io -d {DISK} "read -P {pattern} 0 256k"'
+        assert monitor.execute("human-monitor-command", {"command-line": line}) == ""
+
+
+def require_on_disk(path: Path, pattern: str) -> None:
+    command = f"read -P {pattern} 0 256k"
+    done = subprocess.run(["qemu-io", "-r", "-U", "-c", command, path], capture_output=True)
+    assert done.returncode == 0, done
+    assert b"verification failed" not in done.stdout, done.stdout
+
+
+def test_a_restore_takes_the_disk_back(tmp_path: Path) -> None:
+    path = create_disk(tmp_path / "disk.qcow2")
+    spec = spec_of(fill=8, disks=[{"path": str(path)}])
+    with rig() as vm:
+        vm.boot(spec)
+        write_disk(vm, "0x41")
+        first = vm.checkpoint()
+        write_disk(vm, "0x42")
+        second = vm.checkpoint()
+        write_disk(vm, "0x43")
+        assert [each.snapshot for each in first.disks] == [first.checkpoint]
+        assert disk.snapshots(path) == [first.checkpoint, second.checkpoint]
+        for manifest, pattern in ((first, "0x41"), (second, "0x42"), (first, "0x41")):
+            vm.coordinator.stop()
+            vm.restore(manifest)
+            read_disk(vm, pattern)
+            await_checks(vm.console, 2)
+            write_disk(vm, "0x44")  # with the reverted disk's tables, or the disk is damaged
+            vm.coordinator.stop()
+            assert subprocess.run(["qemu-img", "check", "-q", path]).returncode == 0
+            require_on_disk(path, "0x44")
+        log = vm.settings["h0"].run / "vm" / "qemu.log"
+        assert "verification failed" not in log.read_text()
+        vm.restore(first)
+        read_disk(vm, "0x42")
+        vm.coordinator.stop()
+        assert "verification failed" in log.read_text()
+        assert disk.snapshots(path) == [first.checkpoint, second.checkpoint]
+
+
+def test_a_refused_restore_leaves_the_disk_alone(tmp_path: Path) -> None:
+    path = create_disk(tmp_path / "disk.qcow2")
+    with rig() as vm:
+        vm.boot(spec_of(fill=8, disks=[{"path": str(path)}]))
+        manifest = vm.checkpoint()
+        write_disk(vm, "0x45")
+        vm.coordinator.stop()
+        memory = vm.store.root / "vm" / manifest.checkpoint / "h0" / "memory.img"
+        os.truncate(memory, memory.stat().st_size - PAGE_BYTES)
+        with pytest.raises(Exception, match=r"memory\.img"):
+            vm.restore(manifest)
+        vm.require_nothing_left()
+        require_on_disk(path, "0x45")
+
+
+@pytest.mark.parametrize("qemu_dies", [False, True])
+def test_a_failed_checkpoint_leaves_no_disk_snapshot(tmp_path: Path, qemu_dies: bool) -> None:
+    path = create_disk(tmp_path / "disk.qcow2")
+    with rig() as vm:
+        vm.boot(spec_of(fill=8, disks=[{"path": str(path)}]))
+        kept = vm.checkpoint()
+        sub = vm.fleet.actor("vm", 1).object
+        pid = vm.coordinator.status()["hosts"][0]["qemu_pid"]
+
+        def fail(*_: object) -> None:
+            if qemu_dies:
+                os.kill(pid, signal.SIGKILL)
+            raise PagingError("the disk of h1 has burnt")
+
+        sub.save = fail
+        with pytest.raises(OperationFailed, match="burnt"):
+            vm.coordinator.checkpoint("stop")
+        assert vm.listed() == [kept.checkpoint]
+        assert disk.snapshots(path) == [kept.checkpoint]
+        assert folders(vm) == [kept.checkpoint]
+        if qemu_dies:
+            assert vm.coordinator.status()["phase"] == "lost"
+            vm.restore(kept)
+        else:
+            del sub.save
+        await_checks(vm.console, 2)
+
+
+def folders(vm: Rig) -> list[str]:
+    """Checkpoints in the store, published or not."""
+    return [path.name for path in (vm.store.root / "vm").iterdir() if path.is_dir()]
