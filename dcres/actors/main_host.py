@@ -235,6 +235,7 @@ class MainHost(SavingHost):
             checkpoint=None,
         )
         safety.require_safe(self._monitor, qemu.process.pid, self._ram)
+        self._monitor.learn()
 
     def _write_table(self, order: RunOrder, manifest: Manifest) -> None:
         """The network page table as the checkpoint has it, before the pager looks."""
@@ -322,6 +323,8 @@ class MainHost(SavingHost):
         the paging counters as they are. Raises StoreFull, VmLost.
         """
         status = self.status()
+        with self._qmp() as monitor:
+            monitor.learn()  # it has, unless the connection is a new one
         # Sub hosts that share this store may have begun their part already.
         self._store.sweep(self._vm, keep=frozenset({checkpoint}))
         self._store.begin(self._vm, checkpoint)

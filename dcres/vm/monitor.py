@@ -220,6 +220,14 @@ class Monitor:
                 if "does not exist" not in str(error):
                     raise
 
+    def learn(self) -> None:
+        """Ask what `save_core` and `load_core` have to know of this QEMU, once a connection.
+
+        QEMU takes 0.1 s to describe itself, so this is better done before a VM is stopped.
+        """
+        if self._file_uri is None:
+            self._file_uri = _knows_file_uri(self.execute("query-qmp-schema"))
+
     def save_core(self, path: Path, timeout_s: float = 60.0) -> int:
         """Write the VM core (vCPUs and devices, no RAM) to `path`, mode 0600, and fsync it.
 
@@ -274,8 +282,7 @@ class Monitor:
 
     def _core_uri(self, path: Path, fd: int) -> str:
         """``file:`` where this QEMU knows it (8.2 and newer), or the descriptor itself."""
-        if self._file_uri is None:
-            self._file_uri = _knows_file_uri(self.execute("query-qmp-schema"))
+        self.learn()
         if self._file_uri:
             return f"file:{path}"
         self.send_fd(_CORE_FD, fd)
