@@ -413,6 +413,16 @@ class Coordinator:
             self._take_down()
             self._phase, self._why = VmPhase.ABSENT, ""
 
+    def retire(self) -> bool:
+        """Take no more orders, if there is no VM; whoever asked then ends this actor."""
+        if not self._operation.acquire(blocking=False):
+            return False
+        if self._fleet.find(self._vm):
+            self._operation.release()
+            return False
+        self._phase = VmPhase.STOPPING  # and the lock is kept: later orders meet a Conflict
+        return True
+
     def _take_down(self) -> None:
         """End everything of the VM on every host that still answers; release the hosts."""
         for port in self._fleet.find(self._vm):

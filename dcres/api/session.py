@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from dcres.actors.local_cluster import HEAD, LocalCluster
 from dcres.actors.ports import Port
 from dcres.api.catalogue import Catalogue, StoreHere, StoresOfHosts
 from dcres.config import default_home
-from dcres.errors import Conflict, NotFound
+from dcres.errors import Conflict, DcresError, NotFound
 
 _PREFIX = coordinator_name("")
 _READY_TIMEOUT_S = 60.0
@@ -48,6 +49,13 @@ class Session:
             raise NotFound(f"there is no VM {vm} in the cluster; it has {known}")
         port.wait_ready(_READY_TIMEOUT_S)
         return port
+
+    def retire(self, vm: str) -> None:
+        """End the VM's coordinator unless there is something to coordinate."""
+        name = coordinator_name(vm)
+        with suppress(DcresError):
+            if _ray.ActorPort(name).call("retire"):
+                _ray.kill(name)
 
     def vms(self) -> list[str]:
         """The names of VMs that have a coordinator, whether they run or not."""

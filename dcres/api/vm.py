@@ -21,6 +21,7 @@ from dcres.api.defaults import (
     DEFAULT_MODE,
     require_kind,
 )
+from dcres.api.interrupt import uninterrupted
 from dcres.api.operation import (
     HostProgress,
     OperationProgress,
@@ -125,6 +126,7 @@ class Vm:
     def stop(self) -> None:
         """End the VM and give back all it used; a checkpoint under way is given up first."""
         self._session.existing(self.name).call("stop", timeout_s=_STOP_TIMEOUT_S)
+        self._session.retire(self.name)
 
     def kill(self) -> None:
         """End the VM like a power failure, whatever is under way; its checkpoints stay."""
@@ -134,6 +136,7 @@ class Vm:
             with suppress(ActorGone):
                 port.submit("destroy")
         coordinator.call("stop", timeout_s=_STOP_TIMEOUT_S)
+        self._session.retire(self.name)
 
     def console(self) -> str:
         """All that the guest has written to its serial console since it was started here."""
@@ -236,14 +239,12 @@ class Checkpoint:
         the VM is left running, and the checkpoint is as it was.
         """
         wanted, names = wanted_layout(self.manifest, layout, single, hosts)
-        facts = attend(
-            self._session.coordinator(self.vm),
-            "restore",
-            dumps(self.manifest),
-            wanted,
-            names,
-            title=f"restore of {self.vm}",
-            progress=progress,
+        facts = _bring_up(
+            self._session,
+            self.vm,
+            ("restore", dumps(self.manifest), wanted, names),
+            f"restore of {self.vm}",
+            progress,
         )
         return Vm(self._session, self.vm, facts)
 
@@ -258,16 +259,24 @@ def start_vm(
     if session.local is not None:
         spec.require_files()  # at once, rather than when the hosts are reserved
     began = time.monotonic()
-    answer = attend(
-        session.coordinator(spec.name),
-        "start",
-        spec.model_dump(mode="json", by_alias=True),
-        None if hosts is None else list(hosts),
-        title=f"start of {spec.name}",
-        progress=progress,
-    )
+    values = spec.model_dump(mode="json", by_alias=True)
+    names = None if hosts is None else list(hosts)
+    call = ("start", values, names)
+    answer = _bring_up(session, spec.name, call, f"start of {spec.name}", progress)
     seconds = time.monotonic() - began
     return Vm(session, spec.name, {**status_of(answer).to_dict(), "seconds": seconds})
+
+
+def _bring_up(
+    session: Session, vm: str, call: tuple[Any, ...], title: str, progress: ProgressOption
+) -> Any:
+    """Have the VM's coordinator start or restore it; when that fails, no coordinator is left."""
+    try:
+        return attend(session.coordinator(vm), *call, title=title, progress=progress)
+    except BaseException:
+        with uninterrupted():
+            session.retire(vm)
+        raise
 
 
 def verify(catalogue: Catalogue, checkpoint: str, progress: ProgressOption = None) -> VerifyReport:
