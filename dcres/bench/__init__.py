@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dcres.bench import checkpoint, paging
+from dcres.bench import checkpoint, live, paging
 from dcres.bench.machine import machine, versions
 from dcres.bench.result import (
     Aim,
@@ -23,7 +23,9 @@ from dcres.errors import ConfigError, UnsupportedHost
 
 __all__ = ["NAMES", "Result", "about", "aims", "figures", "run"]
 
-_BENCHES: dict[str, Bench] = {each.name: each for each in (paging.BENCH, checkpoint.BENCH)}
+_BENCHES: dict[str, Bench] = {
+    each.name: each for each in (paging.BENCH, checkpoint.BENCH, live.BENCH)
+}
 
 NAMES: tuple[str, ...] = tuple(_BENCHES)
 

@@ -83,18 +83,20 @@ def _shares(hosts: int, memory_mib: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Image:
+class FillerImage:
+    """What QEMU boots to run `filler.c`."""
+
     kernel: Path
     initrd: Path
 
 
-def _image(folder: Path) -> _Image:
+def filler_image(folder: Path) -> FillerImage:
     """The usual guest kernel with `filler.c` as its only program."""
     kernel = guest.prepare(default_home() / "guest").kernel
     program = build(_SOURCE, folder / "filler", "-static")
     initrd = folder / "filler.gz"
     initrd.write_bytes(guest.initramfs(program.read_bytes()))
-    return _Image(kernel, initrd)
+    return FillerImage(kernel, initrd)
 
 
 class Subject:
@@ -109,7 +111,7 @@ class Subject:
         self._port: Port = _ray.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
         main, *subs = (f"{share}MiB" for share in _shares(hosts, memory_mib))
-        image = _image(folder)
+        image = filler_image(folder)
         self._port.call(
             "start",
             {

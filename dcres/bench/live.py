@@ -1,0 +1,242 @@
+"""Live checkpoints of guests that write at different rates, beside QEMU's own ways.
+
+A real guest over a main host (three quarters) and a sub host fills its memory and then writes
+to pages at random in half of it, at a given rate. In each round: its speed before, a live
+checkpoint, its speed meanwhile. QEMU's own ways save the same guest on one host, without
+dcres: ``migrate`` of the stopped VM to a file, and ``savevm`` into a QCOW2 disk; the VM stands
+still for all of it. What the first write to a protected page costs is measured with the native
+writer.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dcres.actors import _ray
+from dcres.actors.coordinator import Coordinator
+from dcres.actors.fleet import coordinator_name
+from dcres.actors.local_cluster import LocalCluster
+from dcres.bench.checkpoint import filler_image
+from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
+from dcres.bench.rig import build_writer, rig, wait_for
+from dcres.config import Accel, VmSpec
+from dcres.model.pages import PAGE_SIZE
+from dcres.storage.store import Store
+from dcres.vm import process
+from dcres.vm.command import VmFiles
+from dcres.vm.monitor import Monitor
+
+FLAT_OUT = 100_000  # MB/s that no guest reaches
+RATES = (0, 10, 50, 200, FLAT_OUT)
+_GUEST_MIB = 128
+_TIMEOUT_S = 300.0
+_BEFORE_S = 2.0
+
+
+def _name(rate: int) -> str:
+    return {0: "idle", FLAT_OUT: "flat_out"}.get(rate, f"{rate}MBps")
+
+
+def measure(setup: Setup) -> list[Row]:
+    """Every round's rows."""
+    memory_mib = 512 if setup.quick else 1024
+    rounds = 2 if setup.quick else 5
+    rows: list[Row] = []
+    room = memory_mib << 20
+    with _connected(LocalCluster.start(setup.folder / "c", 2, memory_per_host=room)) as cluster:
+        for rate in RATES:
+            setup.say(f"a guest of {memory_mib} MiB that writes {_name(rate)}")
+            rows += _Subject(cluster, setup.folder, memory_mib, rate).measure(rounds)
+    setup.say("QEMU's own ways, with an idle guest")
+    rows += _qemu_rows(setup.folder, memory_mib, rounds)
+    setup.say("the first write to a protected page")
+    rows += _protected_rows(setup.folder, rounds)
+    rows += [Row("second", at, 1.0, "s") for at in range(rounds)]
+    return rows
+
+
+@contextmanager
+def _connected(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    with cluster:
+        _ray.connect(cluster.address, cluster.token_path)
+        try:
+            yield cluster
+        finally:
+            _ray.disconnect()
+
+
+def _spec(folder: Path, memory_mib: int, rate: int, **more: object) -> dict[str, object]:
+    image = filler_image(folder)
+    fill = memory_mib - _GUEST_MIB
+    words = f"fill={fill} dirty={rate} span={memory_mib // 2}"
+    return {
+        "name": f"live-{_name(rate).lower().replace('_', '-')}",
+        "memory": f"{memory_mib}MiB",
+        "kernel": str(image.kernel),
+        "initrd": str(image.initrd),
+        "append": f"console=ttyS0 quiet panic=-1 {words}",
+        **more,
+    }
+
+
+class _Subject:
+    """One VM that writes at one rate."""
+
+    def __init__(self, cluster: LocalCluster, folder: Path, memory_mib: int, rate: int) -> None:
+        self._rate = rate
+        self._store = Store(cluster.settings(cluster.hosts[0]).store)
+        quarter = memory_mib // 4
+        layout = {"main": f"{3 * quarter}MiB", "subs": [f"{quarter}MiB"]}
+        spec = _spec(folder, memory_mib, rate, layout=layout)
+        self._vm = str(spec["name"])
+        self._port = _ray.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
+        self._port.wait_ready(60.0)
+        status = self._port.call("start", spec, timeout_s=_TIMEOUT_S)
+        self._console = Path(status["hosts"][0]["console"])
+        last = "FILLED" if rate == 0 else "WROTE"
+        wait_for(lambda: last in self._text(), _TIMEOUT_S, "the guest has filled its memory")
+
+    def _text(self) -> str:
+        return self._console.read_text(errors="replace")
+
+    def _written(self) -> int:
+        lines = [line for line in self._text().split("\n")[:-1] if line.startswith("WROTE ")]
+        return int(lines[-1].split()[1]) if lines else 0
+
+    def measure(self, rounds: int) -> list[Row]:
+        """All rounds; the VM is gone afterwards."""
+        rows = [row for at in range(rounds) for row in self._round(at)]
+        self._port.call("stop")
+        _ray.kill(coordinator_name(self._vm))
+        return rows
+
+    def _round(self, at: int) -> list[Row]:
+        before, _ = self._speed(lambda: time.sleep(_BEFORE_S))
+        facts: dict[str, object] = {}
+
+        def checkpoint() -> None:
+            facts.update(self._port.call("checkpoint", "live", timeout_s=_TIMEOUT_S))
+
+        during, seconds = self._speed(checkpoint)
+        self._store.delete(str(facts["checkpoint"]))
+        name = _name(self._rate)
+        seen = {"rounds": facts["rounds"], "verdict": facts["verdict"]}
+        downtime = float(str(facts["downtime_seconds"]))
+        rows = [
+            Row(f"downtime_{name}", at, downtime, "s", seen),
+            Row(f"checkpoint_{name}", at, seconds, "s", seen),
+        ]
+        if self._rate:
+            rows.append(Row(f"written_before_{name}", at, before * PAGE_SIZE / 1e6, "MB/s"))
+            rows.append(Row(f"written_during_{name}", at, during * PAGE_SIZE / 1e6, "MB/s"))
+        return rows
+
+    def _speed(self, what: object) -> tuple[float, float]:
+        """Pages per second that the guest writes while `what` goes on, and how long that is."""
+        assert callable(what)
+        began, first = time.monotonic(), self._written()
+        what()
+        ended, last = time.monotonic(), self._written()
+        return (last - first) / (ended - began), ended - began
+
+
+def _qemu_rows(folder: Path, memory_mib: int, rounds: int) -> list[Row]:
+    """The same guest in a QEMU of its own, stopped and saved by QEMU itself."""
+    disk = folder / "savevm.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1M"], check=True)
+    layout = {"main": f"{memory_mib}MiB"}
+    disks = [{"path": str(disk)}]
+    spec = VmSpec.model_validate(_spec(folder, memory_mib, 0, layout=layout, disks=disks))
+    with tempfile.TemporaryDirectory(prefix="dcres-bench-", dir="/dev/shm") as ram:
+        files = VmFiles(Path(ram) / "ram", folder / "q.sock", folder / "console", folder / "q.log")
+        qemu, monitor = process.start(spec, files, Accel.TCG)
+        try:
+            monitor.cont()
+            wait_for(lambda: "FILLED" in files.console.read_text(), _TIMEOUT_S, "filling")
+            return [row for at in range(rounds) for row in _qemu_round(monitor, folder, at)]
+        finally:
+            monitor.close()
+            qemu.end()
+
+
+def _qemu_round(monitor: Monitor, folder: Path, at: int) -> Iterator[Row]:
+    stream = folder / "stream"
+    capability = {"capability": "x-ignore-shared", "state": False}
+    monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
+    monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+    began = time.monotonic()
+    monitor.stop()
+    monitor.execute("migrate", {"uri": f"exec:cat > {stream}; sync {stream}"})
+    wait_for(
+        lambda: monitor.execute("query-migrate").get("status") == "completed", _TIMEOUT_S, "migrate"
+    )
+    monitor.cont()
+    yield Row("downtime_qemu_migrate", at, time.monotonic() - began, "s")
+    stream.unlink()
+    began = time.monotonic()
+    said = monitor.execute(
+        "human-monitor-command", {"command-line": "savevm bench"}, timeout_s=_TIMEOUT_S
+    )
+    if said:
+        raise RuntimeError(f"savevm: {said}")
+    yield Row("downtime_qemu_savevm", at, time.monotonic() - began, "s")
+    monitor.execute("human-monitor-command", {"command-line": "delvm bench"}, timeout_s=60.0)
+
+
+def _protected_rows(folder: Path, rounds: int) -> Iterator[Row]:
+    """Writes to pages that were just protected, and the same writes once more."""
+    pages = 65536
+    with rig(build_writer(folder), pages, pages, ()) as writer:
+        writer.writer.ask("fill")
+        for at in range(rounds):
+            writer.order("track", changes=str(folder / "changes"))
+            first = writer.writer.numbers(f"write 1 {pages}")["ns"] / pages
+            again = writer.writer.numbers(f"write 1 {pages}")["ns"] / pages
+            yield Row("first_write", at, first / 1000, "µs")
+            yield Row("later_write", at, again / 1000, "µs")
+
+
+def _downtimes() -> tuple[str, ...]:
+    return tuple(f"downtime_{_name(rate)}" for rate in RATES)
+
+
+BENCH = Bench(
+    name="live",
+    about="live checkpoints of guests that write, beside QEMU's migrate and savevm",
+    measure=measure,
+    ratios={
+        "guest_throughput_during": Ratio("written_during_flat_out", "written_before_flat_out"),
+        "guest_throughput_during_50MBps": Ratio("written_during_50MBps", "written_before_50MBps"),
+        "downtime_idle_seconds": Ratio("downtime_idle", "second"),
+        "downtime_50MBps_seconds": Ratio("downtime_50MBps", "second"),
+        "downtime_over_qemu_migrate": Ratio("downtime_idle", "downtime_qemu_migrate"),
+        "downtime_over_qemu_savevm": Ratio("downtime_idle", "downtime_qemu_savevm"),
+    },
+    aims=(
+        Aim("downtime_idle_seconds", Direction.AT_MOST, 0.1),
+        Aim("downtime_50MBps_seconds", Direction.AT_MOST, 0.2),
+        Aim("guest_throughput_during", Direction.AT_LEAST, 0.9),
+        Aim("first_write", Direction.AT_MOST, 2.0, "µs"),
+    ),
+    figures=(
+        Figure("the VM stands still", "s", _downtimes()),
+        Figure(
+            "QEMU's own ways", "s", ("downtime_qemu_migrate", "downtime_qemu_savevm"), "tab:orange"
+        ),
+        Figure(
+            "the guest writes",
+            "MB/s",
+            tuple(
+                f"written_{when}_{_name(rate)}"
+                for rate in RATES[1:]
+                for when in ("before", "during")
+            ),
+            "tab:green",
+        ),
+    ),
+)
