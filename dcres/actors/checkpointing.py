@@ -90,6 +90,7 @@ class Checkpointing:
         self._target = target
         self.rounds: list[dict[str, HostRound]] = []
         self.judgement: Judgement | None = None
+        self.downtime_parts_s: dict[str, float] = {}
         self._created = created or datetime.now(UTC)
         self._events: queue.Queue[Event] = queue.Queue()
         self._began = time.monotonic()
@@ -245,6 +246,8 @@ class Checkpointing:
             return
         if self._finished is not None:
             self._downtime_s = resumed_at - self._finished.stopped_at
+            parts = dict(self._finished.parts_s)
+            self.downtime_parts_s = {**parts, "hosts": self._downtime_s - sum(parts.values())}
 
     def _persist(self, host: str, method: str, *args: Any) -> Any:
         """Call what may be repeated, again when the actor dies in it: it is back in a moment."""

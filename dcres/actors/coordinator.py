@@ -251,6 +251,7 @@ class Coordinator:
                 self._checkpointing = None
             self._phase = VmPhase.RUNNING
             self._last = checkpoint_facts(manifest, time.monotonic() - began)
+            self._last["downtime_parts_seconds"] = running.downtime_parts_s
             if running.judgement is not None:
                 self._learn(running.judgement, manifest.downtime_seconds)
                 self._last["verdict"] = str(running.judgement.verdict)

@@ -347,22 +347,29 @@ class MainHost(SavingHost):
     def _finish(self, checkpoint: str, most_pages: int) -> Finished:
         pager_pid = self._pager.call("status")["pid"]
         with self._qmp() as monitor:
-            stopped_at = time.monotonic()
+            laps = [("", stopped_at := time.monotonic())]
             monitor.stop()
+            laps.append(("stop", time.monotonic()))
             before = self._pager.call("quiesce", _DRAIN_TIMEOUT_S)
+            laps.append(("drain", time.monotonic()))
             monitor.snapshot_disks(disk_nodes(self._spec), checkpoint)
+            laps.append(("disks", time.monotonic()))
             monitor.save_core(self._core)
+            laps.append(("core", time.monotonic()))
         frozen = self._pager.call("freeze", _DRAIN_TIMEOUT_S)
+        laps.append(("freeze", time.monotonic()))
         table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
         self._frozen = table.owners.copy(), table.ticks.copy()
         self.stage(checkpoint, most_pages)
         self._require_frozen(pager_pid)
+        laps.append(("stage", time.monotonic()))
         return Finished(
             tick=frozen["tick"],
             moved=sum(frozen[key] - before[key] for key in ("pages_in", "pages_out")),
             pages_in=frozen["pages_in"],
             pages_out=frozen["pages_out"],
             stopped_at=stopped_at,
+            parts_s={name: at - laps[i][1] for i, (name, at) in enumerate(laps[1:])},
         )
 
     def _require_frozen(self, pager_pid: int) -> None:

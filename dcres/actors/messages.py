@@ -67,6 +67,7 @@ class Finished:
     pages_in: int
     pages_out: int
     stopped_at: float  # on the main host's monotonic clock
+    parts_s: dict[str, float] = field(default_factory=dict)  # what the stop was spent on
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class PartSaver:
         """Marked pages that are here; those that are not vanish from the memory file."""
         self._daemon.call("scan", changes=str(self._changes_path))
         marked = self._changes.take()
-        here = data_extents_within(self._source, marked)
+        here = data_extents_within(self._source, marked, self._pages)
         self._gone = without(marked, here)
         return here
 

@@ -14,7 +14,7 @@ import pytest
 
 from dcres.errors import NoRoom, StoreFull
 from dcres.linux import files
-from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
+from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask, mask_of_extents
 from dcres.storage import tables
 from dcres.storage.atomic import write_durably
 from dcres.storage.memory_file import MemoryFileWriter, load
@@ -204,3 +204,20 @@ def test_a_full_target_while_loading(small: Path, tmp_path: Path) -> None:
         os.ftruncate(fd, 5000 * PAGE_SIZE)
         with pytest.raises(NoRoom, match=r"no room for guest memory in .*/ram"):
             load(tmp_path / "m", saved.mask, saved.sums, fd)
+
+
+@pytest.mark.parametrize("few", [0, 1 << 20])
+def test_data_within_extents_is_the_data_that_lies_there(
+    tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_FEW_PAGES", few)
+    rng = np.random.default_rng(5)
+    here = rng.random(300) < 0.6
+    asked = extents_of_mask(rng.random(300) < 0.4)
+    with files.opened(tmp_path / "sparse", os.O_RDWR | os.O_CREAT) as fd:
+        os.ftruncate(fd, 300 * PAGE_SIZE)
+        for page in np.flatnonzero(here).tolist():
+            os.pwrite(fd, b"x" * PAGE_SIZE, page * PAGE_SIZE)
+        found = files.data_extents_within(fd, asked, 300)
+    expected = extents_of_mask(here & mask_of_extents(asked, 300))
+    assert found.tolist() == expected.tolist()
