@@ -1,0 +1,349 @@
+"""Every command on a real cluster with a real guest, as a user would type it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dcres.config import parse_size
+from dcres.model.pages import PAGE_SIZE
+from dcres.vm import witness
+from tests.support.cli import Cli, ended, require_nothing_left
+from tests.support.guest import guest_image
+from tests.support.wait import until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.vm]
+
+MEMORY = 256 << 20
+HOST_MEMORY = "300MiB"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def cli(folder: Path) -> Iterator[Cli]:
+    """``dcres up`` with three hosts; ``dcres down`` must leave nothing but the store."""
+    cli = Cli.at(folder / "home")
+    up = cli.json("up", "--hosts", "3", "--memory", HOST_MEMORY)
+    assert [host["memory_bytes"] for host in up["hosts"]] == [parse_size(HOST_MEMORY)] * 3
+    cluster_id = json.loads((folder / "home" / "cluster.json").read_text())["id"]
+    try:
+        yield cli
+    finally:
+        down = cli.json("down")
+    assert down["stopped"] is True
+    require_nothing_left(cluster_id)
+    assert {path.name for path in (folder / "home").iterdir()} <= {"store", "cache"}
+
+
+def vm_file(folder: Path, name: str, **changes: Any) -> str:
+    """A VM file for the witness guest; a value of None leaves the key out."""
+    image = guest_image()
+    values: dict[str, Any] = {
+        "name": name,
+        "memory": "256MiB",
+        "kernel": str(image.kernel),
+        "initrd": str(image.initrd),
+        "append": "console=ttyS0 quiet panic=-1 witness=96",
+        "accel": "tcg",
+        "layout": {"main": "128MiB", "subs": ["64MiB", "64MiB"]},
+        **changes,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: text for key, text in values.items() if text is not None}))
+    return str(path)
+
+
+def report(cli: Cli, vm: str) -> witness.WitnessReport:
+    return witness.parse(cli.json("console", vm)["console"])
+
+
+def await_checks(cli: Cli, vm: str, checks: int) -> witness.WitnessReport:
+    """Wait until the guest has made so many checks, all of them good."""
+    console = Path(cli.json("status", vm, "--over", "0")["console"])
+    until(lambda: witness.read(console).checks >= checks, 120, f"{vm} made {checks} checks")
+    found = report(cli, vm)
+    assert found.failures == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def box(cli: Cli, folder: Path) -> str:
+    """A VM that runs and checks its memory under paging."""
+    started = cli.json("start", vm_file(folder, "box"))
+    assert (started["vm"], started["phase"]) == ("box", "running")
+    assert [host["role"] for host in started["hosts"]] == ["main", "sub", "sub"]
+    await_checks(cli, "box", 2)
+    return "box"
+
+
+@pytest.fixture(scope="module")
+def saved(cli: Cli, box: str) -> dict[str, Any]:
+    """A checkpoint of it, taken while it stood still."""
+    taken = cli.json("checkpoint", box, "--mode", "stop")
+    assert isinstance(taken, dict)
+    return taken
+
+
+class TestVm:
+    def test_list_and_status(self, cli: Cli, box: str) -> None:
+        (found,) = cli.json("list")["vms"]
+        assert (found["vm"], found["phase"], found["run_state"]) == (box, "running", "running")
+        status = cli.json("status", box)
+        main, *subs = status["hosts"]
+        assert main["pages"] <= main["share_pages"] == 128 << 20 >> 12
+        assert sum(sub["pages"] for sub in subs) > 0, "it does not fit the main host"
+        assert main["pages_in"] > 0
+        assert 0 < main["page_in_median_us"] <= main["page_in_p99_us"]
+        assert main["pages_in_per_s"] > 0, "it is paging right now"
+
+    def test_for_people(self, cli: Cli, box: str) -> None:
+        ran = cli.run("status", box)
+        assert ran.status == 0
+        assert "box  running  TCG" in ran.out
+        assert "█" in ran.out
+        assert ran.err == ""
+        assert "WITNESS ready" in cli.run("console", box).out
+
+    def test_resize(self, cli: Cli, box: str) -> None:
+        grown = cli.json("resize", box, "--main", "160MiB")
+        assert grown["hosts"][0]["share_pages"] == 160 << 20 >> 12
+        before = report(cli, box).checks
+        back = cli.json("resize", box, "--main", "128MiB")
+        assert back["hosts"][0]["share_pages"] == 128 << 20 >> 12
+        await_checks(cli, box, before + 2)
+
+    def test_resize_too_small_or_too_large(self, cli: Cli, box: str) -> None:
+        assert "give the hosts 64 MiB more" in cli.refused("resize", box, "--main", "64MiB")
+        assert "h" in cli.refused("resize", box, "--main", "512MiB", status=1)
+        assert cli.json("status", box)["hosts"][0]["share_pages"] == 128 << 20 >> 12
+
+    def test_starting_it_again(self, cli: Cli, box: str, folder: Path) -> None:
+        message = cli.refused("start", vm_file(folder, "box"))
+        assert message == "VM box runs already; stop it first with `dcres stop box`"
+        assert report(cli, box).failures == 0
+
+    def test_an_unknown_vm(self, cli: Cli, box: str) -> None:
+        for command in ("status", "stop", "checkpoint"):
+            message = cli.refused(command, "nix")
+            assert message == "there is no VM nix in the cluster; it has box"
+
+    def test_cancelling_nothing(self, cli: Cli, box: str) -> None:
+        assert cli.json("cancel", box) == {"vm": box, "cancelled": False}
+
+
+class TestStartsThatFail:
+    @pytest.mark.parametrize(
+        ("changes", "status", "words"),
+        [
+            ({"kernel": "/nix/vmlinuz"}, 2, "the kernel /nix/vmlinuz of VM bad does not exist"),
+            ({"layout": {"main": "64MiB"}}, 2, "give the hosts 192 MiB more"),
+            ({"memroy": "1GiB"}, 2, "memroy: unknown key"),
+            ({"extra_args": ["-device", "nix"]}, 1, "'nix' is not a valid device model name"),
+            (
+                {"layout": {"main": "64MiB", "subs": ["400MiB", "64MiB"]}},
+                1,
+                "a share of 400 MiB fits no host that is left",
+            ),
+            (
+                {"layout": {"main": "64MiB", "subs": ["64MiB"] * 3}},
+                1,
+                "4 hosts are needed",
+            ),
+        ],
+    )
+    def test_says_why_and_leaves_nothing(
+        self, changes: dict[str, Any], status: int, words: str, cli: Cli, box: str, folder: Path
+    ) -> None:
+        assert words in cli.refused("start", vm_file(folder, "bad", **changes), status=status)
+        assert not list((folder / "home" / "hosts").glob("*/run/bad/*.sock"))
+
+    def test_ctrl_c_takes_down_what_was_started(self, cli: Cli, box: str, folder: Path) -> None:
+        layout = {"main": "128MiB", "subs": ["128MiB"]}
+        starting = cli.start("start", vm_file(folder, "brief", layout=layout))
+        run_folders = folder / "home" / "hosts"
+        until(lambda: list(run_folders.glob("*/run/brief/*")), 60, "something has been started")
+        starting.send_signal(signal.SIGINT)
+        ran = ended(starting)
+        assert (ran.status, "interrupted" in ran.err) == (130, True)
+        assert [vm["vm"] for vm in cli.json("list")["vms"]] == ["box"], "as after bad starts"
+        left = [path for path in run_folders.glob("*/run/brief/*") if path.suffix != ".log"]
+        assert left == []
+
+
+class TestCheckpoints:
+    def test_its_json(self, saved: dict[str, Any], box: str) -> None:
+        assert saved["vm"] == box
+        assert (saved["mode"], saved["format"]) == ("stop", "sparse")
+        assert saved["pages_moved_for_checkpoint"] == 0
+        assert 0 < saved["downtime_seconds"] <= saved["seconds"]
+        assert set(saved["paging_during"]) == {"pages_in", "pages_out"}
+        assert isinstance(saved["rounds"], int)
+        hosts = saved["hosts"]
+        assert [host["role"] for host in hosts] == ["main", "sub", "sub"]
+        assert sum(host["pages"] for host in hosts) == saved["pages"]
+        for host in hosts:
+            assert host["bytes_written"] == host["pages"] * PAGE_SIZE
+            assert host["file_bytes_allocated"] >= host["bytes_written"]
+
+    def test_listed_inspected_and_verified(self, cli: Cli, saved: dict[str, Any]) -> None:
+        checkpoint = saved["checkpoint"]
+        listed = cli.json("checkpoints", saved["vm"])["checkpoints"]
+        assert checkpoint in [each["checkpoint"] for each in listed]
+        manifest = cli.json("inspect", checkpoint)
+        assert manifest["memory_bytes"] == MEMORY
+        assert [host["pages"] for host in manifest["hosts"]] == [
+            host["pages"] for host in saved["hosts"]
+        ]
+        verified = cli.json("verify", checkpoint)
+        assert verified["ok"] is True
+        assert verified["pages"] == saved["pages"]
+        assert {file["name"] for file in verified["files"]} == {
+            *("memory.img", "pages.arrow", "sums.arrow", "history.arrow", "vmcore")
+        }
+
+    def test_an_unknown_one(self, cli: Cli, saved: dict[str, Any]) -> None:
+        other = f"box-20200101-000000-{saved['checkpoint'][-4:]}"
+        for command in ("inspect", "verify", "restore"):
+            message = cli.refused(command, other)
+            assert f"there is no checkpoint '{other}'" in message
+            assert saved["checkpoint"] in message, "it names the one that was meant"
+
+    def test_damage_is_named(self, cli: Cli, box: str, folder: Path) -> None:
+        taken = cli.json("checkpoint", box, "--mode", "stop")
+        place = folder / "home" / "store" / box / taken["checkpoint"]
+        core = next(place.glob("*/vmcore"))
+        core.write_bytes(b"x" + core.read_bytes()[1:])
+        ran = cli.run("verify", taken["checkpoint"], "--json")
+        assert ran.status == 1
+        (bad,) = (file for file in ran.values["files"] if not file["ok"])
+        assert (bad["name"], bad["host"]) == ("vmcore", core.parent.name)
+        assert "is damaged" in cli.run("verify", taken["checkpoint"]).out
+        assert cli.json("delete", taken["checkpoint"], "--yes")["deleted"] is True
+        assert not place.exists()
+
+    def test_what_a_cluster_elsewhere_would_see(
+        self, cli: Cli, saved: dict[str, Any], box: str, folder: Path
+    ) -> None:
+        """No store on this machine: the hosts are asked through Ray."""
+        state = json.loads((folder / "home" / "cluster.json").read_text())
+        token = str(folder / "home" / "token")
+        away = Cli.at(folder / "away", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
+        address = ("--address", state["address"])
+        listed = away.json("checkpoints", *address)["checkpoints"]
+        assert saved["checkpoint"] in [each["checkpoint"] for each in listed]
+        assert away.json("verify", saved["checkpoint"], *address)["ok"] is True
+        assert "WITNESS ready" in away.json("console", box, *address)["console"]
+        assert "there is no checkpoint" in away.refused(
+            "inspect", "box-20200101-000000-0000", *address
+        )
+
+
+class TestRestore:
+    """In this order: the VM runs, is stopped, and comes back in several ways."""
+
+    def test_a_running_vm_is_left_alone(self, cli: Cli, saved: dict[str, Any]) -> None:
+        message = cli.refused("restore", saved["checkpoint"])
+        assert message == "VM box runs already; stop it first with `dcres stop box`"
+        ran = cli.run("restore", saved["checkpoint"], "--dry-run", "--json")
+        assert ran.status == 1
+        assert ran.values["problems"] == ["VM box runs; stop it first with `dcres stop box`"]
+
+    def test_stop(self, cli: Cli, box: str) -> None:
+        assert cli.json("stop", box) == {"vm": box, "stopped": True}
+        assert cli.json("list") == {"vms": []}
+        assert cli.refused("status", box) == "there is no VM box in the cluster; it has none"
+
+    def test_dry_run(self, cli: Cli, saved: dict[str, Any]) -> None:
+        plan = cli.json("restore", saved["checkpoint"], "--dry-run")
+        assert (plan["possible"], plan["problems"]) == (True, [])
+        assert [host["pages"] for host in plan["layout"]] == [
+            host["pages"] for host in saved["hosts"]
+        ]
+        for host in plan["layout"]:
+            assert host["read_bytes"] > host["pages"] * PAGE_SIZE
+        assert cli.json("list") == {"vms": []}, "nothing was changed"
+
+    def test_a_layout_too_small(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
+        layout = folder / "layout.yaml"
+        layout.write_text("main: 64MiB\nsubs: [64MiB]\n")
+        checkpoint = saved["checkpoint"]
+        words = "the layout holds 128 MiB and the VM has 256 MiB"
+        assert words in cli.refused("restore", checkpoint, "--layout", str(layout))
+        ran = cli.run("restore", checkpoint, "--layout", str(layout), "--dry-run", "--json")
+        assert (ran.status, words in ran.values["problems"][0]) == (1, True)
+
+    def test_two_at_once(self, cli: Cli, saved: dict[str, Any]) -> None:
+        before = saved["checkpoint"]
+        both = [cli.start("restore", before, "--json") for _ in range(2)]
+        ran = sorted((ended(each) for each in both), key=lambda each: each.status)
+        assert [each.status for each in ran] == [0, 2], [each.err for each in ran]
+        assert ran[1].values["error"] == "Conflict"
+        restored = ran[0].values
+        assert (restored["vm"], restored["checkpoint"]) == ("box", before)
+        assert [host["role"] for host in restored["layout"]] == ["main", "sub", "sub"]
+        assert (restored["pages_moved"], restored["bytes_moved"]) == (0, 0)
+        assert await_checks(cli, "box", 5).boots == 0
+        cli.json("stop", "box")
+
+    def test_on_one_host_that_is_named(self, cli: Cli, saved: dict[str, Any]) -> None:
+        restored = cli.json("restore", saved["checkpoint"], "--single", "--hosts", "h1")
+        (host,) = restored["layout"]
+        assert (host["host"], host["pages"]) == ("h1", saved["pages"])
+        assert await_checks(cli, "box", 5).boots == 0
+        cli.json("stop", "box")
+
+    def test_from_python(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
+        """The API, on the host's side of a cluster that runs already."""
+        ran = ended(cli.start_python(API_PROGRAM, saved["checkpoint"]))
+        assert ran.status == 0, ran.err
+        assert cli.json("list") == {"vms": []}
+        assert json.loads(ran.out) == {
+            "phases": True,
+            "restored": "box",
+            "deleted": True,
+            "inside": ["h0", "h1", "h2"],
+        }
+
+
+API_PROGRAM = """
+import json, sys, time
+import dcres
+from dcres.actors import _ray
+
+def inside():
+    return sorted(host.name for host in dcres.connect().hosts() if host.alive)
+
+with dcres.connect() as cluster:
+    seen = []
+    vm = cluster.restore(sys.argv[1], progress=seen.append)
+    assert vm.status(over_s=0.1).phase == "running", vm
+    assert "<Vm box running" in repr(vm), repr(vm)
+    taken = vm.checkpoint(mode="stop", progress=seen.append)
+    assert taken.verify().ok and taken.id in [each.id for each in vm.checkpoints()]
+    assert "3 hosts, VMs: ['box']" in repr(cluster), repr(cluster)
+    vm.kill()
+    try:
+        cluster.vm("box")
+    except dcres.DcresError as error:
+        assert "there is no VM box" in str(error)
+    again = taken.restore(dcres.Layout(main=256 << 20), hosts=["h2"])
+    assert [host.host for host in again.status().hosts] == ["h2"]
+    again.stop()
+    taken.delete()
+    print(json.dumps({
+        "phases": bool(seen) and all(each.vm == "box" for each in seen),
+        "restored": again.name,
+        "deleted": taken.id not in [each.id for each in cluster.checkpoints()],
+        "inside": _ray.run_on("h1", inside),
+    }))
+"""
