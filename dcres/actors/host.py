@@ -256,9 +256,13 @@ class Life:
     def beginning(self) -> Iterator[None]:
         """Around a start. Raises Conflict when the end has come."""
         with self._lock:
-            if self._over:
-                raise Conflict("this VM was ended before its start was done")
+            self._require_not_over()
             yield
+            self._require_not_over()
+
+    def _require_not_over(self) -> None:
+        if self._over:
+            raise Conflict("this VM was ended before its start was done")
 
     @contextmanager
     def ending(self, hurry: Callable[[], None]) -> Iterator[None]:
