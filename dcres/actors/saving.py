@@ -103,16 +103,18 @@ class PartSaver:
             self._changes.mark(first, stop)
 
     def _measure_rate(self) -> float:
-        """Bytes per second at which pages are read into memory, from a sample of them."""
+        """Bytes per second at which single pages are read into memory, from a sample of them.
+
+        What is left for the stop lies scattered, so that calls cost more than copying.
+        """
         here = data_extents(self._source, self._pages)
-        sample, _ = split_pages(here[:_SAMPLE_PAGES], _SAMPLE_PAGES)
-        buffer = bytearray(PAGE_SIZE * _SAMPLE_PAGES)
+        sample = pages_of_extents(here)[:: max(1, count_pages(here) // _SAMPLE_PAGES)]
+        buffer = [bytearray(PAGE_SIZE)]
         began = time.perf_counter()
-        for first, stop in sample.tolist():
-            length = (stop - first) * PAGE_SIZE
-            os.preadv(self._source, [memoryview(buffer)[:length]], first * PAGE_SIZE)
+        for page in sample.tolist():
+            os.preadv(self._source, buffer, page * PAGE_SIZE)
         seconds = max(time.perf_counter() - began, 1e-6)
-        return max(count_pages(sample), 1) * PAGE_SIZE / seconds
+        return max(sample.size, 1) * PAGE_SIZE / seconds
 
     def _take(self) -> Extents:
         """Marked pages that are here; those that are not vanish from the memory file."""

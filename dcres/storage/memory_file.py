@@ -154,11 +154,15 @@ class MemoryFileWriter:
         """
         self._require_unsealed()
         arena = memoryview(aligned_buffer(max(count_pages(extents), 1) * PAGE_SIZE))
+        at = 0
+        # The VM stands still meanwhile, and most runs are single pages: no call too many here.
         for first, stop in extents.tolist():
-            length_bytes = (stop - first) * PAGE_SIZE
-            _read_source(source_fd, arena[:length_bytes], first * PAGE_SIZE)
-            self._staged.append((first, stop, arena[:length_bytes]))
-            arena = arena[length_bytes:]
+            end = at + (stop - first) * PAGE_SIZE
+            data = arena[at:end]
+            if os.preadv(source_fd, [data], first * PAGE_SIZE) != end - at:
+                _read_source(source_fd, data, first * PAGE_SIZE)
+            self._staged.append((first, stop, data))
+            at = end
 
     def settle(self) -> None:
         """Save what was staged, oldest first. Raises StoreFull, OSError."""
