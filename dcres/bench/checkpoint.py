@@ -7,7 +7,8 @@ what shows is what it costs to take part.
 In each round and for each number of hosts: a checkpoint; the VM is stopped; the bare disk writes
 and reads as many bytes as the memory files hold; a restore. Two times each:
 
-* ``save`` and ``load``: how long memory files were written, or read and put in place;
+* ``save`` and ``load``: from the slowest host's preparation until its part was durable, and how
+  long pages were read and put in place;
 * ``checkpoint`` and ``restore``: the whole order, until the caller has the answer.
 """
 
