@@ -43,6 +43,7 @@ class HostStatus:
     page_in_p99_us: float | None = None
     pages_in_per_s: float = 0.0
     pages_out_per_s: float = 0.0
+    restarts: int = 0  # of its pager or memory server, since the host's actor was started
 
     @property
     def fill(self) -> float:
@@ -118,6 +119,7 @@ def _host_status(part: Mapping[str, Any]) -> HostStatus:
             pages_out=int(part["pages_out"]),
             page_in_median_us=float(part["page_in_median_us"]),
             page_in_p99_us=float(part["page_in_p99_us"]),
+            restarts=int(part.get("restarts", 0)),
         )
     return HostStatus(
         host=part["host"],
@@ -127,4 +129,5 @@ def _host_status(part: Mapping[str, Any]) -> HostStatus:
         # What the main host pages in leaves here.
         pages_in=int(part["pages_in"]),
         pages_out=int(part["pages_out"]),
+        restarts=int(part.get("restarts", 0)),
     )
