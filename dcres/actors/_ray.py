@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +88,8 @@ def connect(address: str, token_path: Path | None = None) -> None:
     _require_token(address, token_path)
     logging.getLogger("ray").setLevel(logging.ERROR)
     ray_worker.print_to_stdstream = _log_raylet_message
+    # Ray's core takes SIGTERM over: it prints a stack and ends us with no cleaning up.
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -96,6 +100,8 @@ def connect(address: str, token_path: Path | None = None) -> None:
         )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(f"cannot join the Ray cluster at {address}: {error}") from error
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def connected_address() -> str | None:
