@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from dcres.errors import DcresError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from dcres.api.status import Host, HostStatus, VmStatus
     from dcres.api.vm import Checkpoint, Vm
     from dcres.config import Layout, VmSpec
-
-__version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - most important first
     "local_cluster",
@@ -57,6 +56,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("dcres")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dcres' has no attribute {name!r}")

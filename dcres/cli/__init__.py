@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import sys
@@ -15,7 +16,6 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from dcres import __version__
 from dcres.api.interrupt import interrupt_on_signals
 from dcres.cli.commands import app
 from dcres.cli.frame import (
@@ -45,7 +45,7 @@ def _shared(
 ) -> None:
     ctx.obj = Options(json, debug, address, store)
     if version:
-        print(f"dcres {__version__}")
+        print(f"dcres {importlib.metadata.version('dcres')}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from dcres import __version__, doctor
+import dcres
+from dcres import doctor
 from dcres.api import cluster as api_cluster
 from dcres.api.plan import PlannedHost, RestorePlan
 from dcres.api.status import Host, HostStatus, VmStatus
@@ -122,7 +123,7 @@ class TestStarting:
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--version"]) == 0
-        assert capsys.readouterr().out == f"dcres {__version__}\n"
+        assert capsys.readouterr().out == f"dcres {dcres.__version__}\n"
 
     def test_without_a_command_it_shows_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([]) == 2
