@@ -7,9 +7,14 @@ import secrets
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dcres.linux.process import ProcessId, find_marked
 from tests.support.cluster import cluster, unique
+
+# How long one example takes says nothing on a machine that others use as well.
+settings.register_profile("dcres", deadline=None)
+settings.load_profile("dcres")
 
 __all__ = ["cluster", "unique"]
 

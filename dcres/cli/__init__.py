@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dcres.api.interrupt import interrupt_on_signals
+from dcres.cli import checkpoints  # adds its commands to the app
 from dcres.cli.commands import app
 from dcres.cli.frame import (
     DEBUG_FLAG,
@@ -30,6 +31,8 @@ from dcres.cli.frame import (
     write_error,
 )
 from dcres.errors import DcresError, InputError
+
+__all__ = ["app", "checkpoints", "judge", "main"]
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 

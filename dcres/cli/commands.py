@@ -14,13 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dcres.api.defaults import (
-    DEFAULT_DOWNTIME_S,
-    DEFAULT_FORMAT,
-    DEFAULT_MAX_ROUNDS,
-    DEFAULT_MODE,
-    require_kind,
-)
 from dcres.cli.frame import Answer, Options, add_command
 
 if TYPE_CHECKING:
@@ -35,17 +28,13 @@ app = typer.Typer(
 )
 
 VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
-CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CKPT", help="The checkpoint's id; see `dcres checkpoints`.")
-]
 _HERE = ("json", "debug")  # for commands that join no cluster
 _CLUSTER = "Cluster"
 _VMS = "VMs"
-_CHECKPOINTS = "Checkpoints"
 
 
 @contextmanager
-def _cluster(options: Options) -> Iterator[Cluster]:
+def open_cluster(options: Options) -> Iterator[Cluster]:
     """The cluster that the options name. Ray is loaded here, and not before."""
     from dcres.api.cluster import connect
 
@@ -54,12 +43,12 @@ def _cluster(options: Options) -> Iterator[Cluster]:
 
 
 @contextmanager
-def _catalogue(options: Options) -> Iterator[Catalogue]:
+def open_catalogue(options: Options) -> Iterator[Catalogue]:
     """The checkpoints; a cluster is joined only if they are not to be found here."""
     from dcres.actors._ray import disconnect
-    from dcres.api.session import open_catalogue
+    from dcres.api import session
 
-    catalogue, joined = open_catalogue(options.address, options.store)
+    catalogue, joined = session.open_catalogue(options.address, options.store)
     try:
         yield catalogue
     finally:
@@ -173,7 +162,7 @@ def start(
     from dcres.config import load_vm_spec
 
     spec = load_vm_spec(file)
-    with _cluster(options) as cluster:
+    with open_cluster(options) as cluster:
         vm = cluster.start(spec, None if hosts is None else hosts.split(","))
         status: VmStatus = vm.status()
     return Answer(vm.facts, status_view(status))
@@ -184,7 +173,7 @@ def list_vms(options: Options) -> Answer:
     """All VMs with their phase and hosts."""
     from dcres.cli.tables import vms_view
 
-    with _cluster(options) as cluster:
+    with open_cluster(options) as cluster:
         statuses = cluster.statuses()
     values = {"vms": [status.to_dict() for status in statuses]}
     return Answer(values, vms_view(statuses))
@@ -201,7 +190,7 @@ def status(
     """Where a VM's pages are, and how they move."""
     from dcres.cli.tables import status_view
 
-    with _cluster(options) as cluster:
+    with open_cluster(options) as cluster:
         found = cluster.vm(vm).status(over)
         listing = cluster.listing(vm)
     checkpoints = [entry.checkpoint for entry in listing]
@@ -218,7 +207,7 @@ def resize(
     """Change how much the main host keeps, while the VM runs."""
     from dcres.cli.tables import status_view
 
-    with _cluster(options) as cluster:
+    with open_cluster(options) as cluster:
         found = cluster.vm(vm).resize(main)
     return Answer(found.to_dict(), status_view(found))
 
@@ -226,7 +215,7 @@ def resize(
 @add_command(app, "stop", panel=_VMS)
 def stop(options: Options, vm: VmArgument) -> Answer:
     """End a VM; its checkpoints stay."""
-    with _cluster(options) as cluster:
+    with open_cluster(options) as cluster:
         cluster.vm(vm).stop()
     return Answer({"vm": vm, "stopped": True}, f"{vm} has ended; its checkpoints are kept")
 
@@ -244,7 +233,7 @@ def console(
 
     if options.json and follow:
         raise ConfigError("--json prints one object, so it does not go with --follow")
-    with _cluster(options) as cluster:
+    with open_cluster(options) as cluster:
         machine = cluster.vm(vm)
         if options.json:
             return Answer({"vm": vm, "console": machine.console()})
@@ -259,135 +248,16 @@ def console(
             time.sleep(0.5)
 
 
-@add_command(app, "checkpoint", panel=_CHECKPOINTS)
-def checkpoint(
+@add_command(app, "bench", panel=_CLUSTER, shared=_HERE)
+def bench(
     options: Options,
-    vm: VmArgument,
-    mode: Annotated[
-        str,
-        typer.Option(
-            metavar="MODE",
-            help="live: the VM runs while it is saved. stop: it stands still meanwhile.",
-        ),
-    ] = DEFAULT_MODE,
-    format: Annotated[
-        str, typer.Option(metavar="FORMAT", help="Of memory files: sparse.")
-    ] = DEFAULT_FORMAT,
-    downtime: Annotated[
-        float, typer.Option(metavar="MS", help="live: how long the VM may stand still.")
-    ] = DEFAULT_DOWNTIME_S * 1000,
-    max_rounds: Annotated[
-        int, typer.Option(metavar="N", help="live: stop the VM after so many rounds at the latest.")
-    ] = DEFAULT_MAX_ROUNDS,
-) -> Answer:
-    """Save a VM, every host its own pages at the same time; Ctrl-C gives it up."""
-    from dcres.cli.tables import checkpoint_view
-
-    require_kind(mode, format)
-    with _cluster(options) as cluster:
-        taken = cluster.vm(vm).checkpoint(
-            mode, format=format, downtime_s=downtime / 1000, max_rounds=max_rounds
-        )
-        facts = taken.facts
-    return Answer(facts, checkpoint_view(facts))
-
-
-@add_command(app, "cancel", panel=_CHECKPOINTS)
-def cancel(options: Options, vm: VmArgument) -> Answer:
-    """Give up the checkpoint, start or restore of a VM that is under way."""
-    with _cluster(options) as cluster:
-        done = cluster.vm(vm).cancel()
-    text = f"what was being done to {vm} is given up" if done else f"nothing is being done to {vm}"
-    return Answer({"vm": vm, "cancelled": done}, text)
-
-
-@add_command(app, "checkpoints", panel=_CHECKPOINTS)
-def checkpoints(
-    options: Options,
-    vm: Annotated[str | None, typer.Argument(metavar="[VM]", help="Of this VM alone.")] = None,
-) -> Answer:
-    """All checkpoints, oldest first."""
-    from dcres.api.vm import listed_facts
-    from dcres.cli.tables import checkpoints_view
-
-    with _catalogue(options) as catalogue:
-        listing = catalogue.list(vm)
-    values = {"checkpoints": [listed_facts(entry) for entry in listing]}
-    return Answer(values, checkpoints_view(listing))
-
-
-@add_command(app, "inspect", panel=_CHECKPOINTS)
-def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
-    """What a checkpoint holds: its manifest."""
-    from dcres.cli.tables import inspect_view
-
-    with _catalogue(options) as catalogue:
-        values = catalogue.get(ckpt).model_dump(mode="json")
-    return Answer(values, inspect_view(values))
-
-
-@add_command(app, "verify", panel=_CHECKPOINTS)
-def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
-    """Read every byte of a checkpoint and compare it with its checksums."""
-    from dcres.api import vm
-    from dcres.cli.tables import verify_view
-
-    with _catalogue(options) as catalogue:
-        report = vm.verify(catalogue, ckpt)
-    files = [{**asdict(file), "ok": file.ok} for file in report.files]
-    values = {"checkpoint": ckpt, "ok": report.ok, "pages": report.pages, "files": files}
-    return Answer(values, verify_view(report), 0 if report.ok else 1)
-
-
-@add_command(app, "restore", panel=_CHECKPOINTS)
-def restore(
-    options: Options,
-    ckpt: CheckpointArgument,
-    layout: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="YAML with main and subs, as in a VM file."),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="See docs/measurements.md.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Less data and fewer rounds.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="On the disk to measure; default: /tmp.")
     ] = None,
-    single: Annotated[
-        bool, typer.Option("--single", help="On one host with room for everything.")
-    ] = False,
-    hosts: Annotated[
-        str | None,
-        typer.Option(metavar="N|H1,H2,…", help="How many hosts, or their names, main first."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")
-    ] = False,
 ) -> Answer:
-    """Bring a VM back from a checkpoint, by default over as many hosts as it had."""
-    from dcres.cli.tables import plan_view, restore_view
-    from dcres.config import load_layout
+    """One named measurement."""
+    from dcres.bench.command import bench_command
 
-    wanted = None if layout is None else load_layout(layout)
-    where: int | list[str] | None = None
-    if hosts is not None:
-        where = int(hosts) if hosts.isdigit() else hosts.split(",")
-    with _cluster(options) as cluster:
-        found = cluster.checkpoint(ckpt)
-        if dry_run:
-            plan = found.plan(wanted, single=single, hosts=where)
-            return Answer(plan.to_dict(), plan_view(plan), 0 if plan.possible else 1)
-        facts = found.restore(wanted, single=single, hosts=where).facts
-    return Answer(facts, restore_view(facts))
-
-
-@add_command(app, "delete", panel=_CHECKPOINTS)
-def delete(
-    options: Options,
-    ckpt: CheckpointArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> Answer:
-    """Remove a checkpoint for good."""
-    from dcres.errors import ConfigError
-
-    if not yes:
-        if options.json or not sys.stdin.isatty():
-            raise ConfigError(f"deleting {ckpt} has to be confirmed; say --yes")
-        typer.confirm(f"remove checkpoint {ckpt} for good?", abort=True, err=True)
-    with _catalogue(options) as catalogue:
-        catalogue.delete(ckpt)
-    return Answer({"checkpoint": ckpt, "deleted": True}, f"{ckpt} is deleted")
+    return Answer(*bench_command(name, quick=quick, folder=folder))

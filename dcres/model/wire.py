@@ -32,7 +32,7 @@ from enum import IntEnum
 import numpy as np
 
 from dcres.errors import ProtocolError, Refused
-from dcres.model.pages import PAGE_SIZE, Extents, Mask
+from dcres.model.pages import PAGE_SIZE, Extents, Mask, count_pages
 
 MAGIC = b"DCRP"
 VERSION = 1
@@ -48,6 +48,7 @@ _COUNT = struct.Struct("<I")
 _HELLO = struct.Struct("<16sQ32s")
 _WELCOME = struct.Struct("<32sQ")
 _RANGE = struct.Struct("<QQ")
+_RUN = struct.Struct("<IQQ")
 
 
 class Kind(IntEnum):
@@ -106,7 +107,12 @@ def frame(kind: Kind, request: int, payload: bytes = b"") -> bytes:
 
 def pack_extents(extents: Extents) -> bytes:
     """Count, then first and stop of each extent, little-endian."""
-    return _COUNT.pack(len(extents)) + extents.astype("<u8").tobytes()
+    return _COUNT.pack(len(extents)) + extents.astype("<u8", copy=False).tobytes()
+
+
+def pack_run(first: int, stop: int) -> bytes:
+    """The same for a single extent: a tenth of the time, on the way that a guest waits for."""
+    return _RUN.pack(1, first, stop)
 
 
 def unpack_extents(payload: memoryview, page_count: int) -> tuple[Extents, int]:
@@ -118,18 +124,25 @@ def unpack_extents(payload: memoryview, page_count: int) -> tuple[Extents, int]:
     if count == 0 or len(payload) < stop:
         raise ProtocolError(f"a frame announces {count} extents and holds {len(payload)} bytes")
     flat = np.frombuffer(payload[_COUNT.size : stop], dtype="<u8")
-    if (flat > page_count).any() or not (np.diff(flat.astype(np.int64)) > 0)[::2].all():
-        raise ProtocolError("a frame's extents lie outside the VM's memory")
-    extents = flat.astype(np.int64).reshape(-1, 2)
-    if (extents[1:, 0] < extents[:-1, 1]).any():
-        raise ProtocolError("a frame's extents are not in ascending order")
-    return extents, stop
+    if count == 1:
+        sane = int(flat[0]) < int(flat[1]) <= page_count
+    else:
+        sane = not (flat > page_count).any() and _ascending(flat.astype(np.int64))
+    if not sane:
+        raise ProtocolError("a frame's extents are not ascending within the VM's memory")
+    return flat.astype(np.int64).reshape(-1, 2), stop
+
+
+def _ascending(flat: Extents) -> bool:
+    """Whether extents, laid out flat, are neither empty nor overlap nor go back."""
+    steps = np.diff(flat)
+    return bool((steps[::2] > 0).all() and (steps[1::2] >= 0).all())
 
 
 def unpack_pages(payload: memoryview, page_count: int) -> tuple[Extents, int]:
     """Extents of a frame that carries their data, and the offset where the data starts."""
     extents, at = unpack_extents(payload, page_count)
-    pages = int((extents[:, 1] - extents[:, 0]).sum())
+    pages = count_pages(extents)
     if pages > MAX_PAGES or len(payload) - at != pages * PAGE_SIZE:
         raise ProtocolError(f"a frame announces {pages} pages and holds {len(payload) - at} bytes")
     return extents, at

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from mmap import mmap
 
-import numpy as np
-
 from dcres.errors import PagesLost, PagingError
 from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
@@ -111,21 +109,27 @@ class FaultHandler:
             return
         if already_asked:
             return
-        link.page_in(np.array([[page, page + 1]]))
-        neighbours = self._neighbours(page, owner)
-        if neighbours:
-            self._fetching.update(dict.fromkeys(neighbours, 0))
-            link.page_in(extents_of_pages(np.array(neighbours)))
+        link.page_in_run(page, page + 1)
+        for first, stop in self._neighbours(page, owner):
+            self._fetching.update(dict.fromkeys(range(first, stop), 0))
+            link.page_in_run(first, stop)
 
-    def _neighbours(self, page: int, owner: int) -> list[int]:
-        """Pages of the aligned window around `page` that the same host holds."""
-        first = page - page % WINDOW_PAGES
-        owners = self._owners[first : first + WINDOW_PAGES]
-        return [
-            first + i
-            for i, each in enumerate(owners)
-            if each == owner and first + i not in self._fetching
-        ]
+    def _neighbours(self, page: int, owner: int) -> list[tuple[int, int]]:
+        """The runs before and after `page`, in its aligned window, that the same host holds.
+
+        They end where a page is elsewhere or on its way: neighbours of neighbours are less
+        likely to be wanted, and a run is all that a frame asks for quickly.
+        """
+        owners, fetching = self._owners, self._fetching
+        lowest = page - page % WINDOW_PAGES
+        highest = min(lowest + WINDOW_PAGES, len(owners))
+        first = page
+        while first > lowest and owners[first - 1] == owner and first - 1 not in fetching:
+            first -= 1
+        stop = page + 1
+        while stop < highest and owners[stop] == owner and stop not in fetching:
+            stop += 1
+        return [run for run in ((first, page), (page + 1, stop)) if run[0] < run[1]]
 
     def fill(self, most: int) -> bool:
         """Bring `most` remote pages nobody has missed, the last touched first, to fill room."""

@@ -46,7 +46,8 @@ class SubTable:
         """The data of `extents`, one piece each. Raises PagesLost if one page is not here."""
         pieces = []
         for first, stop in extents.tolist():
-            if not self._here[first:stop].all():
+            here = self._here[first:stop]
+            if not (here[0] if stop == first + 1 else here.all()):
                 raise PagesLost(f"pages {first} to {stop - 1} are not all on this sub host")
             pieces.append(os.pread(self._fd, (stop - first) * PAGE_SIZE, first * PAGE_SIZE))
         return pieces
