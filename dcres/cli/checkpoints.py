@@ -1,0 +1,159 @@
+"""The commands about checkpoints; `dcres.cli.commands` has the others."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcres.api.defaults import (
+    DEFAULT_DOWNTIME_S,
+    DEFAULT_FORMAT,
+    DEFAULT_MAX_ROUNDS,
+    DEFAULT_MODE,
+    require_kind,
+)
+from dcres.cli.commands import VmArgument, app, open_catalogue, open_cluster
+from dcres.cli.frame import Answer, Options, add_command
+
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CKPT", help="The checkpoint's id; see `dcres checkpoints`.")
+]
+_CHECKPOINTS = "Checkpoints"
+
+
+@add_command(app, "checkpoint", panel=_CHECKPOINTS)
+def checkpoint(
+    options: Options,
+    vm: VmArgument,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="live: the VM runs while it is saved. stop: it stands still meanwhile.",
+        ),
+    ] = DEFAULT_MODE,
+    format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="Of memory files: sparse.")
+    ] = DEFAULT_FORMAT,
+    downtime: Annotated[
+        float, typer.Option(metavar="MS", help="live: how long the VM may stand still.")
+    ] = DEFAULT_DOWNTIME_S * 1000,
+    max_rounds: Annotated[
+        int, typer.Option(metavar="N", help="live: stop the VM after so many rounds at the latest.")
+    ] = DEFAULT_MAX_ROUNDS,
+) -> Answer:
+    """Save a VM, every host its own pages at the same time; Ctrl-C gives it up."""
+    from dcres.cli.tables import checkpoint_view
+
+    require_kind(mode, format)
+    with open_cluster(options) as cluster:
+        taken = cluster.vm(vm).checkpoint(
+            mode, format=format, downtime_s=downtime / 1000, max_rounds=max_rounds
+        )
+        facts = taken.facts
+    return Answer(facts, checkpoint_view(facts))
+
+
+@add_command(app, "cancel", panel=_CHECKPOINTS)
+def cancel(options: Options, vm: VmArgument) -> Answer:
+    """Give up the checkpoint, start or restore of a VM that is under way."""
+    with open_cluster(options) as cluster:
+        done = cluster.vm(vm).cancel()
+    text = f"what was being done to {vm} is given up" if done else f"nothing is being done to {vm}"
+    return Answer({"vm": vm, "cancelled": done}, text)
+
+
+@add_command(app, "checkpoints", panel=_CHECKPOINTS)
+def checkpoints(
+    options: Options,
+    vm: Annotated[str | None, typer.Argument(metavar="[VM]", help="Of this VM alone.")] = None,
+) -> Answer:
+    """All checkpoints, oldest first."""
+    from dcres.api.vm import listed_facts
+    from dcres.cli.tables import checkpoints_view
+
+    with open_catalogue(options) as catalogue:
+        listing = catalogue.list(vm)
+    values = {"checkpoints": [listed_facts(entry) for entry in listing]}
+    return Answer(values, checkpoints_view(listing))
+
+
+@add_command(app, "inspect", panel=_CHECKPOINTS)
+def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
+    """What a checkpoint holds: its manifest."""
+    from dcres.cli.tables import inspect_view
+
+    with open_catalogue(options) as catalogue:
+        values = catalogue.get(ckpt).model_dump(mode="json")
+    return Answer(values, inspect_view(values))
+
+
+@add_command(app, "verify", panel=_CHECKPOINTS)
+def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
+    """Read every byte of a checkpoint and compare it with its checksums."""
+    from dcres.api import vm
+    from dcres.cli.tables import verify_view
+
+    with open_catalogue(options) as catalogue:
+        report = vm.verify(catalogue, ckpt)
+    files = [{**asdict(file), "ok": file.ok} for file in report.files]
+    values = {"checkpoint": ckpt, "ok": report.ok, "pages": report.pages, "files": files}
+    return Answer(values, verify_view(report), 0 if report.ok else 1)
+
+
+@add_command(app, "restore", panel=_CHECKPOINTS)
+def restore(
+    options: Options,
+    ckpt: CheckpointArgument,
+    layout: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with main and subs, as in a VM file."),
+    ] = None,
+    single: Annotated[
+        bool, typer.Option("--single", help="On one host with room for everything.")
+    ] = False,
+    hosts: Annotated[
+        str | None,
+        typer.Option(metavar="N|H1,H2,…", help="How many hosts, or their names, main first."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")
+    ] = False,
+) -> Answer:
+    """Bring a VM back from a checkpoint, by default over as many hosts as it had."""
+    from dcres.cli.tables import plan_view, restore_view
+    from dcres.config import load_layout
+
+    wanted = None if layout is None else load_layout(layout)
+    where: int | list[str] | None = None
+    if hosts is not None:
+        where = int(hosts) if hosts.isdigit() else hosts.split(",")
+    with open_cluster(options) as cluster:
+        found = cluster.checkpoint(ckpt)
+        if dry_run:
+            plan = found.plan(wanted, single=single, hosts=where)
+            return Answer(plan.to_dict(), plan_view(plan), 0 if plan.possible else 1)
+        facts = found.restore(wanted, single=single, hosts=where).facts
+    return Answer(facts, restore_view(facts))
+
+
+@add_command(app, "delete", panel=_CHECKPOINTS)
+def delete(
+    options: Options,
+    ckpt: CheckpointArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> Answer:
+    """Remove a checkpoint for good."""
+    from dcres.errors import ConfigError
+
+    if not yes:
+        if options.json or not sys.stdin.isatty():
+            raise ConfigError(f"deleting {ckpt} has to be confirmed; say --yes")
+        typer.confirm(f"remove checkpoint {ckpt} for good?", abort=True, err=True)
+    with open_catalogue(options) as catalogue:
+        catalogue.delete(ckpt)
+    return Answer({"checkpoint": ckpt, "deleted": True}, f"{ckpt} is deleted")
