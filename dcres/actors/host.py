@@ -206,7 +206,8 @@ class Daemon:
                     return
             except PagingError:
                 if process is None or not process.alive or time.monotonic() > deadline:
-                    raise PagingError(f"the {self.name} did not start: {self._words()}") from None
+                    why = f"the {self.name} did not start; its log ends with: {self._words()}"
+                    raise PagingError(why) from None
             time.sleep(_POLL_S)
 
     def _words(self) -> str:

@@ -40,6 +40,8 @@ from dcres.errors import (
     NotFound,
     PagesLost,
     PagingError,
+    QemuFailed,
+    VmError,
     VmLost,
 )
 from dcres.model.history import Ticks
@@ -151,6 +153,16 @@ class MainHost(SavingHost):
         words = last_words(qemu.files.log)
         return f"QEMU of VM {self._vm} has ended ({words}); restore a checkpoint"
 
+    @contextmanager
+    def _blaming_qemu(self, blame: type[VmError]) -> Iterator[None]:
+        """When QEMU has ended, that is the error, and not that its pager went with it."""
+        try:
+            yield
+        except PagingError:
+            if self._state and not self._qemu.alive:
+                raise blame(self._obituary(self._qemu)) from None
+            raise
+
     def status(self) -> Status:
         """The VM and its paging as they are now. Raises VmLost when QEMU has ended."""
         qemu = self._qemu
@@ -181,7 +193,7 @@ class MainHost(SavingHost):
         Raises ConfigError, NoRoom, QemuFailed, UnsafeDevice, CheckpointCorrupt, PagingError.
         What was started until then is for `destroy` to end.
         """
-        with self._life.beginning():
+        with self._life.beginning(), self._blaming_qemu(QemuFailed):
             self._run(order)
 
     def _run(self, order: RunOrder) -> None:
@@ -418,7 +430,8 @@ class MainHost(SavingHost):
         Also undoes a checkpoint that stopped half-way, so it is safe to call at any time.
         """
         with self._stopping_vm:
-            self._pager.call_patiently("thaw")
+            with self._blaming_qemu(VmLost):
+                self._pager.call_patiently("thaw")
             self.go()
             return time.monotonic()
 

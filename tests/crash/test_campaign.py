@@ -1,0 +1,360 @@
+"""`kill -9` of every process in turn, at random moments: nothing half-done, and the VM goes on.
+
+One VM is shared by all kills that it survives. The moments are drawn from a seed (DCRES_SEED
+repeats a run) and spread evenly over the length of an undisturbed checkpoint, so that every
+phase is hit.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcres.actors import _ray as gateway
+from dcres.actors._ray import ActorPort, Pending
+from dcres.actors.coordinator import Coordinator
+from dcres.actors.fleet import coordinator_name, host_actor_name
+from dcres.actors.local_cluster import LocalCluster
+from dcres.errors import ActorGone, DcresError
+from dcres.linux.process import find_marked
+from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.store import Store
+from dcres.vm import witness
+from tests.support.vm import await_checks, spec_of
+from tests.support.wait import until
+
+pytestmark = [pytest.mark.crash, pytest.mark.cluster, pytest.mark.vm]
+
+SEED = int(os.environ.get("DCRES_SEED", "7"))
+ROUNDS = 3
+FILES = 72  # of the witness, 1 MiB each; it checks one a tick
+VM = "crash"
+SPEC = {
+    "name": VM,
+    "memory": "192MiB",
+    "main": "72MiB",
+    "subs": ["72MiB", "72MiB"],
+    "fill": FILES,
+}
+
+
+def retrying(call: Callable[[], Any], timeout_s: float = 40.0) -> Any:
+    """The result of `call`, through restarts of the actor that answers."""
+    answers: list[Any] = []
+
+    def answered() -> bool:
+        with suppress(ActorGone):
+            answers.append(call())
+        return bool(answers)
+
+    until(answered, timeout_s, "an answer")
+    return answers[0]
+
+
+@dataclass
+class Campaign:
+    """The VM under attack."""
+
+    cluster: LocalCluster
+    store: Store
+    random: random.Random
+    checkpoint_s: float = 1.0
+
+    @property
+    def coordinator(self) -> ActorPort:
+        return ActorPort(coordinator_name(VM))
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = retrying(lambda: self.coordinator.call("status"))
+        return status
+
+    def hosts(self) -> list[dict[str, Any]]:
+        until(lambda: len(self.status()["hosts"]) == 3, 40, "all three hosts answer")
+        found: list[dict[str, Any]] = self.status()["hosts"]
+        return found
+
+    @property
+    def console(self) -> Path:
+        main = self.status()
+        name = main["hosts"][0]["host"] if main["hosts"] else self.cluster.hosts[0]
+        return self.cluster.settings(name).run / VM / "console.log"
+
+    def start(self) -> None:
+        values = spec_of(**SPEC)  # type: ignore[arg-type]
+        self.coordinator.call("start", values, timeout_s=100)
+
+    def newest(self) -> Manifest | None:
+        """The newest checkpoint, after a look that nothing half-done is listed."""
+        listed = self.store.list(VM)
+        assert [each.error for each in listed if each.error] == []
+        return listed[-1].manifest if listed else None
+
+    def victim(self, name: str) -> int:
+        """The process id of one of the VM's processes, as it is now."""
+        match name:
+            case "coordinator":
+                return self.coordinator.pid()
+            case "main actor":
+                return ActorPort(host_actor_name(VM, 0)).pid()
+            case "sub actor":
+                return ActorPort(host_actor_name(VM, 1)).pid()
+            case "pager":
+                return int(self.hosts()[0]["pid"])
+            case "memory server":
+                return int(self.hosts()[2]["pid"])
+            case "qemu":
+                return int(self.hosts()[0]["qemu_pid"])
+        raise AssertionError(name)
+
+    def begin_checkpoint(self, mode: str) -> Pending:
+        return self.coordinator.submit("checkpoint", mode)
+
+    def settle(self, pending: Pending) -> str:
+        """Wait until the checkpoint is over, and say how it went."""
+        try:
+            pending.result(100)
+        except DcresError as error:
+            how = f"{type(error).__name__}: {error}"
+        else:
+            how = "taken"
+        until(lambda: self.status()["phase"] in ("running", "lost"), 60, "the VM is at rest")
+        return how
+
+    def parts(self) -> list[str]:
+        """Folders of checkpoints in the store, published or not."""
+        folder = self.store.root / VM
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+    def require_goes_on(self, ticks: int = 1) -> None:
+        """Still the same life of the guest, its checks without a failure, and paging at work."""
+        await_checks(self.console, ticks, 60)
+        assert self.status()["phase"] == "running"
+
+    def leftovers(self) -> list[str]:
+        """What is still there of the VM on any host: processes, memory, sockets."""
+        left = []
+        for host in self.cluster.hosts:
+            settings = self.cluster.settings(host)
+            left += [str(each) for each in find_marked("DCRES_VM_RUN", str(settings.run / VM))]
+            left += [str(path) for path in (settings.ram / VM).rglob("*")]
+            left += [str(path) for path in (settings.run / VM).glob("*") if path.suffix != ".log"]
+        return left
+
+    def clean(self) -> None:
+        retrying(lambda: self.coordinator.call("stop", timeout_s=60))
+        until(lambda: self.leftovers() == [], 20, f"nothing is left: {self.leftovers()}")
+        assert gateway.list_actors(f"dcres-host/{VM}/") == []
+        assert gateway.reservation(f"dcres/{VM}") is None
+
+
+@pytest.fixture(scope="module")
+def campaign(cluster: LocalCluster) -> Iterator[Campaign]:
+    gateway.spawn(Coordinator, coordinator_name(VM), (VM,)).wait_ready(60)
+    store = Store(cluster.settings(cluster.hosts[0]).store)
+    made = Campaign(cluster, store, random.Random(SEED))
+    try:
+        yield made
+        made.clean()
+    finally:
+        retrying(lambda: made.coordinator.call("stop", timeout_s=60))
+        gateway.kill(coordinator_name(VM))
+        for each in store.list(VM):
+            store.delete(each.checkpoint)
+
+
+@pytest.fixture
+def running(campaign: Campaign) -> Campaign:
+    """The VM runs, has a checkpoint, and it is known how long one takes."""
+    if campaign.status()["phase"] != "running":
+        newest = campaign.newest()
+        if newest is None:
+            campaign.start()
+        else:
+            campaign.coordinator.call("restore", dumps(newest), timeout_s=100)
+        await_checks(campaign.console, 2)
+    if campaign.newest() is None:
+        began = time.monotonic()
+        campaign.coordinator.call("checkpoint", "stop", timeout_s=100)
+        campaign.checkpoint_s = time.monotonic() - began
+        print(f"\na checkpoint takes {campaign.checkpoint_s:.2f} s; seed {SEED}")
+    return campaign
+
+
+def kill_during_checkpoint(campaign: Campaign, name: str, round_: int, mode: str) -> str:
+    """Kill the victim at a random moment of this round's part of a checkpoint's length."""
+    pid = campaign.victim(name)
+    part = (round_ + campaign.random.random()) / ROUNDS
+    moment_s = 1.15 * part * campaign.checkpoint_s
+    pending = campaign.begin_checkpoint(mode)
+    begun = time.monotonic()
+    until(lambda: time.monotonic() - begun >= moment_s, 60, "the moment")
+    os.kill(pid, signal.SIGKILL)
+    how = campaign.settle(pending)
+    return f"{name} killed after {moment_s:.2f} s of a checkpoint ({mode}): {how}"
+
+
+def require_old_or_new(campaign: Campaign, before: Manifest | None) -> str:
+    """Either the old checkpoint is the newest, or a new one is; and it verifies."""
+    newest = campaign.newest()
+    assert newest is not None
+    assert before is not None
+    assert campaign.store.verify(newest.checkpoint).ok
+    return "old" if newest.checkpoint == before.checkpoint else "new"
+
+
+@pytest.mark.parametrize("mode", ["stop", "live"])
+@pytest.mark.parametrize(
+    "name", ["pager", "memory server", "coordinator", "main actor", "sub actor"]
+)
+def test_a_kill_during_a_checkpoint(running: Campaign, name: str, mode: str) -> None:
+    for round_ in range(ROUNDS):
+        before = running.newest()
+        said = kill_during_checkpoint(running, name, round_, mode)
+        print(f"  {said}; the {require_old_or_new(running, before)} one is the newest")
+        running.require_goes_on()
+    again = retrying(partial(running.coordinator.call, "checkpoint", mode, timeout_s=100))
+    assert running.store.verify(again["checkpoint"]).ok
+    assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
+    for each in running.store.list(VM)[:-2]:
+        running.store.delete(each.checkpoint)
+
+
+@pytest.mark.parametrize("name", ["pager", "memory server", "main actor", "sub actor"])
+def test_a_kill_without_a_checkpoint(running: Campaign, name: str) -> None:
+    old = running.victim(name)
+    daemons = [host["pid"] for host in running.hosts()] + [running.hosts()[0]["qemu_pid"]]
+    os.kill(old, signal.SIGKILL)
+    until(lambda: retrying(partial(running.victim, name)) != old, 40, f"another {name}")
+    running.require_goes_on(2)
+    now = [host["pid"] for host in running.hosts()] + [running.hosts()[0]["qemu_pid"]]
+    changed = [before for before, after in zip(daemons, now, strict=True) if before != after]
+    assert changed == ([old] if old in daemons else [])  # a new actor adopts, it starts nothing
+    taken = retrying(partial(running.coordinator.call, "checkpoint", "stop", timeout_s=100))
+    assert running.store.verify(taken["checkpoint"]).ok
+
+
+def test_a_kill_of_the_coordinator_without_a_checkpoint(running: Campaign) -> None:
+    before = running.hosts()
+    os.kill(running.victim("coordinator"), signal.SIGKILL)
+    running.require_goes_on(2)
+    after = running.hosts()
+    assert [host["pid"] for host in after] == [host["pid"] for host in before]
+    taken = running.coordinator.call("checkpoint", "stop", timeout_s=100)
+    assert running.store.verify(taken["checkpoint"]).ok
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_a_kill_of_qemu_during_a_checkpoint(running: Campaign, round_: int) -> None:
+    before = running.newest()
+    said = kill_during_checkpoint(running, "qemu", round_, "live")
+    which = require_old_or_new(running, before)
+    print(f"\n  {said}; the {which} one is the newest")
+    until(lambda: running.status()["phase"] == "lost", 30, "the VM is reported lost")
+    assert "has ended" in running.status()["why"]
+    newest = running.newest()
+    assert newest is not None
+    running.coordinator.call("restore", dumps(newest), timeout_s=100)
+    running.require_goes_on()
+    assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
+
+
+def killed(campaign: Campaign, pending: Pending, name: str, delay_s: float) -> str:
+    """Kill what `name` says while a start or restore is under way; the error that comes."""
+    until(lambda: find_victims(campaign, name), 30, f"there is a {name}")
+    there = time.monotonic()
+    until(lambda: time.monotonic() - there >= delay_s, 60, "the moment")
+    for pid in find_victims(campaign, name):
+        os.kill(pid, signal.SIGKILL)
+    try:
+        pending.result(100)
+    except DcresError as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def find_victims(campaign: Campaign, name: str) -> list[int]:
+    """Processes of a VM that is not there yet, by their marks and command lines."""
+    if name == "coordinator":
+        return [campaign.coordinator.pid()]
+    if name in ("main actor", "sub actor"):
+        index = 0 if name == "main actor" else 1
+        try:
+            return [ActorPort(host_actor_name(VM, index)).pid()]
+        except ActorGone:
+            return []
+    words = {"qemu": "qemu-system", "pager": "paging.pager", "memory server": "paging.server"}
+    found = []
+    for host in campaign.cluster.hosts:
+        run = campaign.cluster.settings(host).run / VM
+        for process in find_marked("DCRES_VM_RUN", str(run)):
+            command = Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace")
+            if words[name] in command:
+                found.append(process.pid)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("coordinator", "start"),
+        ("coordinator", "restore"),
+        ("main actor", "start"),
+        ("main actor", "restore"),
+        ("sub actor", "restore"),
+        ("qemu", "start"),
+        ("qemu", "restore"),
+        ("pager", "restore"),
+        ("memory server", "start"),
+    ],
+)
+def test_a_kill_during_start_or_restore(running: Campaign, name: str, what: str) -> None:
+    newest = running.newest()
+    assert newest is not None
+    values = spec_of(**SPEC)  # type: ignore[arg-type]
+    order = ("start", values) if what == "start" else ("restore", dumps(newest))
+    running.clean()
+    delay_s = running.random.uniform(0.0, 0.4)
+    how = killed(running, running.coordinator.submit(*order), name, delay_s)
+    print(f"\n  {name} killed {delay_s:.2f} s after it was there in a {what}: {how}")
+    until(lambda: running.status()["phase"] in ("absent", "running", "lost"), 40, "it is at rest")
+    status = running.status()
+    assert (status["phase"] == "running") <= (how == "done")
+    if status["phase"] == "absent":
+        until(lambda: running.leftovers() == [], 20, f"nothing is left: {running.leftovers()}")
+    if status["phase"] != "running" or what == "start":
+        running.coordinator.call("stop", timeout_s=60)
+        running.coordinator.call("restore", dumps(newest), timeout_s=100)
+    running.require_goes_on()
+
+
+def test_checkpoints_leave_no_descriptor_open(running: Campaign) -> None:
+    def count() -> dict[str, int]:
+        names = ("coordinator", "main actor", "sub actor", "pager", "memory server", "qemu")
+        return {name: len(os.listdir(f"/proc/{running.victim(name)}/fd")) for name in names}
+
+    for mode in ("stop", "live"):
+        running.coordinator.call("checkpoint", mode, timeout_s=100)
+    before = count()
+    for mode in ("stop", "live", "stop", "live"):
+        running.coordinator.call("checkpoint", mode, timeout_s=100)
+    after = count()
+    assert {name: after[name] for name in after if after[name] > before[name] + 2} == {}
+
+
+def test_in_the_end_every_page_is_as_the_guest_left_it(running: Campaign) -> None:
+    running.require_goes_on(FILES * 5 // 4)  # every fourth tick checks twice
+    taken = running.coordinator.call("checkpoint", "live", timeout_s=100)
+    running.coordinator.call("stop", timeout_s=60)
+    running.coordinator.call("restore", dumps(running.store.get(taken["checkpoint"])))
+    running.require_goes_on(FILES * 5 // 4)
+    print(f"\n  {witness.read(running.console)}")
