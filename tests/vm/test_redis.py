@@ -1,0 +1,332 @@
+"""A Redis in the guest, under load from this host, checkpointed live and restored.
+
+What must hold: a checkpoint is the database as it was at the stop, no write more or less, with
+the digest that Redis itself reported for that write; and the clients of the VM that goes on see
+nothing but one answer that comes later, by the reported downtime.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcres.actors import _ray as gateway
+from dcres.actors.coordinator import Coordinator
+from dcres.actors.fleet import coordinator_name
+from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.local_node import free_port
+from dcres.config import default_home
+from dcres.storage.manifest import dumps
+from dcres.storage.store import Store
+from tests.support.redis_guest import (
+    Redis,
+    answers,
+    fetch,
+    forward_args,
+    redis_here,
+    redis_image,
+)
+from tests.support.redis_load import (
+    Client,
+    Command,
+    State,
+    Trip,
+    Write,
+    chain_of,
+    commands_of,
+    loading,
+    prepare,
+    state_of,
+    token,
+    values_after,
+    work,
+    write_all,
+)
+from tests.support.wait import until
+
+# About 80 s with two idle cores, and several times that with busy ones.
+pytestmark = [
+    *(pytest.mark.vm, pytest.mark.cluster, pytest.mark.slow),
+    pytest.mark.timeout(900),
+]
+
+VM = "redis"
+CLIENTS = 2
+KEYS_OF_A_CLIENT = 7000  # of 8000 bytes each: 109 MiB in all, and the main host has 128
+CHECKPOINTS = 3
+REQUESTS_BETWEEN = 1500  # of every client: about 2 s
+
+
+def spec_of(port: int) -> dict[str, Any]:
+    image = redis_image(default_home() / "guest")
+    return {
+        "name": VM,
+        "memory": "256MiB",
+        "kernel": str(image.kernel),
+        "initrd": str(image.initrd),
+        "append": "console=ttyS0 quiet panic=-1",
+        "accel": "tcg",
+        "layout": {"main": "128MiB", "subs": ["64MiB", "64MiB"]},
+        "extra_args": forward_args(port),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A checkpoint's facts, and when it was asked for and done by the clients' clock."""
+
+    facts: dict[str, Any]
+    began_s: float
+    ended_s: float
+
+    @property
+    def downtime_s(self) -> float:
+        return float(self.facts["downtime_seconds"])
+
+
+class Subject:
+    """The VM, whichever of its lives: it always answers at the same address."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self.address = ("127.0.0.1", free_port())
+        self.keys = [
+            [f"key-{client}-{number}" for number in range(KEYS_OF_A_CLIENT)]
+            for client in range(CLIENTS)
+        ]
+        self._store = Store(cluster.settings(cluster.hosts[0]).store)
+        self._coordinator = gateway.spawn(Coordinator, coordinator_name(VM), (VM,))
+
+    def start(self) -> None:
+        self._coordinator.wait_ready(30)
+        self._coordinator.call("start", spec_of(self.address[1]), timeout_s=100)
+        until(lambda: answers(self.address), 90, "Redis in the guest answers")
+
+    def checkpoint(self) -> Taken:
+        began = time.monotonic()
+        facts = self._coordinator.call("checkpoint", "live", timeout_s=100)
+        return Taken(facts, began, time.monotonic())
+
+    def restore(self, taken: Taken) -> None:
+        """In place of the VM that runs: the port is in the VM file, which is the checkpoint's."""
+        self._coordinator.call("stop", timeout_s=60)
+        assert not answers(self.address)
+        manifest = self._store.get(taken.facts["checkpoint"])
+        self._coordinator.call("restore", dumps(manifest), timeout_s=100)
+        until(lambda: answers(self.address), 30, "Redis in the restored guest answers")
+
+    def main_host(self) -> dict[str, Any]:
+        return dict(self._coordinator.call("status")["hosts"][0])
+
+    def load(self, values: dict[str, str], seed: int) -> AbstractContextManager[list[Client]]:
+        return loading(self.address, self.keys, values, seed)
+
+    def close(self) -> None:
+        self._coordinator.call("stop", timeout_s=60)
+        gateway.kill(coordinator_name(VM))
+
+
+@dataclass
+class Run:
+    """All that was seen of the VM that was checkpointed."""
+
+    writes: list[Write] = field(default_factory=list)
+    trips: list[Trip] = field(default_factory=list)
+    checkpoints: list[Taken] = field(default_factory=list)
+    frozen: tuple[float, float] = (0.0, 0.0)
+    pages_in: int = 0
+    pages_out: int = 0
+
+    def longest(self, began_s: float, ended_s: float) -> float:
+        """The longest time that a client waited for an answer between the two."""
+        return max(trip.seconds for trip in self.trips if trip.touches(began_s, ended_s))
+
+    def undisturbed(self) -> list[float]:
+        """Round trips under the same load while the VM was left alone, ascending."""
+        disturbed = [(each.began_s, each.ended_s) for each in self.checkpoints]
+        disturbed.append(self.frozen)
+        return sorted(
+            trip.seconds
+            for trip in self.trips
+            if not any(trip.touches(*interval) for interval in disturbed)
+        )
+
+    @property
+    def round_trip_s(self) -> float:
+        """One round trip: the longest that the same load knows without checkpoints.
+
+        Not the usual one: a request that is under way at the stop may be one that has pages to
+        fetch from a sub host, and hosts that share this machine's cores take them from the
+        guest at any time. Thousands of requests know how long that makes one of them.
+        """
+        return self.undisturbed()[-1]
+
+
+def first_commands(keys: Sequence[Sequence[str]]) -> list[Command]:
+    rng = random.Random(1)
+    return [Command("set", key, token(rng)) for key in itertools.chain(*keys)]
+
+
+def freeze(pid: int, seconds: float) -> tuple[float, float]:
+    """Stop QEMU behind everybody's back, as no checkpoint may; when that began and ended."""
+    began = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: time.monotonic() > began + seconds, seconds + 10, "it was frozen")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    return began, time.monotonic()
+
+
+def observe(subject: Subject) -> Run:
+    """Fill the database, then take checkpoints while clients are at work."""
+    run = Run()
+    with Redis(subject.address) as redis:
+        prepare(redis)
+        run.writes = write_all(redis, first_commands(subject.keys))
+    with subject.load(values_after(commands_of(run.writes)), seed=0) as clients:
+        for _ in range(CHECKPOINTS):
+            work(clients, REQUESTS_BETWEEN)
+            run.checkpoints.append(subject.checkpoint())
+        work(clients, REQUESTS_BETWEEN)
+        collect(run, clients)
+        main = subject.main_host()
+        run.frozen = freeze(main["qemu_pid"], 2 * run.round_trip_s + 0.2)
+        work(clients, 100)
+    run.pages_in, run.pages_out = main["pages_in"], main["pages_out"]
+    collect(run, clients)
+    assert [client.failure for client in clients] == [""] * CLIENTS
+    return run
+
+
+def collect(run: Run, clients: Sequence[Client]) -> None:
+    """Take over what the clients have seen so far."""
+    filled = run.writes[: CLIENTS * KEYS_OF_A_CLIENT]
+    since = sorted(
+        itertools.chain(*(client.writes for client in clients)), key=lambda write: write.number
+    )
+    run.writes = filled + since
+    run.trips = list(itertools.chain(*(client.trips for client in clients)))
+
+
+@pytest.fixture(scope="module")
+def subject(cluster: LocalCluster) -> Iterator[Subject]:
+    made = Subject(cluster)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def run(subject: Subject) -> Run:
+    return observe(subject)
+
+
+def test_the_load_is_one_that_pages(run: Run) -> None:
+    assert run.pages_in > 0
+    assert run.pages_out > 0
+    during = [taken.facts["paging_during"] for taken in run.checkpoints]
+    assert sum(each["pages_in"] for each in during) > 0
+    assert sum(each["pages_out"] for each in during) > 0
+    assert all(taken.facts["rounds"] > 0 for taken in run.checkpoints)
+
+
+def test_clients_saw_every_write_once_and_in_order(run: Run) -> None:
+    """The clients themselves compared every value that they read, and saw no error."""
+    assert [write.number for write in run.writes] == list(range(1, len(run.writes) + 1))
+    assert chain_of(commands_of(run.writes)) == run.writes[-1].chain
+
+
+def test_no_pause_is_longer_than_the_downtime_and_a_round_trip(run: Run) -> None:
+    for taken in run.checkpoints:
+        pause_s = run.longest(taken.began_s, taken.ended_s)
+        assert pause_s <= taken.downtime_s + run.round_trip_s
+
+
+def test_a_stop_that_nobody_reports_is_seen(run: Run) -> None:
+    """The allowance above is not so wide that nothing can exceed it."""
+    assert run.longest(*run.frozen) > run.round_trip_s
+
+
+def under_way(run: Run, number: int) -> list[Write]:
+    """The write of each client that came next after write `number`.
+
+    A client sends one when the one before is answered, so these alone can have lain in the
+    guest's sockets, sent and not yet done, when write `number` was the last one.
+    """
+    first: dict[int, Write] = {}
+    for write in run.writes[number : number + 1000]:
+        first.setdefault(write.client, write)
+    return list(first.values())
+
+
+def history(run: Run, state: State) -> tuple[int, list[Command]]:
+    """What made a restored database: the writes before the stop, and all commands.
+
+    The guest goes on at the stop, with requests in its sockets whose senders are not there any
+    more. Redis does them, as it did in the original, but maybe in another order.
+    """
+    for waiting in range(CLIENTS + 1):
+        number = state.number - waiting
+        done = run.writes[:number]
+        for extra in itertools.permutations(under_way(run, number), waiting):
+            if chain_of(commands_of(extra), done[-1].chain, number) == state.chain:
+                return number, commands_of([*done, *extra])
+    raise AssertionError(f"{state} is not the state after any writes that were sent until then")
+
+
+def require_the_moment(run: Run, taken: Taken, number: int) -> None:
+    """Write `number` is the last one before the VM was stopped for the checkpoint."""
+    acked_before = [write.number for write in run.writes if write.acked_s < taken.began_s]
+    sent_before = [write.number for write in run.writes if write.sent_s < taken.ended_s]
+    assert max(acked_before) <= number <= max(sent_before)
+    # What is in was sent before the stop, what is not in was answered after it. The reported
+    # downtime begins before QEMU is told, so not quite all of it lies between.
+    last_sent = max(write.sent_s for write in run.writes[:number])
+    first_acked = min(write.acked_s for write in run.writes[number:])
+    assert first_acked - last_sent > 0.5 * taken.downtime_s
+
+
+def require_clients_go_on(subject: Subject, commands: Sequence[Command], seed: int) -> None:
+    """New clients find what `commands` left, and the chain goes on from there."""
+    with subject.load(values_after(commands), seed) as clients:
+        work(clients, 500)
+    assert [client.failure for client in clients] == [""] * CLIENTS
+    new = sorted(
+        itertools.chain(*(client.writes for client in clients)), key=lambda write: write.number
+    )
+    everything = [*commands, *commands_of(new)]
+    assert (new[-1].number, new[-1].chain) == (len(everything), chain_of(everything))
+
+
+def digest_here(commands: Sequence[Command], folder: Path) -> str:
+    """What a Redis on this host makes of `commands` and nothing else."""
+    with redis_here(fetch(default_home() / "guest"), folder) as replica:
+        prepare(replica)
+        write_all(replica, commands)
+        return state_of(replica).digest
+
+
+@pytest.mark.parametrize("which", range(CHECKPOINTS))
+def test_a_checkpoint_is_the_database_at_its_stop(
+    subject: Subject, run: Run, which: int, tmp_path: Path
+) -> None:
+    taken = run.checkpoints[which]
+    subject.restore(taken)
+    with Redis(subject.address) as redis:
+        state = state_of(redis)
+    number, commands = history(run, state)
+    require_the_moment(run, taken, number)
+    assert state.digest == digest_here(commands, tmp_path)
+    require_clients_go_on(subject, commands, seed=10 * (which + 1))
