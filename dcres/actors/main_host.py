@@ -158,7 +158,7 @@ class MainHost(SavingHost):
         """When QEMU has ended, that is the error, and not that its pager went with it."""
         try:
             yield
-        except PagingError:
+        except (PagingError, MonitorError):
             if self._state and not self._qemu.alive:
                 raise blame(self._obituary(self._qemu)) from None
             raise
