@@ -139,6 +139,14 @@ def _ascending(flat: Extents) -> bool:
     return bool((steps[::2] > 0).all() and (steps[1::2] >= 0).all())
 
 
+def unpack_only_extents(payload: memoryview, page_count: int) -> Extents:
+    """Extents of a frame that carries nothing else. Raises ProtocolError."""
+    extents, at = unpack_extents(payload, page_count)
+    if at != len(payload):
+        raise ProtocolError(f"a frame holds {len(payload) - at} bytes behind its extents")
+    return extents
+
+
 def unpack_pages(payload: memoryview, page_count: int) -> tuple[Extents, int]:
     """Extents of a frame that carries their data, and the offset where the data starts."""
     extents, at = unpack_extents(payload, page_count)

@@ -106,6 +106,11 @@ class Evictor:
         return min(512, self._table.limit_pages // 16)
 
     @property
+    def batch_pages(self) -> int:
+        """Pages that leave together; one by itself costs nearly as much as 64."""
+        return max(1, min(STEP_PAGES, self.headroom_pages))
+
+    @property
     def slack_pages(self) -> int:
         """How far above its limit the main host may go for a moment."""
         return max(64, min(1024, self._table.limit_pages // 16))
@@ -129,7 +134,9 @@ class Evictor:
         """Send what waits, or one batch more if there is too much; whether anything moved."""
         if self._send_unsent():
             return True
-        if not self.enabled or self.excess_pages <= 0 or self.leaving >= MOST_IN_FLIGHT_PAGES:
+        if not self.enabled or self.excess_pages < self.batch_pages:
+            return False
+        if self.leaving >= MOST_IN_FLIGHT_PAGES:
             return False
         roomiest = self._roomiest()
         if roomiest is None:

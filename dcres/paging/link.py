@@ -205,7 +205,8 @@ class Link:
             return
         if frame.kind is Kind.ERROR:
             # What it means shows when the link is made again and the maps are compared.
-            raise PagingError(f"{self.sub.host} reports {bytes(frame.payload).decode()}")
+            text = bytes(frame.payload).decode(errors="replace")
+            raise PagingError(f"{self.sub.host} reports {text}")
         if not self._unanswered or self._unanswered[0].number != frame.request:
             raise ProtocolError(f"{self.sub.host} answered a request that was not made")
         self._answered(self._unanswered.popleft(), frame)

@@ -127,11 +127,11 @@ class Pager:
         """Page until told to stop or QEMU ends."""
         busy = True
         while not self._stopping:
-            self._loop.turn(0 if busy else IDLE_S)
+            idle = not self._loop.turn(0 if busy else IDLE_S)
             for link in self._links:
                 link.connect_if_due()
             busy = self._work()
-            if not busy:
+            if idle and not busy:
                 self._settle()
             self._keep_promises()
         self._control.close()

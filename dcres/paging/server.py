@@ -139,7 +139,7 @@ class MemoryServer:
                 self.pages_out += count_pages(extents)
                 stream.send([wire.frame(Kind.STORED, frame.request)])
             case Kind.RELEASE:
-                extents, _ = wire.unpack_extents(frame.payload, self.settings.page_count)
+                extents = wire.unpack_only_extents(frame.payload, self.settings.page_count)
                 self.table.release(extents.tolist())
                 stream.send([wire.frame(Kind.RELEASED, frame.request)])
             case Kind.EXISTENCE:
@@ -150,12 +150,12 @@ class MemoryServer:
                 raise ProtocolError(f"a pager does not send {frame.kind.name}")
 
     def _page_in(self, stream: FrameStream, frame: Frame) -> None:
-        extents, _ = wire.unpack_extents(frame.payload, self.settings.page_count)
+        extents = wire.unpack_only_extents(frame.payload, self.settings.page_count)
         pages = count_pages(extents)
         if pages > wire.MAX_PAGES:
             raise ProtocolError(f"{pages} pages asked for at once; {wire.MAX_PAGES} at most")
         pieces = self.table.read(extents)
-        packed = wire.pack_extents(extents)
+        packed = bytes(frame.payload)
         head = wire.header(Kind.PAGES, frame.request, len(packed) + pages * PAGE_SIZE)
         stream.send([head + packed, *pieces])
         self.pages_in += pages

@@ -37,6 +37,7 @@ class FrameStream:
         self.buffer = mmap.mmap(-1, _BUFFER_BYTES)
         self._decoder = wire.Decoder(memoryview(self.buffer))
         self._unsent: deque[Part] = deque()
+        self._blocked = False  # epoll waits for room to write
         self.open = True
         loop.add(sock.fileno(), self._ready)
 
@@ -97,11 +98,14 @@ class FrameStream:
                 self._sent(self._sock.sendmsg(parts))
         except (BlockingIOError, InterruptedError):
             self._loop.want(self._sock.fileno(), READ | WRITE)
+            self._blocked = True
             return
         except OSError as error:
             self.close(error)
             return
-        self._loop.want(self._sock.fileno(), READ)
+        if self._blocked:
+            self._loop.want(self._sock.fileno(), READ)
+            self._blocked = False
 
     def _sent(self, length: int) -> None:
         while length:
