@@ -144,7 +144,7 @@ class Checkpointing:
             case Instruction.FINISH:
                 self._tell(subject.hosts[:1], self._finish)
             case Instruction.STAGE:
-                self._tell(subject.hosts[1:], self._stage)
+                self._tell(subject.hosts, self._stage)
             case Instruction.RESUME:
                 self._resume()
             case Instruction.SAVE:
@@ -202,7 +202,7 @@ class Checkpointing:
 
     def _finish(self, host: str) -> Barrier:
         self._finished = self._subject.ports[host].call(
-            "finish", self.checkpoint, self._stage_pages, timeout_s=_SAVE_TIMEOUT_S
+            "finish", self.checkpoint, timeout_s=_SAVE_TIMEOUT_S
         )
         return Barrier.FINISH
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -186,10 +186,12 @@ class Coordinator:
             main = ports[self._hosts[0]]
             incarnation = Incarnation(self._vm, main.call("next_generation"), secrets.token_hex(32))
             loads = _load_orders(manifest, len(shares))
+            order = RunOrder(incarnation, spec, self._hosts, (), loads[0])
+            booting = main.submit("boot", order)  # every host loads its part at the same time
             subs = self._serve(spec, incarnation, ports, loads[1:])
+            booting.result(_START_TIMEOUT_S)
             self._require_wanted()
-            order = RunOrder(incarnation, spec, self._hosts, subs, loads[0])
-            main.call("run", order, timeout_s=_START_TIMEOUT_S)
+            main.call("run", replace(order, subs=subs), timeout_s=_START_TIMEOUT_S)
             self._require_wanted()
             main.call("go")
         except BaseException:

@@ -86,6 +86,7 @@ class MainHost(SavingHost):
         self._pager = Daemon("dcres.paging.pager", self._folder, "pager", self._has_qemu)
         super().__init__(Store(self._settings.store), vm, self._settings.name, Meter())
         self._frozen: tuple[Owners, Ticks] | None = None
+        self._frozen_pid = 0  # of the pager that froze
         self._orders = threading.Lock()
         self._stopping_vm = threading.Lock()
         self._remembering = threading.Lock()
@@ -187,16 +188,24 @@ class MainHost(SavingHost):
 
     # Start and restore
 
-    def run(self, order: RunOrder) -> None:
-        """Start QEMU and the pager, with what `order.load` names in memory; guest stopped.
+    def boot(self, order: RunOrder) -> None:
+        """Start QEMU, with what `order.load` names in memory; the guest is stopped.
 
-        Raises ConfigError, NoRoom, QemuFailed, UnsafeDevice, CheckpointCorrupt, PagingError.
-        What was started until then is for `destroy` to end.
+        `order.subs` need not be known yet: sub hosts load their parts at the same time. Raises
+        ConfigError, NoRoom, QemuFailed, UnsafeDevice, CheckpointCorrupt. What was started until
+        then is for `destroy` to end.
         """
         with self._life.beginning(), self._blaming_qemu(QemuFailed):
-            self._run(order)
+            self._boot(order)
 
-    def _run(self, order: RunOrder) -> None:
+    def run(self, order: RunOrder) -> None:
+        """After `boot`: pager, then VM core. Raises PagingError, CheckpointCorrupt."""
+        with self._life.beginning(), self._blaming_qemu(QemuFailed):
+            self._start_pager(order)
+            if order.load is not None:
+                self._load_core(loads(order.load.manifest, Path("manifest.json")))
+
+    def _boot(self, order: RunOrder) -> None:
         spec = order.spec
         spec.require_files()
         require_tmpfs_room(self._settings.ram, spec.layout.main)
@@ -212,9 +221,6 @@ class MainHost(SavingHost):
         if order.load is not None and manifest is not None:
             load_parts(self._store, order.load, self._ram, self._meter)
             self._write_table(order, manifest)
-        self._start_pager(order)
-        if manifest is not None:
-            self._load_core(manifest)
 
     @property
     def _ram(self) -> Path:
@@ -253,7 +259,7 @@ class MainHost(SavingHost):
         """The network page table as the checkpoint has it, before the pager looks."""
         placement = self._store.read_placement(manifest)
         owners = from_saved(placement)
-        if not order.subs:
+        if len(order.hosts) == 1:
             owners = np.where(owners != 0, MAIN, owners).astype(np.uint8)
         limit = pages_of(order.spec.layout.main)
         table = PageTable.create(self._folder.ram / "table", owners, limit)
@@ -350,14 +356,14 @@ class MainHost(SavingHost):
         """Where QEMU writes the VM core: on tmpfs, since the VM stands still meanwhile."""
         return self._folder.ram / VMCORE
 
-    def finish(self, checkpoint: str, most_pages: int) -> Finished:
-        """Stop the VM, drain paging, snapshot the disks, save the core, freeze, stage the rest."""
+    def finish(self, checkpoint: str) -> Finished:
+        """Stop the VM, drain paging, snapshot the disks, save the core, freeze placement."""
         # `resume` waits for this: it must not thaw paging before it was frozen.
         with self._stopping_vm:
-            return self._finish(checkpoint, most_pages)
+            return self._finish(checkpoint)
 
-    def _finish(self, checkpoint: str, most_pages: int) -> Finished:
-        pager_pid = self._pager.call("status")["pid"]
+    def _finish(self, checkpoint: str) -> Finished:
+        self._frozen_pid = self._pager.call("status")["pid"]
         with self._qmp() as monitor:
             laps = [("", stopped_at := time.monotonic())]
             monitor.stop()
@@ -372,9 +378,6 @@ class MainHost(SavingHost):
         laps.append(("freeze", time.monotonic()))
         table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
         self._frozen = table.owners.copy(), table.ticks.copy()
-        self.stage(checkpoint, most_pages)
-        self._require_frozen(pager_pid)
-        laps.append(("stage", time.monotonic()))
         return Finished(
             tick=frozen["tick"],
             moved=sum(frozen[key] - before[key] for key in ("pages_in", "pages_out")),
@@ -383,6 +386,12 @@ class MainHost(SavingHost):
             stopped_at=stopped_at,
             parts_s={name: at - laps[i][1] for i, (name, at) in enumerate(laps[1:])},
         )
+
+    def stage(self, checkpoint: str, most_pages: int) -> None:
+        """As on every host. Raises PagingError if placement did not stand still meanwhile."""
+        with self._stopping_vm:
+            super().stage(checkpoint, most_pages)
+            self._require_frozen(self._frozen_pid)
 
     def _require_frozen(self, pager_pid: int) -> None:
         """PagingError if pages may have moved since the freeze.

@@ -7,7 +7,7 @@
                     │            └───┘ AnotherRound           │                     FINISHING
                     └── (stop: no rounds) ────────────────────┘            main FINISHED │
                                                                                          ▼
-    PUBLISHED ◀──Published── PUBLISHING ◀──all SAVED── SAVING ◀──all subs STAGED── STAGING
+    PUBLISHED ◀──Published── PUBLISHING ◀──all SAVED── SAVING ◀─────all STAGED─────── STAGING
                                  │                  the VM runs again
 
     Before PUBLISHING any failure, or a cancel, leads to ABANDONED; a manifest that cannot be
@@ -34,8 +34,8 @@ class Barrier(StrEnum):
     PREPARED = "prepared"  # every host: there is room, and changes are tracked
     COPIED = "copied"  # every host: a round is done
     SYNCHRONISE = "synchronise"  # every host: little is left
-    FINISH = "finish"  # the main host: VM stopped, core saved, placement frozen, rest staged
-    STAGED = "staged"  # every sub host: the rest is in memory, so the VM may go on
+    FINISH = "finish"  # the main host: VM stopped, core saved, placement frozen
+    STAGED = "staged"  # every host: the rest is in memory or on disk, so the VM may go on
     SAVED = "saved"  # every host: its part is durable; this is the vote
 
 
@@ -110,8 +110,8 @@ class Instruction(StrEnum):
     COPY = "copy"  # tell every host to save what is marked, while the guest runs
     JUDGE = "judge"  # decide whether another round is worth it
     SYNCHRONISE = "synchronise"  # tell every host to get ready for the stop
-    FINISH = "finish"  # tell the main host to stop the VM, save its core, freeze, stage
-    STAGE = "stage"  # tell every sub host to take the rest into memory
+    FINISH = "finish"  # tell the main host to stop the VM, save its core, freeze
+    STAGE = "stage"  # tell every host to take the rest, all at once
     RESUME = "resume"  # let the VM run
     SAVE = "save"  # tell every host to make its part durable and vote
     PUBLISH = "publish"  # write the manifest
@@ -185,7 +185,6 @@ class Commit:
         return (after, []) if after.waiting else after._everyone_passed()
 
     def _everyone_passed(self) -> tuple[Commit, list[Instruction]]:
-        subs = self.hosts - {self.main}
         match self.phase:
             case Phase.PREPARING if self.live:
                 return self._enter(Phase.COPYING, self.hosts, Instruction.COPY)
@@ -195,9 +194,9 @@ class Commit:
                 return self, [Instruction.JUDGE]
             case Phase.SYNCHRONISING:
                 return self._enter(Phase.FINISHING, {self.main}, Instruction.FINISH)
-            case Phase.FINISHING if subs:
-                return self._enter(Phase.STAGING, subs, Instruction.STAGE)
-            case Phase.FINISHING | Phase.STAGING:
+            case Phase.FINISHING:
+                return self._enter(Phase.STAGING, self.hosts, Instruction.STAGE)
+            case Phase.STAGING:
                 return self._enter(Phase.SAVING, self.hosts, Instruction.RESUME, Instruction.SAVE)
             case _:
                 return self._enter(Phase.PUBLISHING, (), Instruction.PUBLISH)

@@ -35,19 +35,21 @@ class Attacked(MainHost):
         if moment != "thaw":  # there `resume` itself has to wait for the next pager
             until(lambda: self._pager.call_patiently("status")["pid"] != pid, 20, "the next pager")
 
-    def _finish(self, checkpoint: str, most_pages: int) -> Finished:
+    def _finish(self, checkpoint: str) -> Finished:
         if self.moment == "stopping":  # the next coordinator resumes what the last one stops
             Attacked.moment = ""
             self.resuming.append(threading.Thread(target=self.resume))
             self.resuming[-1].start()
-        finished = super()._finish(checkpoint, most_pages)
-        self._attack("staged")
-        return finished
+        return super()._finish(checkpoint)
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         self._attack("frozen")
         super().stage(checkpoint, most_pages)
+        self._attack("staged")
+
+    def _require_frozen(self, pager_pid: int) -> None:
         self._attack("read")
+        super()._require_frozen(pager_pid)
 
     def resume(self) -> float:
         self._attack("thaw")
@@ -99,7 +101,7 @@ def test_a_resume_that_meets_a_stop_under_way_comes_after_it(vm: Rig) -> None:
     main, checkpoint, before = vm.main(), "vm-20260101-000000-0000", vm.listed()
     Attacked.moment = "stopping"
     main.prepare(checkpoint)
-    main.finish(checkpoint, 0)
+    main.finish(checkpoint)
     Attacked.resuming[-1].join(20)
     assert main.status()["run_state"] == "running"
     assert main.status()["state"] == "running"  # the pager's
@@ -120,9 +122,9 @@ class Ended(MainHost):
             self.ending.append(thread)
             until(lambda: self._life._over, 10, "the end has come")
 
-    def _run(self, order: RunOrder) -> None:
+    def _boot(self, order: RunOrder) -> None:
         self._end("begin")
-        super()._run(order)
+        super()._boot(order)
 
     def _start_pager(self, order: RunOrder) -> None:
         self._end("pager")

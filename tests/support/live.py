@@ -85,7 +85,7 @@ class WriterMain(SavingHost):
         status = self._orders.call("status")
         return {"pages_in": status["pages_in"], "pages_out": status["pages_out"]}
 
-    def finish(self, checkpoint: str, most_pages: int) -> Finished:
+    def finish(self, checkpoint: str) -> Finished:
         stopped_at = time.monotonic()
         os.kill(self._pid, signal.SIGSTOP)
         if self._without == "drain":
@@ -95,7 +95,6 @@ class WriterMain(SavingHost):
             frozen = self._orders.call("freeze")
         table = PageTable(self._rig.ram / "table", self._rig.pages, writable=False)
         self._table = table.owners.copy(), table.ticks.copy()
-        self.stage(checkpoint, most_pages)
         return Finished(frozen["tick"], 0, frozen["pages_in"], frozen["pages_out"], stopped_at)
 
     def resume(self) -> float:

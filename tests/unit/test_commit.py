@@ -26,6 +26,7 @@ FINISH_TO_STAGED: tuple[Event, ...] = (
     Passed("m", Barrier.SYNCHRONISE),
     Passed("s", Barrier.SYNCHRONISE),
     Passed("m", Barrier.FINISH),
+    Passed("m", Barrier.STAGED),
     Passed("s", Barrier.STAGED),
 )
 PREPARED: tuple[Event, ...] = (Passed("m", Barrier.PREPARED), Passed("s", Barrier.PREPARED))
@@ -76,11 +77,13 @@ def test_the_usual_order_of_a_live_checkpoint() -> None:
     )
 
 
-def test_without_sub_hosts_nothing_is_staged_elsewhere() -> None:
+def test_the_main_host_stages_by_itself_without_sub_hosts() -> None:
     commit, _ = Commit.begin(("m",), "m", live=False)
     for barrier in (Barrier.PREPARED, Barrier.SYNCHRONISE):
         commit, _ = commit.step(Passed("m", barrier))
     commit, said = commit.step(Passed("m", Barrier.FINISH))
+    assert said == [Instruction.STAGE]
+    commit, said = commit.step(Passed("m", Barrier.STAGED))
     assert said == [Instruction.RESUME, Instruction.SAVE]
 
 
@@ -100,7 +103,7 @@ def test_trouble_at_any_moment(live: bool, trouble: Event) -> None:
 
 
 def test_every_order_of_votes_failures_and_cancel_is_safe() -> None:
-    start = STOPPED[:6]
+    start = STOPPED[:7]
     events: tuple[Event, ...] = (*VOTES, Failed("s", "gone"), Failed("m", "gone"), Cancelled("^C"))
     outcomes = set()
     for order in permutations(events):

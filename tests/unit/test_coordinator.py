@@ -49,7 +49,7 @@ SPEC: dict[str, Any] = {
 }
 PAGES = 10
 DIGEST = "d" * 64
-BEGINNINGS = ("serve", "run", "go")
+BEGINNINGS = ("serve", "boot", "run", "go")
 
 
 @dataclass
@@ -140,14 +140,17 @@ class FakeMain(FakeHost):
     def next_generation(self) -> int:
         return 1
 
-    def run(self, order: RunOrder) -> None:
-        self.world.note(self.host, "run")
+    def boot(self, order: RunOrder) -> None:
+        self.world.note(self.host, "boot")
         self.world.state = {
             "spec": order.spec.model_dump(mode="json", by_alias=True),
             "running": False,
             "checkpoint": None,
             "loaded": order.load.hosts if isinstance(order.load, LoadOrder) else None,
         }
+
+    def run(self, order: RunOrder) -> None:
+        self.world.note(self.host, "run")
 
     def go(self) -> None:
         self.world.note(self.host, "go")
@@ -162,7 +165,7 @@ class FakeMain(FakeHost):
         self.world.note(self.host, "prepare")
         return {"pages_in": 0, "pages_out": 0}
 
-    def finish(self, checkpoint: str, most_pages: int) -> Finished:
+    def finish(self, checkpoint: str) -> Finished:
         self.world.frozen = True
         self.world.note(self.host, "finish")
         return Finished(tick=1, moved=0, pages_in=0, pages_out=0, stopped_at=1.0)
@@ -265,18 +268,18 @@ def require_nothing(world: World, fleet: LocalFleet) -> None:
 # Start
 
 
-def test_a_start_goes_sub_hosts_first_and_the_guest_last(
+def test_a_start_boots_everywhere_at_once_and_lets_the_guest_go_last(
     coordinator: Coordinator, world: World
 ) -> None:
     status = coordinator.start(SPEC)
     assert status["phase"] == "running"
-    orders = [each for each in world.done if each.partition(".")[2] in ("serve", "run", "go")]
-    assert sorted(orders[:2]) == ["h1.serve", "h2.serve"]
-    assert orders[2:] == ["h0.run", "h0.go"]
+    orders = [each for each in world.done if each.partition(".")[2] in BEGINNINGS]
+    assert sorted(orders[:3]) == ["h0.boot", "h1.serve", "h2.serve"]
+    assert orders[3:] == ["h0.run", "h0.go"]
     assert world.runs
 
 
-@pytest.mark.parametrize("where", ["h1.serve", "h2.serve", "h0.run", "h0.go"])
+@pytest.mark.parametrize("where", ["h1.serve", "h2.serve", "h0.boot", "h0.run", "h0.go"])
 @pytest.mark.parametrize("error", [NoRoom("no room on it"), ActorGone("it died")])
 def test_a_start_that_fails_undoes_all(
     coordinator: Coordinator, world: World, fleet: LocalFleet, where: str, error: DcresError
@@ -367,7 +370,7 @@ def test_a_checkpoint_runs_through_its_steps(started: Coordinator, world: World,
 
 
 STEPS = [
-    "h0.prepare", "h1.prepare", "h2.synchronise", "h0.finish", "h1.stage",
+    "h0.prepare", "h1.prepare", "h2.synchronise", "h0.finish", "h0.stage", "h1.stage",
     "h0.save", "h2.save", "h0.publish",
 ]  # fmt: skip
 

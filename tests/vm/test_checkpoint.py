@@ -112,7 +112,9 @@ def loaded_on_one_host(rig: Rig, manifest: Manifest) -> Iterator[Watched]:
     incarnation = Incarnation("vm", host.next_generation(), "5e" * 32)
     load = LoadOrder(dumps(manifest), tuple(part.host for part in manifest.hosts))
     try:
-        host.run(RunOrder(incarnation, spec, ("h0",), (), load))
+        order = RunOrder(incarnation, spec, ("h0",), (), load)
+        host.boot(order)
+        host.run(order)
         yield host
     finally:
         host.destroy()
