@@ -272,9 +272,10 @@ class Checkpointing:
             self._events.put(Published())
 
     def _discard(self) -> None:
-        for host in self._subject.hosts:
+        steps = [(host, step) for step in ("halt", "abandon") for host in self._subject.hosts]
+        for host, step in steps:
             try:
-                self._persist(host, "abandon", self.checkpoint)
+                self._persist(host, step, self.checkpoint)
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)

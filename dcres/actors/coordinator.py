@@ -142,8 +142,9 @@ class Coordinator:
         ports[0].call("resume", timeout_s=_RESUME_TIMEOUT_S)
         if ports[0].call("published", checkpoint):
             return
-        for port in ports:
-            port.call("abandon", checkpoint)
+        for step in ("halt", "abandon"):
+            for port in ports:
+                port.call(step, checkpoint)
 
     # Start
 

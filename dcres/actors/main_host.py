@@ -463,11 +463,12 @@ class MainHost(SavingHost):
 
     def abandon(self, checkpoint: str) -> None:
         """As on every host, and delete the checkpoint's disk snapshots. Repeatable."""
-        super().abandon(checkpoint)
+        self.halt(checkpoint)
         self._frozen = None
         if self._state:
             self._delete_snapshots(checkpoint)
-            self._forget(checkpoint)
+        super().abandon(checkpoint)
+        self._forget(checkpoint)
 
     def _delete_snapshots(self, checkpoint: str) -> None:
         spec = self._spec

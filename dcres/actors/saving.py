@@ -226,13 +226,20 @@ class SavingHost:
             self._saver = None
         return saved
 
-    def abandon(self, checkpoint: str) -> None:
-        """Stop saving and tracking, remove this host's part. Repeatable."""
+    def halt(self, checkpoint: str) -> None:
+        """Stop saving and tracking. Repeatable.
+
+        Hosts may share a store, so no part is removed before all hosts have halted.
+        """
         self._meter.cancel()
         with self._saving:
             self._end_saving()
-            self._store.discard(self._vm, checkpoint)
         self._meter.reset()
+
+    def abandon(self, checkpoint: str) -> None:
+        """Halt, and remove what is left of the checkpoint. Repeatable."""
+        self.halt(checkpoint)
+        self._store.discard(self._vm, checkpoint)
 
     def progress(self) -> Progress:
         """How far a long operation here is."""

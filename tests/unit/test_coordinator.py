@@ -100,6 +100,9 @@ class FakeHost:
     def stage(self, checkpoint: str, most_pages: int) -> None:
         self.world.note(self.host, "stage")
 
+    def halt(self, checkpoint: str) -> None:
+        self.world.note(self.host, "halt")
+
     def abandon(self, checkpoint: str) -> None:
         self.world.note(self.host, "abandon")
         self.world.unfinished.discard((checkpoint, self.host))
@@ -383,6 +386,8 @@ def test_a_checkpoint_that_fails_resumes_and_discards(
     with pytest.raises(OperationFailed, match="the disk is full") as caught:
         started.checkpoint("stop")
     host = step.partition(".")[0]
+    ends = [each for each in world.done if each.endswith((".halt", ".abandon"))]
+    assert [each.partition(".")[2] for each in ends] == ["halt"] * 3 + ["abandon"] * 3
     assert caught.value.failures == {host: "the disk is full"}
     assert "the VM goes on" in str(caught.value)
     assert world.runs
