@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from dcres.errors import DcresError, PagesLost, PagingError, ProtocolError
+from dcres.linux.files import allocated_bytes
 from dcres.linux.pagemap import WriteTracker
-from dcres.model.pages import Extents, Mask
+from dcres.model.pages import PAGE_SIZE, Extents, Mask
 from dcres.model.placement import MAIN, NOWHERE, pages_by_host, sub_code
 from dcres.model.wire import Kind
 from dcres.paging import settings as settings_
@@ -326,8 +327,13 @@ class Pager:
             "faults": self._faults.faults,
         }
 
+    def _pages_by_host(self) -> list[int]:
+        if self._links:
+            return pages_by_host(self._table.owners, len(self._links))
+        # Without sub hosts nobody keeps the owners; what is there, the file system knows.
+        return [allocated_bytes(self._attached.ram) // PAGE_SIZE]
+
     def _status(self) -> Answer:
-        owners = self._table.owners
         samples = np.array(self._faults.latencies_ns or [0]) / 1000
         return {
             "ok": True,
@@ -336,7 +342,7 @@ class Pager:
             "pid": os.getpid(),
             "adopted": self._attached.adopted,
             "limit_pages": self._table.limit_pages,
-            "pages": pages_by_host(owners, len(self._links)),
+            "pages": self._pages_by_host(),
             "leaving": self._evictor.leaving,
             "page_in_median_us": float(np.median(samples)),
             "page_in_p99_us": float(np.percentile(samples, 99)),
