@@ -249,14 +249,9 @@ def test_clients_saw_every_write_once_and_in_order(run: Run) -> None:
 
 
 def test_no_pause_is_longer_than_the_downtime_and_a_round_trip(run: Run) -> None:
-    """In all checkpoints but one: what else runs on the machine can hold a client up once.
-
-    A pause that belongs to checkpoints, and is not reported, shows in every one of them.
-    """
-    allowed = [taken.downtime_s + run.round_trip_s for taken in run.checkpoints]
-    pauses = [run.longest(taken.began_s, taken.ended_s) for taken in run.checkpoints]
-    longer = [(pause, most) for pause, most in zip(pauses, allowed, strict=True) if pause > most]
-    assert len(longer) <= 1, longer
+    for taken in run.checkpoints:
+        pause_s = run.longest(taken.began_s, taken.ended_s)
+        assert pause_s <= taken.downtime_s + run.round_trip_s
 
 
 def test_a_stop_that_nobody_reports_is_seen(run: Run) -> None:
