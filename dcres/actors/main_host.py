@@ -462,9 +462,15 @@ class MainHost(SavingHost):
             self._remember(checkpoint=None)
 
     def abandon(self, checkpoint: str) -> None:
-        """As on every host, and delete the checkpoint's disk snapshots. Repeatable."""
+        """As on every host, and delete the checkpoint's disk snapshots. Repeatable.
+
+        A checkpoint whose manifest is there keeps all it has: an actor may have died after it
+        published and before it could say so.
+        """
         self.halt(checkpoint)
         self._frozen = None
+        if self.published(checkpoint):
+            return
         if self._state:
             self._delete_snapshots(checkpoint)
         super().abandon(checkpoint)
