@@ -18,7 +18,7 @@ from dcres.api.cluster import Cluster, local_cluster
 from dcres.api.operation import OperationProgress
 from dcres.api.status import VmStatus
 from dcres.api.vm import Checkpoint, Vm, read_from
-from dcres.config import Accel, default_home, format_size
+from dcres.config import Accel, default_cache, default_home, format_size
 from dcres.errors import ClusterError, ConfigError, VmError, VmLost
 from dcres.model.pages import PAGE_SIZE
 from dcres.vm import accel, guest, witness
@@ -169,7 +169,7 @@ def run(stage: Stage, memory_bytes: int = LEAST_MEMORY_BYTES, keep: bool = False
     stage.begin("prepare the guest")
     began = time.monotonic()
     image = guest.prepare(default_home() / "guest")
-    chosen, why = accel.choose(Accel.AUTO, image.kernel, default_home() / "cache")
+    chosen, why = accel.choose(Accel.AUTO, image.kernel, default_cache())
     story = Story(str(chosen), why, memory_bytes)
     seconds = time.monotonic() - began
     prepared = Step("prepare the guest", began, seconds, f"Linux under {chosen.upper()}")

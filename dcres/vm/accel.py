@@ -163,17 +163,27 @@ def _read_cache(cache: Path) -> tuple[str, Probe] | None:
         return None
 
 
+def host_kernel() -> Path | None:
+    """This host's own kernel, where distributions keep it: as good as any to try KVM with."""
+    kernel = Path("/boot") / f"vmlinuz-{os.uname().release}"
+    return kernel if os.access(kernel, os.R_OK) else None
+
+
 def choose(accel: Accel, kernel: Path | None, cache_dir: Path) -> tuple[Accel, str]:
     """The accelerator to use, never ``auto``, and a sentence that says why.
 
-    `kernel` is any 64-bit Linux kernel to try. Without one ``auto`` means TCG, and ``kvm`` is
-    taken at its word. Raises UnsupportedHost when ``kvm`` was asked for and does not work here.
+    `kernel` is any 64-bit Linux kernel to try; without one, this host's own. With none at all
+    there is no KVM. Raises UnsupportedHost when ``kvm`` was asked for and did not run a guest.
     """
     if accel is Accel.TCG:
         return Accel.TCG, "TCG, as the VM file asks"
+    kernel = kernel or host_kernel()
     if kernel is None:
         if accel is Accel.KVM:
-            return Accel.KVM, "KVM, as the VM file asks; there is no kernel to try it with"
+            raise UnsupportedHost(
+                "accel: kvm was not tried on this host: there is no kernel to try it with; "
+                "install one in /boot, or use accel: tcg"
+            )
         return Accel.TCG, "TCG, which is slower: there is no kernel to try KVM with"
     probe = probe_kvm(kernel, cache_dir)
     if probe.works:

@@ -89,6 +89,23 @@ def test_kvm_that_does_not_work_is_refused(tmp_path: Path, monkeypatch: pytest.M
         choose(Accel.KVM, tmp_path / "kernel", tmp_path)
 
 
-def test_nothing_to_try_kvm_with(tmp_path: Path) -> None:
+def test_nothing_to_try_kvm_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accel, "host_kernel", lambda: None)
     assert choose(Accel.AUTO, None, tmp_path)[0] is Accel.TCG
+    with pytest.raises(UnsupportedHost, match="no kernel to try it with"):
+        choose(Accel.KVM, None, tmp_path)
+
+
+def test_without_a_kernel_of_its_own_a_vm_has_the_hosts_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Path] = []
+    monkeypatch.setattr(accel, "host_kernel", lambda: tmp_path / "own")
+
+    def probe(kernel: Path, _: Path) -> Probe:
+        tried.append(kernel)
+        return Probe(True, "it ran")
+
+    monkeypatch.setattr(accel, "probe_kvm", probe)
     assert choose(Accel.KVM, None, tmp_path)[0] is Accel.KVM
+    assert tried == [tmp_path / "own"]
