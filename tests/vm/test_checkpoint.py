@@ -329,6 +329,15 @@ def test_a_refused_restore_leaves_the_disk_alone(restored: WithDisk) -> None:
     os.truncate(memory, length_bytes)  # the last page was never touched
 
 
+def test_a_published_checkpoint_keeps_its_disk_snapshot_when_it_is_given_up(
+    restored: WithDisk,
+) -> None:
+    """As after an actor that published, died, and could not say so."""
+    restored.vm.main().abandon(restored.first.checkpoint)
+    assert disk.snapshots(restored.path) == [restored.first.checkpoint]
+    assert restored.vm.store.verify(restored.first.checkpoint).ok
+
+
 @pytest.mark.parametrize("qemu_dies", [False, True])
 def test_a_failed_checkpoint_leaves_no_disk_snapshot(restored: WithDisk, qemu_dies: bool) -> None:
     vm, first = restored.vm, restored.first
