@@ -33,6 +33,21 @@ def environ(mark: str) -> dict[str, str]:
     return {**os.environ, MARK: mark}
 
 
+def test_normal_priority_whatever_ours_is(tmp_path: Path, mark: str) -> None:
+    spawn = (
+        "from pathlib import Path; from dcres.linux.process import spawn_detached; import sys;"
+        "print(spawn_detached(['sleep', '60'], Path(sys.argv[1])).pid)"
+    )
+    told = subprocess.run(
+        ["nice", "-n", "15", sys.executable, "-c", spawn, str(tmp_path / "log")],
+        env=environ(mark),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert os.getpriority(os.PRIO_PROCESS, int(told.stdout)) == 0
+
+
 def test_output_and_input(tmp_path: Path, mark: str) -> None:
     log = tmp_path / "log"
     process = spawn_detached(
