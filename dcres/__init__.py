@@ -20,6 +20,7 @@ from dcres.errors import DcresError
 if TYPE_CHECKING:
     from dcres.api.cluster import Cluster, connect, local_cluster
     from dcres.api.operation import OperationProgress
+    from dcres.api.placement import Placement
     from dcres.api.status import Host, HostStatus, VmStatus
     from dcres.api.vm import Checkpoint, Vm
     from dcres.config import Layout, VmSpec
@@ -33,6 +34,7 @@ __all__ = [  # noqa: RUF022 - most important first
     "Layout",
     "VmSpec",
     "VmStatus",
+    "Placement",
     "HostStatus",
     "Host",
     "OperationProgress",
@@ -49,6 +51,7 @@ _HOMES = {
     "Layout": "dcres.config",
     "VmSpec": "dcres.config",
     "VmStatus": "dcres.api.status",
+    "Placement": "dcres.api.placement",
     "HostStatus": "dcres.api.status",
     "Host": "dcres.api.status",
     "OperationProgress": "dcres.api.operation",

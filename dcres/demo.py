@@ -276,7 +276,8 @@ class _Play:
 
     def _restore(self, checkpoint: Checkpoint, *, single: bool) -> Vm:
         step = self._begin("restore on one host" if single else "restore on three hosts")
-        vm = checkpoint.restore(single=single, progress=self._note_progress)
+        where = None if single else 3
+        vm = checkpoint.restore(single=single, hosts=where, progress=self._note_progress)
         self._story.restores.append(vm.facts)
         step.hosts = _places(vm.facts["layout"])
         self._end(step, f"the guest runs after {vm.facts['seconds']:.1f} s")

@@ -305,6 +305,13 @@ def reservation(name: str) -> Reservation | None:
     return Reservation(name) if table.get("state") in _LIVE_GROUPS else None
 
 
+def list_reservations(prefix: str) -> list[str]:
+    """The names of live reservations that begin with `prefix`, sorted."""
+    groups = placement_group_table().values()
+    names = (group["name"] for group in groups if group["state"] in _LIVE_GROUPS)
+    return sorted(name for name in names if name.startswith(prefix))
+
+
 def release(name: str) -> None:
     """End a reservation and every actor in it; true when this returns. Repeatable."""
     try:
@@ -430,19 +437,23 @@ def spawn(
     *,
     reservation: Reservation | None = None,
     bundle: int = 0,
+    on_host: str | None = None,
     max_restarts: int = -1,
 ) -> ActorPort:
-    """Start an actor of a plain class: on the host of a bundle, or else on the head node.
+    """Start an actor of a plain class: on the host of a bundle, on a host, or on the head node.
 
     It is named and detached: it outlives this process, Ray starts it again when its process
     dies (`max_restarts`; -1: always), and its methods run in up to 16 threads, each call at
     most once. Returns before the constructor has run; see `ActorPort.wait_ready`. Raises
-    Conflict if the name is taken.
+    Conflict if the name is taken, NotFound for a host that is not there.
     """
     placement: dict[str, Any] = {"resources": _HEAD_RESOURCE}
     if reservation is not None:
         group = _group(reservation.name)
         placement = {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle)}
+    elif on_host is not None:
+        node_id = host_named(on_host, hosts()).node_id
+        placement = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
     remote = ray.remote(num_cpus=0)(cls).options(
         name=actor_name,
         namespace=NAMESPACE,

@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -22,15 +22,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from dcres.actors import restoring as restoring_
 from dcres.actors.checkpointing import Checkpointing, Subject
 from dcres.actors.fleet import RayFleet
-from dcres.actors.messages import Incarnation, LoadOrder, RunOrder, ServeOrder, Status
+from dcres.actors.following import Follower
+from dcres.actors.messages import Incarnation, RunOrder, ServeOrder, Status
 from dcres.actors.ports import Fleet, Pending, Port
-from dcres.config import Layout, VmSpec, format_size, vm_spec
+from dcres.actors.replacing import Replacing, give_shares_back
+from dcres.actors.restoring import Restoring
+from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import (
     ActorGone,
     ClusterError,
-    ConfigError,
     Conflict,
     DcresError,
     NotFound,
@@ -39,8 +42,9 @@ from dcres.errors import (
 )
 from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
 from dcres.model.pages import PAGE_SIZE, pages_of
+from dcres.model.picture import Picture
 from dcres.paging.settings import SubAddress
-from dcres.storage.manifest import Manifest, Mode, dumps, loads
+from dcres.storage.manifest import Manifest, Mode, loads
 from dcres.storage.store import Store
 
 log = logging.getLogger("dcres.coordinator")
@@ -64,6 +68,19 @@ class VmPhase(StrEnum):
     LOST = "lost"
 
 
+class Laps:
+    """What an operation was spent on: `seconds` by step, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def end(self, step: str) -> None:
+        """The time since the step before was for this one."""
+        now = time.monotonic()
+        self.seconds[step], self._last = now - self._last, now
+
+
 class Coordinator:
     """One VM's driver; see the module."""
 
@@ -76,8 +93,11 @@ class Coordinator:
         self._operation = threading.Lock()
         self._checkpointing: Checkpointing | None = None
         self._unwanted: threading.Event | None = None  # while a start or restore is under way
+        self._moves_unwanted: threading.Event | None = None  # while shares are changed
         self._last: dict[str, Any] = {}
+        self._laps = Laps()  # of the latest start or restore
         self._fixed_s = FIXED_S
+        self._follower: Follower | None = None
         self._recover()
 
     @contextmanager
@@ -118,6 +138,8 @@ class Coordinator:
             self._phase, self._why = VmPhase.LOST, str(error)
             return
         self._hosts = tuple(each["host"] for each in descriptions)
+        if descriptions[0]["running"] and self._reshaped(descriptions[0]):
+            descriptions = [self._describe(port) for port in self._fleet.find(self._vm)]
         if not all(each["present"] for each in descriptions):
             log.warning("VM %s: taking down a start that was not finished", self._vm)
             self._take_down()
@@ -130,8 +152,18 @@ class Coordinator:
                 self._give_up(checkpoint, ports)
             if not descriptions[0]["running"]:
                 self._take_down()
+            elif descriptions[0]["moving"]:
+                self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
         except DcresError as error:
             self._phase, self._why = VmPhase.LOST, str(error)
+
+    def _reshaped(self, main: Status) -> bool:
+        """Whether shares were being changed; if so that is brought to an end."""
+        if not main["reshaping"] and tuple(main["hosts"]) == self._hosts:
+            return False
+        log.warning("VM %s: giving up a change of shares", self._vm)
+        self._settle_shape()
+        return True
 
     def _describe(self, port: Port) -> Status:
         port.wait_ready(_ASK_TIMEOUT_S)
@@ -153,7 +185,7 @@ class Coordinator:
         spec = vm_spec(values)
         with self._exclusively(VmPhase.STARTING):
             self._require_absent()
-            self._bring_up(spec, hosts, None)
+            self._bring_up(spec, hosts)
             self._phase = VmPhase.RUNNING
         return self.status()
 
@@ -175,32 +207,82 @@ class Coordinator:
         return False
 
     def _bring_up(
-        self, spec: VmSpec, hosts: Sequence[str] | None, manifest: Manifest | None
-    ) -> None:
-        """Reserve, start sub hosts, then the main host, then let the guest run; or undo all."""
+        self,
+        spec: VmSpec,
+        hosts: Sequence[str] | None,
+        manifest: Manifest | None = None,
+        lazy: bool = False,
+    ) -> Restoring | None:
+        """Reserve, start sub hosts, then the main host, then let the guest run; or undo all.
+
+        The restore, if it is one.
+        """
         shares = spec.layout.shares
         self._unwanted = threading.Event()
+        self._laps = Laps()
         try:
             self._hosts = tuple(self._fleet.reserve(self._vm, shares, hosts))
+            self._laps.end("reserve")
             self._require_wanted()
             ports = self._ports()
             main = ports[self._hosts[0]]
-            incarnation = Incarnation(self._vm, main.call("next_generation"), secrets.token_hex(32))
-            loads = _load_orders(manifest, len(shares))
-            order = RunOrder(incarnation, spec, self._hosts, (), loads[0])
-            booting = main.submit("boot", order)  # every host loads its part at the same time
-            subs = self._serve(spec, incarnation, ports, loads[1:])
-            booting.result(_START_TIMEOUT_S)
-            self._require_wanted()
-            main.call("run", replace(order, subs=subs), timeout_s=_START_TIMEOUT_S)
-            self._require_wanted()
-            main.call("go")
+            above = 0 if manifest is None else manifest.generation
+            generation = main.call("next_generation", above)
+            incarnation = Incarnation(self._vm, generation, secrets.token_hex(32))
+            restoring = None
+            if manifest is not None:
+                restoring = restoring_.prepare(
+                    manifest, shares, ports, self._fleet, incarnation, lazy
+                )
+                self._laps.end("plan")
+            self._run(spec, incarnation, ports, restoring)
         except BaseException:
             self._take_down()
             self._require_wanted()
             raise
         finally:
             self._unwanted = None
+        return restoring
+
+    def _run(
+        self,
+        spec: VmSpec,
+        incarnation: Incarnation,
+        ports: dict[str, Port],
+        restoring: Restoring | None,
+    ) -> None:
+        """Every host loads its pages at the same time; the guest runs when this returns."""
+        main = ports[self._hosts[0]]
+        load = None if restoring is None else restoring.load_order(self._hosts[0])
+        order = RunOrder(incarnation, spec, self._hosts, (), load)
+        booting = main.submit("boot", order)
+        subs = self._serve(spec, incarnation, ports, restoring)
+        booting.result(_START_TIMEOUT_S)
+        self._laps.end("boot")
+        self._require_wanted()
+        resumption = None if restoring is None else restoring.resumption
+        order = replace(order, subs=subs, load=None, resumption=resumption)
+        self._laps.end("serve")
+        main.call("run", order, timeout_s=_START_TIMEOUT_S)
+        self._require_wanted()
+        main.call("go")
+        self._laps.end("run")
+        if restoring is None:
+            return
+        if restoring.lazy:
+            self._follow(main, restoring.server_ports, restoring.end)
+        else:
+            restoring.end()
+
+    def _follow(self, main: Port, servers: Mapping[str, Port], done: Callable[[], None]) -> None:
+        self._follower = Follower(self._vm, main, servers, done)
+
+    def _end_servers(self, ports: Sequence[Port]) -> None:
+        """As `Restoring.end`, when nobody remembers which hosts serve parts."""
+        for port in ports:
+            with suppress(DcresError):
+                port.call("end_serving_parts")
+        self._fleet.leave(self._vm)
 
     def _require_wanted(self) -> None:
         if self._unwanted is not None and self._unwanted.is_set():
@@ -211,11 +293,12 @@ class Coordinator:
         spec: VmSpec,
         incarnation: Incarnation,
         ports: dict[str, Port],
-        loads: Sequence[LoadOrder | None],
+        restoring: Restoring | None,
     ) -> tuple[SubAddress, ...]:
         page_count = pages_of(spec.memory)
         pending: dict[str, Pending] = {}
-        for host, share, load in zip(self._hosts[1:], spec.layout.subs, loads, strict=True):
+        for host, share in zip(self._hosts[1:], spec.layout.subs, strict=True):
+            load = None if restoring is None else restoring.load_order(host)
             order = ServeOrder(incarnation, page_count, pages_of(share), load)
             pending[host] = ports[host].submit("serve", order)
         return tuple(
@@ -280,11 +363,12 @@ class Coordinator:
         )
 
     def cancel(self) -> bool:
-        """Give up the checkpoint, start or restore under way; False when there is none.
+        """Give up the checkpoint, start, restore or change of shares under way, if there is one.
 
         A start's hosts are told to end what they have, so that long loading ends at once.
         """
         checkpointing, unwanted = self._checkpointing, self._unwanted
+        moves_unwanted = self._moves_unwanted
         if checkpointing is not None:
             checkpointing.cancel("cancelled by the user")
         elif unwanted is not None:
@@ -292,64 +376,149 @@ class Coordinator:
             for port in self._fleet.find(self._vm):
                 with suppress(ActorGone):
                     port.submit("destroy")
-        return checkpointing is not None or unwanted is not None
+        elif moves_unwanted is not None:
+            moves_unwanted.set()
+        return any(each is not None for each in (checkpointing, unwanted, moves_unwanted))
 
     # Restore
 
     def restore(
-        self, manifest_text: str, layout: Layout | None = None, hosts: Sequence[str] | None = None
+        self,
+        manifest_text: str,
+        layout: Layout | None = None,
+        hosts: Sequence[str] | None = None,
+        lazy: bool = False,
     ) -> dict[str, Any]:
         """Bring the VM back from a checkpoint; facts as `dcres restore --json` prints them.
 
-        `layout` None is the checkpoint's own. Raises Conflict when the VM runs or is being
-        restored, CheckpointCorrupt, NoRoom; on an error nothing of the VM is left running and
-        the checkpoint is as it was.
+        `layout` None is the checkpoint's own. With `lazy` the guest runs at once, and its
+        memory follows. Raises Conflict when the VM runs or is being restored,
+        CheckpointCorrupt, NoRoom, NotFound for a part that is nowhere; on an error nothing of
+        the VM is left running and the checkpoint is as it was.
         """
         manifest = loads(manifest_text, Path("manifest.json"))
         spec = spec_for(manifest, layout)
         with self._exclusively(VmPhase.RESTORING):
             self._require_absent()
-            began = time.monotonic()
-            self._bring_up(spec, hosts, manifest)
+            restoring = self._bring_up(spec, hosts, manifest, lazy)
             self._phase = VmPhase.RUNNING
-            seconds = time.monotonic() - began
+        if restoring is None:
+            raise OperationFailed("a restore had no plan", {})
+        moved = restoring.moved_pages
         return {
             "vm": self._vm,
             "checkpoint": manifest.checkpoint,
-            "seconds": seconds,
-            "layout": self._layout_facts(spec, manifest),
-            "pages_moved": 0,
-            "bytes_moved": 0,
+            "seconds": sum(self._laps.seconds.values()),
+            "parts_seconds": self._laps.seconds,
+            "lazy": lazy,
+            "layout": self._layout_facts(spec, restoring),
+            "pages_moved": moved,
+            "bytes_moved": moved * PAGE_SIZE,
         }
 
-    def _layout_facts(self, spec: VmSpec, manifest: Manifest) -> list[dict[str, Any]]:
-        pages = [part.pages for part in manifest.hosts]
-        if len(self._hosts) == 1:
-            pages = [manifest.pages]
+    def _layout_facts(self, spec: VmSpec, restoring: Restoring) -> list[dict[str, Any]]:
         return [
             {
                 "host": host,
                 "role": "main" if index == 0 else "sub",
                 "memory_bytes": spec.layout.shares[index],
-                "pages": pages[index],
+                "pages": sum(flow[index] for flow in restoring.planned.flow),
             }
             for index, host in enumerate(self._hosts)
         ]
 
     # Everything else
 
-    def resize(self, main_bytes: int) -> Status:
-        """Change how much the main host keeps. Raises ConfigError, NoRoom."""
+    def resize(
+        self, main_bytes: int | None = None, subs_bytes: Sequence[int] | None = None
+    ) -> Status:
+        """Change how much the hosts keep, while the VM runs.
+
+        More sub hosts than there are join on hosts with room; with fewer the last ones are
+        emptied and leave. Raises ConfigError, NoRoom.
+        """
         with self._exclusively(VmPhase.RESIZING):
-            main = self._main()
-            spec = VmSpec.model_validate(main.call("describe")["spec"])
-            layout = Layout(main=main_bytes, subs=spec.layout.subs)
-            layout.require_room_for(spec.memory)
-            reserved = int(main.call("describe")["reserved"])
-            self._fleet.extend(self._vm, reserved, max(0, main_bytes - reserved))
-            main.call("resize", main_bytes // PAGE_SIZE)
-            self._phase = VmPhase.RUNNING
+            spec = self._running_spec()
+            subs = spec.layout.subs if subs_bytes is None else tuple(subs_bytes)
+            now = len(spec.layout.subs)
+            wanted = [*subs[:now], *[0] * (now - len(subs))]
+            self._reshape(spec, main_bytes or spec.layout.main, wanted, subs[now:])
         return self.status()
+
+    def drain(self, host: str) -> Status:
+        """Empty one sub host while the VM runs, then leave it. Raises NotFound, NoRoom."""
+        with self._exclusively(VmPhase.RESIZING):
+            spec = self._running_spec()
+            if host not in self._hosts[1:]:
+                raise NotFound(
+                    f"{host} is no sub host of VM {self._vm}; it has "
+                    f"{', '.join(self._hosts[1:]) or 'none'}"
+                )
+            shares = zip(self._hosts[1:], spec.layout.subs, strict=True)
+            wanted = [0 if name == host else share for name, share in shares]
+            self._reshape(spec, spec.layout.main, wanted, ())
+        return self.status()
+
+    def _running_spec(self) -> VmSpec:
+        description = self._main().call("describe")
+        if description["moving"]:
+            raise Conflict(f"VM {self._vm} is still being restored; wait until its pages are there")
+        return VmSpec.model_validate(description["spec"])
+
+    def _reshape(
+        self, spec: VmSpec, main_bytes: int, wanted: Sequence[int], added: Sequence[int]
+    ) -> None:
+        layout = Layout(main=main_bytes, subs=tuple(filter(None, [*wanted, *added])))
+        layout.require_room_for(spec.memory)
+        main = self._main()
+        reserved = int(main.call("describe")["reserved"])
+        self._fleet.extend(self._vm, 0, max(0, main_bytes - reserved))
+        grows = main_bytes > spec.layout.main
+        if grows:
+            main.call("resize", main_bytes // PAGE_SIZE)
+        if [*wanted, *added] != list(spec.layout.subs):
+            self._replace(spec, wanted, added)
+        if not grows:
+            main.call("resize", main_bytes // PAGE_SIZE)
+        main.call("set_layout", layout.model_dump())
+        self._phase = VmPhase.RUNNING
+
+    def _replace(self, spec: VmSpec, wanted: Sequence[int], added: Sequence[int]) -> None:
+        stopped = self._moves_unwanted = threading.Event()
+
+        def require_wanted() -> None:
+            if stopped.is_set():
+                raise Conflict(f"moving the pages of VM {self._vm} was cancelled; it runs on")
+
+        incarnation = self._main().call("incarnation")
+        replacing = Replacing(
+            self._vm, self._fleet, spec, self._hosts, wanted, added, incarnation, require_wanted
+        )
+        try:
+            self._hosts = replacing.run()
+        except BaseException:
+            self._settle_shape()
+            raise
+        finally:
+            self._moves_unwanted = None
+
+    def _settle_shape(self) -> None:
+        """After a change of shares that was not finished: the hosts that there are, in full.
+
+        Only hosts that the main host knows are the VM's; the shares are the layout's, and of a
+        host that joined what it was given.
+        """
+        ports = self._fleet.find(self._vm)
+        main = ports[0].call("describe")
+        members = main["hosts"]
+        for index, port in zip(self._fleet.indices(self._vm), ports, strict=True):
+            if self._describe(port)["host"] not in members:
+                port.call("destroy")
+                self._fleet.dismiss(self._vm, index)
+        self._hosts = tuple(members)
+        if main["reshaping"]:
+            shares = give_shares_back(self._vm, self._fleet, self._hosts, main["shares"])
+            ports[0].call("set_layout", {"main": main["spec"]["layout"]["main"], "subs": shares})
 
     def status(self) -> Status:
         """The VM as its hosts see it; a host that is gone makes it lost, and says so."""
@@ -358,7 +527,7 @@ class Coordinator:
             return status
         try:
             status["hosts"] = self._ask_all()
-            self._why = ""
+            self._why = "" if self._follower is None else self._follower.trouble
             if self._phase is VmPhase.LOST:
                 self._phase = VmPhase.RUNNING
         except NotFound:
@@ -371,6 +540,13 @@ class Coordinator:
         status["phase"], status["why"] = str(self._phase), self._why
         status["last_checkpoint"] = self._last or None
         return status
+
+    def placement(self, buckets: int) -> Picture:
+        """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
+        if self._phase in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
+            raise Conflict(f"VM {self._vm} is {self._phase}; wait until that is done")
+        picture: Picture = self._main().call("picture", buckets)
+        return picture
 
     def _ask_all(self) -> list[Status]:
         ports = self._ports()
@@ -409,6 +585,9 @@ class Coordinator:
             facts["round"] = len(checkpointing.rounds)
             facts["estimated_downtime_seconds"] = checkpointing.judgement.estimated_downtime_s
             facts["pages_left"] = checkpointing.pages_left
+        if self._phase is VmPhase.RESIZING:
+            with suppress(DcresError):
+                facts["pages_to_move"] = self._main().call("status")["pages_to_move"]
         return facts
 
     def stop(self) -> None:
@@ -430,6 +609,9 @@ class Coordinator:
 
     def _take_down(self) -> None:
         """End everything of the VM on every host that still answers; release the hosts."""
+        if self._follower is not None:
+            self._follower.stop()
+            self._follower = None
         for port in self._fleet.find(self._vm):
             try:
                 port.wait_ready(_ASK_TIMEOUT_S)
@@ -448,35 +630,11 @@ def _result(host: str, pending: Pending, timeout_s: float, message: str) -> Any:
         raise OperationFailed(message, {host: str(error)}) from None
 
 
-def _load_orders(manifest: Manifest | None, hosts: int) -> list[LoadOrder | None]:
-    """Which parts each host loads: its own, or all of them on a single host."""
-    if manifest is None:
-        return [None] * hosts
-    text = dumps(manifest)
-    if hosts == 1:
-        return [LoadOrder(text, tuple(part.host for part in manifest.hosts))]
-    return [LoadOrder(text, (part.host,)) for part in manifest.hosts]
-
-
 def spec_for(manifest: Manifest, layout: Layout | None) -> VmSpec:
     """The VM file of a checkpoint with another layout. Raises ConfigError if it cannot hold it."""
     spec = VmSpec.model_validate(manifest.vm_spec)
     layout = layout or spec.layout
     layout.require_room_for(spec.memory)
-    parts = manifest.hosts
-    if len(layout.shares) == 1:
-        return spec.model_copy(update={"layout": layout})
-    if len(layout.shares) != len(parts):
-        raise ConfigError(
-            f"checkpoint {manifest.checkpoint} has {len(parts)} parts and the layout "
-            f"{len(layout.shares)} hosts; restore on {len(parts)} hosts, or on one with --single"
-        )
-    for share, part in zip(layout.shares, parts, strict=True):
-        if share < part.pages * PAGE_SIZE:
-            raise ConfigError(
-                f"{part.host} saved {format_size(part.pages * PAGE_SIZE)}, more than the "
-                f"{format_size(share)} of its new host; give that host more"
-            )
     return spec.model_copy(update={"layout": layout})
 
 

@@ -1,16 +1,26 @@
-"""The fleet on Ray: reservations, and the host actors of one VM."""
+"""The fleet on Ray: reservations, and the actors of one VM.
+
+A VM starts with one placement group over all its hosts. What is set aside later, on a host that
+is to hold more or on one that joins, is a group of its own, since groups cannot change.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from dcres.actors import _ray
+from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Port
+from dcres.actors.room import HostInfo
 from dcres.actors.sub_host import SubHost
-from dcres.errors import NotFound
+from dcres.config import HostSettings, format_size
+from dcres.errors import DcresError, NoRoom, NotFound
+from dcres.storage.store import Store
 
 _READY_TIMEOUT_S = 60.0
+_LOOK_TIMEOUT_S = 30.0
 
 
 def coordinator_name(vm: str) -> str:
@@ -23,12 +33,20 @@ def host_actor_name(vm: str, index: int) -> str:
     return f"dcres-host/{vm}/{index}"
 
 
+def _visitor_name(vm: str, host: str) -> str:
+    return f"dcres-parts/{vm}/{host}"
+
+
 def _reservation_name(vm: str) -> str:
     return f"dcres/{vm}"
 
 
-def _extra_name(vm: str) -> str:
-    return f"dcres-extra/{vm}"
+def _extra_name(vm: str, index: int) -> str:
+    return f"dcres-extra/{vm}/{index}"
+
+
+def _own_name(vm: str, index: int) -> str:
+    return f"dcres-more/{vm}/{index}"
 
 
 class RayFleet:
@@ -39,16 +57,8 @@ class RayFleet:
         reservation = _ray.reserve(_reservation_name(vm), shares, hosts)
         try:
             names = list(reservation.hosts)
-            addresses = {host.name: host.address for host in _ray.hosts()}
             ports = [
-                _ray.spawn(
-                    MainHost if index == 0 else SubHost,
-                    host_actor_name(vm, index),
-                    (vm, addresses[name]),
-                    reservation=reservation,
-                    bundle=index,
-                )
-                for index, name in enumerate(names)
+                self._spawn(vm, index, name, reservation, index) for index, name in enumerate(names)
             ]
             for port in ports:
                 port.wait_ready(_READY_TIMEOUT_S)
@@ -57,27 +67,117 @@ class RayFleet:
             raise
         return names
 
+    def _spawn(
+        self, vm: str, index: int, host: str, reservation: _ray.Reservation, bundle: int
+    ) -> Port:
+        return _ray.spawn(
+            MainHost if index == 0 else SubHost,
+            host_actor_name(vm, index),
+            (vm, _address_of(host)),
+            reservation=reservation,
+            bundle=bundle,
+        )
+
     def find(self, vm: str) -> list[Port]:
         """The ports by name: the actors restart on their own."""
-        prefix = f"dcres-host/{vm}/"
-        found = _ray.list_actors(prefix)
-        return [
-            _ray.ActorPort(name)
-            for name in sorted(found, key=lambda name: int(name.rpartition("/")[2]))
-        ]
+        return [_ray.ActorPort(host_actor_name(vm, index)) for index in self.indices(vm)]
 
-    def extend(self, vm: str, share: int, extra: int) -> None:
-        """A second reservation on the main host for what the first lacks."""
-        _ray.release(_extra_name(vm))
+    def indices(self, vm: str) -> list[int]:
+        """From the names of the actors that there are."""
+        found = _ray.list_actors(f"dcres-host/{vm}/")
+        return sorted(int(name.rpartition("/")[2]) for name in found)
+
+    def extend(self, vm: str, index: int, extra: int) -> None:
+        """A second reservation on that host for what the first lacks."""
+        _ray.release(_extra_name(vm, index))
         if extra > 0:
-            reservation = _ray.reservation(_reservation_name(vm))
-            if reservation is None:
-                raise NotFound(f"VM {vm} has no reservation")
-            _ray.reserve(_extra_name(vm), [extra], [reservation.host_of(0)])
+            _ray.reserve(_extra_name(vm, index), [extra], [self._host_of(vm, index)])
+
+    def _host_of(self, vm: str, index: int) -> str:
+        own = _ray.reservation(_own_name(vm, index))
+        if own is not None:
+            return own.host_of(0)
+        reservation = _ray.reservation(_reservation_name(vm))
+        if reservation is None:
+            raise NotFound(f"VM {vm} has no reservation")
+        return reservation.host_of(index)
+
+    def add(self, vm: str, share: int) -> tuple[str, Port]:
+        """On the host with the most room of those that have no part of the VM."""
+        indices = self.indices(vm)
+        taken = {self._host_of(vm, index) for index in indices}
+        host = _roomiest([each for each in _alive() if each.name not in taken], share)
+        index = max(indices) + 1
+        reservation = _ray.reserve(_own_name(vm, index), [share], [host])
+        try:
+            port = self._spawn(vm, index, host, reservation, 0)
+            port.wait_ready(_READY_TIMEOUT_S)
+        except BaseException:
+            self.dismiss(vm, index)
+            raise
+        return host, port
+
+    def dismiss(self, vm: str, index: int) -> None:
+        """A bundle of the first placement group stays set aside until the VM ends."""
+        _ray.kill(host_actor_name(vm, index))
+        _ray.release(_extra_name(vm, index))
+        _ray.release(_own_name(vm, index))
 
     def release(self, vm: str) -> None:
         """Actors first: Ray restarts an actor whose group is gone for ever."""
-        for name in _ray.list_actors(f"dcres-host/{vm}/"):
-            _ray.kill(name)
-        _ray.release(_extra_name(vm))
+        self.leave(vm)
+        for index in self.indices(vm):
+            _ray.kill(host_actor_name(vm, index))
+        for prefix in (_extra_name(vm, 0), _own_name(vm, 0)):
+            for name in _ray.list_reservations(prefix.rstrip("0")):
+                _ray.release(name)
         _ray.release(_reservation_name(vm))
+
+    def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
+        """Asked by a task on every host; one that does not answer has nothing."""
+        found = {}
+        for host in _alive():
+            try:
+                found[host.name] = _ray.run_on(
+                    host.name, parts_in_store, manifest, timeout_s=_LOOK_TIMEOUT_S
+                )
+            except DcresError:
+                continue
+        return {host: parts for host, parts in found.items() if parts}
+
+    def visit(self, vm: str, host: str) -> Port:
+        """An actor without memory for VMs, pinned to the host."""
+        port = _ray.spawn(SliceHost, _visitor_name(vm, host), (vm, _address_of(host)), on_host=host)
+        port.wait_ready(_READY_TIMEOUT_S)
+        return port
+
+    def leave(self, vm: str) -> None:
+        """The actors end what they started, then they are ended."""
+        for name in _ray.list_actors(f"dcres-parts/{vm}/"):
+            port = _ray.ActorPort(name)
+            try:
+                port.call("destroy")
+            except DcresError:
+                continue  # its host is gone, and with it what ran there
+            finally:
+                _ray.kill(name)
+
+
+def _alive() -> list[HostInfo]:
+    return [host for host in _ray.hosts() if host.alive]
+
+
+def _address_of(host: str) -> str:
+    return next(each.address for each in _ray.hosts() if each.name == host)
+
+
+def _roomiest(hosts: Sequence[HostInfo], share: int) -> str:
+    best = max(hosts, key=lambda host: host.memory_free_bytes, default=None)
+    if best is None or best.memory_free_bytes < share:
+        raise NoRoom(f"no host that is not the VM's already has {format_size(share)} free")
+    return best.name
+
+
+def parts_in_store(manifest: str) -> tuple[str, ...]:
+    """The parts of a checkpoint in the store of the host that this runs on."""
+    return Store(HostSettings.from_environ(os.environ).store).parts_here(parse(manifest))

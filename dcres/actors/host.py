@@ -20,16 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.messages import LoadOrder, Progress
+from dcres.actors.messages import Progress
 from dcres.config import HostSettings
 from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
-from dcres.linux.files import fs_free_bytes, punch_hole
+from dcres.linux.files import fs_free_bytes
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
-from dcres.storage import memory_file
-from dcres.storage.manifest import Manifest, loads
-from dcres.storage.store import Store
 
 log = logging.getLogger("dcres.host")
 
@@ -332,23 +329,3 @@ def require_store_room(store: Path, length_bytes: int) -> None:
             f"{store} has {free >> 20} MiB free and this host's part needs up to "
             f"{length_bytes >> 20} MiB; delete checkpoints or give it another disk"
         )
-
-
-def load_parts(store: Store, order: LoadOrder, target: Path, meter: Meter) -> Manifest:
-    """Load parts of a checkpoint into the sparse file `target`, verified page by page.
-
-    The file is created, or emptied first. Raises CheckpointCorrupt, NoRoom.
-    """
-    manifest = loads(order.manifest, Path("manifest.json"))
-    parts = [store.read_slice(manifest, host) for host in order.hosts]
-    total = sum(int(part.mask.sum()) for part in parts)
-    fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, manifest.memory_bytes)
-        punch_hole(fd, 0, manifest.memory_bytes)
-        with meter.measuring("load", total):
-            for part in parts:
-                memory_file.load(part.memory_path, part.mask, part.sums, fd, meter.done)
-    finally:
-        os.close(fd)
-    return manifest

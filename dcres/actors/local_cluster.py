@@ -36,9 +36,11 @@ from dcres.actors.local_node import (
 )
 from dcres.config import HostSettings, format_size
 from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
+from dcres.linux.memory import free_for_guests
 from dcres.linux.process import ProcessId
 
 HEAD = "head"
+HOST_FIELD = "{host}"  # in the store's path: every host has a store of its own
 
 _SHARE_OF_FREE_MEMORY = 0.6
 _START_TIMEOUT_S = 90.0
@@ -80,9 +82,11 @@ class LocalCluster:
         store: Path | None = None,
         *,
         dashboard: bool = False,
-    ) -> LocalCluster:
+    ) -> Self:
         """Start a head node and `hosts` host nodes, h0, h1, …; takes about 7 s for three.
 
+        All hosts have the folder `store` in common, unless ``{host}`` stands in its path: then
+        each has one of its own, as machines with disks of their own do.
         `memory_per_host` is what VMs may use on each, in bytes; by default an equal part of
         most of the free memory. Raises Conflict if one runs in `home` already, NoRoom, and
         ClusterError with the end of the log if a node does not come up; nothing is left then.
@@ -160,9 +164,19 @@ class LocalCluster:
             name=name,
             run=self.home / "hosts" / name / "run",
             ram=Path(self._state.ram) / name,
-            store=Path(self._state.store),
+            store=Path(self._state.store.replace(HOST_FIELD, name)),
             address=address,
         )
+
+    @property
+    def store(self) -> str:
+        """Where checkpoints go; with ``{host}`` in it when every host has a store of its own."""
+        return self._state.store
+
+    @property
+    def shared_store(self) -> Path | None:
+        """The store that all hosts have in common, if they do."""
+        return None if HOST_FIELD in self._state.store else Path(self._state.store)
 
     def add_host(self) -> str:
         """Start one more host node and return its name; names are never used twice."""
@@ -236,7 +250,8 @@ class LocalCluster:
     def _bring_up(self, hosts: int) -> None:
         self.token_path.unlink(missing_ok=True)
         _write_private(self.token_path, secrets.token_hex(32))
-        Path(self._state.store).mkdir(parents=True, exist_ok=True)
+        if self.shared_store is not None:  # else every node makes its own
+            self.shared_store.mkdir(parents=True, exist_ok=True)
         for folder in (self._state.temp, self._state.ram):
             Path(folder).mkdir(mode=0o700)
         head = self._node(HEAD)
@@ -302,17 +317,9 @@ def _require_alive(node: LocalNode, process: ProcessId, deadline: float) -> None
     raise ClusterError(f"Ray's node {node.settings.name} {why}; the end of its log:\n{tail}")
 
 
-def _free_memory(tmpfs: Path) -> int:
-    """Bytes that guests may fill: free memory, as far as the tmpfs at `tmpfs` reaches."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    filesystem = os.statvfs(tmpfs)
-    return min(available * 1024, filesystem.f_bavail * filesystem.f_frsize)
-
-
 def _memory_for(hosts: int, wanted: int | None, tmpfs: Path) -> int:
     """Bytes per host, whole MiB. NoRoom if `wanted` does not fit `hosts` times."""
-    free = _free_memory(tmpfs)
+    free = free_for_guests(tmpfs)
     if wanted is None:
         return max(int(free * _SHARE_OF_FREE_MEMORY / max(hosts, 1)) // MIB, 1) * MIB
     if wanted * hosts > free:

@@ -85,6 +85,8 @@ class LocalNode:
         self.settings.run.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.settings.ram.mkdir(mode=0o700)
         self.temp.mkdir(mode=0o700)
+        if isinstance(self.role, HostRole):
+            self.settings.store.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         return spawn_detached(
             [*argv, *self.arguments()], log=self.log, env=self.environ(), cwd=self.temp

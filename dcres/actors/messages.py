@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dcres.config import VmSpec
+from dcres.model.pages import Mask
 from dcres.paging.settings import SubAddress
 
 Status = dict[str, Any]
+
+_FAST = 1  # zlib's level: such arrays are long runs
+
+
+def pack_mask(mask: Mask) -> bytes:
+    """A mask as a message carries it: one bit a page, compressed."""
+    return zlib.compress(np.packbits(mask).tobytes(), _FAST)
+
+
+def unpack_mask(packed: bytes, page_count: int) -> Mask:
+    """The mask of `page_count` pages."""
+    bits = np.frombuffer(zlib.decompress(packed), dtype=np.uint8)
+    return np.unpackbits(bits, count=page_count).view(np.bool_)
+
+
+def pack_array(values: npt.NDArray[Any]) -> bytes:
+    """An array of numbers per page as a message carries it."""
+    return zlib.compress(np.ascontiguousarray(values).data, _FAST)
+
+
+def unpack_array(packed: bytes, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """The array again; the caller knows what it is of."""
+    return np.frombuffer(zlib.decompress(packed), dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +68,75 @@ class ServeOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """Pages of one part of a checkpoint that a host loads."""
+
+    part: str  # the host that saved it
+    pages: bytes = field(repr=False)  # see `pack_mask`
+    source: SubAddress | None = None  # a slice server; None: this host's own store has the part
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Which parts of a checkpoint a host loads into its memory before anything runs there."""
+    """What of a checkpoint a host loads into its memory before anything runs there."""
 
     manifest: str
-    hosts: tuple[str, ...]
+    readings: tuple[Reading, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOrder:
+    """For a host that has the main host's part: where shall every page go?
+
+    `capacities` are pages per target host, the main host first; `holds` says per part which
+    target hosts have it in their store.
+    """
+
+    manifest: str
+    capacities: tuple[int, ...]
+    holds: tuple[tuple[bool, ...], ...]
+    masks: bool = False  # say which pages, and not only how many
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan: pages per part and target host, and their masks (see `pack_mask`)."""
+
+    flow: tuple[tuple[int, ...], ...]
+    masks: dict[tuple[int, int], bytes] = field(repr=False)
+    targets: bytes = field(repr=False)  # the target host's index per page; see `pack_array`
+
+
+@dataclass(frozen=True, slots=True)
+class MainPart:
+    """What a new main host needs of the old one's part, where its own store does not have it."""
+
+    placement: bytes = field(repr=False)
+    history: bytes = field(repr=False)
+    vmcore: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """For the main host of a restore: what the guest goes on from.
+
+    `sources` are the slice servers of a lazy restore, by part; without them every host has
+    loaded its pages before the pager starts.
+    """
+
+    manifest: str
+    targets: bytes = field(repr=False)
+    main_part: MainPart | None
+    sources: dict[str, SubAddress]
+
+
+@dataclass(frozen=True, slots=True)
+class PartsOrder:
+    """For a host: serve these parts of a checkpoint to the VM's other hosts."""
+
+    incarnation: Incarnation
+    manifest: str
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +148,7 @@ class RunOrder:
     hosts: tuple[str, ...]  # all hosts of the VM, the main host first
     subs: tuple[SubAddress, ...]
     load: LoadOrder | None = None
+    resumption: Resumption | None = None
 
 
 @dataclass(frozen=True, slots=True)

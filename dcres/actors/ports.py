@@ -42,8 +42,26 @@ class Fleet(Protocol):
     def find(self, vm: str) -> list[Port]:
         """The ports of a VM's hosts, the main host first; empty when nothing is reserved."""
 
-    def extend(self, vm: str, share: int, extra: int) -> None:
-        """Set `extra` bytes more aside on the main host; 0 gives back what was set aside."""
+    def extend(self, vm: str, index: int, extra: int) -> None:
+        """Set `extra` bytes more aside on host `index`; 0 gives back what was set aside."""
+
+    def add(self, vm: str, share: int) -> tuple[str, Port]:
+        """Set memory aside on one host more and start its actor. Raises NoRoom."""
+
+    def dismiss(self, vm: str, index: int) -> None:
+        """End the actor of host `index` and its reservation, as far as it has one of its own."""
+
+    def indices(self, vm: str) -> list[int]:
+        """The indices of the VM's hosts, in the order of `find`; 0 is the main host."""
+
+    def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
+        """Live hosts that have parts of a checkpoint in their store: the parts, by host."""
+
+    def visit(self, vm: str, host: str) -> Port:
+        """The port of a `SliceHost` on a host that is none of the VM's; there is one then."""
+
+    def leave(self, vm: str) -> None:
+        """End all that `visit` began. Repeatable."""
 
     def release(self, vm: str) -> None:
         """End the actors and the reservation. Repeatable."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dcres.actors.host import (
@@ -17,12 +17,12 @@ from dcres.actors.host import (
     Meter,
     VmFolder,
     end_leftovers,
-    load_parts,
     read_state,
     require_store_room,
     require_tmpfs_room,
     write_state,
 )
+from dcres.actors.loading import PartServing, identity_of, load_pages
 from dcres.actors.messages import Saved, ServeOrder, Status
 from dcres.actors.saving import SavingHost
 from dcres.config import HostSettings
@@ -35,7 +35,7 @@ from dcres.storage.layout import PAGES
 from dcres.storage.store import Store
 
 
-class SubHost(SavingHost):
+class SubHost(SavingHost, PartServing):
     """One VM's part on one sub host."""
 
     def __init__(
@@ -44,7 +44,9 @@ class SubHost(SavingHost):
         self._settings = HostSettings.from_environ(environ, address)
         self._folder = VmFolder.of(self._settings, vm)
         self._server = Daemon("dcres.paging.server", self._folder, "server")
-        super().__init__(Store(self._settings.store), vm, self._settings.name, Meter())
+        store = Store(self._settings.store)
+        SavingHost.__init__(self, store, vm, self._settings.name, Meter())
+        PartServing.__init__(self, self._settings, self._folder, store)
         self._life = Life()
         if read_state(self._folder.state) is not None:
             self._server.adopt()
@@ -70,7 +72,8 @@ class SubHost(SavingHost):
         require_tmpfs_room(self._settings.ram, order.capacity_pages * PAGE_SIZE)
         self._folder.make()
         if order.load is not None:
-            load_parts(self._store, order.load, self._store_file, self._meter)
+            identity = identity_of(order)
+            load_pages(self._store, order.load, identity, self._store_file, self._meter)
         settings = ServerSettings(
             vm=order.incarnation.identity,
             generation=order.incarnation.generation,
@@ -90,6 +93,16 @@ class SubHost(SavingHost):
         paging_settings.save(ServerSettings(**{**asdict(settings), "port": port}), path)
         write_state(self._folder.state, {"generation": order.incarnation.generation})
         return SubAddress(self._settings.name, settings.address, port, order.capacity_pages)
+
+    def resize(self, capacity_pages: int) -> SubAddress:
+        """Change how much this host may hold; what is there already stays. Where it listens."""
+        path = self._folder.run / "server.json"
+        settings = replace(
+            paging_settings.load(ServerSettings, path), capacity_pages=capacity_pages
+        )
+        paging_settings.save(settings, path)
+        self._server.call_patiently("resize", capacity_pages=capacity_pages)
+        return SubAddress(self._settings.name, settings.address, settings.port, capacity_pages)
 
     def status(self) -> Status:
         """Counters of the memory server. Raises NotFound when this host serves nothing."""
@@ -123,6 +136,7 @@ class SubHost(SavingHost):
             with self._saving:
                 self._end_saving()
             self._folder.state.unlink(missing_ok=True)
+            self.end_serving_parts()
             end_leftovers(self._folder)
             self._folder.remove()
 

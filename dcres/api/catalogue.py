@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dcres.actors import _ray
+from dcres.actors.coordinator import checkpoint_facts
+from dcres.api.operation import HostProgress, OperationProgress, ProgressOption, shown_progress
 from dcres.config import HostSettings
 from dcres.errors import ClusterError, NotFound
+from dcres.model.pages import PAGE_SIZE
 from dcres.storage.checks import VerifyReport
 from dcres.storage.layout import stamp_of, vm_of
 from dcres.storage.manifest import Manifest
@@ -35,7 +39,7 @@ class Catalogue(Protocol):
         """Read every byte and compare; `done` gets pages done since its last call."""
 
     def delete(self, checkpoint: str) -> None:
-        """Remove a checkpoint. Raises NotFound."""
+        """Remove a checkpoint. Raises NotFound, and Conflict while somebody reads its pages."""
 
 
 class StoreHere:
@@ -92,8 +96,9 @@ class StoresOfHosts:
         return report
 
     def delete(self, checkpoint: str) -> None:
-        """See `Catalogue`."""
+        """See `Catalogue`; nothing is removed anywhere if it is pinned on one host."""
         self._find(checkpoint)
+        _on_all(_require_unpinned, checkpoint)
         _on_all(_delete, checkpoint)
 
     def _find(self, checkpoint: str) -> tuple[str, Manifest]:
@@ -132,6 +137,44 @@ def _on_all(function: Callable[..., _T], *args: object) -> list[_T]:
     )
 
 
+def verify(catalogue: Catalogue, checkpoint: str, progress: ProgressOption = None) -> VerifyReport:
+    """Read every byte of a checkpoint and compare; see `Checkpoint.verify`."""
+    with _verifying(catalogue.get(checkpoint), progress) as done:
+        return catalogue.verify(checkpoint, done)
+
+
+def listed_facts(entry: Listed) -> dict[str, Any]:
+    """One checkpoint as ``dcres checkpoints --json`` lists it; `error` when it is damaged."""
+    manifest = entry.manifest
+    if manifest is None:
+        return {"checkpoint": entry.checkpoint, "vm": entry.vm, "error": entry.error}
+    return {
+        **checkpoint_facts(manifest),
+        "created": manifest.created,
+        "memory_bytes": manifest.memory_bytes,
+    }
+
+
+@contextmanager
+def _verifying(
+    manifest: Manifest, progress: ProgressOption
+) -> Iterator[Callable[[int], None] | None]:
+    """A callback for pages done that feeds a bar or the caller's own callback."""
+    with shown_progress(progress, f"verify {manifest.checkpoint}") as show:
+        if show is None:
+            yield None
+            return
+        total, pages_done = manifest.pages * PAGE_SIZE, 0
+
+        def done(pages: int) -> None:
+            nonlocal pages_done
+            pages_done += pages
+            host = HostProgress("store", "verify", pages_done * PAGE_SIZE, total)
+            show(OperationProgress(manifest.vm, "verifying", (host,)))
+
+        yield done
+
+
 # What follows runs on a host, as a Ray task.
 
 
@@ -158,6 +201,10 @@ def _verify_part(manifest: Manifest, host: str) -> VerifyReport:
 def _has_all_parts(manifest: Manifest) -> bool:
     folder = _store().root / manifest.vm / manifest.checkpoint
     return all((folder / part.host).is_dir() for part in manifest.hosts)
+
+
+def _require_unpinned(checkpoint: str) -> None:
+    _store().require_unpinned(checkpoint)
 
 
 def _delete(checkpoint: str) -> None:

@@ -11,11 +11,10 @@ from typing import Any, Self
 
 from dcres.actors import _ray
 from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import HEAD, LocalCluster
-from dcres.api.catalogue import StoreHere
+from dcres.actors.local_cluster import LocalCluster
 from dcres.api.interrupt import uninterrupted
 from dcres.api.operation import ProgressOption
-from dcres.api.session import Session, open_session
+from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
 from dcres.config import Layout, VmSpec, load_vm_spec, parse_size, vm_spec
@@ -130,12 +129,13 @@ class Cluster:
         layout: Layout | None = None,
         *,
         single: bool = False,
-        hosts: int | Sequence[str] | None = None,
+        hosts: int | str | Sequence[str] | None = None,
+        lazy: bool = False,
         progress: ProgressOption = None,
     ) -> Vm:
         """`Checkpoint.restore` by id."""
         return self.checkpoint(checkpoint).restore(
-            layout, single=single, hosts=hosts, progress=progress
+            layout, single=single, hosts=hosts, lazy=lazy, progress=progress
         )
 
 
@@ -163,7 +163,9 @@ def local_cluster(
     """A cluster of Ray nodes on this machine, ended with its VMs when the block ends.
 
     `memory` is what VMs may use on each host. Checkpoints are removed at the end as well,
-    unless `store` names a folder for them (or `home` one for everything). With `keep` it is
+    unless `store` names a folder for them (or `home` one for everything); with ``{host}`` in
+    its path every host has a store of its own, as machines with disks of their own do. With
+    `keep` it is
     left running, unless the block is interrupted: ``dcres down`` with DCRES_HOME set to its
     home ends it. Raises NoRoom, Conflict, ClusterError.
     """
@@ -175,8 +177,7 @@ def local_cluster(
         store_folder = None if store is None else Path(store)
         local = LocalCluster.start(folder, hosts, memory_bytes, store_folder, dashboard=dashboard)
         _ray.connect(local.address, local.token_path)
-        catalogue = StoreHere(local.settings(HEAD).store)
-        yield Cluster(Session(local.address, catalogue, local))
+        yield Cluster(Session(local.address, catalogue_of(None, local), local))
     except KeyboardInterrupt:
         keep = False
         raise

@@ -38,6 +38,7 @@ class OperationProgress:
     round: int = 0  # of a live checkpoint; 0 before its first has ended
     pages_left: Mapping[str, int] = field(default_factory=dict)  # per host, after that round
     estimated_downtime_s: float | None = None  # if the VM were stopped now
+    pages_to_move: int | None = None  # while shares are changed
 
     @property
     def done_bytes(self) -> int:
@@ -70,7 +71,8 @@ def attend(
     """Call `method` of a coordinator and wait for its end, however long that takes.
 
     KeyboardInterrupt gives the operation up and is raised once that is done: a checkpoint is
-    cancelled, and what a start or restore had brought up is taken down.
+    cancelled, what a start or restore had brought up is taken down, and pages that were being
+    moved stay where they are.
     """
     future = _in_thread(coordinator.submit(method, *args))
     with shown_progress(progress, title) as show:
@@ -113,6 +115,7 @@ def _look(coordinator: Port, show: ShowProgress) -> None:
                 answer.get("round", 0),
                 answer.get("pages_left", {}),
                 answer.get("estimated_downtime_seconds"),
+                answer.get("pages_to_move"),
             )
         )
 

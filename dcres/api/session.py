@@ -10,11 +10,11 @@ from pathlib import Path
 from dcres.actors import _ray
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import HEAD, LocalCluster
+from dcres.actors.local_cluster import HOST_FIELD, LocalCluster
 from dcres.actors.ports import Port
 from dcres.api.catalogue import Catalogue, StoreHere, StoresOfHosts
 from dcres.config import default_home
-from dcres.errors import Conflict, DcresError, NotFound
+from dcres.errors import ConfigError, Conflict, DcresError, NotFound
 
 _PREFIX = coordinator_name("")
 _READY_TIMEOUT_S = 60.0
@@ -77,7 +77,7 @@ def open_session(address: str | None, store: Path | None) -> Session:
         address = local.address
     address = address or os.environ["RAY_ADDRESS"]
     _ray.connect(address, None if local is None else local.token_path)
-    return Session(address, _catalogue(store, local), local)
+    return Session(address, catalogue_of(store, local), local)
 
 
 def local_cluster_at(address: str | None) -> LocalCluster | None:
@@ -108,15 +108,22 @@ def open_catalogue(address: str | None, store: Path | None) -> tuple[Catalogue, 
                 raise
             store = Path(os.environ.get("DCRES_STORE", kept))
         else:
-            return _catalogue(None, local), False
+            if local is None or local.shared_store is None:
+                return open_session(None, None).catalogue, True
+            return catalogue_of(None, local), False
     if store is not None or "DCRES_STORE" in os.environ:
-        return _catalogue(store, None), False
+        return catalogue_of(store, None), False
     return open_session(address, None).catalogue, True
 
 
-def _catalogue(store: Path | None, local: LocalCluster | None) -> Catalogue:
+def catalogue_of(store: Path | None, local: LocalCluster | None) -> Catalogue:
+    """The checkpoints in the store that is named, else in the cluster's: one store, or many."""
     if store is None and local is not None:
-        store = local.settings(HEAD).store
+        store = local.shared_store
     elif store is None and "DCRES_STORE" in os.environ:
         store = Path(os.environ["DCRES_STORE"])
+    if store is not None and HOST_FIELD in str(store):
+        raise ConfigError(
+            f"{store} is many stores, one for each host; start their cluster, or name one of them"
+        )
     return StoresOfHosts() if store is None else StoreHere(store.absolute())

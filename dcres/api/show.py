@@ -18,6 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from dcres.model.pages import PAGE_SIZE
+
 
 class _Host(Protocol):
     @property
@@ -41,6 +43,8 @@ class _Operation(Protocol):
     def pages_left(self) -> Mapping[str, int]: ...
     @property
     def estimated_downtime_s(self) -> float | None: ...
+    @property
+    def pages_to_move(self) -> int | None: ...
 
 
 def stderr_console() -> Console:
@@ -95,6 +99,7 @@ class _Bars:
         self._heading = heading
         self._title = title
         self._tasks: dict[str, TaskID] = {}
+        self._most_to_move = 0
 
     def show(self, operation: _Operation) -> None:
         """Draw the bars as `operation` has them."""
@@ -111,6 +116,10 @@ class _Bars:
                 completed=host.done_bytes,
                 total=host.total_bytes,
             )
+        if operation.pages_to_move is not None:
+            left = operation.pages_to_move * PAGE_SIZE
+            total = self._most_to_move = max(self._most_to_move, left)
+            done = total - left
         self._progress.update(
             self._heading,
             description=f"{self._title} ({_phase(operation)})",

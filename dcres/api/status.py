@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dcres.config import format_size
@@ -53,7 +53,11 @@ class HostStatus:
 
 @dataclass(frozen=True, slots=True)
 class VmStatus:
-    """A VM as its hosts see it; `hosts` is empty unless it runs, the main host first."""
+    """A VM as its hosts see it; `hosts` is empty unless it runs, the main host first.
+
+    While `bringing_in` a lazy restore is under way, and `pages_to_bring` pages are still in the
+    checkpoint alone.
+    """
 
     vm: str
     phase: str
@@ -62,11 +66,18 @@ class VmStatus:
     run_state: str = ""
     console: str = ""
     hosts: tuple[HostStatus, ...] = ()
+    bringing_in: bool = False
+    pages_to_bring: int = 0
 
     @property
     def pages(self) -> int:
         """Pages that exist, on all hosts; a page the guest never touched is nowhere."""
         return sum(host.pages for host in self.hosts)
+
+    @property
+    def bringing(self) -> str:
+        """How far a lazy restore is, for people."""
+        return f"bringing in: {format_size(self.pages_to_bring * PAGE_SIZE)} left"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as ``dcres status --json`` prints them."""
@@ -79,6 +90,8 @@ class VmStatus:
             for host in self.hosts
         )
         tail = f": {parts}" if parts else f": {self.why}" if self.why else ""
+        if self.bringing_in:
+            tail += f"; {self.bringing}"
         return f"<VmStatus {self.vm} {self.phase}{tail}>"
 
     def _repr_html_(self) -> str:
@@ -90,13 +103,15 @@ class VmStatus:
         head = "".join(
             f"<th>{name}</th>" for name in ("host", "role", "pages", "share", "in", "out")
         )
-        return f"<b>{self.vm}</b>: {self.phase}<table><tr>{head}</tr>{rows}</table>"
+        bringing = f", {self.bringing}" if self.bringing_in else ""
+        return f"<b>{self.vm}</b>: {self.phase}{bringing}<table><tr>{head}</tr>{rows}</table>"
 
 
 def status_of(answer: Mapping[str, Any]) -> VmStatus:
     """A `VmStatus` from a coordinator's answer."""
     parts: Sequence[Mapping[str, Any]] = answer["hosts"]
     main: Mapping[str, Any] = parts[0] if parts else {}
+    bringing_in = bool(main.get("bringing_in"))
     return VmStatus(
         vm=answer["vm"],
         phase=answer["phase"],
@@ -105,6 +120,8 @@ def status_of(answer: Mapping[str, Any]) -> VmStatus:
         run_state=str(main.get("run_state", "")),
         console=str(main.get("console", "")),
         hosts=tuple(_host_status(part) for part in parts),
+        bringing_in=bringing_in,
+        pages_to_bring=int(main["pages_to_move"]) if bringing_in else 0,
     )
 
 
@@ -131,3 +148,19 @@ def _host_status(part: Mapping[str, Any]) -> HostStatus:
         pages_out=int(part["pages_out"]),
         restarts=int(part.get("restarts", 0)),
     )
+
+
+def with_rates(first: VmStatus, second: VmStatus, seconds: float) -> VmStatus:
+    """The second of two statuses, with paging rates over the time between them."""
+    before = {host.host: host for host in first.hosts}
+    hosts = tuple(
+        replace(
+            host,
+            pages_in_per_s=max(host.pages_in - before[host.host].pages_in, 0) / seconds,
+            pages_out_per_s=max(host.pages_out - before[host.host].pages_out, 0) / seconds,
+        )
+        if host.host in before
+        else host
+        for host in second.hosts
+    )
+    return replace(second, hosts=hosts)

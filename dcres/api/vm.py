@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import datetime
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dcres.actors import _ray
 from dcres.actors.coordinator import checkpoint_facts
 from dcres.actors.fleet import RayFleet
-from dcres.api.catalogue import Catalogue
+from dcres.api.catalogue import verify
+from dcres.api.choosing import choose_hosts, look_around, obstacles, phase_of, wish_of
 from dcres.api.defaults import (
     DEFAULT_DOWNTIME_S,
     DEFAULT_FORMAT,
@@ -21,25 +22,32 @@ from dcres.api.defaults import (
     DEFAULT_MODE,
     require_kind,
 )
+from dcres.api.draining import DrainPlan, plan_drain
 from dcres.api.interrupt import uninterrupted
-from dcres.api.operation import (
-    HostProgress,
-    OperationProgress,
-    ProgressOption,
-    attend,
-    shown_progress,
-)
-from dcres.api.plan import RestorePlan, plan_restore, wanted_layout
+from dcres.api.operation import ProgressOption, attend
+from dcres.api.placement import Placement
+from dcres.api.plan import RestorePlan, plan_restore
 from dcres.api.session import Session
-from dcres.api.status import VmStatus, status_of
+from dcres.api.status import VmStatus, status_of, with_rates
 from dcres.config import Layout, VmSpec, format_size, parse_size
-from dcres.errors import ActorGone, ConfigError, DcresError, NotFound, VmLost
+from dcres.errors import (
+    ActorGone,
+    ClusterError,
+    ConfigError,
+    DcresError,
+    NotFound,
+    VmLost,
+)
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.picture import MOST_BUCKETS
 from dcres.storage.checks import VerifyReport
 from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Listed
+
+log = logging.getLogger("dcres.restore")
 
 _STOP_TIMEOUT_S = 300.0
+_WHOLE_TIMEOUT_S = 24 * 3600.0
+_POLL_S = 0.25
 
 
 class Vm:
@@ -67,10 +75,24 @@ class Vm:
         began = time.monotonic()
         time.sleep(over_s)
         second = self._status()
-        return _with_rates(first, second, time.monotonic() - began)
+        return with_rates(first, second, time.monotonic() - began)
 
     def _status(self) -> VmStatus:
         return status_of(self._session.existing(self.name).call("status"))
+
+    def placement(self, buckets: int = 1024) -> Placement:
+        """Which host holds which part of memory, and how hot it is; a notebook draws it.
+
+        Memory is looked at in at most `buckets` stretches of equal length. The VM and its
+        paging are not disturbed. Raises NotFound when there is no such VM, Conflict while it
+        is being started, VmLost, and ConfigError for too many or too few buckets.
+        """
+        if not 1 <= buckets <= MOST_BUCKETS:
+            raise ConfigError(
+                f"memory cannot be shown in {buckets} buckets; take 1 to {MOST_BUCKETS}"
+            )
+        picture = self._session.existing(self.name).call("placement", buckets)
+        return Placement(self.name, datetime.now(UTC), picture)
 
     def checkpoint(
         self,
@@ -109,19 +131,72 @@ class Vm:
         return Checkpoint(self._session, self._session.catalogue.get(facts["checkpoint"]), facts)
 
     def cancel(self) -> bool:
-        """Give up the checkpoint, start or restore under way; False when there is none."""
+        """Give up the checkpoint, start, restore or change of shares under way, if there is one."""
         return bool(self._session.existing(self.name).call("cancel"))
 
-    def resize(self, main: int | str) -> VmStatus:
-        """Change how much the main host keeps; pages move out or in while the VM runs.
+    def wait_until_whole(self, timeout_s: float = _WHOLE_TIMEOUT_S) -> VmStatus:
+        """Wait until a lazy restore has brought every page to where it belongs; the status then.
 
-        Raises ConfigError when the layout would be too small, NoRoom.
+        Returns at once if there is nothing to wait for. Raises VmLost when the VM is lost
+        meanwhile, ClusterError when the time is over.
         """
-        try:
-            main_bytes = parse_size(main)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        return status_of(self._session.existing(self.name).call("resize", main_bytes))
+        deadline = time.monotonic() + timeout_s
+        while True:
+            status = self._status()
+            if status.phase == "lost":
+                raise VmLost(f"VM {self.name} is lost: {status.why}")
+            if not status.bringing_in:
+                return status
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"after {timeout_s:.3g} s {format_size(status.pages_to_bring * PAGE_SIZE)} of "
+                    f"VM {self.name} are still in its checkpoint ({status.why or 'it runs'})"
+                )
+            time.sleep(_POLL_S)
+
+    def resize(
+        self,
+        main: int | str | None = None,
+        subs: Sequence[int | str] | None = None,
+        *,
+        progress: ProgressOption = None,
+    ) -> VmStatus:
+        """Change how much the main host and the sub hosts keep, while the VM runs.
+
+        Pages move to where there is room, which can take minutes. Of more `subs` than there
+        are, the last ones join on hosts with room; with fewer the last sub hosts are emptied
+        and leave. Ctrl-C gives it up, and the VM runs on. Raises ConfigError when the shares
+        would be too small, NoRoom, and Conflict while a lazy restore brings pages in.
+        """
+        if main is None and subs is None:
+            raise ConfigError(f"say what VM {self.name} is to have: main, subs or both")
+        main_bytes = None if main is None else _share(main)
+        subs_bytes = None if subs is None else [_share(each) for each in subs]
+        return self._reshape("resize", (main_bytes, subs_bytes), f"resize of {self.name}", progress)
+
+    def drain(self, host: str, *, progress: ProgressOption = None) -> VmStatus:
+        """Empty a sub host while the VM runs, and leave it; the other sub hosts take its pages.
+
+        Ctrl-C gives it up, and the VM runs on. Raises NotFound when it is no sub host of the
+        VM, ConfigError or NoRoom when the others cannot take its pages, and Conflict while a
+        lazy restore brings pages in.
+        """
+        return self._reshape("drain", (host,), f"drain {host} of {self.name}", progress)
+
+    def plan_drain(self, host: str) -> DrainPlan:
+        """What `drain` would move where, as things are now; changes nothing. Raises NotFound."""
+        status = self._status()
+        if not status.hosts:
+            raise NotFound(f"VM {self.name} does not run; start it or restore a checkpoint")
+        (main, *_) = RayFleet().find(self.name)
+        spec = VmSpec.model_validate(main.call("describe")["spec"])
+        return plan_drain(status, host, spec.memory)
+
+    def _reshape(
+        self, method: str, args: tuple[Any, ...], title: str, progress: ProgressOption
+    ) -> VmStatus:
+        coordinator = self._session.existing(self.name)
+        return status_of(attend(coordinator, method, *args, title=title, progress=progress))
 
     def stop(self) -> None:
         """End the VM and give back all it used; a checkpoint under way is given up first."""
@@ -213,40 +288,54 @@ class Checkpoint:
         layout: Layout | None = None,
         *,
         single: bool = False,
-        hosts: int | Sequence[str] | None = None,
+        hosts: int | str | Sequence[str] | None = None,
+        lazy: bool = False,
     ) -> RestorePlan:
-        """What `restore` with the same arguments would do; changes nothing."""
-        wanted, names = wanted_layout(self.manifest, layout, single, hosts)
-        runs = False
-        with suppress(NotFound):
-            phase = status_of(self._session.existing(self.vm).call("status")).phase
-            runs = phase not in ("absent", "lost")
-        return plan_restore(self.manifest, wanted, names, _ray.hosts(), runs)
+        """What `restore` with the same arguments would do; changes nothing.
+
+        Raises ConfigError for arguments that contradict each other; everything else that would
+        fail is among the plan's problems.
+        """
+        wish = wish_of(self.manifest, layout, single, hosts)
+        phase = phase_of(self._session, self.vm)
+        if phase == "lost":
+            log.warning("what is left of VM %s, which is lost, counts as used", self.vm)
+        seen, problems = look_around(self.manifest), obstacles(self.vm, phase)
+        return plan_restore(self.manifest, wish, seen, lazy=lazy, problems=problems)
 
     def restore(
         self,
         layout: Layout | None = None,
         *,
         single: bool = False,
-        hosts: int | Sequence[str] | None = None,
+        hosts: int | str | Sequence[str] | None = None,
+        lazy: bool = False,
         progress: ProgressOption = None,
     ) -> Vm:
-        """Bring the VM back: over `layout` (default: as it was), or `single`, as an ordinary VM.
+        """Bring the VM back: over `layout`, or `single`, as an ordinary VM.
 
-        `hosts` names the hosts, the main host first, or says how many. Every byte is verified
-        before the guest runs. Ctrl-C takes down what was brought up. Raises Conflict when the
-        VM runs or is being restored, ConfigError, NoRoom, CheckpointCorrupt; then nothing of
-        the VM is left running, and the checkpoint is as it was.
+        `hosts` names the hosts, the main host first, or says how many; with as many as the
+        checkpoint has, their shares are as they were if they fit, and otherwise even. Without
+        any of these dcres finds hosts with room: those that have parts of the checkpoint first,
+        and as few as will do. The facts of the VM say what was ``chosen``.
+
+        Every byte is verified before the guest reads it. With `lazy` the guest runs at once and
+        its memory follows (`Vm.wait_until_whole`); otherwise all of it is there first.
+
+        Ctrl-C takes down what was brought up. Raises Conflict when the VM runs or is being
+        restored, ConfigError, NoRoom, CheckpointCorrupt, and NotFound for a part that is
+        nowhere; then nothing of the VM is left running, and the checkpoint is as it was.
         """
-        wanted, names = wanted_layout(self.manifest, layout, single, hosts)
+        wish = wish_of(self.manifest, layout, single, hosts)
+        choice = choose_hosts(self._session, self.manifest, wish)
         facts = _bring_up(
             self._session,
             self.vm,
-            ("restore", dumps(self.manifest), wanted, names),
+            ("restore", dumps(self.manifest), choice.layout, list(choice.hosts), lazy),
             f"restore of {self.vm}",
             progress,
         )
-        return Vm(self._session, self.vm, facts)
+        return Vm(self._session, self.vm, {**facts, "chosen": choice.why})
 
 
 def start_vm(
@@ -267,6 +356,14 @@ def start_vm(
     return Vm(session, spec.name, {**status_of(answer).to_dict(), "seconds": seconds})
 
 
+def _share(text: int | str) -> int:
+    """A host's share in bytes. Raises ConfigError."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _bring_up(
     session: Session, vm: str, call: tuple[Any, ...], title: str, progress: ProgressOption
 ) -> Any:
@@ -279,61 +376,8 @@ def _bring_up(
         raise
 
 
-def verify(catalogue: Catalogue, checkpoint: str, progress: ProgressOption = None) -> VerifyReport:
-    """Read every byte of a checkpoint and compare; see `Checkpoint.verify`."""
-    with _verifying(catalogue.get(checkpoint), progress) as done:
-        return catalogue.verify(checkpoint, done)
-
-
-def listed_facts(entry: Listed) -> dict[str, Any]:
-    """One checkpoint as ``dcres checkpoints --json`` lists it; `error` when it is damaged."""
-    manifest = entry.manifest
-    if manifest is None:
-        return {"checkpoint": entry.checkpoint, "vm": entry.vm, "error": entry.error}
-    return {
-        **checkpoint_facts(manifest),
-        "created": manifest.created,
-        "memory_bytes": manifest.memory_bytes,
-    }
-
-
 def read_from(path: Path, offset_bytes: int) -> bytes:
     """A file's bytes from an offset on; runs where the file is."""
     with path.open("rb") as file:
         file.seek(offset_bytes)
         return file.read()
-
-
-def _with_rates(first: VmStatus, second: VmStatus, seconds: float) -> VmStatus:
-    before = {host.host: host for host in first.hosts}
-    hosts = tuple(
-        replace(
-            host,
-            pages_in_per_s=max(host.pages_in - before[host.host].pages_in, 0) / seconds,
-            pages_out_per_s=max(host.pages_out - before[host.host].pages_out, 0) / seconds,
-        )
-        if host.host in before
-        else host
-        for host in second.hosts
-    )
-    return replace(second, hosts=hosts)
-
-
-@contextmanager
-def _verifying(
-    manifest: Manifest, progress: ProgressOption
-) -> Iterator[Callable[[int], None] | None]:
-    """A callback for pages done that feeds a bar or the caller's own callback."""
-    with shown_progress(progress, f"verify {manifest.checkpoint}") as show:
-        if show is None:
-            yield None
-            return
-        total, pages_done = manifest.pages * PAGE_SIZE, 0
-
-        def done(pages: int) -> None:
-            nonlocal pages_done
-            pages_done += pages
-            host = HostProgress("store", "verify", pages_done * PAGE_SIZE, total)
-            show(OperationProgress(manifest.vm, "verifying", (host,)))
-
-        yield done

@@ -6,6 +6,7 @@
  *                a large number: as many as possible. Prints WROTE and the pages written until
  *                now, 50 times a second.
  *   span=MiB     write to the first so many MiB only
+ *   reads=N      read a word of so many pages there, at random, before each write
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -33,11 +34,13 @@ static uint64_t now(void) {
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-static void keep_writing(volatile uint64_t *memory, uint64_t pages, uint64_t bytes_per_s) {
+static void keep_writing(volatile uint64_t *memory, uint64_t pages, uint64_t bytes_per_s,
+                         uint64_t reads) {
     uint64_t per_slot = bytes_per_s / PAGE * SLOT_NS / 1000000000, total = 0;
     for (uint64_t slot = now();; slot += SLOT_NS) {
         uint64_t written = 0;
         while (written < per_slot && (written % 64 || now() < slot + SLOT_NS)) {
+            for (uint64_t n = 0; n < reads; n++) (void)memory[next_random() % pages * (PAGE / 8)];
             memory[next_random() % pages * (PAGE / 8)] = ++total;
             written++;
         }
@@ -62,6 +65,8 @@ int main(void) {
     fflush(stdout);
     setvbuf(stdout, 0, _IOLBF, 0);
     uint64_t span = number("span", length >> 20) << 20, rate = number("dirty", 0) * 1000000;
-    if (rate && memory != MAP_FAILED) keep_writing(memory, span / PAGE, rate);
+    if (rate && memory != MAP_FAILED) {
+        keep_writing(memory, span / PAGE, rate, number("reads", 0));
+    }
     for (;;) pause();
 }

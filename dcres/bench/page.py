@@ -114,12 +114,13 @@ def plot(result: Result, panels: Sequence[Figure], figures: Path) -> bool:
     canvas = Canvas(figsize=(6 * len(panels), 4), layout="constrained")
     for place, panel in enumerate(panels, start=1):
         axes = canvas.add_subplot(1, len(panels), place)
-        bars = [found[what] for what in panel.whats]
+        whats = [what for what in panel.whats if what in found]  # --quick leaves some out
+        bars = [found[what] for what in whats]
         medians = [bar.median for bar in bars]
         below = [bar.median - bar.min for bar in bars]
         above = [bar.max - bar.median for bar in bars]
         axes.barh(range(len(bars)), medians, xerr=[below, above], capsize=3, color=panel.color)
-        axes.set_yticks(range(len(bars)), panel.whats)
+        axes.set_yticks(range(len(bars)), whats)
         axes.invert_yaxis()
         axes.set_xlabel(f"{panel.unit} (median; whiskers: least and greatest)")
         axes.set_title(panel.title)

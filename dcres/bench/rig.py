@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dcres.errors import PagingError, UnsupportedHost
+from dcres.model.placement import sub_code
 from dcres.paging import control, settings
 from dcres.paging.settings import PagerSettings, ServerSettings, SubAddress
 
@@ -145,9 +146,10 @@ class Rig:
             table=str(self.ram / "table"),
             control=str(self.folder / "pager.sock"),
             subs=tuple(
-                SubAddress(f"sub{i}", "127.0.0.1", server.port, server.capacity_pages)
+                SubAddress(f"sub{i}", "127.0.0.1", server.port, server.capacity_pages, sub_code(i))
                 for i, server in enumerate(self.servers)
             ),
+            moves=str(self.ram / "moves"),
         )
 
     def _start(self, name: str, module: str) -> None:

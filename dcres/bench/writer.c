@@ -7,6 +7,7 @@
  *   run SECONDS   random increments, then verify every page  -> ops N bad M
  *   read STEP N   read N pages, STEP apart (0: at random)    -> ns TOTAL sum S
  *   write STEP N  the same, writing                          -> ns TOTAL sum S
+ *   skewed N      touch N pages, few of them often; one touch in eight writes -> ns TOTAL sum S
  *   time STEP N US  read N pages, US microseconds apart, and time each
  *                 -> missed M median_ns A p99_ns B max_ns C  (of those that took a page fault)
  *   causal SECONDS  write 1, 2, 3, ... one page each, in the order of `page_of`   -> ops N
@@ -69,6 +70,19 @@ static void touch(uint64_t step, uint64_t count, int writing) {
     for (uint64_t k = 0; k < count; k++) {
         uint64_t page = step ? k * step % pages : random_page();
         if (writing) bump(page);
+        sum += *word(page, 8);
+    }
+    printf("ns %lu sum %lu\n", now() - start, sum);
+}
+
+/* The cube of a number in [0, 1) is below an eighth for half of the touches, and the product
+ * scatters the pages that these are over all of memory. */
+static void skewed(uint64_t count) {
+    uint64_t sum = 0, start = now();
+    for (uint64_t k = 0; k < count; k++) {
+        double u = (double)random_page() / pages;
+        uint64_t page = (uint64_t)(u * u * u * pages) * 2654435761ull % pages;
+        if (state >> 61 == 0) bump(page);
         sum += *word(page, 8);
     }
     printf("ns %lu sum %lu\n", now() - start, sum);
@@ -148,6 +162,8 @@ int main(int argc, char **argv) {
             touch(step, count, 0);
         } else if (sscanf(line, "write %lu %lu", &step, &count) == 2) {
             touch(step, count, 1);
+        } else if (sscanf(line, "skewed %lu", &count) == 1) {
+            skewed(count);
         } else if (sscanf(line, "time %lu %lu %lu", &step, &count, &pause_us) == 3) {
             time_reads(step, count, pause_us);
         } else {

@@ -60,7 +60,7 @@ def checkpoint(
 
 @add_command(app, "cancel", panel=_CHECKPOINTS)
 def cancel(options: Options, vm: VmArgument) -> Answer:
-    """Give up the checkpoint, start or restore of a VM that is under way."""
+    """Give up what is being done to a VM: a checkpoint, start, restore or change of shares."""
     with open_cluster(options) as cluster:
         done = cluster.vm(vm).cancel()
     text = f"what was being done to {vm} is given up" if done else f"nothing is being done to {vm}"
@@ -73,7 +73,7 @@ def checkpoints(
     vm: Annotated[str | None, typer.Argument(metavar="[VM]", help="Of this VM alone.")] = None,
 ) -> Answer:
     """All checkpoints, oldest first."""
-    from dcres.api.vm import listed_facts
+    from dcres.api.catalogue import listed_facts
     from dcres.cli.tables import checkpoints_view
 
     with open_catalogue(options) as catalogue:
@@ -95,11 +95,11 @@ def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
 @add_command(app, "verify", panel=_CHECKPOINTS)
 def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
     """Read every byte of a checkpoint and compare it with its checksums."""
-    from dcres.api import vm
+    from dcres.api import catalogue as catalogues
     from dcres.cli.tables import verify_view
 
     with open_catalogue(options) as catalogue:
-        report = vm.verify(catalogue, ckpt)
+        report = catalogues.verify(catalogue, ckpt)
     files = [{**asdict(file), "ok": file.ok} for file in report.files]
     values = {"checkpoint": ckpt, "ok": report.ok, "pages": report.pages, "files": files}
     return Answer(values, verify_view(report), 0 if report.ok else 1)
@@ -111,7 +111,7 @@ def restore(
     ckpt: CheckpointArgument,
     layout: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="YAML with main and subs, as in a VM file."),
+        typer.Option(metavar="FILE", help="Shares: YAML with main and subs, as in a VM file."),
     ] = None,
     single: Annotated[
         bool, typer.Option("--single", help="On one host with room for everything.")
@@ -120,24 +120,25 @@ def restore(
         str | None,
         typer.Option(metavar="N|H1,H2,…", help="How many hosts, or their names, main first."),
     ] = None,
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="The guest runs at once; its memory follows.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")
     ] = False,
 ) -> Answer:
-    """Bring a VM back from a checkpoint, by default over as many hosts as it had."""
+    """Bring a VM back from a checkpoint: over the hosts that you name, or that dcres finds."""
     from dcres.cli.tables import plan_view, restore_view
     from dcres.config import load_layout
 
     wanted = None if layout is None else load_layout(layout)
-    where: int | list[str] | None = None
-    if hosts is not None:
-        where = int(hosts) if hosts.isdigit() else hosts.split(",")
+    where = int(hosts) if hosts is not None and hosts.isdigit() else hosts
     with open_cluster(options) as cluster:
         found = cluster.checkpoint(ckpt)
         if dry_run:
-            plan = found.plan(wanted, single=single, hosts=where)
+            plan = found.plan(wanted, single=single, hosts=where, lazy=lazy)
             return Answer(plan.to_dict(), plan_view(plan), 0 if plan.possible else 1)
-        facts = found.restore(wanted, single=single, hosts=where).facts
+        facts = found.restore(wanted, single=single, hosts=where, lazy=lazy).facts
     return Answer(facts, restore_view(facts))
 
 

@@ -97,14 +97,18 @@ def up(
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", envvar="DCRES_STORE", help="Where checkpoints go."),
+        typer.Option(
+            metavar="DIR",
+            envvar="DCRES_STORE",
+            help="Where checkpoints go; with {host} in it every host has a store of its own.",
+        ),
     ] = None,
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="With Ray's dashboard, for Ray jobs.")
     ] = False,
 ) -> Answer:
     """Start a local cluster of Ray nodes on this machine."""
-    from dcres.actors.local_cluster import HEAD, LocalCluster
+    from dcres.actors.local_cluster import LocalCluster
     from dcres.api.cluster import connect, memory_size
     from dcres.api.show import working
     from dcres.cli.tables import hosts_view
@@ -118,7 +122,7 @@ def up(
     values = {
         "address": local.address,
         "hosts": [asdict(host) for host in found],
-        "store": str(local.settings(HEAD).store),
+        "store": local.store,
         "token_path": str(local.token_path),
         "dashboard": local.dashboard_url,
     }
@@ -186,29 +190,79 @@ def status(
     over: Annotated[
         float, typer.Option(min=0.0, max=60.0, help="Seconds to measure paging rates for.")
     ] = 1.0,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png|.svg", help="Draw where memory is into this file, too."),
+    ] = None,
 ) -> Answer:
-    """Where a VM's pages are, and how they move."""
+    """Where a VM's pages are, how hot they are, and how they move."""
+    from dcres.api.placement import require_drawable
     from dcres.cli.tables import status_view
+    from dcres.errors import NotFound
 
+    if picture is not None:
+        require_drawable(picture)
     with open_cluster(options) as cluster:
-        found = cluster.vm(vm).status(over)
+        machine = cluster.vm(vm)
+        found = machine.status(over)
+        placement = machine.placement() if found.hosts else None
         listing = cluster.listing(vm)
+    if picture is not None:
+        if placement is None:
+            raise NotFound(f"VM {vm} is {found.phase}, so there is no placement to draw")
+        placement.save(picture)
     checkpoints = [entry.checkpoint for entry in listing]
-    values = {**found.to_dict(), "checkpoints": checkpoints}
-    return Answer(values, status_view(found, checkpoints), 1 if found.phase == "lost" else 0)
+    values = {
+        **found.to_dict(),
+        "checkpoints": checkpoints,
+        "placement": None if placement is None else placement.to_dict(),
+    }
+    shown = status_view(found, checkpoints, placement)
+    return Answer(values, shown, 1 if found.phase == "lost" else 0)
 
 
 @add_command(app, "resize", panel=_VMS)
 def resize(
     options: Options,
     vm: VmArgument,
-    main: Annotated[str, typer.Option(metavar="SIZE", help="What the main host may keep.")],
+    main: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What the main host may keep.")
+    ] = None,
+    subs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE,SIZE,…",
+            help="What the sub hosts may keep; more of them join, fewer leave from the end.",
+        ),
+    ] = None,
 ) -> Answer:
-    """Change how much the main host keeps, while the VM runs."""
+    """Change how much the hosts keep, while the VM runs; Ctrl-C gives it up."""
     from dcres.cli.tables import status_view
 
+    sizes = None if subs is None else [size for size in subs.split(",") if size]
     with open_cluster(options) as cluster:
-        found = cluster.vm(vm).resize(main)
+        found = cluster.vm(vm).resize(main, sizes)
+    return Answer(found.to_dict(), status_view(found))
+
+
+@add_command(app, "drain", panel=_VMS)
+def drain(
+    options: Options,
+    vm: VmArgument,
+    host: Annotated[str, typer.Argument(metavar="HOST", help="One of the VM's sub hosts.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would move where, and change nothing.")
+    ] = False,
+) -> Answer:
+    """Empty a sub host while the VM runs, then leave it; Ctrl-C gives it up."""
+    from dcres.cli.tables import drain_view, status_view
+
+    with open_cluster(options) as cluster:
+        machine = cluster.vm(vm)
+        if dry_run:
+            plan = machine.plan_drain(host)
+            return Answer(plan.to_dict(), drain_view(plan), 0 if plan.possible else 1)
+        found = machine.drain(host)
     return Answer(found.to_dict(), status_view(found))
 
 

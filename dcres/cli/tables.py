@@ -9,8 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dcres.api.plan import RestorePlan
+from dcres.api.draining import DrainPlan
+from dcres.api.placement import Placement
+from dcres.api.plan import ASSUMPTION, RestorePlan, plan_cells, verdict
 from dcres.api.status import Host, HostStatus, VmStatus
+from dcres.cli.memory_map import MemoryMap
 from dcres.config import format_size
 from dcres.demo import Step, Story
 from dcres.doctor import Check, Status
@@ -41,12 +44,16 @@ def bar(fill: float, width: int = _BAR_WIDTH) -> Text:
     return Text("█" * full, style) + Text("░" * (width - full), "dim")
 
 
-def status_view(status: VmStatus, checkpoints: Sequence[str] = ()) -> RenderableType:
-    """Placement as a bar per host, with paging, and the newest checkpoint."""
+def status_view(
+    status: VmStatus, checkpoints: Sequence[str] = (), placement: Placement | None = None
+) -> RenderableType:
+    """A bar per host, with paging, a map of memory, and the newest checkpoint."""
     phase = Text(status.phase, _PHASE_STYLES.get(status.phase, "yellow"))
     head = Text.assemble((status.vm, "bold"), "  ", phase)
     if status.accel:
         head.append(f"  {status.accel.upper()}, {_size_of(status.pages)} in use", "dim")
+    if status.bringing_in:
+        head.append(f"  {status.bringing}", "yellow")
     if status.why:
         head.append(f"\n{status.why}")
     tail = [f"newest of {len(checkpoints)} checkpoints: {checkpoints[-1]}"] if checkpoints else []
@@ -56,7 +63,8 @@ def status_view(status: VmStatus, checkpoints: Sequence[str] = ()) -> Renderable
     table = _table("host", "role", "", *number, right=number)
     for host in status.hosts:
         table.add_row(*_host_cells(host))
-    return Group(head, table, *tail)
+    picture: list[RenderableType] = [] if placement is None else ["", MemoryMap(placement)]
+    return Group(head, table, *picture, *tail)
 
 
 def _host_cells(host: HostStatus) -> list[RenderableType]:
@@ -185,30 +193,44 @@ def verify_view(report: VerifyReport) -> RenderableType:
 
 
 def restore_view(facts: dict[str, Any]) -> RenderableType:
-    """Where a VM was restored."""
+    """Where a VM was restored, and why there."""
     head = f"{facts['vm']} runs again from {facts['checkpoint']}, after {facts['seconds']:.2f} s"
-    table = _table("host", "role", "share", "loaded", right=("share", "loaded"))
+    pages = "to hold" if facts.get("lazy") else "loaded"
+    table = _table("host", "role", "share", pages, right=("share", pages))
     for host in facts["layout"]:
         share, loaded = format_size(host["memory_bytes"]), _size_of(host["pages"])
         table.add_row(host["host"], host["role"], share, loaded)
-    return Group(head, table)
+    tail = f"{facts['chosen']}; {format_size(facts['bytes_moved'])} over the network"
+    if facts.get("lazy"):
+        tail += f"\nits memory follows: `dcres status {facts['vm']}` tells how much is left"
+    return Group(head, table, Text(tail, "dim"))
 
 
 def plan_view(plan: RestorePlan) -> RenderableType:
     """What a restore would do."""
-    number = ("share", "pages", "to read")
-    table = _table("host", "role", *number, right=number)
+    number = ("share", "pages", "to read", "to verify")
+    table = _table(
+        "host", "role", "share", "pages", "to read", "over the network", "to verify", right=number
+    )
     for host in plan.hosts:
-        table.add_row(
-            host.host,
-            host.role,
-            format_size(host.memory_bytes),
-            str(host.pages),
-            format_size(host.read_bytes),
-        )
-    verdict = [Text(problem, "red") for problem in plan.problems]
+        table.add_row(*plan_cells(host))
+    lines: list[RenderableType] = [Text(problem, "red") for problem in plan.problems]
+    if not lines:
+        lines = [Text(verdict(plan), "green"), Text(ASSUMPTION, "dim")]
+    if plan.chosen:
+        lines.insert(0, Text(plan.chosen, "dim"))
     head = f"{plan.checkpoint} would be restored as VM {plan.vm}; nothing was changed"
-    return Group(head, table, *(verdict or [Text("it fits", "green")]))
+    return Group(head, table, *lines)
+
+
+def drain_view(plan: DrainPlan) -> RenderableType:
+    """What emptying a sub host would move."""
+    head = f"{plan.host} of VM {plan.vm} would be emptied; nothing was changed"
+    table = _table("to", "pages", "size", right=("pages", "size"))
+    for host, pages in plan.moves.items():
+        table.add_row(host, str(pages), _size_of(pages))
+    problems = [Text(problem, "red") for problem in plan.problems]
+    return Group(head, table, *(problems or [Text(f"{_size_of(plan.pages)} would move", "green")]))
 
 
 def checks_view(checks: Sequence[Check]) -> RenderableType:

@@ -162,6 +162,31 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def shared_lock(path: Path) -> Iterator[int]:
+    """Hold a shared flock(2) on the file or folder `path`, which exists; its descriptor.
+
+    Taken at once or not at all: BlockingIOError while somebody has it exclusively. The kernel
+    lets go of it when the process ends, however it ends.
+    """
+    with _lock_now(path, fcntl.LOCK_SH) as fd:
+        yield fd
+
+
+@contextlib.contextmanager
+def sole_lock(path: Path) -> Iterator[int]:
+    """The same, but exclusive: BlockingIOError while anybody else has it."""
+    with _lock_now(path, fcntl.LOCK_EX) as fd:
+        yield fd
+
+
+@contextlib.contextmanager
+def _lock_now(path: Path, how: int) -> Iterator[int]:
+    with opened(path, os.O_RDONLY) as fd:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+        yield fd
+
+
 def allocated_bytes(fd: int) -> int:
     """What the file takes on its file system, including its own bookkeeping (`st_blocks`)."""
     return os.fstat(fd).st_blocks * 512

@@ -42,3 +42,8 @@ def pidfd_getfd(pidfd: int, target_fd: int) -> int:
 def fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> int:
     """fallocate(2)."""
     return check(_libc.fallocate(fd, mode, offset_bytes, length_bytes), "fallocate")
+
+
+def setns(fd: int, kind: int) -> int:
+    """setns(2): the calling thread joins the namespace that `fd` refers to."""
+    return check(_libc.setns(fd, kind), "setns")

@@ -16,9 +16,10 @@ from typing import Self
 import numpy as np
 
 from dcres.linux import abi
-from dcres.model.pages import PAGE_SIZE, Extents, join
+from dcres.model.pages import PAGE_SIZE, Extents, Mask, Pages, join
 
 _REGIONS_AT_ONCE = 16384
+_GAP_PAGES = 64  # reading over so many entries takes as long as another read
 
 
 class WriteTracker:
@@ -35,6 +36,24 @@ class WriteTracker:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+    def mapped(self, pages: Pages) -> Mask:
+        """Which of the ascending `pages` are in the process's page table.
+
+        One that was taken out of it and is back was touched meanwhile.
+        """
+        if not pages.size:
+            return np.zeros(0, dtype=np.bool_)
+        found = [
+            _present(os.pread(self._fd, 8 * int(run[-1] - run[0] + 1), self._entry(int(run[0]))))[
+                run - run[0]
+            ]
+            for run in np.split(pages, np.flatnonzero(np.diff(pages) > _GAP_PAGES) + 1)
+        ]
+        return np.concatenate(found)
+
+    def _entry(self, page: int) -> int:
+        return 8 * (self._start // PAGE_SIZE + page)
 
     def scan(self, *, protect: bool = True) -> Extents:
         """Extents written since they were last protected; protects them again if asked.
@@ -59,3 +78,9 @@ class WriteTracker:
             call.start = call.walk_end
         pages = (np.concatenate(parts) - self._start) // PAGE_SIZE
         return join(pages)
+
+
+def _present(entries: bytes) -> Mask:
+    """Bit 63 of each entry: a page is mapped there (pagemap.rst)."""
+    present: Mask = np.frombuffer(entries, dtype=np.int64) < 0
+    return present

@@ -24,6 +24,7 @@ REQUIRED_FEATURES = (
     | abi.UffdFeature.WP_UNPOPULATED
     | abi.UffdFeature.WP_ASYNC
 )
+_ACCESS = struct.Struct("<B7xQQ8x")  # the same with the flags
 _ADDRESS = struct.Struct("<B15xQ8x")  # event, flags and padding, address, thread id
 
 
@@ -84,6 +85,18 @@ class Userfaultfd:
         except BlockingIOError:
             return []
         return [a for event, a in _ADDRESS.iter_unpack(data) if event == abi.UFFD_EVENT_PAGEFAULT]
+
+    def read_accesses(self, most: int) -> list[tuple[int, bool]]:
+        """As `read_faults`, and whether each was a write."""
+        try:
+            data = os.read(self.fd, abi.UFFD_MESSAGE_SIZE * most)
+        except BlockingIOError:
+            return []
+        return [
+            (address, bool(flags & abi.UFFD_PAGEFAULT_FLAG_WRITE))
+            for event, flags, address in _ACCESS.iter_unpack(data)
+            if event == abi.UFFD_EVENT_PAGEFAULT
+        ]
 
     def copy(self, destination: int, source: int, length_bytes: int) -> int:
         """Put pages in place, write-protected, and wake who waits for them.

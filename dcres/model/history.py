@@ -1,7 +1,7 @@
 """Access history: when each page was last known to be touched, and who leaves first.
 
-Recency is a coarse tick per page, ``uint32``, 0 = never. A fault and a write count as a touch;
-reads of a page that stays on the main host leave no trace on a stock kernel.
+Recency is a coarse tick per page, ``uint32``, 0 = never. Faults and writes are known touches, and
+so is whatever touches a page on standby; see `dcres.model.policy`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAGE_SIZE = 4096
+PAGES_PER_MIB = (1 << 20) // PAGE_SIZE
 
 Mask = npt.NDArray[np.bool_]
 Pages = npt.NDArray[np.int64]
@@ -32,10 +33,19 @@ def pages_of(length_bytes: int) -> int:
     return count
 
 
+def mib_of(page_count: int) -> int:
+    """How many MiB hold `page_count` pages: rounded up, as Ray counts and people read them."""
+    return -(-page_count // PAGES_PER_MIB)
+
+
 def extents_of_mask(mask: Mask) -> Extents:
-    """The extents where `mask` is true."""
-    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
-    return edges.reshape(-1, 2).astype(np.int64, copy=False)
+    """The extents where `mask` is true. Takes one byte per page, besides what it returns."""
+    if mask.size == 0:
+        return EMPTY
+    changes = np.empty(mask.size + 1, dtype=np.bool_)
+    changes[0], changes[-1] = mask[0], mask[-1]
+    np.not_equal(mask[1:], mask[:-1], out=changes[1:-1])
+    return np.flatnonzero(changes).reshape(-1, 2).astype(np.int64, copy=False)
 
 
 def extents_of_pages(pages: Pages) -> Extents:
@@ -73,6 +83,13 @@ def pages_of_extents(extents: Extents) -> Pages:
     lengths = extents[:, 1] - extents[:, 0]
     starts = np.repeat(extents[:, 0] - np.concatenate(([0], np.cumsum(lengths)[:-1])), lengths)
     return starts + np.arange(lengths.sum(), dtype=np.int64)
+
+
+def extents_within(extents: Extents, mask: Mask) -> Extents:
+    """What of `extents` lies where `mask` is true; `extents` themselves if that is all."""
+    pages = pages_of_extents(extents)
+    here = mask[pages]
+    return extents if here.all() else extents_of_pages(pages[here])
 
 
 def count_pages(extents: Extents) -> int:

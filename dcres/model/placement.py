@@ -5,17 +5,22 @@
 | `NOWHERE` | untouched by the guest; reads as zeros, costs nothing |
 | `MAIN` | on the main host, in the guest's RAM file |
 | `LEAVING` | on the main host, in the outbox, until a sub host has acknowledged it |
-| `FIRST_SUB` + i | on sub host i |
+| `FIRST_SUB` … | on the sub host, or in the part of a checkpoint, that has this code |
+
+A sub host keeps its code for as long as it serves the VM: hosts come and go while the VM runs,
+and pages of the others must not be looked for elsewhere then.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from dcres.errors import NoRoom, PagesLost
 from dcres.model.pages import Mask
 
 Owners = npt.NDArray[np.uint8]
@@ -28,31 +33,49 @@ SAVED_NOWHERE = 0xFF  # in a page placement file, where hosts are numbered from 
 
 
 def sub_code(index: int) -> int:
-    """The owner code of sub host `index`."""
+    """The owner code of sub host `index` when a VM begins to run."""
     return FIRST_SUB + index
 
 
-def pages_by_host(owners: Owners, subs: int) -> list[int]:
-    """Pages held per host, the main host first; what is leaving counts as the main host's."""
-    counts = np.bincount(owners, minlength=FIRST_SUB + subs)
-    return [int(counts[MAIN] + counts[LEAVING]), *map(int, counts[FIRST_SUB : FIRST_SUB + subs])]
+def free_codes(taken: Sequence[int], count: int) -> list[int]:
+    """`count` owner codes that nobody has. Raises NoRoom when there are not so many."""
+    free = sorted(set(range(FIRST_SUB, 256)) - set(taken))
+    if len(free) < count:
+        raise NoRoom(
+            f"{len(taken) + count} places for pages, and a VM can have {256 - FIRST_SUB}; use "
+            "fewer sub hosts, or restore without --lazy"
+        )
+    return free[:count]
 
 
-def to_saved(owners: Owners) -> Owners:
-    """Owner codes as a page placement file has them: index of the host, 0 = main."""
+def pages_by_host(owners: Owners, codes: Sequence[int]) -> list[int]:
+    """Pages held by the main host, then by each code; what is leaving is the main host's."""
+    counts = np.bincount(owners, minlength=256)
+    return [int(counts[MAIN] + counts[LEAVING]), *(int(counts[code]) for code in codes)]
+
+
+def to_saved(owners: Owners, codes: Sequence[int]) -> Owners:
+    """Owner codes as a page placement file has them: index of the host, 0 = main.
+
+    `codes` are the sub hosts' in the file's order. Raises PagesLost if a page is with none of
+    these hosts.
+    """
     saved = np.full(256, SAVED_NOWHERE, dtype=np.uint8)
     saved[[MAIN, LEAVING]] = 0
-    saved[FIRST_SUB:] = np.arange(1, 256 - FIRST_SUB + 1)
-    return saved[owners]
+    saved[list(codes)] = np.arange(1, len(codes) + 1)
+    placed = saved[owners]
+    astray = int(((placed == SAVED_NOWHERE) & (owners != NOWHERE)).sum())
+    if astray:
+        raise PagesLost(f"{astray} pages are with none of the VM's hosts yet; try again later")
+    return placed
 
 
-def from_saved(saved: Owners) -> Owners:
-    """Owner codes from a page placement file."""
-    codes = np.zeros(256, dtype=np.uint8)
-    codes[0] = MAIN
-    codes[1 : 256 - FIRST_SUB + 1] = np.arange(FIRST_SUB, 256)
-    codes[SAVED_NOWHERE] = NOWHERE
-    return codes[saved]
+def from_saved(saved: Owners, codes: Sequence[int]) -> Owners:
+    """Owner codes from a page placement file, given the codes of its sub hosts."""
+    owners = np.zeros(256, dtype=np.uint8)
+    owners[: len(codes) + 1] = [MAIN, *codes]
+    owners[SAVED_NOWHERE] = NOWHERE
+    return owners[saved]
 
 
 def digest(mask: Mask) -> str:

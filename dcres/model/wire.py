@@ -2,8 +2,8 @@
 
 ::
 
-    pager (client)                                memory server
-      HELLO {vm, generation, nonce}        ──▶
+    client                                        server
+      HELLO {vm, generation, nonce, role}  ──▶
                                            ◀──    CHALLENGE {nonce}         or REFUSED
       PROOF {HMAC of the client}           ──▶
                                            ◀──    WELCOME {HMAC of the server, pages}  or REFUSED
@@ -15,15 +15,20 @@
                                            ◀──    RELEASED
       PAGE_OUT {extents, data}             ──▶
                                            ◀──    STORED
+      PEEK {extents}                       ──▶
+                                           ◀──    PAGES {what of them is here, data}
+      FETCH {source, extents}              ──▶    PEEKs at the source, writes
+                                           ◀──    FETCHED {what of them it stored}
 
-Every request is answered in order, with its request number. After a malformed frame, or an
-ERROR, the connection is closed: there is no way to find the next frame's start.
+The client is a PAGER, which may ask for everything, or a READER, which only looks: EXISTENCE
+and PEEK. Every request is answered with its request number, and in order but for FETCHED, which
+may come later. After a malformed frame, or an ERROR, the connection is closed: there is no way
+to find the next frame's start.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import ipaddress
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,24 +36,30 @@ from enum import IntEnum
 
 import numpy as np
 
-from dcres.errors import ProtocolError, Refused
-from dcres.model.pages import PAGE_SIZE, Extents, Mask, count_pages
+from dcres.errors import (
+    CheckpointCorrupt,
+    DcresError,
+    NoRoom,
+    PagesLost,
+    PagingError,
+    ProtocolError,
+)
+from dcres.model.pages import EMPTY, PAGE_SIZE, Extents, Mask, count_pages
 
 MAGIC = b"DCRP"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<4sBBHII")  # magic, version, kind, zero, request, payload length
 MAX_PAGES = 256  # pages of data in one frame
 MAX_PAYLOAD = 4 + MAX_PAGES * (16 + PAGE_SIZE)
 MAX_MAP_PAGES = 1 << 22  # pages of one EXISTENCE_MAP
 MAX_RELEASE_EXTENTS = 4096
-NONCE_BYTES = 32
-PROOF_BYTES = 32
+MAX_FETCH_PAGES = 1 << 16  # so many that FETCHED fits a frame however they lie
 
 _COUNT = struct.Struct("<I")
-_HELLO = struct.Struct("<16sQ32s")
-_WELCOME = struct.Struct("<32sQ")
 _RANGE = struct.Struct("<QQ")
 _RUN = struct.Struct("<IQQ")
+_SOURCE = struct.Struct("<HB")
+_ERRORS = {kind.__name__: kind for kind in (CheckpointCorrupt, NoRoom, PagesLost, ProtocolError)}
 
 
 class Kind(IntEnum):
@@ -67,6 +78,9 @@ class Kind(IntEnum):
     STORED = 21
     RELEASE = 22
     RELEASED = 23
+    PEEK = 24
+    FETCH = 25
+    FETCHED = 26
     ERROR = 31
 
 
@@ -81,18 +95,11 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """What a connection must prove: the VM, its generation, and knowledge of its secret."""
+class Endpoint:
+    """Where a server listens: an IP address, so that connecting never waits for a name."""
 
-    vm: bytes
-    generation: int
-    secret: bytes
-
-    def proof(self, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
-        """HMAC-SHA256 over role, VM, generation and both nonces. The role keeps a proof of
-        one side from being played back as the other's."""
-        said = _HELLO.pack(self.vm, self.generation, client_nonce)
-        return hmac.digest(self.secret, b"dcres-1 " + role + said + server_nonce, hashlib.sha256)
+    address: str
+    port: int
 
 
 def header(kind: Kind, request: int, length_bytes: int) -> bytes:
@@ -115,12 +122,16 @@ def pack_run(first: int, stop: int) -> bytes:
     return _RUN.pack(1, first, stop)
 
 
-def unpack_extents(payload: memoryview, page_count: int) -> tuple[Extents, int]:
+def unpack_extents(
+    payload: memoryview, page_count: int, *, may_be_none: bool = False
+) -> tuple[Extents, int]:
     """Extents, and the offset behind them. Raises ProtocolError when they make no sense."""
     if len(payload) < _COUNT.size:
         raise ProtocolError("a frame ends inside its extents")
     (count,) = _COUNT.unpack_from(payload)
     stop = _COUNT.size + 16 * count
+    if count == 0 and may_be_none:
+        return EMPTY, stop
     if count == 0 or len(payload) < stop:
         raise ProtocolError(f"a frame announces {count} extents and holds {len(payload)} bytes")
     flat = np.frombuffer(payload[_COUNT.size : stop], dtype="<u8")
@@ -139,21 +150,62 @@ def _ascending(flat: Extents) -> bool:
     return bool((steps[::2] > 0).all() and (steps[1::2] >= 0).all())
 
 
-def unpack_only_extents(payload: memoryview, page_count: int) -> Extents:
+def unpack_only_extents(
+    payload: memoryview, page_count: int, *, may_be_none: bool = False
+) -> Extents:
     """Extents of a frame that carries nothing else. Raises ProtocolError."""
-    extents, at = unpack_extents(payload, page_count)
+    extents, at = unpack_extents(payload, page_count, may_be_none=may_be_none)
     if at != len(payload):
         raise ProtocolError(f"a frame holds {len(payload) - at} bytes behind its extents")
     return extents
 
 
-def unpack_pages(payload: memoryview, page_count: int) -> tuple[Extents, int]:
-    """Extents of a frame that carries their data, and the offset where the data starts."""
-    extents, at = unpack_extents(payload, page_count)
+def unpack_pages(
+    payload: memoryview, page_count: int, *, may_be_none: bool = False
+) -> tuple[Extents, int]:
+    """Extents of a frame that carries their data, and the offset where the data starts.
+
+    Only PAGES that answers PEEK may carry none. Raises ProtocolError.
+    """
+    extents, at = unpack_extents(payload, page_count, may_be_none=may_be_none)
     pages = count_pages(extents)
     if pages > MAX_PAGES or len(payload) - at != pages * PAGE_SIZE:
         raise ProtocolError(f"a frame announces {pages} pages and holds {len(payload) - at} bytes")
     return extents, at
+
+
+def pack_fetch(source: Endpoint, extents: Extents) -> bytes:
+    """The payload of FETCH: the source's port, its address as text, the extents."""
+    address = source.address.encode("ascii")
+    return _SOURCE.pack(source.port, len(address)) + address + pack_extents(extents)
+
+
+def unpack_fetch(payload: memoryview, page_count: int) -> tuple[Endpoint, Extents]:
+    """Source and extents of a FETCH. Raises ProtocolError."""
+    if len(payload) < _SOURCE.size:
+        raise ProtocolError("a FETCH frame ends inside its source")
+    port, length = _SOURCE.unpack_from(payload)
+    at = _SOURCE.size + length
+    try:
+        address = str(ipaddress.ip_address(bytes(payload[_SOURCE.size : at]).decode("ascii")))
+    except ValueError:
+        raise ProtocolError("the source of a FETCH frame is not an IP address") from None
+    extents = unpack_only_extents(payload[at:], page_count)
+    pages = count_pages(extents)
+    if port == 0 or pages > MAX_FETCH_PAGES:
+        raise ProtocolError(f"a FETCH frame asks for {pages} pages from port {port}")
+    return Endpoint(address, port), extents
+
+
+def pack_error(error: DcresError) -> bytes:
+    """The payload of ERROR."""
+    return f"{type(error).__name__}: {error}".encode()
+
+
+def unpack_error(payload: memoryview, who: str) -> DcresError:
+    """The error that `who` reports, of its class if that is one of the protocol's."""
+    name, _, sentence = bytes(payload).decode(errors="replace").partition(": ")
+    return _ERRORS.get(name, PagingError)(f"{who} reports: {sentence or name}")
 
 
 def pack_range(first: int, count: int) -> bytes:
@@ -228,85 +280,13 @@ def _check_header(buffer: memoryview, at: int) -> tuple[Kind, int, int]:
     if magic != MAGIC or zero:
         raise ProtocolError("the peer does not speak the dcres paging protocol")
     if version != VERSION:
-        raise ProtocolError(f"the peer speaks version {version}, this is version {VERSION}")
+        raise ProtocolError(
+            f"the peer speaks version {version} of the paging protocol and this is version "
+            f"{VERSION}; run the same dcres on all hosts"
+        )
     if length > MAX_PAYLOAD:
         raise ProtocolError(f"a frame of {length} bytes is longer than {MAX_PAYLOAD}")
     try:
         return Kind(kind), request, length
     except ValueError:
         raise ProtocolError(f"frame kind {kind} is not known") from None
-
-
-class ClientHandshake:
-    """The pager's side: `hello`, then `answer` to each frame until it returns None."""
-
-    def __init__(self, identity: Identity, nonce: bytes) -> None:
-        self._identity = identity
-        self._nonce = nonce
-        self._server_nonce = b""
-        self.page_count = 0
-
-    def hello(self) -> bytes:
-        """The first frame."""
-        me = self._identity
-        return frame(Kind.HELLO, 0, _HELLO.pack(me.vm, me.generation, self._nonce))
-
-    def answer(self, received: Frame) -> bytes | None:
-        """The next frame to send, or None when both sides have proved themselves.
-
-        Raises Refused.
-        """
-        payload = bytes(received.payload)
-        match received.kind:
-            case Kind.CHALLENGE if not self._server_nonce and len(payload) == NONCE_BYTES:
-                self._server_nonce = payload
-                mine = self._identity.proof(b"client", self._nonce, payload)
-                return frame(Kind.PROOF, 0, mine)
-            case Kind.WELCOME if self._server_nonce and len(payload) == _WELCOME.size:
-                theirs, self.page_count = _WELCOME.unpack(payload)
-                mine = self._identity.proof(b"server", self._nonce, self._server_nonce)
-                if not hmac.compare_digest(mine, theirs):
-                    raise Refused("the memory server does not know this VM's secret")
-                return None
-            case Kind.REFUSED:
-                raise Refused("the memory server refused this VM or its generation")
-            case _:
-                raise Refused(f"the memory server sent {received.kind.name} in the handshake")
-
-
-class ServerHandshake:
-    """The memory server's side: `answer` each frame; done once `accepted` is true."""
-
-    def __init__(self, identity: Identity, nonce: bytes, page_count: int) -> None:
-        self._identity = identity
-        self._nonce = nonce
-        self._page_count = page_count
-        self._client_nonce = b""
-        self.accepted = False
-
-    def answer(self, received: Frame) -> bytes:
-        """The frame to send back. Raises Refused with the reason, which the peer never hears."""
-        payload = bytes(received.payload)
-        match received.kind:
-            case Kind.HELLO if not self._client_nonce and len(payload) == _HELLO.size:
-                return self._challenge(payload)
-            case Kind.PROOF if self._client_nonce and not self.accepted:
-                return self._welcome(payload)
-            case _:
-                raise Refused(f"{received.kind.name} came before the handshake was done")
-
-    def _challenge(self, payload: bytes) -> bytes:
-        vm, generation, self._client_nonce = _HELLO.unpack(payload)
-        if vm != self._identity.vm:
-            raise Refused(f"it asks for VM {vm.hex()}")
-        if generation != self._identity.generation:
-            raise Refused(f"it is of generation {generation}, not {self._identity.generation}")
-        return frame(Kind.CHALLENGE, 0, self._nonce)
-
-    def _welcome(self, payload: bytes) -> bytes:
-        theirs = self._identity.proof(b"client", self._client_nonce, self._nonce)
-        if not hmac.compare_digest(theirs, payload):
-            raise Refused("it does not know the VM's secret")
-        self.accepted = True
-        mine = self._identity.proof(b"server", self._client_nonce, self._nonce)
-        return frame(Kind.WELCOME, 0, _WELCOME.pack(mine, self._page_count))

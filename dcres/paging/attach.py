@@ -10,12 +10,14 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
+
 from dcres.errors import PagesLost, VmLost
 from dcres.linux import inject
 from dcres.linux.files import data_extents
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
-from dcres.model.placement import MAIN, recover
+from dcres.model.placement import MAIN, NOWHERE, recover
 from dcres.paging.outbox import Outbox
 from dcres.paging.settings import PagerSettings
 from dcres.paging.table import PageTable
@@ -52,6 +54,8 @@ def attach(settings: PagerSettings, table: PageTable, stack: ExitStack) -> Attac
     pipe = _adopt_pipe(settings.qemu_pid, table.pipe_inode, stack)
     outbox = Outbox(table, ram, spool, pipe)
     if adopted:
+        # Its predecessor may have died before it did that for sub hosts that have just joined.
+        _register(uffd, base, settings)
         _recover(table, outbox, ram, spool)
         uffd.wake(base, settings.page_count * PAGE_SIZE)
     return Attached(uffd, base, ram, outbox, adopted)
@@ -77,10 +81,29 @@ def _new_userfaultfd(settings: PagerSettings, base: int) -> Userfaultfd:
     number = inject.make_userfaultfd(settings.qemu_pid)
     uffd = Userfaultfd(inject.take(settings.qemu_pid, number))
     uffd.enable()
-    # Without sub hosts nothing is ever missing: the guest then runs at full speed, and only
-    # its writes are recorded.
-    uffd.register(base, settings.page_count * PAGE_SIZE, missing=bool(settings.subs))
+    _register(uffd, base, settings)
     return uffd
+
+
+def _register(uffd: Userfaultfd, base: int, settings: PagerSettings) -> None:
+    """Have the kernel report faults. Repeatable, with another answer to what is missing, too.
+
+    Without sub hosts nothing is ever missing: the guest then runs at full speed, and only its
+    writes are recorded.
+    """
+    missing = bool(settings.subs or settings.sources)
+    uffd.register(base, settings.page_count * PAGE_SIZE, missing=missing)
+
+
+def keep_owners(attached: Attached, settings: PagerSettings, table: PageTable) -> None:
+    """The first sub host joins: from now on no page may come or go behind our back.
+
+    Before, a page that the guest touched appeared without a fault, and nobody kept the owners.
+    What the RAM file holds once faults are reported is all that is there.
+    """
+    _register(attached.uffd, attached.base, settings)
+    here = present(attached.ram, table.page_count)
+    table.owners[:] = np.where(here, MAIN, NOWHERE)
 
 
 def _adopt_userfaultfd(pid: int) -> Userfaultfd:

@@ -1,9 +1,10 @@
 """Page-out: who leaves when the main host holds more than its share, and where to.
 
-`Evictor.step` moves one batch from the RAM file to the outbox and sends it to the sub host
-with the most room. A page is `LEAVING` until that host has acknowledged it; a fault takes it
-back from the outbox. A page taken back while its copy was on the way is *recalled*: when the
-acknowledgement comes the copy is released, and until then the page does not leave again.
+Who leaves is for a `Policy` to say, which learns of reads through the `Watcher`. `Evictor.step`
+moves one batch from the RAM file to the outbox and sends it to a sub host. A page is `LEAVING`
+until that host has acknowledged it; a fault takes it back from the outbox. A page taken back
+while its copy was on the way is *recalled*: when the acknowledgement comes the copy is released,
+and until then the page does not leave again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dcres.linux.pagemap import WriteTracker
-from dcres.model.history import coldest
 from dcres.model.pages import (
     Extents,
     Mask,
@@ -26,9 +26,11 @@ from dcres.model.pages import (
     pages_of_extents,
 )
 from dcres.model.placement import LEAVING, MAIN
+from dcres.model.policy import Policy, SegmentedFifo
 from dcres.paging.link import Link, Request
 from dcres.paging.outbox import Outbox
 from dcres.paging.table import PageTable
+from dcres.paging.watcher import Watcher
 
 STEP_PAGES = 64
 MOST_IN_FLIGHT_PAGES = 1024
@@ -48,6 +50,11 @@ def _homes(page_count: int, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
     regions = np.arange(-(-page_count // REGION_PAGES))
     bounds = np.cumsum(capacities) / max(sum(capacities), 1)
     return np.searchsorted(bounds[:-1], regions * _GOLDEN % 1.0, side="right")
+
+
+def headroom_pages(limit_pages: int) -> int:
+    """How far below its limit a main host is kept, so that faults find room."""
+    return min(512, limit_pages // 16)
 
 
 class Changes(Protocol):
@@ -81,15 +88,18 @@ class Evictor:
         links: Sequence[Link],
         tracker: WriteTracker,
         now: Callable[[], int],
+        policy: Policy | None = None,
     ) -> None:
         self._table = table
         self._outbox = outbox
-        self._links = links
+        self.set_links(links, owners_kept=bool(links))
         self._tracker = tracker
         self._now = now
-        self._homes = _homes(table.page_count, [link.sub.capacity_pages for link in links])
         self._candidates: deque[Pages] = deque()
-        self._recalled = np.zeros(table.page_count, dtype=np.bool_)
+        self.recalled = np.zeros(table.page_count, dtype=np.bool_)
+        """Pages that must not leave until a copy elsewhere is released."""
+        self._policy = policy or SegmentedFifo(table.ticks)
+        self._watcher = Watcher(self._policy, outbox, tracker, self._may_leave, now)
         self._unsent: deque[Extents] = deque()
         self._in_flight: set[int] = set()
         self.enabled = True
@@ -100,10 +110,20 @@ class Evictor:
         left_over = np.flatnonzero(table.owners == LEAVING)
         self._queue(extents_of_pages(left_over))
 
+    def set_links(self, links: Sequence[Link], *, owners_kept: bool) -> None:
+        """Where pages may go from now on, and whether the table says who is here."""
+        self._links = links
+        self._owners_kept = owners_kept
+        self._homes = _homes(self._table.page_count, [link.sub.capacity_pages for link in links])
+
+    def recount(self) -> None:
+        """The owners were written anew."""
+        self.resident = int((self._table.owners == MAIN).sum())
+
     @property
     def headroom_pages(self) -> int:
         """How far below its limit the main host is kept, so that faults find room."""
-        return min(512, self._table.limit_pages // 16)
+        return headroom_pages(self._table.limit_pages)
 
     @property
     def batch_pages(self) -> int:
@@ -131,13 +151,17 @@ class Evictor:
         return self.leaving == 0 and not self._in_flight
 
     def step(self) -> bool:
-        """Send what waits, or one batch more if there is too much; whether anything moved."""
+        """Send what waits, or one batch more if there is too much; whether anything moved.
+
+        Some pages are watched in passing, whatever the pressure: it then pays most.
+        """
         if self._send_unsent():
             return True
-        if not self.enabled or self.excess_pages < self.batch_pages:
+        if not self.enabled:
             return False
-        if self.leaving >= MOST_IN_FLIGHT_PAGES:
-            return False
+        watched = self._watch()
+        if self.excess_pages < self.batch_pages or self.leaving >= MOST_IN_FLIGHT_PAGES:
+            return watched
         roomiest = self._roomiest()
         if roomiest is None:
             return False
@@ -146,11 +170,21 @@ class Evictor:
             return False
         link, pages = self._destination(pages, roomiest)
         self._outbox.take(pages)
+        self._policy.left(pages)
         self.changes.mark_pages(pages)
         self.resident -= pages.size
         self.leaving += pages.size
         self._send(link, extents_of_pages(pages))
         return True
+
+    def _watch(self) -> bool:
+        # Without sub hosts nobody leaves, and holes are not caught. While a checkpoint is taken
+        # each page put on standby would have to be saved once more.
+        if not self._links or self.changes is not NOBODY_LOOKS:
+            return False
+        pages = self._watcher.step()
+        self.changes.mark_pages(pages)
+        return pages.size > 0
 
     def _roomiest(self) -> Link | None:
         for link in self._links:
@@ -181,35 +215,46 @@ class Evictor:
                 if not self._candidates:
                     return np.empty(0, dtype=np.int64)
             batch = self._candidates.popleft()
-            batch = self._still_here(batch)
+            batch = batch[self._may_leave(batch)]
+            batch = batch[~self._watcher.touched_of(batch)]
             if batch.size > count:
                 self._candidates.appendleft(batch[count:])
                 batch = batch[:count]
             if batch.size:
                 return batch
 
-    def _still_here(self, pages: Pages) -> Pages:
-        may_leave: Mask = (self._table.owners[pages] == MAIN) & ~self._recalled[pages]
-        return pages[may_leave]
+    def _may_leave(self, pages: Pages | slice) -> Mask:
+        may_leave: Mask = (self._table.owners[pages] == MAIN) & ~self.recalled[pages]
+        return may_leave
 
     def _choose(self) -> None:
-        """Refill the candidates: those untouched longest, in batches of neighbours."""
+        """Refill the candidates, in batches of neighbours."""
         self.note_writes()
-        here = (self._table.owners == MAIN) & ~self._recalled
         count = min(CANDIDATES, max(STEP_PAGES, self.resident // 8))
-        pages = coldest(self._table.ticks, here, count)
+        pages = self._policy.victims(self._may_leave(slice(None)), count)
         for at in range(0, pages.size, STEP_PAGES):
             self._candidates.append(pages[at : at + STEP_PAGES])
+
+    def keep_history(self) -> None:
+        """Before a guest runs that was restored: what was loaded was not written by it.
+
+        The kernel takes a page for written that was never mapped nor protected. The first
+        `note_writes` would find all of memory touched, and no page colder than another.
+        """
+        self._tracker.scan(protect=True)
 
     def note_writes(self) -> None:
         """Take the kernel's record of written pages into the access history."""
         written = mask_of_extents(self._tracker.scan(protect=True), self._table.page_count)
-        if self._links:
+        if self._owners_kept:
             written &= self._table.owners == MAIN
-        # Without sub hosts nobody keeps the owners, and a hole may be reported as written.
+        # Else a hole may be reported as written, and whoever saves finds out.
         pages = np.flatnonzero(written)
-        self._table.ticks[pages] = self._now()
         self.changes.mark_pages(pages)
+        # A page on standby is reported once more for what was written before it came there.
+        watched = self._policy.on_standby[pages]
+        self._policy.touched(pages[~watched], self._now())
+        self._watcher.touched_of(pages[watched])
 
     def _queue(self, extents: Extents) -> None:
         for first, stop in extents.tolist():
@@ -237,14 +282,14 @@ class Evictor:
         """A sub host holds these pages: the table says so, then the outbox forgets them."""
         pages = pages_of_extents(extents)
         self._in_flight.difference_update(pages.tolist())
-        recalled = self._recalled[pages]
+        recalled = self.recalled[pages]
         gone = pages[~recalled]
         self._table.owners[gone] = link.code
         self.leaving -= gone.size
         self.pages_out += gone.size
         self._outbox.drop(extents_of_pages(gone))
         if recalled.any():
-            self._recalled[pages[recalled]] = False
+            self.recalled[pages[recalled]] = False
             link.release(extents_of_pages(pages[recalled]))
 
     def unanswered(self, requests: Sequence[Request]) -> None:
@@ -252,7 +297,7 @@ class Evictor:
         for request in requests:
             pages = pages_of_extents(request.extents)
             self._in_flight.difference_update(pages.tolist())
-            self._recalled[pages] = False  # a copy that did arrive is found when maps are compared
+            self.recalled[pages] = False  # a copy that did arrive is found when maps are compared
             self._unsent.append(request.extents)
 
     def take_back(self, page: int) -> bytes:
@@ -263,14 +308,18 @@ class Evictor:
     def taken_back(self, page: int) -> None:
         """The page is in the RAM file again: it leaves the outbox."""
         self._table.owners[page] = MAIN
-        self._table.ticks[page] = self._now()
         self.arrived(page, page + 1)
         self.leaving -= 1
         if page in self._in_flight:
-            self._recalled[page] = True
+            self.recalled[page] = True
         self._outbox.drop(np.array([[page, page + 1]]))
 
-    def arrived(self, first: int, stop: int) -> None:
-        """Pages ``[first, stop)`` are on the main host now, and the table says so."""
+    def arrived(self, first: int, stop: int, *, wanted: bool = True) -> None:
+        """Pages ``[first, stop)`` are on the main host now, and the table says so.
+
+        Those that were brought ahead of need are as old as they were.
+        """
         self.changes.mark(first, stop)
+        if wanted:
+            self._policy.arrived(first, stop, self._now())
         self.resident += stop - first

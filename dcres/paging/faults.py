@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from mmap import mmap
 
+import numpy as np
+
 from dcres.errors import PagesLost, PagingError
 from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.history import hottest
-from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages, pages_of_extents
+from dcres.model.pages import PAGE_SIZE, Extents, Mask, Pages, extents_of_pages, pages_of_extents
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
 from dcres.paging.evictor import Evictor
 from dcres.paging.link import Link, LinkState, Request
@@ -48,11 +50,14 @@ class FaultHandler:
         self._owners = table.owner_bytes()
         self._evictor = evictor
         self._outbox = outbox
-        self._links = {link.code: link for link in links}
+        self.set_links(links)
         self._now = now
+        self.on_arrival: Callable[[int, int], None] = lambda first, stop: None
         self._page = mmap(-1, PAGE_SIZE)
         self._page_address = address_of(self._page)
-        self._fetching: dict[int, int] = {}  # page → when it was missed (ns), 0 if not missed
+        self._fetching: set[int] = set()  # pages that were asked for
+        self._brought: set[int] = set()  # those of them that nobody has missed, nor a neighbour
+        self._missed: dict[int, int] = {}  # page → when the guest missed it (ns)
         self._walk = -1  # where the last window ended
         self._waiting: dict[int, set[int]] = {}  # link code → missed pages while it is down
         self.latencies_ns: deque[int] = deque(maxlen=_SAMPLES)
@@ -61,7 +66,26 @@ class FaultHandler:
     @property
     def fetching(self) -> bool:
         """Whether a page-in is under way."""
-        return bool(self._fetching)
+        return bool(self._fetching or self._missed)
+
+    @property
+    def guest_waits(self) -> bool:
+        """Whether one of them is for a page that the guest has missed."""
+        return bool(self._missed)
+
+    @property
+    def bringing(self) -> int:
+        """How many pages are on their way that nobody has missed."""
+        return len(self._brought)
+
+    def on_their_way(self, pages: Pages) -> Mask:
+        """Which of `pages` were asked for, or will be when a link is back; shape of `pages`."""
+        under_way = [page in self._fetching or page in self._missed for page in pages.tolist()]
+        return np.array(under_way, dtype=np.bool_)
+
+    def set_links(self, links: Sequence[Link]) -> None:
+        """Where pages may be from now on."""
+        self._links = {link.code: link for link in links}
 
     def read(self) -> None:
         """Answer a handful of faults that wait at the userfaultfd."""
@@ -83,7 +107,6 @@ class FaultHandler:
     def _zero(self, page: int) -> None:
         self._uffd.zero(self._base + page * PAGE_SIZE, PAGE_SIZE)
         self._owners[page] = MAIN
-        self._table.ticks[page] = self._now()
         self._evictor.arrived(page, page + 1)
         self.zero_pages += 1
 
@@ -101,16 +124,16 @@ class FaultHandler:
         self.taken_back += 1
 
     def _page_in(self, page: int, owner: int) -> None:
-        if self._fetching.get(page):
+        if page in self._missed:
             return
-        already_asked = page in self._fetching
-        self._fetching[page] = time.perf_counter_ns()
+        self._missed[page] = time.perf_counter_ns()
+        if page in self._fetching:
+            return
         link = self._links[owner]
         if link.state is not LinkState.READY:
             self._waiting.setdefault(owner, set()).add(page)
             return
-        if already_asked:
-            return
+        self._fetching.add(page)
         link.page_in_run(page, page + 1)
         if page == self._walk:  # the guest goes on where the last window ended: more, and at once
             self._ask_around(page, link, page, RUN_PAGES)
@@ -118,7 +141,7 @@ class FaultHandler:
     def _ask_around(self, page: int, link: Link, lowest: int, count: int) -> None:
         self._walk = lowest + count
         for first, stop in self._neighbours(page, link.code, lowest, self._walk):
-            self._fetching.update(dict.fromkeys(range(first, stop), 0))
+            self._fetching.update(range(first, stop))
             link.page_in_run(first, stop)
 
     def _neighbours(
@@ -145,16 +168,31 @@ class FaultHandler:
         for code, link in self._links.items():
             here = remote & (self._table.owners == code)
             pages = hottest(self._table.ticks, here, most)
-            if pages.size and link.state is LinkState.READY:
-                self._fetching.update(dict.fromkeys(pages.tolist(), 0))
-                link.page_in(extents_of_pages(pages))
+            if self.bring(link, pages):
                 return True
         return False
 
+    def bring(self, link: Link, pages: Pages) -> bool:
+        """Page in what nobody has missed, unless it is on its way; whether anything was asked.
+
+        At most `wire.MAX_PAGES` pages.
+        """
+        wanted = [page for page in pages.tolist() if page not in self._fetching]
+        if not wanted or link.state is not LinkState.READY:
+            return False
+        self._fetching.update(wanted)
+        self._brought.update(wanted)
+        link.page_in(extents_of_pages(np.array(wanted, dtype=np.int64)))
+        return True
+
     def arrived(self, link: Link, extents: Extents, address: int) -> None:
-        """Put pages in place, record it, and only then let the sub host forget them."""
+        """Put pages in place, record it, and only then let the sub host forget them.
+
+        Pages that were brought ahead of need keep the time of their last access.
+        """
         tick = self._now()
         missed = False
+        brought = int(extents[0, 0]) in self._brought
         for first, stop in extents.tolist():
             if self._owners[first:stop] != bytes([link.code]) * (stop - first):
                 raise PagingError(f"{link.sub.host} sent pages that it does not own")
@@ -163,19 +201,24 @@ class FaultHandler:
             self._table.owners[first:stop] = MAIN
             address += length
             for page in range(first, stop):
-                missed = self._done(page) or missed
-            self._table.ticks[first:stop] = tick
-            self._evictor.arrived(first, stop)
+                if self._done(page):
+                    missed = True
+                    self._table.ticks[page] = tick
+            if brought:
+                self._brought.difference_update(range(first, stop))
+            self._evictor.arrived(first, stop, wanted=not brought)
+            self.on_arrival(first, stop)
             self.pages_in += stop - first
         link.release(extents)
-        if missed:
+        if missed and not brought:
             # Only now that the guest goes on: the request for its neighbours, and the memory
             # server's work on it, would have made it wait 70 µs more.
             page = int(extents[0, 0])
             self._ask_around(page, link, page - page % WINDOW_PAGES, WINDOW_PAGES)
 
     def _done(self, page: int) -> bool:
-        missed_at = self._fetching.pop(page, 0)
+        self._fetching.discard(page)
+        missed_at = self._missed.pop(page, 0)
         if missed_at:
             self.latencies_ns.append(time.perf_counter_ns() - missed_at)
         return bool(missed_at)
@@ -183,13 +226,14 @@ class FaultHandler:
     def link_ready(self, link: Link) -> None:
         """Ask again for what was missed while the link was down."""
         for page in sorted(self._waiting.pop(link.code, set())):
-            self._fetching.pop(page, None)
-            self._page_in(page, link.code)
+            if self._missed.pop(page, 0):
+                self._page_in(page, link.code)
 
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Page-ins on a link that broke: ask again, when it is back, for what was missed."""
         for request in requests:
-            for page in pages_of_extents(request.extents).tolist():
-                if self._fetching.pop(page, 0):
-                    self._fetching[page] = time.perf_counter_ns()
-                    self._waiting.setdefault(link.code, set()).add(page)
+            pages = pages_of_extents(request.extents).tolist()
+            self._fetching.difference_update(pages)
+            self._brought.difference_update(pages)
+            missed = self._missed.keys() & pages
+            self._waiting.setdefault(link.code, set()).update(missed)

@@ -24,9 +24,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dcres.errors import PagesLost, PagingError, ProtocolError, Refused
+from dcres.errors import CheckpointCorrupt, PagesLost, PagingError, ProtocolError, Refused
 from dcres.linux.pipe import address_of
 from dcres.model import wire
+from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
 from dcres.model.pages import (
     Extents,
     Mask,
@@ -35,7 +36,7 @@ from dcres.model.pages import (
     extents_of_pages,
     pages_of_extents,
 )
-from dcres.model.wire import Frame, Identity, Kind
+from dcres.model.wire import Endpoint, Frame, Kind
 from dcres.paging.loop import Loop
 from dcres.paging.settings import SubAddress
 from dcres.paging.stream import FrameStream
@@ -73,6 +74,9 @@ class LinkUser(Protocol):
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """The server holds these pages."""
 
+    def pages_fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
+        """Of `asked`, the server has fetched `stored` from another one and holds them."""
+
     def memory_lost(self, why: PagingError) -> None:
         """Pages are gone: the VM cannot go on."""
 
@@ -87,19 +91,24 @@ class Request:
 
 
 class Link:
-    """One sub host as the pager sees it."""
+    """One sub host as the pager sees it, or, as a `source`, one slice server.
+
+    A slice server keeps its pages whatever becomes of them here, so it is told of no release.
+    """
 
     def __init__(
         self,
         loop: Loop,
         sub: SubAddress,
-        code: int,
         identity: Identity,
         page_count: int,
         user: LinkUser,
+        *,
+        source: bool = False,
     ) -> None:
         self.sub = sub
-        self.code = code
+        self.code = sub.code
+        self.source = source
         self.state = LinkState.DOWN
         self.held_pages = 0  # as the server will count them once it has read what was sent
         self.trouble = ""  # why it is down
@@ -109,8 +118,9 @@ class Link:
         self._user = user
         self._stream: FrameStream | None = None
         self._buffer_address = 0
-        self._handshake: wire.ClientHandshake | None = None
+        self._handshake: ClientHandshake | None = None
         self._unanswered: deque[Request] = deque()
+        self._fetches: dict[int, Request] = {}  # answered when they are done, in any order
         self._releases: list[Extents] = []
         self._release_pages = 0
         self._number = 0
@@ -119,9 +129,9 @@ class Link:
     @property
     def room_pages(self) -> int:
         """Pages that the server can still take; 0 while it is not ready."""
-        if self.state is not LinkState.READY:
+        if self.state is not LinkState.READY or self.source:
             return 0
-        return self.sub.capacity_pages - self.held_pages
+        return max(0, self.sub.capacity_pages - self.held_pages)
 
     @property
     def settled(self) -> bool:
@@ -140,8 +150,8 @@ class Link:
         sock.connect_ex((self.sub.address, self.sub.port))
         self._stream = FrameStream(self._loop, sock, self._frame, self._closed)
         self._buffer_address = address_of(self._stream.buffer)
-        self._handshake = wire.ClientHandshake(
-            self._identity, secrets.token_bytes(wire.NONCE_BYTES)
+        self._handshake = ClientHandshake(
+            self._identity, secrets.token_bytes(NONCE_BYTES), Role.PAGER
         )
         self.state = LinkState.GREETING
         self._stream.send([self._handshake.hello()])
@@ -161,8 +171,21 @@ class Link:
         self.held_pages += count_pages(extents)
         self._request(Kind.PAGE_OUT, extents, [wire.pack_extents(extents), *data])
 
+    def fetch(self, source: SubAddress, extents: Extents) -> None:
+        """Have the server fetch pages from `source`; at most `wire.MAX_PAGES`."""
+        self.flush_releases()
+        self.held_pages += count_pages(extents)
+        request = self._request(
+            Kind.FETCH,
+            extents,
+            [wire.pack_fetch(Endpoint(source.address, source.port), extents)],
+        )
+        self._fetches[request.number] = self._unanswered.pop()
+
     def release(self, extents: Extents) -> None:
         """Pages that the server need not keep any more; told in batches."""
+        if self.source:
+            return
         self._releases.append(extents)
         self._release_pages += count_pages(extents)
         if self._release_pages >= RELEASE_PAGES:
@@ -180,17 +203,25 @@ class Link:
             self.held_pages -= count_pages(part)
             self._request(Kind.RELEASE, part, [wire.pack_extents(part)])
 
-    def _request(self, kind: Kind, extents: Extents, payload: list[bytes]) -> None:
+    def close(self) -> None:
+        """End the connection for good; nothing may be under way on it."""
+        if self._stream is not None:
+            self._stream.close(ConnectionAbortedError("it is not needed any more"))
+
+    def _request(self, kind: Kind, extents: Extents, payload: list[bytes]) -> Request:
         if self._stream is None:
             raise PagingError(f"{self.sub.host} is not connected")
         self._number = self._number % 0xFFFFFFFF + 1
-        self._unanswered.append(Request(self._number, kind, extents))
+        request = Request(self._number, kind, extents)
+        self._unanswered.append(request)
         length = sum(map(len, payload))
         self._stream.send([wire.header(kind, self._number, length), *payload])
+        return request
 
     def _closed(self, why: PagingError | OSError) -> None:
         was, self.state, self._stream = self.state, LinkState.DOWN, None
-        unanswered, self._unanswered = list(self._unanswered), deque()
+        unanswered, self._unanswered = [*self._unanswered, *self._fetches.values()], deque()
+        self._fetches.clear()
         self._releases, self._release_pages = [], 0
         if isinstance(why, PagesLost):
             self._user.memory_lost(why)
@@ -205,8 +236,13 @@ class Link:
             return
         if frame.kind is Kind.ERROR:
             # What it means shows when the link is made again and the maps are compared.
-            text = bytes(frame.payload).decode(errors="replace")
-            raise PagingError(f"{self.sub.host} reports {text}")
+            error = wire.unpack_error(frame.payload, self.sub.host)
+            if isinstance(error, CheckpointCorrupt):  # asking again would not mend it
+                raise PagesLost(str(error))
+            raise PagingError(str(error))
+        if frame.kind is Kind.FETCHED:
+            self._fetched(frame)
+            return
         if not self._unanswered or self._unanswered[0].number != frame.request:
             raise ProtocolError(f"{self.sub.host} answered a request that was not made")
         self._answered(self._unanswered.popleft(), frame)
@@ -243,6 +279,14 @@ class Link:
                 self._reconcile(request.extents, frame)
             case asked, got:
                 raise ProtocolError(f"{self.sub.host} answered {asked.name} with {got.name}")
+
+    def _fetched(self, frame: Frame) -> None:
+        request = self._fetches.pop(frame.request, None)
+        if request is None:
+            raise ProtocolError(f"{self.sub.host} answered a fetch that was not ordered")
+        stored = wire.unpack_only_extents(frame.payload, self._page_count, may_be_none=True)
+        self.held_pages -= count_pages(request.extents) - count_pages(stored)
+        self._user.pages_fetched(self, request.extents, stored)
 
     def _reconcile(self, extents: Extents, frame: Frame) -> None:
         first, stop = extents[0].tolist()

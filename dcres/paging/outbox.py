@@ -14,6 +14,11 @@ The pipe is QEMU's (we work on a copy of its descriptors), the journal and the o
 on tmpfs. If this process is killed at any point, every page of the batch is in the RAM file,
 in the pipe or in the outbox, and `Outbox.recover` finds out which: splice takes a page from
 the pipe only after it is in the file.
+
+A page is put on *standby* the same way, except that it goes from the pipe back to its place in
+the RAM file (journal: REFILLING). What the punch did remains: no page table refers to it. The
+kernel maps it again when the guest touches it, without a message to us, and /proc/PID/pagemap
+then shows that it did.
 """
 
 from __future__ import annotations
@@ -43,14 +48,31 @@ class Outbox:
     def take(self, pages: Pages) -> None:
         """Move ascending, present `pages` (at most `BATCH_PAGES`) from the RAM file here."""
         extents = extents_of_pages(pages)
+        self._pull(pages, extents)
+        for first, stop in extents.tolist():
+            self._empty_pipe(self._outbox, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
+        self._finish(pages)
+
+    def unmap(self, pages: Pages) -> None:
+        """Leave such pages in the RAM file and nowhere in the guest's page table.
+
+        For a moment they are holes. Who saves a checkpoint meanwhile may find them so, and must
+        be told afterwards that they changed.
+        """
+        extents = extents_of_pages(pages)
+        self._pull(pages, extents)
+        self._table.journal_state = JournalState.REFILLING
+        for first, stop in extents.tolist():
+            self._refill(first, stop)
+        self._table.journal_state = JournalState.EMPTY
+
+    def _pull(self, pages: Pages, extents: Extents) -> None:
+        """Out of the RAM file and into the pipe."""
         self._table.begin_batch(pages)
         for first, stop in extents.tolist():
             self._fill_pipe(first, stop)
         self._table.journal_state = JournalState.PUNCHING
         self._punch(extents)
-        for first, stop in extents.tolist():
-            self._empty_pipe(first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
-        self._finish(pages)
 
     def _fill_pipe(self, first: int, stop: int) -> None:
         at, end = first * PAGE_SIZE, stop * PAGE_SIZE
@@ -64,10 +86,15 @@ class Outbox:
         for first, stop in extents.tolist():
             files.punch_hole(self._ram, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
 
-    def _empty_pipe(self, at: int, length: int) -> None:
+    def _empty_pipe(self, target: int, at: int, length: int) -> None:
         end = at + length
         while at < end:
-            at += os.splice(self._pipe_out, self._outbox, end - at, offset_dst=at)
+            at += os.splice(self._pipe_out, target, end - at, offset_dst=at)
+
+    def _refill(self, first: int, stop: int) -> None:
+        # The guest sees a page as soon as it is there. A whole page from a pipe is copied under
+        # the page's lock, so that it never sees half of one.
+        self._empty_pipe(self._ram, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
 
     def _finish(self, pages: Pages) -> None:
         self._table.owners[pages] = LEAVING
@@ -82,6 +109,9 @@ class Outbox:
                     os.read(self._pipe_out, waiting)
             case JournalState.PUNCHING:
                 self._resume_punching()
+            case JournalState.REFILLING:
+                for page in self._waiting_tail()[0]:
+                    self._refill(page, page + 1)
             case JournalState.EMPTY:
                 pass
         self._table.journal_state = JournalState.EMPTY
@@ -89,15 +119,21 @@ class Outbox:
     def _resume_punching(self) -> None:
         pages = self._table.journal_pages
         self._punch(extents_of_pages(pages))
-        # What is still in the pipe is the batch's tail; the rest is in the outbox already.
-        left = waiting_bytes(self._pipe_out)
-        whole, rest = divmod(left, PAGE_SIZE)
-        tail = pages[pages.size - whole - (1 if rest else 0) :].tolist()
+        tail, rest = self._waiting_tail()
         for page in tail:
             skip = PAGE_SIZE - rest if rest else 0
-            self._empty_pipe(page * PAGE_SIZE + skip, PAGE_SIZE - skip)
+            self._empty_pipe(self._outbox, page * PAGE_SIZE + skip, PAGE_SIZE - skip)
             rest = 0
         self._finish(pages)
+
+    def _waiting_tail(self) -> tuple[list[int], int]:
+        """The batch's pages that are still in the pipe, and how much of the first if not all.
+
+        What is in the pipe is the batch's tail; the others are where they should be already.
+        """
+        whole, rest = divmod(waiting_bytes(self._pipe_out), PAGE_SIZE)
+        pages = self._table.journal_pages
+        return pages[pages.size - whole - (1 if rest else 0) :].tolist(), rest
 
     def read(self, extents: Extents) -> list[bytes]:
         """The content of pages that are here, one piece per extent."""

@@ -34,17 +34,19 @@ from dcres.errors import DcresError, PagesLost, PagingError, ProtocolError
 from dcres.linux.files import allocated_bytes
 from dcres.linux.pagemap import WriteTracker
 from dcres.model.pages import PAGE_SIZE, Extents, Mask
-from dcres.model.placement import MAIN, NOWHERE, pages_by_host, sub_code
+from dcres.model.placement import MAIN, NOWHERE, pages_by_host
 from dcres.model.wire import Kind
+from dcres.paging import moves as moves_
 from dcres.paging import settings as settings_
-from dcres.paging.attach import Attached, attach, present
+from dcres.paging.attach import Attached, attach, keep_owners, present
 from dcres.paging.changes import ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply, failure
 from dcres.paging.evictor import NOBODY_LOOKS, Evictor
 from dcres.paging.faults import FaultHandler
 from dcres.paging.link import Link, Request
 from dcres.paging.loop import READ, Loop
-from dcres.paging.settings import PagerSettings
+from dcres.paging.mover import Mover
+from dcres.paging.settings import PagerSettings, SubAddress
 from dcres.paging.table import PageTable
 
 log = logging.getLogger("dcres.pager")
@@ -75,38 +77,36 @@ class _Promise:
 class Pager:
     """Faults, page-outs, links and orders, in one loop."""
 
-    def __init__(self, settings: PagerSettings, stack: ExitStack) -> None:
-        self._settings = settings
+    def __init__(self, settings_path: Path, stack: ExitStack) -> None:
+        self._settings_path = settings_path
+        self._settings = settings = settings_.load(PagerSettings, settings_path)
         self._table = _open_table(settings)
         self._attached: Attached = attach(settings, self._table, stack)
         self._started = time.monotonic()
         self._first_tick = int(self._table.ticks.max(initial=0)) + 1
         self._loop = Loop()
-        self._links = [
-            Link(
-                self._loop,
-                sub,
-                sub_code(index),
-                settings.identity,
-                settings.page_count,
-                self,
-            )
-            for index, sub in enumerate(settings.subs)
-        ]
+        self._links = [self._link(sub) for sub in settings.subs]
+        self._sources = [self._link(each, source=True) for each in settings.sources]
         tracker = stack.enter_context(
             WriteTracker(settings.qemu_pid, self._attached.base, settings.page_count)
         )
         outbox = self._attached.outbox
         self._evictor = Evictor(self._table, outbox, self._links, tracker, self.tick)
+        if not self._attached.adopted and self._table.ticks[self._table.owners == MAIN].any():
+            self._evictor.keep_history()
         self._faults = FaultHandler(
             self._attached.uffd,
             self._attached.base,
             self._table,
             self._evictor,
             outbox,
-            self._links,
+            self._all_links,
             self.tick,
         )
+        self._evictor.set_links(self._links, owners_kept=bool(self._all_links))
+        self._mover = Mover(self._table, self._faults, self._evictor)
+        self._mover.set_links(self._all_links)
+        self._mover.order(moves_.load(Path(settings.moves)))
         self._state = PagerState.RUNNING
         self._lost_why = ""
         self._filling = False
@@ -120,6 +120,14 @@ class Pager:
         self._loop.add(self._pidfd, self._qemu_ended)
         self._control = ControlServer(self._loop, Path(settings.control), self._order)
 
+    def _link(self, sub: SubAddress, *, source: bool = False) -> Link:
+        known = self._settings
+        return Link(self._loop, sub, known.identity, known.page_count, self, source=source)
+
+    @property
+    def _all_links(self) -> list[Link]:
+        return [*self._links, *self._sources]
+
     def tick(self) -> int:
         """The present tick of access history; goes on where an earlier pager left off."""
         return self._first_tick + int((time.monotonic() - self._started) / TICK_S)
@@ -129,7 +137,7 @@ class Pager:
         busy = True
         while not self._stopping:
             idle = not self._loop.turn(0 if busy else IDLE_S)
-            for link in self._links:
+            for link in self._all_links:
                 link.connect_if_due()
             busy = self._work()
             if idle and not busy:
@@ -147,14 +155,16 @@ class Pager:
             return False
         # While QUIET nothing leaves, so waiting for room would be waiting for ever.
         self._listen(self._state is PagerState.QUIET or not self._evictor.over_limit)
-        if self._faults.fetching and not self._evictor.over_limit:
-            return False  # the guest waits for that page: its answer goes first
-        moved = self._evictor.step()
+        if self._faults.guest_waits and not self._evictor.over_limit:
+            return False  # its answer goes first
+        moved = self._evictor.step() or self._mover.step()
         if not moved and self._filling and self._state is PagerState.RUNNING:
             moved = self._fill()
         return moved
 
     def _fill(self) -> bool:
+        if self._faults.bringing:
+            return False
         room = -self._evictor.excess_pages
         self._filling = room > 0 and self._faults.fill(min(FILL_PAGES, room))
         return self._filling
@@ -197,6 +207,7 @@ class Pager:
     def link_down(self, link: Link, unanswered: list[Request]) -> None:
         """Keep what was under way for when it is back."""
         self._faults.unanswered(link, [r for r in unanswered if r.kind is Kind.PAGE_IN])
+        self._mover.unanswered(link, [r for r in unanswered if r.kind is Kind.FETCH])
         self._evictor.unanswered([r for r in unanswered if r.kind is Kind.PAGE_OUT])
 
     def pages_arrived(self, link: Link, extents: Extents, address: int) -> None:
@@ -206,6 +217,10 @@ class Pager:
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """Page-out is acknowledged."""
         self._evictor.stored(link, extents)
+
+    def pages_fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
+        """A move from host to host."""
+        self._mover.fetched(link, asked, stored)
 
     def memory_lost(self, why: PagingError) -> None:
         """Stop serving for good; the guest waits."""
@@ -230,6 +245,9 @@ class Pager:
             case "resize":
                 self._resize(int(arguments["limit_pages"]))
                 reply({"ok": True})
+            case "reload":
+                self._reload()
+                reply({"ok": True})
             case "track":
                 self._track(Path(arguments["changes"]))
                 reply({"ok": True})
@@ -251,11 +269,11 @@ class Pager:
 
     def _quiesce(self, reply: Reply) -> None:
         self._require_alive()
-        self._evictor.enabled = False
+        self._evictor.enabled = self._mover.enabled = False
         self._state = PagerState.QUIET
         self._promises.append(
             _Promise(
-                lambda: self._evictor.drained,
+                lambda: self._evictor.drained and self._mover.drained,
                 lambda: reply({"ok": True, **self._counters()}),
                 reply,
             )
@@ -275,13 +293,16 @@ class Pager:
             self._evictor.note_writes()
             reply({"ok": True, "tick": self.tick(), **self._counters()})
 
-        self._evictor.enabled = False
-        self._promises.append(_Promise(lambda: self._evictor.drained and settled(), freeze, reply))
+        def drained() -> bool:
+            return self._evictor.drained and self._mover.drained
+
+        self._evictor.enabled = self._mover.enabled = False
+        self._promises.append(_Promise(lambda: drained() and settled(), freeze, reply))
 
     def _thaw(self) -> None:
         self._require_alive()
         self._promises.clear()
-        self._evictor.enabled = True
+        self._evictor.enabled = self._mover.enabled = True
         self._state = PagerState.RUNNING
         self._listen(True)
 
@@ -309,6 +330,41 @@ class Pager:
         self._filling = limit_pages > self._table.limit_pages
         self._table.limit_pages = limit_pages
 
+    def _reload(self) -> None:
+        """Take sub hosts, slice servers and moves as the settings file has them by now.
+
+        Raises PagingError, and changes nothing, if pages are still with a host that is to go.
+        """
+        self._require_alive()
+        fresh = settings_.load(PagerSettings, self._settings_path)
+        staying = {each.code for each in (*fresh.subs, *fresh.sources)}
+        counts = np.bincount(self._table.owners, minlength=256)
+        for link in self._all_links:
+            if link.code not in staying and (counts[link.code] or not link.settled):
+                raise PagingError(f"{link.sub.host} still has pages of this VM")
+        known = {link.code: link for link in self._all_links}
+        if not known and staying:
+            keep_owners(self._attached, fresh, self._table)
+            self._evictor.recount()
+        self._settings = fresh
+        self._links = [self._kept_or_new(known, sub) for sub in fresh.subs]
+        self._sources = [self._kept_or_new(known, each, source=True) for each in fresh.sources]
+        for code in known.keys() - staying:
+            known[code].close()
+        self._evictor.set_links(self._links, owners_kept=bool(self._all_links))
+        self._faults.set_links(self._all_links)
+        self._mover.set_links(self._all_links)
+        self._mover.order(moves_.load(Path(fresh.moves)))
+
+    def _kept_or_new(
+        self, known: dict[int, Link], sub: SubAddress, *, source: bool = False
+    ) -> Link:
+        link = known.get(sub.code)
+        if link is None:
+            return self._link(sub, source=source)
+        link.sub = sub
+        return link
+
     def _keep_promises(self) -> None:
         lost = self._state is PagerState.LOST
         for promise in [each for each in self._promises if lost or each.due()]:
@@ -328,8 +384,8 @@ class Pager:
         }
 
     def _pages_by_host(self) -> list[int]:
-        if self._links:
-            return pages_by_host(self._table.owners, len(self._links))
+        if self._all_links:
+            return pages_by_host(self._table.owners, [link.code for link in self._links])
         # Without sub hosts nobody keeps the owners; what is there, the file system knows.
         return [allocated_bytes(self._attached.ram) // PAGE_SIZE]
 
@@ -344,11 +400,13 @@ class Pager:
             "limit_pages": self._table.limit_pages,
             "pages": self._pages_by_host(),
             "leaving": self._evictor.leaving,
+            "moving": self._mover.moving,
+            "pages_to_move": self._mover.pages_left,
             "page_in_median_us": float(np.median(samples)),
             "page_in_p99_us": float(np.percentile(samples, 99)),
             "links": {
                 link.sub.host: {"state": str(link.state), "trouble": link.trouble}
-                for link in self._links
+                for link in self._all_links
             },
             **self._counters(),
         }
@@ -371,11 +429,9 @@ def main(arguments: list[str]) -> int:
     """Run the pager whose settings file is named."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        settings = settings_.load(PagerSettings, Path(arguments[0]))
         with ExitStack() as stack:
-            pager = Pager(settings, stack)
+            pager = Pager(Path(arguments[0]), stack)
             signal.signal(signal.SIGTERM, lambda *_: pager.stop())
-            log.info("paging for process %d", settings.qemu_pid)
             pager.run()
     except (OSError, DcresError) as error:
         log.error("%s: %s", type(error).__name__, error)

@@ -6,21 +6,31 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from dcres.model.wire import Identity
+from dcres.model.handshake import Identity
 
-T = TypeVar("T", "PagerSettings", "ServerSettings")
+T = TypeVar("T")
+
+
+class Settings(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class SubAddress:
-    """Where a sub host's memory server listens, and what it may hold."""
+    """Where a memory server or slice server listens, and what it may hold.
+
+    `code` is its owner code in the network page table; 0 until the main host gave it one.
+    """
 
     host: str
     address: str
     port: int
-    capacity_pages: int
+    capacity_pages: int = 0
+    code: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,8 @@ class PagerSettings:
     table: str
     control: str
     subs: tuple[SubAddress, ...]
+    moves: str  # where the mover's orders are, if there are any
+    sources: tuple[SubAddress, ...] = ()  # slice servers of a lazy restore
 
     @property
     def identity(self) -> Identity:
@@ -65,7 +77,7 @@ class PagerSettings:
         return Identity(bytes.fromhex(self.vm), self.generation, bytes.fromhex(self.secret))
 
 
-def save(settings: PagerSettings | ServerSettings, path: Path) -> None:
+def save(settings: Settings, path: Path) -> None:
     """Write `settings` (mode 0600, by rename: a process that starts never sees half of it)."""
     fresh = path.with_suffix(".new")
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -77,6 +89,6 @@ def save(settings: PagerSettings | ServerSettings, path: Path) -> None:
 def load(kind: type[T], path: Path) -> T:
     """Read settings of `kind` back."""
     values: dict[str, Any] = json.loads(path.read_text())
-    if "subs" in values:
-        values["subs"] = tuple(SubAddress(**sub) for sub in values["subs"])
+    for key in {"subs", "sources"} & values.keys():
+        values[key] = tuple(SubAddress(**each) for each in values[key])
     return kind(**values)

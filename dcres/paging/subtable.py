@@ -15,7 +15,14 @@ from typing import Self
 
 from dcres.errors import NoRoom, PagesLost
 from dcres.linux import files
-from dcres.model.pages import PAGE_SIZE, Extents, Mask, count_pages, mask_of_extents
+from dcres.model.pages import (
+    PAGE_SIZE,
+    Extents,
+    Mask,
+    count_pages,
+    extents_within,
+    mask_of_extents,
+)
 from dcres.paging.changes import ChangeMap
 
 
@@ -52,12 +59,17 @@ class SubTable:
             pieces.append(os.pread(self._fd, (stop - first) * PAGE_SIZE, first * PAGE_SIZE))
         return pieces
 
+    def peek(self, extents: Extents) -> tuple[Extents, list[bytes]]:
+        """Those pages of `extents` that are here, and their data, one piece for each row."""
+        here = extents_within(extents, self._here)
+        return here, self.read(here)
+
     def write(self, extents: Extents, data: memoryview) -> None:
         """Take pages in. Raises NoRoom before anything changed, when they do not fit."""
         added = sum(
             stop - first - int(self._here[first:stop].sum()) for first, stop in extents.tolist()
         )
-        if self.held_pages + added > self.capacity_pages:
+        if added and self.held_pages + added > self.capacity_pages:
             raise NoRoom(
                 f"this sub host holds {self.held_pages} of {self.capacity_pages} pages and "
                 f"cannot take {added} more"

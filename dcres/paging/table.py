@@ -30,11 +30,12 @@ JOURNAL_PAGES = (_HEADER_BYTES - _JOURNAL_AT) // 8
 
 
 class JournalState(IntEnum):
-    """How far a batch of page-outs has come; see `dcres.paging.evictor`."""
+    """How far a batch of pages has come on its way; see `dcres.paging.outbox`."""
 
     EMPTY = 0
     COPYING = 1
     PUNCHING = 2
+    REFILLING = 3
 
 
 class PageTable:

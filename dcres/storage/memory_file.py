@@ -260,11 +260,13 @@ def load(
     target_fd: int,
     progress: Progress | None = None,
     threads: int = THREADS,
+    wanted: Mask | None = None,
 ) -> int:
     """Copy the pages of `mask` from the memory file `path` to their places in `target_fd`.
 
-    Every page's checksum is compared before the page is written; nothing else of the target is
-    touched. Returns the number of pages. Raises CheckpointCorrupt, which names the file and the
+    With `wanted`, only those of them that are true there as well. Every page's checksum is
+    compared before the page is written; nothing else of the target is touched. Returns the
+    number of pages copied. Raises CheckpointCorrupt, which names the file and the
     first bad page, if the file is missing, shorter or longer than `mask`, holds other pages
     than `mask` or other contents than `sums`; NoRoom if the target's file system is full;
     ValueError unless the target is as long as the VM's memory.
@@ -276,7 +278,7 @@ def load(
     def write(runs: Runs, data: memoryview) -> None:
         _write_target(target_fd, runs, data)
 
-    return _read_pages(path, mask, sums, write, progress, threads)
+    return _read_pages(path, mask, sums, write, progress, threads, wanted)
 
 
 def verify(
@@ -297,18 +299,17 @@ def _read_pages(
     write: Callable[[Runs, memoryview], None],
     progress: Progress | None,
     threads: int,
+    wanted: Mask | None = None,
 ) -> int:
-    extents = extents_of_mask(mask)
+    extents = extents_of_mask(mask if wanted is None else mask & wanted)
 
     def accept(pages: Pages, found: Sums) -> None:
-        bad = pages[found != sums[pages]]
-        if bad.size:
-            raise corrupt(path, f"page {bad[0]} was altered: its checksum differs")
+        require_sums(path, pages, found, sums)
 
     with _opened_memory_file(path, mask, sums) as fd:
 
         def read(buffer: memoryview, offset_bytes: int) -> None:
-            _read_memory_file(path, fd, buffer, offset_bytes)
+            read_piece(path, fd, buffer, offset_bytes)
 
         Transfer(read=read, accept=accept, write=write).run(extents, threads, progress)
     return count_pages(extents)
@@ -322,9 +323,7 @@ def _opened_memory_file(path: Path, mask: Mask, sums: Sums) -> Iterator[int]:
     except OSError as error:
         raise unreadable(path, error) from None
     try:
-        length_bytes = os.fstat(fd).st_size
-        if length_bytes != len(mask) * PAGE_SIZE:
-            raise corrupt(path, f"it has {length_bytes} bytes instead of {len(mask) * PAGE_SIZE}")
+        require_length(path, fd, len(mask))
         _check_holes(path, mask_of_extents(data_extents(fd, len(mask)), len(mask)), mask, sums)
         yield fd
     finally:
@@ -345,7 +344,22 @@ def _check_holes(path: Path, found: Mask, mask: Mask, sums: Sums) -> None:
             raise corrupt(path, f"page {page} {what}")
 
 
-def _read_memory_file(path: Path, fd: int, buffer: memoryview, offset_bytes: int) -> None:
+def require_length(path: Path, fd: int, page_count: int) -> None:
+    """CheckpointCorrupt unless the memory file `path`, open as `fd`, has `page_count` pages."""
+    length_bytes = os.fstat(fd).st_size
+    if length_bytes != page_count * PAGE_SIZE:
+        raise corrupt(path, f"it has {length_bytes} bytes instead of {page_count * PAGE_SIZE}")
+
+
+def require_sums(path: Path, pages: Pages, found: Sums, sums: Sums) -> None:
+    """CheckpointCorrupt for the first of `pages` whose checksum `found` is not in `sums`."""
+    bad = pages[found != sums[pages]]
+    if bad.size:
+        raise corrupt(path, f"page {bad[0]} was altered: its checksum differs")
+
+
+def read_piece(path: Path, fd: int, buffer: memoryview, offset_bytes: int) -> None:
+    """Fill `buffer` from the memory file `path`, open as `fd`. Raises CheckpointCorrupt."""
     try:
         read_fully(fd, buffer, offset_bytes)
     except EndOfFile:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,13 +18,14 @@ from datetime import datetime
 from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
-from dcres.linux.files import fs_free_bytes, locked
+from dcres.linux.files import fs_free_bytes, locked, shared_lock, sole_lock
 from dcres.storage import layout, slices, tables
 from dcres.storage.atomic import make_private_dirs, sync_folder, write_durably
 from dcres.storage.checks import Verifier, VerifyReport
 from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.digest import check_file
 from dcres.storage.manifest import Manifest, dumps, loads
+from dcres.storage.page_reader import PageReader
 from dcres.storage.transfer import Progress
 
 
@@ -117,42 +119,78 @@ class Store:
     def discard(self, vm: str, checkpoint: str) -> None:
         """Remove an unpublished checkpoint's files; does nothing if there are none.
 
-        Raises Conflict for a published one.
+        Raises Conflict for a published one, and for one that is pinned.
         """
         folder = self._folder(vm, checkpoint)
         if (folder / layout.MANIFEST).exists():
             raise Conflict(f"checkpoint {checkpoint} is published; delete it instead")
-        _remove(folder)
+        if folder.is_dir():
+            with _unpinned(folder):
+                _remove(folder)
 
     def delete(self, checkpoint: str) -> None:
         """Remove a published checkpoint, readable or not: its manifest first, then its files.
 
-        Raises NotFound. After a crash in between, `sweep` removes the rest.
+        Raises NotFound, and Conflict for one that is pinned. After a crash in between, `sweep`
+        removes the rest.
         """
         folder = self._require_published(checkpoint)
-        (folder / layout.MANIFEST).unlink()
-        sync_folder(folder)
-        _remove(folder)
+        with _unpinned(folder):
+            (folder / layout.MANIFEST).unlink()
+            sync_folder(folder)
+            _remove(folder)
+
+    @contextlib.contextmanager
+    def pin(self, checkpoint: str) -> Iterator[None]:
+        """Keep what this store has of a checkpoint from being removed inside the ``with`` block.
+
+        Any number of processes may pin one checkpoint; a pin ends with its process. It is a
+        lock on the checkpoint's folder, so a read-only store will do, and nothing is written.
+        Raises NotFound if nothing of the checkpoint is here, Conflict while it is being deleted.
+        """
+        folder = self._folder(layout.vm_of(checkpoint), checkpoint)
+        gone = f"nothing of checkpoint {checkpoint} is in {self.root}; see `dcres checkpoints`"
+        with contextlib.ExitStack() as held:
+            try:
+                fd = held.enter_context(shared_lock(folder))
+            except FileNotFoundError:
+                raise NotFound(gone) from None
+            except BlockingIOError:
+                raise Conflict(f"checkpoint {checkpoint} is being deleted") from None
+            # A deletion may have ended after the folder was opened and before it was locked.
+            if os.fstat(fd).st_nlink == 0:
+                raise NotFound(gone)
+            yield
+
+    def require_unpinned(self, checkpoint: str) -> None:
+        """Raises Conflict for a checkpoint that is pinned; one that is not here is not."""
+        folder = self._folder(layout.vm_of(checkpoint), checkpoint)
+        if folder.is_dir():
+            with _unpinned(folder):
+                pass
+
+    def parts_here(self, manifest: Manifest) -> tuple[str, ...]:
+        """The hosts whose parts this store has; whether they are whole, reading them says."""
+        parts = (part.host for part in manifest.hosts)
+        return tuple(host for host in parts if self._part(manifest, host).is_dir())
 
     def sweep(self, vm: str, keep: frozenset[str] = frozenset()) -> Names:
-        """Remove unpublished checkpoints of `vm`, but for `keep`; returns their ids.
+        """Remove unpublished checkpoints of `vm`, but for `keep` and pinned ones; their ids.
 
-        Call it only where no other checkpoint than those in `keep` is being taken.
+        What sub hosts have saved in a store of their own stays: its manifest is in the store of
+        the main host. Call it only where no other checkpoint than those in `keep` is being taken.
         """
-        folder = self.root / layout.checked_vm(vm)
-        swept = [
-            path.name
-            for path in _folders(folder)
-            if layout.is_checkpoint_of(vm, path.name)
-            and path.name not in keep
-            and not (path / layout.MANIFEST).exists()
-        ]
-        for name in swept:
-            _remove(folder / name)
+        swept = []
+        for path in _folders(self.root / layout.checked_vm(vm)):
+            mine = layout.is_checkpoint_of(vm, path.name) and path.name not in keep
+            if mine and not (path / layout.MANIFEST).exists() and not _is_apart(path):
+                with contextlib.suppress(Conflict), _unpinned(path):
+                    _remove(path)
+                    swept.append(path.name)
         return swept
 
-    def next_generation(self, vm: str) -> int:
-        """A number greater than all given out before and all in manifests of `vm`; durable.
+    def next_generation(self, vm: str, above: int = 0) -> int:
+        """A number greater than `above`, all given out before and all in manifests; durable.
 
         Callers in other processes wait for each other (flock). Raises CheckpointCorrupt if the
         counter cannot be read.
@@ -161,7 +199,7 @@ class Store:
         make_private_dirs(folder)
         with locked(folder / layout.GENERATION_LOCK):
             known = [entry.manifest.generation for entry in self.list(vm) if entry.manifest]
-            generation = max([_read_counter(folder / layout.GENERATION), *known]) + 1
+            generation = max([above, _read_counter(folder / layout.GENERATION), *known]) + 1
             write_durably(folder / layout.GENERATION, b"%d\n" % generation)
         return generation
 
@@ -175,6 +213,16 @@ class Store:
     def read_slice(self, manifest: Manifest, host: str) -> slices.Slice:
         """What `host` saved, its tables checked. Raises CheckpointCorrupt and NotFound."""
         return slices.read_slice(self._part(manifest, host), manifest, host)
+
+    def open_pages(self, manifest: Manifest, host: str) -> PageReader:
+        """What `host` saved, opened to read single pages. Raises CheckpointCorrupt, NotFound.
+
+        Of its tables only the checksums are read: who wants this wants it soon, and no page
+        comes out of it that they do not vouch for.
+        """
+        folder = self._part(manifest, host)
+        part = slices.find_slice(manifest, host)
+        return PageReader(folder / part.memory_file, *slices.read_sums(folder, manifest, part))
 
     def read_placement(self, manifest: Manifest) -> tables.Placement:
         """For every page an index in ``manifest.hosts``, or `tables.NOWHERE`."""
@@ -263,6 +311,27 @@ def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+@contextlib.contextmanager
+def _unpinned(folder: Path) -> Iterator[None]:
+    """Hold a checkpoint's folder alone. Raises Conflict while somebody has it pinned."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(sole_lock(folder))
+        except BlockingIOError:
+            raise Conflict(
+                f"checkpoint {folder.name} is in use: a VM is being restored from it or still "
+                "reads its pages; delete it when the VM has all its memory, or end the VM"
+            ) from None
+        yield
+
+
+def _is_apart(folder: Path) -> bool:
+    """Whether all that is here are whole parts of sub hosts, whose main host has another store."""
+    parts = _folders(folder)
+    whole = all((part / name).exists() for part in parts for name in (layout.PAGES, layout.SUMS))
+    return bool(parts) and whole and not any((part / layout.HISTORY).exists() for part in parts)
 
 
 def _remove(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ class TestVm:
     def test_list_and_status(self, cli: Cli, box: str) -> None:
         (found,) = cli.json("list")["vms"]
         assert (found["vm"], found["phase"], found["run_state"]) == (box, "running", "running")
-        status = cli.json("status", box)
+        status = cli.json("status", box, "--over", "3")
         main, *subs = status["hosts"]
         assert main["pages"] <= main["share_pages"] == 128 << 20 >> 12
         assert sum(sub["pages"] for sub in subs) > 0, "it does not fit the main host"
@@ -106,11 +107,29 @@ class TestVm:
         assert 0 < main["page_in_median_us"] <= main["page_in_p99_us"]
         assert main["pages_in_per_s"] > 0, "it is paging right now"
 
+    def test_placement(self, cli: Cli, box: str, folder: Path) -> None:
+        status = cli.json("status", box, "--picture", str(folder / "box.png"))
+        placement = status["placement"]
+        assert placement["page_count"] == MEMORY // PAGE_SIZE
+        assert len(placement["nowhere"]) * placement["bucket_pages"] == placement["page_count"]
+        hosts = placement["hosts"]
+        assert [host["host"] for host in hosts] == [host["host"] for host in status["hosts"]]
+        for seen, told in zip(hosts, status["hosts"], strict=True):
+            assert abs(sum(seen["pages"]) - told["pages"]) < told["pages"] // 2, "it is paging"
+        assert sum(placement["not_yet_brought"]) == 0
+        everywhere = [*(host["pages"] for host in hosts), placement["nowhere"]]
+        assert sum(map(sum, everywhere)) == placement["page_count"]
+        main, *subs = (min(age for age in host["age_s"] if age is not None) for host in hosts)
+        assert main < min(5.0, *subs), "what was touched last is on the main host"
+        assert (folder / "box.png").read_bytes().startswith(b"\x89PNG")
+
     def test_for_people(self, cli: Cli, box: str) -> None:
         ran = cli.run("status", box)
         assert ran.status == 0
         assert "box  running  TCG" in ran.out
         assert "█" in ran.out
+        assert "\n128 MiB " in ran.out, "a line of the map"
+        assert re.search(r"^m h\d \(main\) [\d.]+ MiB   a h\d", ran.out, re.M)
         assert ran.err == ""
         assert "WITNESS ready" in cli.run("console", box).out
 
@@ -256,7 +275,7 @@ class TestRestore:
         assert message == "VM box runs already; stop it first with `dcres stop box`"
         ran = cli.run("restore", saved["checkpoint"], "--dry-run", "--json")
         assert ran.status == 1
-        assert ran.values["problems"] == ["VM box runs; stop it first with `dcres stop box`"]
+        assert ran.values["problems"] == [message]
 
     def test_stop(self, cli: Cli, box: str) -> None:
         assert cli.json("stop", box) == {"vm": box, "stopped": True}
@@ -264,14 +283,32 @@ class TestRestore:
         assert cli.refused("status", box) == "there is no VM box in the cluster; it has none"
 
     def test_dry_run(self, cli: Cli, saved: dict[str, Any]) -> None:
-        plan = cli.json("restore", saved["checkpoint"], "--dry-run")
+        plan = cli.json("restore", saved["checkpoint"], "--hosts", "3", "--dry-run")
         assert (plan["possible"], plan["problems"]) == (True, [])
-        assert [host["pages"] for host in plan["layout"]] == [
-            host["pages"] for host in saved["hosts"]
-        ]
+        assert sum(host["pages"] for host in plan["layout"]) == saved["pages"]
+        assert [host["memory_bytes"] >> 20 for host in plan["layout"]] == [128, 64, 64]
         for host in plan["layout"]:
-            assert host["read_bytes"] > host["pages"] * PAGE_SIZE
+            assert host["verify_bytes"] == host["read_bytes"] >= host["pages"] * PAGE_SIZE
+        assert (plan["bytes_moved"], plan["servers"]) == (0, [])
+        assert 0 < plan["seconds"] < 60
+        assert "it fits" in cli.run("restore", saved["checkpoint"], "--dry-run").out
         assert cli.json("list") == {"vms": []}, "nothing was changed"
+
+    def test_no_room(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
+        other = cli.json("start", vm_file(folder, "large", layout={"main": "256MiB"}))["vm"]
+        layout = {"main": "240MiB", "subs": ["240MiB"]}
+        wide = cli.json("start", vm_file(folder, "wide", layout=layout))["vm"]
+        message = cli.refused("restore", saved["checkpoint"], status=1)
+        assert message.startswith("the VM has 256 MiB of memory, 92 MiB more than all hosts have")
+        for vm in (other, wide):
+            cli.json("stop", vm)
+
+    def test_where_dcres_finds_room(self, cli: Cli, saved: dict[str, Any]) -> None:
+        restored = cli.json("restore", saved["checkpoint"])
+        (host,) = restored["layout"]
+        assert (host["role"], host["pages"]) == ("main", saved["pages"])
+        assert "as few hosts as have room for 256 MiB" in restored["chosen"]
+        cli.json("stop", "box")
 
     def test_a_layout_too_small(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
         layout = folder / "layout.yaml"
@@ -284,7 +321,7 @@ class TestRestore:
 
     def test_two_at_once(self, cli: Cli, saved: dict[str, Any]) -> None:
         before = saved["checkpoint"]
-        both = [cli.start("restore", before, "--json") for _ in range(2)]
+        both = [cli.start("restore", before, "--hosts", "3", "--json") for _ in range(2)]
         ran = sorted((ended(each) for each in both), key=lambda each: each.status)
         assert [each.status for each in ran] == [0, 2], [each.err for each in ran]
         assert ran[1].values["error"] == "Conflict"
@@ -300,6 +337,9 @@ class TestRestore:
         (host,) = restored["layout"]
         assert (host["host"], host["pages"]) == ("h1", saved["pages"])
         assert await_checks(cli, "box", 5).boots == 0
+        (all_of_it,) = cli.json("status", "box")["placement"]["hosts"]
+        assert all_of_it["host"] == "h1"
+        assert sum(all_of_it["pages"]) >= saved["pages"]
         cli.json("stop", "box")
 
     def test_from_python(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
@@ -325,9 +365,12 @@ def inside():
 
 with dcres.connect() as cluster:
     seen = []
-    vm = cluster.restore(sys.argv[1], progress=seen.append)
+    vm = cluster.restore(sys.argv[1], hosts=3, progress=seen.append)
     assert vm.status(over_s=0.1).phase == "running", vm
     assert "<Vm box running" in repr(vm), repr(vm)
+    placement = vm.placement(buckets=64)
+    assert len(placement.picture.pages) == 64 and len(placement.picture.hosts) == 3, placement
+    assert "<svg" in placement._repr_html_()
     taken = vm.checkpoint(mode="stop", progress=seen.append)
     assert taken.verify().ok and taken.id in [each.id for each in vm.checkpoints()]
     assert "3 hosts, VMs: ['box']" in repr(cluster), repr(cluster)

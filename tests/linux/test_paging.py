@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from dcres.errors import PagesLost
-from dcres.linux import files
+from dcres.linux import files, inject
+from dcres.linux.pagemap import WriteTracker
 from dcres.model import wire
+from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import FIRST_SUB, MAIN, NOWHERE, digest, sub_code
-from dcres.model.wire import Identity, Kind
+from dcres.model.wire import Kind
 from dcres.paging.table import PageTable
 from tests.support.paging import Rig, rig
 from tests.support.wait import until
@@ -87,6 +89,56 @@ def test_the_main_host_keeps_its_share(paged: Rig) -> None:
     until(lambda: paged.status()["pages"][0] <= 128, 5, "page-out after the resize")
     paged.order("resize", limit_pages=1024)
     until(lambda: paged.status()["pages"][0] >= 900, 5, "page-in after the resize")
+
+
+def test_pages_that_are_only_read_stay_while_others_pass(paged: Rig) -> None:
+    """A stock kernel tells nothing of reads, yet these are told from the others."""
+    paged.writer.ask("fill")
+
+    def brought(order: str) -> int:
+        before = paged.status()["pages_in"]
+        paged.writer.ask(order)
+        return int(paged.status()["pages_in"]) - before
+
+    passing = [(brought("read 1 200"), brought("time 0 10 10000")) for _ in range(40)]
+    hot, others = (sum(counts) for counts in zip(*passing[20:], strict=True))
+    assert others > 500
+    assert hot < others / 10, "first come, first gone would bring the 200 pages again and again"
+
+
+def mapped(paged: Rig) -> int:
+    """How many pages are in the writer's page table."""
+    pid = paged.writer.process.pid
+    ((base, _, _),) = inject.mappings(pid, str(paged.ram / "guest.ram"))
+    with WriteTracker(pid, base, PAGES) as tracker:
+        return int(tracker.mapped(np.arange(PAGES)).sum())
+
+
+def test_the_history_knows_who_is_read_though_nobody_has_to_leave(paged: Rig) -> None:
+    paged.order("resize", limit_pages=2 * PAGES)
+    paged.writer.ask("fill")
+    table = PageTable(paged.ram / "table", PAGES, writable=False)
+
+    def told_apart() -> bool:
+        paged.writer.ask("read 1 100")
+        return bool(table.ticks[:100].min() > table.ticks[100:].max())
+
+    until(told_apart, 10, "the pages that are read are the last touched")
+    assert paged.status()["pages"] == [PAGES, 0, 0]
+    assert os.stat(paged.ram / "outbox.ram").st_blocks == 0
+
+
+def test_nobody_is_put_on_standby_while_a_checkpoint_is_taken(paged: Rig, tmp_path: Path) -> None:
+    paged.order("resize", limit_pages=2 * PAGES)
+    paged.writer.ask("fill")
+    until(lambda: mapped(paged) == 0, 10, "all pages are on standby")
+    paged.order("track", changes=str(tmp_path / "changes"))
+    paged.writer.ask(f"read 1 {PAGES}")
+    paged.writer.ask("time 1 5 100000")  # half a second
+    assert mapped(paged) == PAGES
+    assert paged.order("scan", changes=str(tmp_path / "changes"))["written"] == 0
+    paged.order("untrack")
+    until(lambda: mapped(paged) < PAGES, 15, "standby again")
 
 
 def test_frozen_placement_is_whole_and_agrees_everywhere(paged: Rig) -> None:
@@ -179,7 +231,8 @@ def exchange(port: int, *frames: bytes) -> bytes:
 
 
 def hello(vm: bytes, generation: int) -> bytes:
-    return wire.ClientHandshake(Identity(vm, generation, b"x" * 32), b"n" * 32).hello()
+    me = Identity(vm, generation, b"x" * 32)
+    return ClientHandshake(me, b"n" * 32, Role.PAGER).hello()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +255,7 @@ def test_who_does_not_belong_is_refused_and_logged(paged: Rig, who: str, frames:
     assert callable(frames)
     before = paged.status("sub0")
     received = exchange(paged.servers[0].port, *frames(bytes.fromhex(paged.vm)))
-    assert len(received) <= 2 * wire.HEADER.size + wire.NONCE_BYTES, who
+    assert len(received) <= 2 * wire.HEADER.size + NONCE_BYTES, who
     after = paged.status("sub0")
     assert after["refused"] == before["refused"] + 1
     assert "refused 127.0.0.1" in paged.log("sub0")

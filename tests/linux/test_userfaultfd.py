@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -283,7 +284,81 @@ def test_tracking_needs_the_mapping_to_be_registered(ram_path: Path, writer_prog
         writer.kill()
 
 
-# Page-out that is killed at any step
+# Standby
+
+
+@pytest.fixture
+def outbox(target: Target, tracker: WriteTracker) -> Iterator[Outbox]:
+    """Of the target with its 32 pages."""
+    folder = Path(f"/dev/shm/dcres-test-{os.getpid()}.standby")
+    folder.mkdir()
+    pipe = os.pipe()
+    with files.opened(folder / "outbox", os.O_RDWR | os.O_CREAT) as spool:
+        table = PageTable.create(folder / "table", np.full(PAGES, MAIN, dtype=np.uint8), PAGES)
+        yield Outbox(table, target.ram, spool, pipe)
+    for fd in pipe:
+        os.close(fd)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def test_a_page_on_standby_comes_back_by_itself_and_shows_that_it_did(
+    target: Target, tracker: WriteTracker, outbox: Outbox
+) -> None:
+    pages = np.array([2, 3, 4, 9])
+    outbox.unmap(pages)
+    assert not tracker.mapped(pages).any()
+    assert tracker.mapped(np.array([1, 5, 8, 10])).all()
+    assert allocated_pages(target) == list(range(32))
+    assert target.writer.ask("read 3 2")[3] == "3", "the content is what it was"
+    assert target.uffd.read_faults() == [], "nobody had to wait for us"
+    assert tracker.mapped(pages).tolist() == [False, True, False, False]
+
+
+def test_no_write_goes_unseen_because_of_standby(
+    target: Target, tracker: WriteTracker, outbox: Outbox
+) -> None:
+    target.writer.ask("write 3 2")
+    outbox.unmap(np.arange(2, 8))
+    assert 3 in written(tracker), "written before and not looked for until now"
+    target.writer.ask("read 1 8")
+    assert written(tracker) == [], "reading is no writing"
+    outbox.unmap(np.arange(2, 8))
+    target.writer.ask("write 3 2")
+    assert written(tracker) == [0, 3]
+
+
+def test_no_update_is_lost_while_pages_are_put_on_standby_under_load(
+    target: Target, outbox: Outbox
+) -> None:
+    """The guest runs into holes, too: it then waits, and is woken like anybody else."""
+    put(target, 32, *range(32, PAGES))
+    for first in range(PAGES):  # the writer counts from 0
+        os.pwrite(target.ram, data(0), first * PAGE_SIZE)
+    rng, unmapped = np.random.default_rng(5), 0
+    target.writer.tell("run 1.5")
+
+    def answered() -> bool:
+        nonlocal unmapped
+        outbox.unmap(np.sort(rng.choice(PAGES, 16, replace=False)))
+        unmapped += 16
+        for address in target.uffd.read_faults():
+            target.uffd.wake(address, PAGE_SIZE)
+        stdout = target.writer.process.stdout
+        assert stdout is not None
+        return bool(select.select([stdout.fileno()], [], [], 0)[0])
+
+    until(answered, 10, "the writer ends")
+    assert target.writer.answer()[3] == "0"
+    assert unmapped > 1000
+
+
+def test_nobody_is_asked_about_no_pages(tracker: WriteTracker) -> None:
+    assert tracker.mapped(np.array([], dtype=np.int64)).size == 0
+
+
+# Page-out and standby that are killed at any step
 
 
 class Killed(BaseException):
@@ -356,12 +431,15 @@ def number(page: int) -> bytes:
 
 
 def run_until_killed(
-    monkeypatch: pytest.MonkeyPatch, step: int, work: Callable[[], object]
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    work: Callable[[], object],
+    splice: Callable[..., int] | None = None,
 ) -> bool:
     """Run `work`, killed before its system call or table write number `step`."""
     killer = Killer(step)
     with monkeypatch.context() as patched:
-        patched.setattr(os, "splice", killer.wrap(short_splice))
+        patched.setattr(os, "splice", killer.wrap(splice or short_splice))
         patched.setattr(os, "read", killer.wrap(os.read))
         patched.setattr(files, "punch_hole", killer.wrap(files.punch_hole))
         patched.setattr(PageTable, "_set_field", killer.wrap(PageTable._set_field))
@@ -380,6 +458,11 @@ def short_splice(source: int, target: int, count: int, **offsets: int) -> int:
     """splice(2) may move less than it was asked to; from a pipe even parts of pages."""
     most = 2 * PAGE_SIZE if "offset_src" in offsets else PAGE_SIZE + 1000
     return _splice(source, target, min(count, most), **offsets)
+
+
+def page_splice(source: int, target: int, count: int, **offsets: int) -> int:
+    """Into the RAM file only whole pages go: the kernel copies each under its lock."""
+    return _splice(source, target, min(count, PAGE_SIZE), **offsets)
 
 
 BATCH = np.array([3, 4, 5, 9, 20, 21, 40], dtype=np.int64)
@@ -443,6 +526,43 @@ def test_a_successor_killed_at_any_step_of_its_recovery_loses_no_page(
             if not killed:
                 break
     assert steps > 100
+
+
+def test_a_pager_and_its_successor_killed_at_any_step_of_standby_lose_no_page(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: set[JournalState] = set()
+    steps = 0
+    for first in range(40):
+        for second in range(40):
+            refill(bench)
+            _, outbox = bench.open()
+            splices = page_splice
+            if not run_until_killed(monkeypatch, first, partial(outbox.unmap, BATCH), splices):
+                break
+            table, successor = bench.open()
+            ways.add(table.journal_state)
+            in_ram = table.journal_state is JournalState.REFILLING
+            splices = page_splice if in_ram else short_splice
+            killed = run_until_killed(monkeypatch, second, successor.recover, splices)
+            table, third = bench.open()
+            third.recover()
+            check_recovered(bench, table)
+            steps += 1
+            if not killed:
+                break
+    assert ways == set(JournalState)
+    assert steps > 100
+
+
+def test_putting_pages_on_standby_leaves_them_where_they_are(bench: Bench) -> None:
+    refill(bench)
+    table, outbox = bench.open()
+    outbox.unmap(BATCH)
+    assert present(bench.ram, PAGES).all()
+    assert not present(bench.spool, PAGES).any()
+    assert (table.owners == MAIN).all()
+    check_recovered(bench, table)
 
 
 def test_a_page_that_is_not_there_is_not_taken(bench: Bench) -> None:

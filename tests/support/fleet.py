@@ -12,14 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Port
 from dcres.actors.sub_host import SubHost
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
+from dcres.storage.store import Store
 
 _POLL_S = 0.01
 _THREADS = 16
@@ -165,8 +168,11 @@ class LocalFleet:
     hosts: list[str]
     make: Make
     actors: dict[str, LocalActor] = field(default_factory=dict)
-    reserved: dict[str, list[str]] = field(default_factory=dict)
-    extra: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, dict[int, str]] = field(default_factory=dict)  # host by index
+    extra: dict[tuple[str, int], int] = field(default_factory=dict)
+    holding: Callable[[str, str], tuple[str, ...]] = lambda host, manifest: ()
+    make_visitor: Callable[[str, str], Any] | None = None
+    visiting: dict[str, list[str]] = field(default_factory=dict)
 
     def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
         if vm in self.reserved:
@@ -174,7 +180,7 @@ class LocalFleet:
         names = list(hosts or self.hosts)[: len(shares)]
         if len(names) < len(shares):
             raise NoRoom(f"VM {vm} wants {len(shares)} hosts and {len(names)} are there")
-        self.reserved[vm] = names
+        self.reserved[vm] = dict(enumerate(names))
         for index, host in enumerate(names):
             self._spawn(vm, index, host)
         return names
@@ -190,18 +196,53 @@ class LocalFleet:
     def actor(self, vm: str, index: int) -> LocalActor:
         return self.actors[self.actor_name(vm, index)]
 
-    def find(self, vm: str) -> list[Port]:
-        names = (self.actor_name(vm, index) for index in range(len(self.reserved.get(vm, []))))
-        return [LocalPort(name, self.actors) for name in names if name in self.actors]
+    def indices(self, vm: str) -> list[int]:
+        held = self.reserved.get(vm, {})
+        return sorted(index for index in held if self.actor_name(vm, index) in self.actors)
 
-    def extend(self, vm: str, share: int, extra: int) -> None:
-        self.extra[vm] = extra
+    def find(self, vm: str) -> list[Port]:
+        names = (self.actor_name(vm, index) for index in self.indices(vm))
+        return [LocalPort(name, self.actors) for name in names]
+
+    def extend(self, vm: str, index: int, extra: int) -> None:
+        self.extra[vm, index] = extra
+
+    def add(self, vm: str, share: int) -> tuple[str, Port]:
+        held = self.reserved[vm]
+        free = [host for host in self.hosts if host not in held.values()]
+        if not free:
+            raise NoRoom(f"no host that is not the VM's already has {share} bytes free")
+        index = max(held) + 1
+        held[index] = free[0]
+        self._spawn(vm, index, free[0])
+        return free[0], LocalPort(self.actor_name(vm, index), self.actors)
+
+    def dismiss(self, vm: str, index: int) -> None:
+        self.actors.pop(self.actor_name(vm, index)).close()
+        del self.reserved[vm][index]
 
     def release(self, vm: str) -> None:
-        for port in self.find(vm):
-            assert isinstance(port, LocalPort)
-            self.actors.pop(port.name).close()
+        self.leave(vm)
+        for index in self.indices(vm):
+            self.dismiss(vm, index)
         self.reserved.pop(vm, None)
+
+    def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
+        found = {host: self.holding(host, manifest) for host in self.hosts}
+        return {host: parts for host, parts in found.items() if parts}
+
+    def visit(self, vm: str, host: str) -> Port:
+        assert self.make_visitor is not None
+        name, make = f"parts/{vm}/{host}", self.make_visitor
+        self.actors[name] = LocalActor(name, lambda: make(vm, host))
+        self.visiting.setdefault(vm, []).append(name)
+        return LocalPort(name, self.actors)
+
+    def leave(self, vm: str) -> None:
+        for name in self.visiting.pop(vm, []):
+            with suppress(DcresError):
+                LocalPort(name, self.actors).call("destroy")
+            self.actors.pop(name).close()
 
 
 def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = MainHost) -> LocalFleet:
@@ -211,4 +252,10 @@ def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = Main
         own = settings[host]
         return (main if index == 0 else SubHost)(vm, own.address, own.environ())
 
-    return LocalFleet(list(settings), make)
+    def holding(host: str, manifest: str) -> tuple[str, ...]:
+        return Store(settings[host].store).parts_here(parse(manifest))
+
+    def make_visitor(vm: str, host: str) -> SliceHost:
+        return SliceHost(vm, settings[host].address, settings[host].environ())
+
+    return LocalFleet(list(settings), make, holding=holding, make_visitor=make_visitor)

@@ -106,11 +106,12 @@ class WriterMain(SavingHost):
         folder = self._store.host_folder(VM, checkpoint, self._host)
         owners, ticks = self._table
         hosts = ("main", *(f"sub{i}" for i in range(len(self._rig.servers))))
+        codes = [sub_code(i) for i in range(len(self._rig.servers))]
         (folder / VMCORE).write_bytes(b"no core")
 
         def write_tables(_: object) -> list[Any]:
             return [
-                tables.write_placement(folder / PAGES, to_saved(owners), hosts),
+                tables.write_placement(folder / PAGES, to_saved(owners, codes), hosts),
                 tables.write_history(folder / HISTORY, ticks, tick),
                 file_sum(folder / VMCORE),
             ]
@@ -119,7 +120,7 @@ class WriterMain(SavingHost):
         if self._without:
             return replace(saved, placed=())
         assert ((owners == MAIN).sum(), digest(owners == MAIN)) == (saved.pages, saved.digest)
-        masks = [owners == sub_code(i) for i in range(len(self._rig.servers))]
+        masks = [owners == code for code in codes]
         return replace(saved, placed=tuple(Placed(int(m.sum()), digest(m)) for m in masks))
 
     def publish(self, manifest: str) -> None:

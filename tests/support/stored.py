@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dcres.config import vm_spec
 from dcres.linux.files import opened
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
 from dcres.storage import layout, tables
@@ -85,6 +86,19 @@ def take(
         downtime_seconds=0.00001,
         rounds=1,
     )
+
+
+def store_with_demo(folder: Path) -> Store:
+    """A store with one checkpoint of VM demo over three hosts, without disks."""
+    store = Store(folder / "store")
+    taken = take(store, memory(folder / "ram", np.ones(PAGE_COUNT, dtype=bool)))
+    half = PAGE_COUNT * PAGE_SIZE // 2
+    layout = {"main": half, "subs": [half, half]}
+    spec = vm_spec(
+        {"name": "demo", "memory": 2 * half, "kernel": "/vmlinuz", "layout": layout}
+    ).model_dump(mode="json", by_alias=True)
+    store.publish(taken.model_copy(update={"vm_spec": spec, "disks": ()}))
+    return store
 
 
 def _slice(folder: Path, ram: Path, where: tables.Placement, index: int) -> HostSlice:

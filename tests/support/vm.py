@@ -111,17 +111,18 @@ class Rig:
     def listed(self) -> list[str]:
         return [each.checkpoint for each in self.store.list()]
 
-    def running(self) -> list[str]:
-        """Whatever still runs for the VM on any host."""
-        return [
-            Path(f"/proc/{process.pid}/cmdline").read_text().replace("\0", " ")
+    def running(self) -> dict[int, str]:
+        """Whatever still runs for the VM on any host: command lines by process."""
+        return {
+            process.pid: Path(f"/proc/{process.pid}/cmdline").read_text().replace("\0", " ")
             for each in self.settings.values()
-            for process in find_marked("DCRES_VM_RUN", str(each.run / "vm"))
-        ]
+            for folder in ("vm", "vm.parts")
+            for process in find_marked("DCRES_VM_RUN", str(each.run / folder))
+        }
 
     def require_nothing_left(self) -> None:
         """No process, no memory, no socket; logs may stay."""
-        assert self.running() == []
+        assert self.running() == {}
         left = [path for path in self.ram.rglob("*") if path.is_file()]
         left += [
             path
@@ -134,9 +135,12 @@ class Rig:
 
 @contextmanager
 def rig(
-    hosts: int = 3, store: Path | None = None, main: type[MainHost] = MainHost
+    hosts: int = 3,
+    store: Path | None = None,
+    main: type[MainHost] = MainHost,
+    private: bool = False,
 ) -> Iterator[Rig]:
-    """A `Rig`; its VM is called ``vm``."""
+    """A `Rig`; its VM is called ``vm``. With `private` every host has a store of its own."""
     folder = Path(tempfile.mkdtemp(prefix="dcres-t-"))
     ram = Path(tempfile.mkdtemp(prefix="dcres-t-", dir="/dev/shm"))
     settings = {
@@ -144,7 +148,7 @@ def rig(
             name=f"h{number}",
             run=folder / f"h{number}",
             ram=ram / f"h{number}",
-            store=store or folder / "store",
+            store=folder / f"store{number}" if private else store or folder / "store",
         )
         for number in range(hosts)
     }
@@ -152,7 +156,7 @@ def rig(
     made = Rig(
         folder,
         ram,
-        Store(store or folder / "store"),
+        Store(settings["h0"].store),
         settings,
         fleet,
         Coordinator("vm", fleet),

@@ -5,46 +5,41 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import dcres
-from dcres.actors.room import MIB, HostInfo
+from dcres.actors import local_cluster
+from dcres.actors.local_cluster import LocalCluster
 from dcres.api import cluster as api_cluster
-from dcres.api.catalogue import StoreHere
+from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
 from dcres.api.interrupt import interrupt_on_signals, uninterrupted
 from dcres.api.operation import OperationProgress, attend
-from dcres.api.plan import plan_restore, wanted_layout
-from dcres.api.session import open_catalogue
+from dcres.api.session import Session, catalogue_of, open_catalogue
+from dcres.api.show import progress_bars
 from dcres.api.status import HostStatus, VmStatus, status_of
-from dcres.api.vm import Checkpoint, listed_facts, verify
-from dcres.config import Layout, VmSpec, vm_spec
+from dcres.api.vm import Checkpoint, Vm
+from dcres.config import VmSpec
 from dcres.demo import Life, Story, layout_for
-from dcres.errors import ActorGone, ConfigError, Conflict, NotFound
+from dcres.errors import ActorGone, ClusterError, ConfigError, Conflict, NotFound, VmLost
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
-from tests.support.stored import PAGE_COUNT, memory, take
+from tests.support.stored import PAGE_COUNT, memory, store_with_demo, take
 
 MEMORY = PAGE_COUNT * PAGE_SIZE
-HALF = MEMORY // 2
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with one checkpoint of VM demo over h0, h1 and h2."""
-    folder = tmp_path_factory.mktemp("api")
-    ram = memory(folder / "ram", np.ones(PAGE_COUNT, dtype=bool))
-    store = Store(folder / "store")
-    taken = take(store, ram)
-    layout = {"main": HALF, "subs": [HALF, HALF]}
-    spec = vm_spec({"name": "demo", "memory": MEMORY, "kernel": "/vmlinuz", "layout": layout})
-    values = spec.model_dump(mode="json", by_alias=True)
-    store.publish(taken.model_copy(update={"vm_spec": values, "disks": ()}))
-    return store
+    return store_with_demo(tmp_path_factory.mktemp("api"))
 
 
 @pytest.fixture
@@ -52,10 +47,6 @@ def manifest(store: Store) -> Manifest:
     (entry,) = store.list()
     assert entry.manifest is not None
     return entry.manifest
-
-
-def host(name: str, free_mib: int = 1, *, alive: bool = True) -> HostInfo:
-    return HostInfo(name, f"id-{name}", "127.0.0.1", MIB, free_mib * MIB, alive)
 
 
 class TestFacade:
@@ -69,99 +60,47 @@ class TestFacade:
             _ = dcres.nix
 
 
-class TestWantedLayout:
-    def test_as_it_was(self, manifest: Manifest) -> None:
-        assert wanted_layout(manifest, None, False, None) == (None, None)
-        assert wanted_layout(manifest, None, False, 3) == (None, None)
-        assert wanted_layout(manifest, None, False, ["a", "b", "c"]) == (None, ["a", "b", "c"])
-
-    def test_one_host(self, manifest: Manifest) -> None:
-        whole = Layout(main=MEMORY)
-        assert wanted_layout(manifest, None, True, None) == (whole, None)
-        assert wanted_layout(manifest, None, True, ["h7"]) == (whole, ["h7"])
-        assert wanted_layout(manifest, None, False, 1) == (whole, None)
-
-    def test_another_number_of_hosts_is_divided_evenly(self, manifest: Manifest) -> None:
-        layout, _ = wanted_layout(manifest, None, False, 2)
-        assert layout == Layout(main=HALF, subs=(HALF,))
-
-    @pytest.mark.parametrize(
-        ("layout", "single", "hosts"),
-        [
-            (Layout(main=MEMORY), True, None),
-            (None, True, 2),
-            (None, True, ["a", "b"]),
-            (Layout(main=MEMORY), False, 3),
-            (None, False, 0),
-        ],
-    )
-    def test_contradictions(
-        self, layout: Layout | None, single: bool, hosts: Any, manifest: Manifest
-    ) -> None:
-        with pytest.raises(ConfigError):
-            wanted_layout(manifest, layout, single, hosts)
-
-
-class TestPlan:
-    def test_each_host_reads_its_own_part(self, manifest: Manifest) -> None:
-        plan = plan_restore(manifest, None, ["a", "b", "c"], [host("a"), host("b"), host("c")])
-        assert plan.possible
-        assert [each.host for each in plan.hosts] == ["a", "b", "c"]
-        assert [each.pages for each in plan.hosts] == [part.pages for part in manifest.hosts]
-        for planned, part in zip(plan.hosts, manifest.hosts, strict=True):
-            small = sum(file.length_bytes for file in part.files)
-            assert planned.read_bytes == part.pages * PAGE_SIZE + small
-        assert plan.to_dict()["possible"] is True
-
-    def test_one_host_reads_everything(self, manifest: Manifest) -> None:
-        plan = plan_restore(manifest, Layout(main=MEMORY), None, [host("a", 0), host("b")])
-        assert [(each.host, each.pages) for each in plan.hosts] == [("b", manifest.pages)]
-
-    def test_too_few_hosts(self, manifest: Manifest) -> None:
-        plan = plan_restore(manifest, None, None, [host("a"), host("b"), host("c", alive=False)])
-        assert not plan.possible
-        assert "3 hosts are needed" in repr(plan)
-        assert "?" in [each.host for each in plan.hosts]
-
-    def test_a_layout_that_cannot_hold_it(self, manifest: Manifest) -> None:
-        plan = plan_restore(manifest, Layout(main=PAGE_SIZE), None, [host("a")])
-        assert plan.hosts == ()
-        assert "the layout holds 4 KiB" in plan.problems[0]
-
-    def test_a_vm_that_runs(self, manifest: Manifest) -> None:
-        hosts = [host(name) for name in "abc"]
-        assert "runs; stop it first" in plan_restore(manifest, None, None, hosts, True).problems[0]
+MAIN = {
+    "host": "h0",
+    "role": "main",
+    "pages": [5, 3, 9],
+    "limit_pages": 8,
+    "pages_in": 1,
+    "pages_out": 2,
+    "page_in_median_us": 100.0,
+    "page_in_p99_us": 200.0,
+    "accel": "tcg",
+    "run_state": "running",
+    "console": "/console",
+    "bringing_in": False,
+    "pages_to_move": 7,
+}
+SUB = {
+    "host": "h1",
+    "role": "sub",
+    "held_pages": 3,
+    "capacity_pages": 4,
+    "pages_in": 1,
+    "pages_out": 2,
+}
 
 
 class TestStatus:
     def test_from_a_coordinator(self) -> None:
-        main = {
-            "host": "h0",
-            "role": "main",
-            "pages": [5, 3, 9],
-            "limit_pages": 8,
-            "pages_in": 1,
-            "pages_out": 2,
-            "page_in_median_us": 100.0,
-            "page_in_p99_us": 200.0,
-            "accel": "tcg",
-            "run_state": "running",
-            "console": "/console",
-        }
-        sub = {
-            "host": "h1",
-            "role": "sub",
-            "held_pages": 3,
-            "capacity_pages": 4,
-            "pages_in": 1,
-            "pages_out": 2,
-        }
-        status = status_of({"vm": "v", "phase": "running", "why": "", "hosts": [main, sub]})
+        status = status_of({"vm": "v", "phase": "running", "why": "", "hosts": [MAIN, SUB]})
         assert [each.pages for each in status.hosts] == [5, 3]
         assert [each.fill for each in status.hosts] == [0.625, 0.75]
         assert (status.pages, status.accel) == (8, "tcg")
         assert repr(status) == "<VmStatus v running: h0 20 KiB/32 KiB, h1 12 KiB/16 KiB>"
         assert "<td>h1</td>" in status._repr_html_()
+        assert (status.bringing_in, status.pages_to_bring) == (False, 0)
+
+    def test_during_a_lazy_restore(self) -> None:
+        main = {**MAIN, "bringing_in": True, "pages_to_move": 512}
+        status = status_of({"vm": "v", "phase": "running", "why": "", "hosts": [main, SUB]})
+        assert repr(status).endswith("h1 12 KiB/16 KiB; bringing in: 2 MiB left>")
+        assert "running, bringing in: 2 MiB left" in status._repr_html_()
+        assert status.to_dict()["pages_to_bring"] == 512
 
     def test_without_hosts(self) -> None:
         status = status_of({"vm": "v", "phase": "lost", "why": "h0 is gone", "hosts": []})
@@ -255,6 +194,86 @@ class TestAttending:
         assert "stop" not in coordinator.called
 
 
+class TestBars:
+    def test_pages_on_their_way_are_one_bar(self) -> None:
+        console = Console(file=StringIO(), force_terminal=True, width=120)
+        with progress_bars("drain h1", console) as show:
+            assert show is not None
+            for left in (512, 128):
+                show(OperationProgress("v", "resizing", pages_to_move=left))
+        assert isinstance(console.file, StringIO)
+        assert "1.5/2.0 MiB" in console.file.getvalue()
+
+
+@dataclass(frozen=True)
+class FakeSession(Session):
+    """A session whose one VM answers `status` as told, one answer after the other."""
+
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[Any] = field(default_factory=list)
+
+    def existing(self, vm: str) -> Any:
+        return self
+
+    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        if method == "status":
+            return self.answers.pop(0)
+        return []
+
+    def submit(self, method: str, *args: Any) -> FakePending:
+        self.asked.append((method, *args))
+        pending = FakePending({"vm": "v", "phase": "running", "why": "", "hosts": [MAIN, SUB]})
+        pending.ended.set()
+        return pending
+
+
+def session_with(*answers: dict[str, Any]) -> FakeSession:
+    return FakeSession("nowhere", StoresOfHosts(), None, list(answers))
+
+
+def answer(**main: Any) -> dict[str, Any]:
+    return {"vm": "v", "phase": "running", "why": "", "hosts": [{**MAIN, **main}, SUB]}
+
+
+class TestChangesOfShares:
+    def test_sizes_are_read_and_sent(self) -> None:
+        session = session_with()
+        vm = Vm(session, "v")
+        assert vm.resize("64MiB", progress=False).phase == "running"
+        vm.resize(subs=["1MiB", 8192], progress=False)
+        vm.resize(subs=[], progress=False)
+        vm.drain("h1", progress=False)
+        assert session.asked == [
+            ("resize", 64 << 20, None),
+            ("resize", None, [1 << 20, 8192]),
+            ("resize", None, []),
+            ("drain", "h1"),
+        ]
+
+    def test_nothing_asked_for(self) -> None:
+        with pytest.raises(ConfigError, match="say what VM v is to have: main, subs or both"):
+            Vm(session_with(), "v").resize()
+        with pytest.raises(ConfigError, match="'x' is not a size"):
+            Vm(session_with(), "v").resize(subs=["x"])
+
+
+class TestWaitingUntilWhole:
+    def test_ends_when_nothing_is_left_to_bring(self) -> None:
+        session = session_with(answer(bringing_in=True), answer(bringing_in=False))
+        assert Vm(session, "v").wait_until_whole().bringing_in is False
+        assert session.answers == []
+
+    def test_a_vm_that_is_lost(self) -> None:
+        session = session_with({"vm": "v", "phase": "lost", "why": "h1 is gone", "hosts": []})
+        with pytest.raises(VmLost, match="h1 is gone"):
+            Vm(session, "v").wait_until_whole()
+
+    def test_not_for_ever(self) -> None:
+        session = session_with(answer(bringing_in=True, pages_to_move=256))
+        with pytest.raises(ClusterError, match="after 0 s 1 MiB of VM v are still in its"):
+            Vm(session, "v").wait_until_whole(0)
+
+
 class TestInterrupts:
     def test_sigterm_is_like_ctrl_c_except_while_cleaning_up(self) -> None:
         before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -293,8 +312,6 @@ class TestCheckpoints:
         assert seen[-1].done_bytes == seen[-1].total_bytes == manifest.pages * PAGE_SIZE
 
     def test_as_an_object(self, store: Store, manifest: Manifest) -> None:
-        from dcres.api.session import Session
-
         session = Session("nowhere", StoreHere(store.root), None)
         checkpoint = Checkpoint(session, manifest)
         assert repr(checkpoint).startswith(f"<Checkpoint {manifest.checkpoint} (stop): h0 ")
@@ -335,6 +352,27 @@ class TestCheckpoints:
             catalogue, joined = open_catalogue(None, store.root if ways == "named" else None)
             assert not joined
             assert len(catalogue.list()) == 1
+
+    def test_stores_of_the_hosts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        many = tmp_path / "{host}"
+        shared = local_cluster_with(tmp_path, tmp_path / "store")
+        private = local_cluster_with(tmp_path, many)
+        assert shared.settings("h1").store == shared.shared_store == tmp_path / "store"
+        assert private.settings("h1").store == tmp_path / "h1"
+        assert private.store == str(many)
+        assert isinstance(catalogue_of(None, shared), StoreHere)
+        assert isinstance(catalogue_of(None, private), StoresOfHosts)
+        assert isinstance(catalogue_of(tmp_path / "h1", private), StoreHere)
+        monkeypatch.setenv("DCRES_STORE", str(many))
+        with pytest.raises(ConfigError, match="many stores, one for each host"):
+            catalogue_of(None, None)
+
+
+def local_cluster_with(home: Path, store: Path) -> LocalCluster:
+    """One that has never been started, with hosts h0 and h1."""
+    state = local_cluster._new_state(home, store, 1 << 20, False)
+    hosts = {"h0": "127.0.0.2", "h1": "127.0.0.3"}
+    return LocalCluster(home, replace(state, hosts=hosts))
 
 
 class TestSpecs:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,23 @@ from rich.console import Console, RenderableType
 import dcres
 from dcres import doctor
 from dcres.api import cluster as api_cluster
+from dcres.api.draining import DrainPlan
+from dcres.api.placement import Placement
 from dcres.api.plan import PlannedHost, RestorePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli import judge, main, tables
 from dcres.cli.stage import ConsoleStage
+from dcres.config import Layout
 from dcres.demo import Life, Step, Story
 from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound, OperationFailed
 from dcres.storage.checks import FileResult, VerifyReport
 from dcres.storage.store import Listed
 from dcres.vm.witness import WitnessReport
+from tests.support.placement import placement
 
 MAIN = HostStatus("h0", "main", 48, 64, 10, 20, 123.0, 456.0, 7.0, 8.0)
 SUB = HostStatus("h1", "sub", 16, 32, 10, 20)
+PLACEMENT = placement(b"mma", age_s=3.0)
 RUNNING = VmStatus("box", "running", "", "tcg", "running", "/console", (MAIN, SUB))
 
 
@@ -42,9 +48,19 @@ class FakeVm:
         self.asked.append(("status", over_s))
         return RUNNING
 
-    def resize(self, main: str) -> VmStatus:
-        self.asked.append(("resize", main))
+    def placement(self) -> Placement:
+        return PLACEMENT
+
+    def resize(self, main: str | None, subs: list[str] | None) -> VmStatus:
+        self.asked.append(("resize", main, subs))
         return RUNNING
+
+    def drain(self, host: str) -> VmStatus:
+        self.asked.append(("drain", host))
+        return RUNNING
+
+    def plan_drain(self, host: str) -> DrainPlan:
+        return DrainPlan("box", host, {"h2": 16})
 
     def stop(self) -> None:
         self.asked.append(("stop",))
@@ -75,6 +91,41 @@ class FakeCluster:
 
     def listing(self, vm: str) -> list[Listed]:
         return []
+
+    def checkpoint(self, checkpoint: str) -> FakeCheckpoint:
+        return FakeCheckpoint(self.asked)
+
+
+class FakeCheckpoint:
+    """A checkpoint that remembers how it was to be restored."""
+
+    def __init__(self, asked: list[Any]) -> None:
+        self.asked = asked
+
+    def plan(self, layout: Layout | None, **where: Any) -> RestorePlan:
+        self.asked.append(("plan", layout, where))
+        problems = () if where["single"] else ("h0 has no room",)
+        return RestorePlan("box", "box-1", (), problems, where["lazy"])
+
+    def restore(self, layout: Layout | None, **where: Any) -> FakeCheckpoint:
+        self.asked.append(("restore", layout, where))
+        return self
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return RESTORED
+
+
+RESTORED = {
+    "vm": "box",
+    "checkpoint": "box-1",
+    "seconds": 1.25,
+    "lazy": True,
+    "layout": [{"host": "h2", "role": "main", "memory_bytes": 4096, "pages": 1}],
+    "pages_moved": 1,
+    "bytes_moved": 4096,
+    "chosen": "as few hosts as have room",
+}
 
 
 @pytest.fixture
@@ -112,7 +163,17 @@ class TestStarting:
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        for command in ("doctor", "demo", "up", "down", "start", "list", "status", "resize"):
+        for command in (
+            "doctor",
+            "demo",
+            "up",
+            "down",
+            "start",
+            "list",
+            "status",
+            "resize",
+            "drain",
+        ):
             assert f" {command} " in done.stdout
         for command in ("stop", "checkpoint", "checkpoints", "inspect", "verify", "restore"):
             assert f" {command} " in done.stdout
@@ -254,16 +315,68 @@ class TestJson:
         assert values["hosts"][0]["pages_in_per_s"] == 7.0
         assert fake.asked[-1] == ("status", 0.5)
 
+    def test_placement(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["status", "box", "--json"]) == 0
+        found = answer_of(capsys)["placement"]
+        assert (found["page_count"], found["bucket_pages"]) == (3, 1)
+        assert found["hosts"] == [
+            {"host": "h0", "pages": [1, 1, 0], "age_s": [3.0, 3.0, None]},
+            {"host": "h1", "pages": [0, 0, 1], "age_s": [None, None, 3.0]},
+        ]
+        assert found["nowhere"] == found["not_yet_brought"] == [0, 0, 0]
+
     def test_other_commands(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["resize", "box", "--main", "64MiB", "--json"]) == 0
         assert answer_of(capsys)["vm"] == "box"
-        assert fake.asked[-1] == ("resize", "64MiB")
+        assert fake.asked[-1] == ("resize", "64MiB", None)
         assert main(["stop", "box", "--json"]) == 0
         assert answer_of(capsys) == {"vm": "box", "stopped": True}
         assert main(["cancel", "box", "--json"]) == 0
         assert answer_of(capsys) == {"vm": "box", "cancelled": False}
         assert main(["console", "box", "--json"]) == 0
         assert answer_of(capsys) == {"vm": "box", "console": "hello"}
+
+    def test_shares(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+        for given, sizes in (("64MiB,32MiB", ["64MiB", "32MiB"]), ("", [])):
+            assert main(["resize", "box", "--subs", given, "--json"]) == 0
+            assert fake.asked[-1] == ("resize", None, sizes)
+        assert main(["drain", "box", "h1", "--json"]) == 0
+        assert fake.asked[-1] == ("drain", "h1")
+        capsys.readouterr()
+        assert main(["drain", "box", "h1", "--dry-run", "--json"]) == 0
+        assert answer_of(capsys)["moves"] == [{"host": "h2", "pages": 16}]
+        assert main(["drain", "box", "h1", "--dry-run"]) == 0
+        assert "64 KiB would move" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            ([], {"single": False, "hosts": None, "lazy": False}),
+            (["--single", "--hosts", "h1"], {"single": True, "hosts": "h1", "lazy": False}),
+            (["--hosts", "3", "--lazy"], {"single": False, "hosts": 3, "lazy": True}),
+            (["--hosts", "h1,h2"], {"single": False, "hosts": "h1,h2", "lazy": False}),
+        ],
+    )
+    def test_where_to_restore(
+        self,
+        arguments: list[str],
+        expected: dict[str, Any],
+        fake: FakeCluster,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert main(["restore", "box-1", *arguments, "--json"]) == 0
+        assert fake.asked[-1] == ("restore", None, expected)
+        assert answer_of(capsys) == RESTORED
+        possible = expected["single"]
+        assert main(["restore", "box-1", *arguments, "--dry-run", "--json"]) == 1 - possible
+        assert fake.asked[-1] == ("plan", None, expected)
+        assert answer_of(capsys)["possible"] is possible
+
+    def test_a_layout_file(self, fake: FakeCluster, tmp_path: Path) -> None:
+        file = tmp_path / "layout.yaml"
+        file.write_text("main: 64MiB\nsubs: [32MiB]\n")
+        assert main(["restore", "box-1", "--layout", str(file)]) == 0
+        assert fake.asked[-1][1] == Layout(main=64 << 20, subs=(32 << 20,))
 
     def test_a_lost_vm_fails_the_status(
         self, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -272,6 +385,26 @@ class TestJson:
         monkeypatch.setattr(FakeVm, "status", lambda *_: lost)
         assert main(["status", "box"]) == 1
         assert "host h0 is gone" in capsys.readouterr().out
+        assert main(["status", "box", "--json"]) == 1
+        assert answer_of(capsys)["placement"] is None
+        assert main(["status", "box", "--picture", "x.svg"]) == 2
+        assert "VM box is lost, so there is no placement to draw" in capsys.readouterr().err
+
+
+class TestPicture:
+    def test_is_written_beside_the_answer(
+        self, fake: FakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["status", "box", "--picture", str(tmp_path / "box.svg")]) == 0
+        assert "MMA" in capsys.readouterr().out
+        assert "<svg" in (tmp_path / "box.svg").read_text()
+
+    def test_what_cannot_be_written_is_said_before_anything_is_asked(
+        self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["status", "box", "--picture", "box.pdf"]) == 2
+        assert "name a file that ends in .png or .svg" in capsys.readouterr().err
+        assert fake.asked == []
 
 
 def shown(renderable: RenderableType) -> str:
@@ -314,10 +447,38 @@ class TestTables:
         assert "page 3 was altered" in shown(tables.verify_view(bad))
 
     def test_plan(self) -> None:
-        hosts = (PlannedHost("h0", "main", 4096, 1, 4200),)
-        assert "it fits" in shown(tables.plan_view(RestorePlan("box", "box-1", hosts, ())))
-        full = RestorePlan("box", "box-1", hosts, ("h0 has no room",))
+        main = PlannedHost("h0", "main", 4096, 1, 4200, {"h1": 8 << 20}, 0)
+        server = PlannedHost("h1", "parts", 0, 0, 0, {}, 8 << 20)
+        plan = RestorePlan("box", "box-1", (main, server), (), chosen="as asked")
+        text = shown(tables.plan_view(plan))
+        assert "8 MiB (h1 8 MiB)" in text
+        assert "it fits: 8.004 MiB to read and verify, 8 MiB over the network" in text
+        assert "as asked" in text
+        assert "assumed: 300 MB/s" in text
+        lazy = replace(plan, lazy=True)
+        assert "the guest runs after about 1.0 s, all its memory is there after" in (
+            shown(tables.plan_view(lazy))
+        )
+        full = replace(plan, problems=("h0 has no room",))
         assert "h0 has no room" in shown(tables.plan_view(full))
+        assert "it fits" not in shown(tables.plan_view(full))
+
+    def test_drain(self) -> None:
+        text = shown(tables.drain_view(DrainPlan("box", "h1", {"h2": 256})))
+        assert "h1 of VM box would be emptied; nothing was changed" in text
+        assert "1 MiB would move" in text
+        assert "no room" in shown(tables.drain_view(DrainPlan("box", "h1", {}, ("no room",))))
+
+    def test_restored(self) -> None:
+        text = shown(tables.restore_view(RESTORED))
+        assert "box runs again from box-1, after 1.25 s" in text
+        assert "as few hosts as have room; 4 KiB over the network" in text
+        assert "its memory follows: `dcres status box` tells how much is left" in text
+        assert "its memory follows" not in shown(tables.restore_view({**RESTORED, "lazy": False}))
+
+    def test_status_of_a_lazy_restore(self) -> None:
+        status = replace(RUNNING, bringing_in=True, pages_to_bring=512)
+        assert "256 KiB in use  bringing in: 2 MiB left" in shown(tables.status_view(status))
 
     def test_doctor(self) -> None:
         checks = [doctor.Check("kernel", doctor.Status.FAIL, "Linux 6.1", "boot a newer one")]

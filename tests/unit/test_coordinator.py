@@ -13,8 +13,12 @@ import pytest
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.messages import (
     Finished,
-    LoadOrder,
+    Incarnation,
+    MainPart,
+    PartsOrder,
     Placed,
+    Planned,
+    PlanOrder,
     Progress,
     RunOrder,
     Saved,
@@ -61,10 +65,20 @@ class World:
     hooks: dict[str, Callable[[], object]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)  # the main host's state file
     serving: set[str] = field(default_factory=set)
+    serving_parts: set[str] = field(default_factory=set)
+    moving: bool = False
+    to_move: list[int] = field(default_factory=list)  # what move_into answers, last first
+    capacities: dict[str, int] = field(default_factory=dict)
+    trouble: str = ""
     published: dict[str, str] = field(default_factory=dict)
     unfinished: set[tuple[str, str]] = field(default_factory=set)
     frozen: bool = False
     saved_pages: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parts; default: all
+
+    def parts(self, host: str, manifest: str) -> tuple[str, ...]:
+        every = tuple(part.host for part in loads(manifest, Path("manifest.json")).hosts)
+        return self.stores.get(host, every)
 
     def note(self, host: str, what: str) -> None:
         ended = self.done.count(f"{host}.destroy")
@@ -89,6 +103,32 @@ class FakeHost:
 
     def __init__(self, world: World, vm: str, host: str) -> None:
         self.world, self.vm, self.host = world, vm, host
+
+    def parts_here(self, manifest: str) -> tuple[str, ...]:
+        return self.world.parts(self.host, manifest)
+
+    def plan(self, order: PlanOrder) -> Planned:
+        """Part i to host i, as far as there are so many."""
+        self.world.note(self.host, "plan")
+        last = len(order.capacities) - 1
+        places = [(part, min(part, last)) for part in range(len(order.holds))]
+        flow = [[PAGES * ((part, to) in places) for to in range(last + 1)] for part, _ in places]
+        return Planned(tuple(map(tuple, flow)), dict.fromkeys(places, b"mask"), b"targets")
+
+    def read_main_part(self, manifest: str) -> MainPart:
+        self.world.note(self.host, "read_main_part")
+        return MainPart(b"", b"", b"")
+
+    def serve_parts(self, order: PartsOrder) -> SubAddress:
+        self.world.note(self.host, f"serve_parts {' '.join(order.parts)}")
+        self.world.serving_parts.add(self.host)
+        return SubAddress(self.host, "127.0.0.1", 2)
+
+    def parts_trouble(self) -> str:
+        return self.world.trouble
+
+    def end_serving_parts(self) -> None:
+        self.world.serving_parts.discard(self.host)
 
     def copy(self, checkpoint: str) -> HostRound:
         self.world.note(self.host, "copy")
@@ -133,15 +173,51 @@ class FakeMain(FakeHost):
             "checkpoint": None,
             "running": False,
             "spec": None,
+            "moving": self.world.moving,
+            "reshaping": False,
+            "hosts": [],
             **self.world.state,
         }
 
     def status(self) -> dict[str, Any]:
         self.world.note(self.host, "status")
-        return {"host": self.host, "role": "main", "state": "running", "lost_why": ""}
+        moving = self.world.moving
+        state = {"state": "running", "lost_why": "", "moving": moving}
+        return {"host": self.host, "role": "main", **state}
 
-    def next_generation(self) -> int:
-        return 1
+    def settle_moves(self) -> None:
+        self.world.note(self.host, "settle_moves")
+
+    def incarnation(self) -> Incarnation:
+        return Incarnation("vm", 1, "5e" * 32)
+
+    def begin_reshape(self) -> None:
+        self.world.state["reshaping"] = True
+
+    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> tuple[int, ...]:
+        shares = [sub.capacity_pages for sub in subs]
+        self.world.note(self.host, f"reshape {' '.join(hosts[1:])} {shares}")
+        self.world.state["hosts"] = list(hosts)
+        return tuple(range(16, 16 + len(subs)))
+
+    def move_into(self, capacities: dict[int, int]) -> int:
+        self.world.note(self.host, f"move_into {list(capacities.values())}")
+        return self.world.to_move.pop() if self.world.to_move else 0
+
+    def stop_moves(self) -> None:
+        self.world.note(self.host, "stop_moves")
+        self.world.moving = False
+
+    def set_layout(self, layout: dict[str, Any]) -> None:
+        self.world.note(self.host, "set_layout")
+        self.world.state["spec"]["layout"] = layout
+        self.world.state["shares"] = dict(
+            zip(self.world.state["hosts"][1:], layout["subs"], strict=True)
+        )
+        self.world.state["reshaping"] = False
+
+    def next_generation(self, above: int) -> int:
+        return above + 1
 
     def boot(self, order: RunOrder) -> None:
         self.world.note(self.host, "boot")
@@ -149,11 +225,16 @@ class FakeMain(FakeHost):
             "spec": order.spec.model_dump(mode="json", by_alias=True),
             "running": False,
             "checkpoint": None,
-            "loaded": order.load.hosts if isinstance(order.load, LoadOrder) else None,
+            "hosts": list(order.hosts),
+            "shares": dict(zip(order.hosts[1:], order.spec.layout.subs, strict=True)),
+            "loaded": [(each.part, each.source) for each in order.load.readings]
+            if order.load
+            else None,
         }
 
     def run(self, order: RunOrder) -> None:
         self.world.note(self.host, "run")
+        self.world.state["resumption"] = order.resumption
 
     def go(self) -> None:
         self.world.note(self.host, "go")
@@ -200,6 +281,7 @@ class FakeMain(FakeHost):
     def destroy(self) -> None:
         self.world.note(self.host, "destroy")
         self.world.state, self.world.frozen = {}, False
+        self.end_serving_parts()
 
 
 class FakeSub(FakeHost):
@@ -211,11 +293,18 @@ class FakeSub(FakeHost):
 
     def status(self) -> dict[str, Any]:
         self.world.note(self.host, "status")
-        return {"host": self.host, "role": "sub"}
+        pages = self.world.capacities.get(self.host, 4096)
+        return {"host": self.host, "role": "sub", "capacity_pages": pages}
+
+    def resize(self, capacity_pages: int) -> SubAddress:
+        self.world.note(self.host, f"resize {capacity_pages}")
+        self.world.capacities[self.host] = capacity_pages
+        return SubAddress(self.host, "127.0.0.1", 1, capacity_pages)
 
     def serve(self, order: ServeOrder) -> SubAddress:
         self.world.note(self.host, "serve")
         self.world.serving.add(self.host)
+        self.world.capacities[self.host] = order.capacity_pages
         return SubAddress(self.host, "127.0.0.1", 1, order.capacity_pages)
 
     def prepare(self, checkpoint: str) -> None:
@@ -229,6 +318,15 @@ class FakeSub(FakeHost):
     def destroy(self) -> None:
         self.world.note(self.host, "destroy")
         self.world.serving.discard(self.host)
+        self.end_serving_parts()
+
+
+class FakeVisitor(FakeHost):
+    """Stands for a host that has parts and no memory of the VM."""
+
+    def destroy(self) -> None:
+        self.world.note(self.host, "destroy")
+        self.end_serving_parts()
 
 
 @pytest.fixture
@@ -241,7 +339,12 @@ def fleet(world: World) -> Iterator[LocalFleet]:
     def make(vm: str, index: int, host: str) -> FakeHost:
         return (FakeMain if index == 0 else FakeSub)(world, vm, host)
 
-    made = LocalFleet(["h0", "h1", "h2"], make)
+    made = LocalFleet(
+        ["h0", "h1", "h2", "h3"],
+        make,
+        holding=world.parts,
+        make_visitor=lambda vm, host: FakeVisitor(world, vm, host),
+    )
     yield made
     made.release("vm")
 
@@ -265,6 +368,7 @@ def manifest_of(world: World, facts: dict[str, Any]) -> Manifest:
 def require_nothing(world: World, fleet: LocalFleet) -> None:
     """Nothing of the VM is anywhere."""
     assert (world.state, world.serving, world.unfinished) == ({}, set(), set())
+    assert world.serving_parts == set()
     assert (fleet.reserved, fleet.actors) == ({}, {})
 
 
@@ -299,7 +403,7 @@ def test_a_start_that_fails_undoes_all(
 def test_a_start_without_enough_hosts_reserves_nothing(
     coordinator: Coordinator, world: World, fleet: LocalFleet
 ) -> None:
-    fleet.hosts.pop()
+    del fleet.hosts[2:]
     with pytest.raises(NoRoom):
         coordinator.start(SPEC)
     require_nothing(world, fleet)
@@ -490,7 +594,10 @@ def test_a_restore_on_hosts_of_the_same_shape(
 ) -> None:
     facts = coordinator.restore(checkpoint)
     assert [each["pages"] for each in facts["layout"]] == [PAGES] * 3
-    assert world.state["loaded"] == ("h0",)
+    assert world.state["loaded"] == [("h0", None)]
+    assert (facts["pages_moved"], facts["lazy"]) == (0, False)
+    assert list(facts["parts_seconds"]) == ["reserve", "plan", "boot", "serve", "run"]
+    assert facts["seconds"] == pytest.approx(sum(facts["parts_seconds"].values()))
     assert world.runs
 
 
@@ -498,13 +605,64 @@ def test_a_restore_on_one_host_loads_every_part(
     coordinator: Coordinator, world: World, checkpoint: str
 ) -> None:
     coordinator.restore(checkpoint, Layout(main=64 << 20))
-    assert world.state["loaded"] == ("h0", "h1", "h2")
+    assert world.state["loaded"] == [("h0", None), ("h1", None), ("h2", None)]
+
+
+def test_parts_that_a_host_has_not_come_from_one_that_has(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
+) -> None:
+    world.stores = {"h0": ("h0",), "h1": ("h1",), "h2": (), "h3": ("h2",)}
+    facts = coordinator.restore(checkpoint, Layout(main=32 << 20, subs=(32 << 20,)))
+    assert "h3.serve_parts h2" in world.done
+    assert facts["pages_moved"] == PAGES
+    assert facts["bytes_moved"] == PAGES * 4096
+    assert world.serving_parts == set()
+    assert "h3.destroy" in world.done
+    assert fleet.visiting == {}
+
+
+def test_a_new_main_host_gets_the_old_ones_tables(
+    coordinator: Coordinator, world: World, checkpoint: str
+) -> None:
+    world.stores = {"h0": ("h1",), "h1": ("h0", "h2")}
+    coordinator.restore(checkpoint, Layout(main=32 << 20, subs=(32 << 20,)))
+    assert "h1.plan" in world.done
+    assert "h1.read_main_part" in world.done
+    assert world.state["resumption"].main_part is not None
+    assert world.state["loaded"] == [("h0", SubAddress("h1", "127.0.0.1", 2))]
+
+
+def test_a_part_that_is_nowhere_is_named(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
+) -> None:
+    world.stores = dict.fromkeys(fleet.hosts, ("h0", "h2"))
+    with pytest.raises(NotFound, match="that h1 saved"):
+        coordinator.restore(checkpoint)
+    require_nothing(world, fleet)
+
+
+def test_a_lazy_restore_serves_parts_until_every_page_is_there(
+    coordinator: Coordinator, world: World, checkpoint: str
+) -> None:
+    world.moving = True
+    facts = coordinator.restore(checkpoint, lazy=True)
+    assert facts["lazy"]
+    assert world.state["loaded"] == []
+    assert set(world.state["resumption"].sources) == {"h0", "h1", "h2"}
+    assert world.serving_parts == {"h0"}
+    assert world.runs
+    with pytest.raises(Conflict, match="still being restored"):
+        coordinator.resize(16 << 20)
+    world.trouble = "h0/memory.img: page 7 was altered"
+    until(lambda: "page 7" in coordinator.status()["why"], 5, "the trouble is told")
+    world.moving = False
+    until(lambda: not world.serving_parts, 5, "the slice server is ended")
+    assert "h0.settle_moves" in world.done
 
 
 @pytest.mark.parametrize(
     ("layout", "match"),
     [
-        (Layout(main=32 << 20, subs=(32 << 20,)), "3 parts and the layout 2 hosts"),
         (Layout(main=16 << 20), "holds 16 MiB and the VM has 64 MiB"),
     ],
 )
@@ -539,6 +697,100 @@ def test_a_manifest_that_was_altered_is_refused(
     require_nothing(world, fleet)
 
 
+# Other shares while the VM runs
+
+MIB = 1 << 20
+
+
+def steps(world: World, *names: str) -> list[str]:
+    """What was done, of the kinds named, in order."""
+    return [each for each in world.done if each.partition(".")[2].split()[0] in names]
+
+
+def test_a_sub_host_joins(started: Coordinator, world: World, fleet: LocalFleet) -> None:
+    world.to_move = [100]
+    started.resize(subs_bytes=[8 * MIB, 24 * MIB, 8 * MIB])
+    assert steps(world, "resize", "serve", "reshape", "move_into", "set_layout") == [
+        "h1.resize 2048",
+        "h2.resize 6144",
+        "h3.serve",
+        "h0.reshape h1 h2 h3 [2048, 6144, 2048]",
+        "h0.move_into [2048, 6144, 2048]",
+        "h0.move_into [2048, 6144, 2048]",
+        "h0.resize 8192",
+        "h0.set_layout",
+    ]
+    assert fleet.extra == {("vm", 2): 8 * MIB, ("vm", 0): 0}
+    assert fleet.reserved["vm"] == {0: "h0", 1: "h1", 2: "h2", 3: "h3"}
+    assert world.state["shares"] == {"h1": 8 * MIB, "h2": 24 * MIB, "h3": 8 * MIB}
+
+
+def test_a_sub_host_is_drained_and_leaves(
+    started: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    started.resize(48 * MIB)
+    world.done.clear()
+    started.drain("h1")
+    assert steps(world, "resize", "reshape", "move_into", "destroy") == [
+        "h1.resize 0",
+        "h2.resize 4096",
+        "h0.reshape h1 h2 [0, 4096]",
+        "h0.move_into [0, 4096]",
+        "h0.reshape h2 [4096]",
+        "h1.destroy",
+        "h0.resize 12288",
+    ]
+    assert fleet.reserved["vm"] == {0: "h0", 2: "h2"}
+    assert [each["host"] for each in started.status()["hosts"]] == ["h0", "h2"]
+    started.stop()
+    require_nothing(world, fleet)
+
+
+def test_what_has_no_room_elsewhere_is_not_drained(started: Coordinator, world: World) -> None:
+    with pytest.raises(ConfigError, match="16 MiB more"):
+        started.drain("h1")
+    with pytest.raises(NotFound, match="no sub host"):
+        started.drain("h0")
+    assert steps(world, "resize", "reshape") == []
+
+
+@pytest.mark.parametrize("where", ["h0.move_into [0, 4096]", "h0.reshape h1 h2 [0, 4096]"])
+def test_a_drain_that_fails_gives_the_share_back(
+    started: Coordinator, world: World, where: str
+) -> None:
+    started.resize(48 * MIB)
+    world.fail[where] = NoRoom("no room")
+    with pytest.raises(NoRoom):
+        started.drain("h1")
+    assert world.capacities == {"h1": 4096, "h2": 4096}
+    assert world.state["hosts"] == ["h0", "h1", "h2"]
+    assert not world.state.get("reshaping")
+    assert started.status()["phase"] == "running"
+
+
+def test_a_drain_can_be_cancelled(started: Coordinator, world: World) -> None:
+    started.resize(48 * MIB)
+    world.to_move = [100]
+    world.hooks["h0.move_into [0, 4096]"] = lambda: setattr(world, "moving", True)
+    failures: list[Exception] = []
+
+    def drain() -> None:
+        try:
+            started.drain("h1")
+        except Conflict as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    until(lambda: "h0.move_into [0, 4096]" in world.done, 5, "pages move")
+    assert started.cancel()
+    thread.join(5)
+    assert "was cancelled" in str(failures[0])
+    assert world.capacities == {"h1": 4096, "h2": 4096}
+    assert world.runs
+    assert world.count("h1.destroy") == 0
+
+
 # The coordinator's own death: a new one finds the hosts as the old one left them
 
 
@@ -551,7 +803,7 @@ def test_it_finds_nothing(fleet: LocalFleet, world: World) -> None:
 
 
 def test_it_gives_a_bare_reservation_back(fleet: LocalFleet, world: World) -> None:
-    fleet.reserved["vm"] = ["h0"]
+    fleet.reserved["vm"] = {0: "h0"}
     successor(fleet)
     require_nothing(world, fleet)
 
@@ -622,3 +874,26 @@ def test_stop_may_be_repeated_and_ends_what_was_lost(
     started.stop()
     assert world.state == {}
     assert fleet.reserved == {}
+
+
+def test_it_gives_shares_back_that_were_being_changed(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    started.resize(48 * MIB)
+    world.capacities["h1"] = 0
+    world.state["reshaping"] = True
+    found = successor(fleet)
+    assert world.capacities == {"h1": 4096, "h2": 4096}
+    assert "h0.stop_moves" in world.done
+    assert found.status()["phase"] == "running"
+    assert not world.state["reshaping"]
+
+
+def test_it_ends_a_host_that_was_about_to_join(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    fleet.add("vm", 8 * MIB)
+    found = successor(fleet)
+    assert "h3.destroy" in world.done
+    assert [each["host"] for each in found.status()["hosts"]] == ["h0", "h1", "h2"]
+    assert world.runs

@@ -46,6 +46,7 @@ OWNERS = {
     "ctypes": ("dcres/linux/",),
     "fcntl": ("dcres/linux/",),
     "typer": ("dcres/cli.py", "dcres/cli/"),
+    "matplotlib": ("dcres/api/placement.py", "dcres/bench/page.py"),
 }
 MODEL_MAY_IMPORT = {"numpy", "dcres", *sys.stdlib_module_names}
 FOR_EVERYONE = ("dcres.errors.", "dcres.model.pages.")

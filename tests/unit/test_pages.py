@@ -83,3 +83,13 @@ def test_pages_of_whole_pages_only() -> None:
     assert pages.pages_of(3 * pages.PAGE_SIZE) == 3
     with pytest.raises(ValueError, match="not a multiple of 4096"):
         pages.pages_of(4097)
+
+
+@given(masks, st.data())
+def test_extents_within(mask: Mask, data: st.DataObject) -> None:
+    here = np.array([data.draw(st.booleans()) for _ in mask], dtype=np.bool_)
+    extents = pages.extents_of_mask(mask)
+    found = pages.extents_within(extents, here)
+    check_shape(found)
+    assert found.tolist() == naive(mask & here)
+    assert (found is extents) == (not (mask & ~here).any())

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcres.errors import NoRoom, PagesLost
 from dcres.model.placement import (
     FIRST_SUB,
     LEAVING,
@@ -18,6 +19,7 @@ from dcres.model.placement import (
     SAVED_NOWHERE,
     Owners,
     digest,
+    free_codes,
     from_saved,
     pages_by_host,
     recover,
@@ -26,31 +28,50 @@ from dcres.model.placement import (
 )
 
 SUBS = 3
+CODES = [sub_code(i) for i in range(SUBS)]
 codes = st.sampled_from([NOWHERE, MAIN, LEAVING, *(sub_code(i) for i in range(SUBS))])
 tables = st.lists(codes, max_size=100).map(lambda owners: np.array(owners, dtype=np.uint8))
 
 
 @given(tables)
 def test_saved_placement_comes_back_and_leaving_counts_as_main(owners: Owners) -> None:
-    saved = to_saved(owners)
+    saved = to_saved(owners, CODES)
     settled = np.where(owners == LEAVING, MAIN, owners)
-    assert from_saved(saved).tolist() == settled.tolist()
+    assert from_saved(saved, CODES).tolist() == settled.tolist()
     assert (saved == SAVED_NOWHERE).tolist() == (owners == NOWHERE).tolist()
 
 
 @given(tables)
 def test_every_page_is_counted_for_one_host(owners: Owners) -> None:
-    counts = pages_by_host(owners, SUBS)
+    counts = pages_by_host(owners, CODES)
     assert len(counts) == 1 + SUBS
     assert sum(counts) == np.count_nonzero(owners)
     assert counts[0] == np.isin(owners, (MAIN, LEAVING)).sum()
 
 
 def test_the_last_possible_sub_host_fits_a_byte() -> None:
-    last = 255 - FIRST_SUB
-    owners = np.array([sub_code(last)], dtype=np.uint8)
-    assert from_saved(to_saved(owners)).tolist() == owners.tolist()
-    assert to_saved(owners)[0] != SAVED_NOWHERE
+    every = [sub_code(i) for i in range(256 - FIRST_SUB)]
+    owners = np.array([every[-1]], dtype=np.uint8)
+    saved = to_saved(owners, every)
+    assert from_saved(saved, every).tolist() == owners.tolist()
+    assert saved[0] != SAVED_NOWHERE
+
+
+def test_hosts_are_told_apart_by_code_whatever_their_order() -> None:
+    owners = np.array([20, MAIN, 17, NOWHERE], dtype=np.uint8)
+    assert to_saved(owners, [20, 17]).tolist() == [1, 0, 2, SAVED_NOWHERE]
+    assert pages_by_host(owners, [17, 20]) == [1, 1, 1]
+
+
+def test_a_page_that_is_with_no_host_of_the_vm_cannot_be_saved() -> None:
+    with pytest.raises(PagesLost, match="1 pages are with none"):
+        to_saved(np.array([MAIN, 30], dtype=np.uint8), CODES)
+
+
+def test_free_codes_are_nobodys() -> None:
+    assert free_codes([FIRST_SUB, FIRST_SUB + 2], 2) == [FIRST_SUB + 1, FIRST_SUB + 3]
+    with pytest.raises(NoRoom, match="without --lazy"):
+        free_codes(CODES, 256 - FIRST_SUB)
 
 
 @given(st.lists(st.booleans(), max_size=64), st.lists(st.booleans(), max_size=64))

@@ -326,3 +326,41 @@ def test_a_target_of_another_length_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"")
     with opened(tmp_path / "t", os.O_RDWR) as fd, pytest.raises(ValueError, match="not 40 pages"):
         load(tmp_path / "m", saved.mask, saved.sums, fd)
+
+
+def test_only_what_is_wanted_is_loaded(tmp_path: Path) -> None:
+    mask, wanted = random_mask(600), random_mask(600, seed=6)
+    source = memory(tmp_path / "ram", mask)
+    path = tmp_path / "memory.img"
+    saved = save(path, source, mask)
+    unwanted = np.flatnonzero(mask & ~wanted).tolist()
+    for page in unwanted:
+        change(path, page * PAGE_SIZE + 5)
+    done: list[int] = []
+    with opened(tmp_path / "back", os.O_RDWR | os.O_CREAT) as fd:
+        os.ftruncate(fd, 600 * PAGE_SIZE)
+        count = load(path, saved.mask, saved.sums, fd, done.append, wanted=wanted)
+        found = files.data_extents(fd, 600)
+    assert count == sum(done) == (mask & wanted).sum()
+    assert np.array_equal(found, extents_of_mask(mask & wanted))
+    back = np.frombuffer((tmp_path / "back").read_bytes(), np.uint8).reshape(600, -1)
+    whole = np.frombuffer(source.read_bytes(), np.uint8).reshape(600, -1)
+    assert np.array_equal(back[mask & wanted], whole[mask & wanted])
+
+
+def test_what_is_wanted_must_be_right(tmp_path: Path) -> None:
+    mask = np.ones(PAGES, dtype=np.bool_)
+    path = tmp_path / "memory.img"
+    saved = save(path, memory(tmp_path / "ram", mask), mask)
+    change(path, 7 * PAGE_SIZE)
+    with opened(tmp_path / "back", os.O_RDWR | os.O_CREAT) as fd:
+        os.ftruncate(fd, PAGES * PAGE_SIZE)
+        wanted = np.arange(PAGES) >= 7
+        with pytest.raises(CheckpointCorrupt, match="page 7 was altered"):
+            load(path, saved.mask, saved.sums, fd, wanted=wanted)
+        assert load(path, saved.mask, saved.sums, fd, wanted=~wanted) == 7
+        assert load(path, saved.mask, saved.sums, fd, wanted=np.zeros(PAGES, dtype=np.bool_)) == 0
+        # The holes of all of the file are looked at, whatever is wanted.
+        lose(path, saved)
+        with pytest.raises(CheckpointCorrupt, match="page 2 is missing"):
+            load(path, saved.mask, saved.sums, fd, wanted=wanted)

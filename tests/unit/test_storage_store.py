@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
@@ -14,7 +15,7 @@ import pytest
 
 from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound
 from dcres.linux.files import opened
-from dcres.model.pages import PAGE_SIZE
+from dcres.model.pages import PAGE_SIZE, extents_of_mask
 from dcres.storage import layout, memory_file, tables
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
@@ -372,3 +373,101 @@ def test_a_table_that_the_manifest_does_not_list(root: Store, published: Manifes
 def test_unknown_hosts(root: Store, published: Manifest) -> None:
     with pytest.raises(NotFound, match="its hosts are h0, h1, h2"):
         root.read_slice(published, "h9")
+
+
+def test_a_pinned_checkpoint_stays(root: Store, published: Manifest) -> None:
+    with root.pin(published.checkpoint), root.pin(published.checkpoint):
+        for attempt in (root.delete, root.require_unpinned):
+            with pytest.raises(Conflict, match=f"{published.checkpoint} is in use"):
+                attempt(published.checkpoint)
+        assert root.verify(published.checkpoint).ok
+    root.require_unpinned(published.checkpoint)
+    root.delete(published.checkpoint)
+    root.require_unpinned(published.checkpoint)
+    with pytest.raises(NotFound, match="nothing of checkpoint"), root.pin(published.checkpoint):
+        pass
+
+
+def test_a_part_without_a_manifest_can_be_pinned(root: Store, published: Manifest) -> None:
+    """As on a host that has a store of its own."""
+    (folder(root, published) / layout.MANIFEST).unlink()
+    with root.pin(published.checkpoint):
+        with pytest.raises(Conflict, match="is in use"):
+            root.discard(published.vm, published.checkpoint)
+        assert root.sweep(published.vm) == []
+        assert folder(root, published).exists()
+    assert root.sweep(published.vm) == [published.checkpoint]
+
+
+def test_a_pin_waits_for_no_deletion(
+    root: Store, published: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def while_deleting(path: Path) -> None:
+        with pytest.raises(Conflict, match="being deleted"), root.pin(published.checkpoint):
+            pass
+
+    monkeypatch.setattr(shutil, "rmtree", while_deleting)
+    root.delete(published.checkpoint)
+
+
+def test_a_pin_that_comes_as_the_folder_goes(
+    root: Store, published: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fcntl.flock
+
+    def deleted_first(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        root.delete(published.checkpoint)
+        honest(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_first)
+    with pytest.raises(NotFound, match="nothing of checkpoint"), root.pin(published.checkpoint):
+        pass
+
+
+def test_a_pin_ends_with_its_process(root: Store, published: Manifest) -> None:
+    pid = os.fork()
+    if pid == 0:
+        with root.pin(published.checkpoint):
+            os._exit(0)
+    os.waitpid(pid, 0)
+    root.delete(published.checkpoint)
+
+
+def test_an_error_under_a_pin_is_itself(root: Store, published: Manifest) -> None:
+    with pytest.raises(FileNotFoundError), root.pin(published.checkpoint):
+        raise FileNotFoundError
+
+
+def test_parts_here(root: Store, published: Manifest) -> None:
+    assert root.parts_here(published) == HOSTS
+    place = folder(root, published)
+    shutil.rmtree(place / "h1")
+    assert root.parts_here(published) == ("h0", "h2")
+    shutil.rmtree(place)
+    assert root.parts_here(published) == ()
+
+
+def test_single_pages_are_read_and_verified(root: Store, published: Manifest, ram: Path) -> None:
+    data = ram.read_bytes()
+    page = int(np.flatnonzero(placement() == 1)[3])
+    path = folder(root, published) / "h1" / layout.MEMORY
+    with root.open_pages(published, "h1") as reader:
+        assert np.array_equal(reader.mask, placement() == 1)
+        for first, stop in extents_of_mask(reader.mask).tolist():
+            assert reader.read(first, stop) == data[first * PAGE_SIZE : stop * PAGE_SIZE]
+        with opened(path, os.O_RDWR) as fd:
+            byte = os.pread(fd, 1, page * PAGE_SIZE)
+            os.pwrite(fd, bytes([byte[0] ^ 1]), page * PAGE_SIZE)
+        with pytest.raises(CheckpointCorrupt, match=f"{path}: page {page} was altered"):
+            reader.read(page, page + 1)
+        os.truncate(path, page * PAGE_SIZE)
+        with pytest.raises(CheckpointCorrupt, match=f"it ends at or after page {page}"):
+            reader.read(page, page + 1)
+    with pytest.raises(CheckpointCorrupt, match=f"instead of {PAGE_COUNT * PAGE_SIZE}"):
+        root.open_pages(published, "h1")
+    path.unlink()
+    with pytest.raises(CheckpointCorrupt, match="it is missing"):
+        root.open_pages(published, "h1")
+    with pytest.raises(NotFound, match="its hosts are h0, h1, h2"):
+        root.open_pages(published, "h9")

@@ -121,3 +121,27 @@ def test_a_full_tmpfs_is_no_room(path: Path, monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(NoRoom, match="tmpfs"):
                 table.write(extents({1}), data_of({1}, 1))
         assert table.held_pages == 0
+
+
+@given(sets, sets)
+def test_peek_gives_what_is_here(path: Path, held: set[int], asked: set[int]) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, PAGES) as table:
+        table.write(extents(held), data_of(held, 1))
+        here, pieces = table.peek(extents(asked))
+        assert pages_of_extents(here).tolist() == sorted(held & asked)
+        assert [len(piece) for piece in pieces] == [(b - a) * PAGE_SIZE for a, b in here.tolist()]
+        assert b"".join(pieces) == bytes(data_of(held & asked, 1))
+
+
+def test_a_table_that_holds_too_much_takes_nothing_more(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, CAPACITY) as table:
+        table.write(extents({1, 2, 3}), data_of({1, 2, 3}, 1))
+        table.capacity_pages = 2
+        table.write(extents({1, 2}), data_of({1, 2}, 2))
+        with pytest.raises(NoRoom, match="holds 3 of 2 pages"):
+            table.write(extents({1, 4}), data_of({1, 4}, 3))
+        assert b"".join(table.read(extents({1, 2}))) == bytes(data_of({1, 2}, 2))
+        table.release(extents({1, 2}))
+        table.write(extents({4}), data_of({4}, 3))

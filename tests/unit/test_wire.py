@@ -1,44 +1,31 @@
-"""The paging protocol: what comes out is what went in, and nothing malformed gets through."""
+"""Frames of the paging protocol: what comes out went in, and nothing malformed gets through."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import struct
-from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcres.errors import PagingError, ProtocolError, Refused
+from dcres.errors import (
+    CheckpointCorrupt,
+    DcresError,
+    NoRoom,
+    PagesLost,
+    PagingError,
+    ProtocolError,
+    StoreFull,
+)
 from dcres.model import wire
 from dcres.model.pages import EMPTY, PAGE_SIZE, Extents, extents_of_mask
-from dcres.model.wire import (
-    HEADER,
-    ClientHandshake,
-    Decoder,
-    Frame,
-    Identity,
-    Kind,
-    ServerHandshake,
-)
+from dcres.model.wire import HEADER, Decoder, Endpoint, Kind
 
 PAGES = 1000
-VM, SECRET = b"v" * 16, b"s" * 32
-NONCE, OTHER_NONCE = b"c" * 32, b"S" * 32
-ME = Identity(VM, 7, SECRET)
 
 masks = st.lists(st.booleans(), min_size=1, max_size=200).filter(any).map(np.array)
 extents_ = masks.map(extents_of_mask)
-
-
-def frame_of(data: bytes) -> Frame:
-    """The one frame in `data`."""
-    decoder = fed(data)
-    (frame,) = decoder.frames()
-    return frame
 
 
 def fed(data: bytes) -> Decoder:
@@ -85,6 +72,11 @@ def test_more_pages_than_a_frame_may_carry_are_refused() -> None:
         wire.unpack_pages(memoryview(packed), PAGES)
 
 
+def test_no_extents_cannot_be_said() -> None:
+    with pytest.raises(ProtocolError):
+        wire.unpack_extents(memoryview(wire.pack_extents(EMPTY)), PAGES)
+
+
 def raw(*ranges: tuple[int, int]) -> bytes:
     return struct.pack("<I", len(ranges)) + b"".join(struct.pack("<QQ", *each) for each in ranges)
 
@@ -114,11 +106,90 @@ def test_malformed_extents_are_refused(what: str, payload: bytes) -> None:
         wire.unpack_extents(memoryview(payload), PAGES)
 
 
+@given(extents_, st.sampled_from(["127.0.0.1", "10.255.0.9", "::1", "fd00::1:2"]))
+def test_a_fetch_comes_back(extents: Extents, address: str) -> None:
+    packed = wire.pack_fetch(Endpoint(address, 65535), extents)
+    assert packed[: 3 + len(address)] == b"\xff\xff" + bytes([len(address)]) + address.encode()
+    source, found = wire.unpack_fetch(memoryview(packed), PAGES)
+    assert source == Endpoint(address, 65535)
+    assert found.tolist() == extents.tolist()
+
+
+def fetch(address: bytes, port: int, rest: bytes) -> bytes:
+    return struct.pack("<HB", port, len(address)) + address + rest
+
+
+@pytest.mark.parametrize(
+    ("what", "payload"),
+    [
+        ("nothing", b""),
+        ("half a port", b"\1"),
+        ("the address is cut", fetch(b"127.0.0.1", 1, b"")[:7]),
+        ("no address", fetch(b"", 1, raw((0, 1)))),
+        ("a name, which would have to be looked up", fetch(b"localhost", 1, raw((0, 1)))),
+        ("not ASCII", fetch(b"127.0.0.\xb2", 1, raw((0, 1)))),
+        ("port 0", fetch(b"127.0.0.1", 0, raw((0, 1)))),
+        ("no extents", fetch(b"127.0.0.1", 1, raw())),
+        ("something behind", fetch(b"127.0.0.1", 1, raw((0, 1)) + b"x")),
+        ("outside", fetch(b"127.0.0.1", 1, raw((0, PAGES + 1)))),
+    ],
+)
+def test_a_malformed_fetch_is_refused(what: str, payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.unpack_fetch(memoryview(payload), PAGES)
+
+
+def test_a_fetch_of_too_many_pages_is_refused() -> None:
+    many = wire.MAX_FETCH_PAGES + 1
+    for pages, fits in ((many - 1, True), (many, False)):
+        payload = memoryview(fetch(b"127.0.0.1", 1, raw((0, pages))))
+        if fits:
+            wire.unpack_fetch(payload, many)
+            continue
+        with pytest.raises(ProtocolError, match=f"asks for {many} pages"):
+            wire.unpack_fetch(payload, many)
+
+
+def test_no_extents_are_understood_only_where_they_may_be() -> None:
+    none = memoryview(wire.pack_extents(EMPTY))
+    for unpack in (wire.unpack_extents, wire.unpack_pages):
+        found, at = unpack(none, PAGES, may_be_none=True)
+        assert (len(found), at) == (0, 4)
+        with pytest.raises(ProtocolError):
+            unpack(none, PAGES)
+    assert len(wire.unpack_only_extents(none, PAGES, may_be_none=True)) == 0
+    for more in (wire.unpack_only_extents, wire.unpack_pages):
+        with pytest.raises(ProtocolError):
+            more(memoryview(bytes(none) + b"x"), PAGES, may_be_none=True)
+
+
+@pytest.mark.parametrize("kind", [CheckpointCorrupt, NoRoom, PagesLost, ProtocolError])
+def test_an_error_comes_back_as_what_it_is(kind: type[DcresError]) -> None:
+    found = wire.unpack_error(memoryview(wire.pack_error(kind("page 3: né"))), "h1")
+    assert type(found) is kind
+    assert str(found) == "h1 reports: page 3: né"
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        (wire.pack_error(StoreFull("no")), "h1 reports: no"),
+        (b"SystemExit: bye", "h1 reports: bye"),
+        (b"no colon", "h1 reports: no colon"),
+        (b"\xff\xfe", "h1 reports: ��"),
+        (b"", "h1 reports: "),
+    ],
+)
+def test_other_errors_are_paging_errors(payload: bytes, text: str) -> None:
+    found = wire.unpack_error(memoryview(payload), "h1")
+    assert (type(found), str(found)) == (PagingError, text)
+
+
 @given(st.binary(max_size=200))
 def test_no_payload_breaks_the_parsers(payload: bytes) -> None:
     """They give values that make sense or raise ProtocolError, and nothing else."""
     view = memoryview(payload)
-    for unpack in (wire.unpack_extents, wire.unpack_pages, wire.unpack_range):
+    for unpack in (wire.unpack_extents, wire.unpack_pages, wire.unpack_range, unpack_fetch):
         try:
             found, at = unpack(view, PAGES)
         except ProtocolError:
@@ -128,6 +199,12 @@ def test_no_payload_breaks_the_parsers(payload: bytes) -> None:
             assert (found[:, 0] < found[:, 1]).all()
             assert (found[1:, 0] >= found[:-1, 1]).all()
             assert found.max() <= PAGES
+
+
+def unpack_fetch(payload: memoryview, page_count: int) -> tuple[Extents, int]:
+    source, extents = wire.unpack_fetch(payload, page_count)
+    assert source.port > 0
+    return extents, len(payload)
 
 
 @given(masks)
@@ -175,6 +252,7 @@ def test_limits_fit_each_other() -> None:
     assert 4 + wire.MAX_PAGES * (16 + PAGE_SIZE) <= wire.MAX_PAYLOAD
     assert wire.MAX_MAP_PAGES // 8 <= wire.MAX_PAYLOAD
     assert 4 + 16 * wire.MAX_RELEASE_EXTENTS <= wire.MAX_PAYLOAD
+    assert 4 + 16 * wire.MAX_FETCH_PAGES <= wire.MAX_PAYLOAD
 
 
 # Frames
@@ -182,7 +260,7 @@ def test_limits_fit_each_other() -> None:
 
 def test_a_header_is_16_bytes_as_documented() -> None:
     assert wire.frame(Kind.PAGE_IN, 0x01020304, b"ab") == (
-        b"DCRP" + b"\x01" + b"\x12" + b"\0\0" + b"\x04\x03\x02\x01" + b"\x02\0\0\0" + b"ab"
+        b"DCRP" + b"\x02" + b"\x12" + b"\0\0" + b"\x04\x03\x02\x01" + b"\x02\0\0\0" + b"ab"
     )
     assert {kind.name: kind.value for kind in Kind} == {
         "HELLO": 1,
@@ -198,6 +276,9 @@ def test_a_header_is_16_bytes_as_documented() -> None:
         "STORED": 21,
         "RELEASE": 22,
         "RELEASED": 23,
+        "PEEK": 24,
+        "FETCH": 25,
+        "FETCHED": 26,
         "ERROR": 31,
     }
 
@@ -247,15 +328,16 @@ def test_a_buffer_smaller_than_a_frame_is_refused() -> None:
     ("what", "header", "message"),
     [
         ("another protocol", b"GET / HTTP/1.1\r\n", "does not speak"),
-        ("magic off by a bit", HEADER.pack(b"DCRQ", 1, 1, 0, 0, 0), "does not speak"),
-        ("the zero is not", HEADER.pack(b"DCRP", 1, 1, 1, 0, 0), "does not speak"),
+        ("magic off by a bit", HEADER.pack(b"DCRQ", 2, 1, 0, 0, 0), "does not speak"),
+        ("the zero is not", HEADER.pack(b"DCRP", 2, 1, 1, 0, 0), "does not speak"),
         ("version 0", HEADER.pack(b"DCRP", 0, 1, 0, 0, 0), "speaks version 0"),
-        ("version 2", HEADER.pack(b"DCRP", 2, 1, 0, 0, 0), "speaks version 2"),
-        ("kind 0", HEADER.pack(b"DCRP", 1, 0, 0, 0, 0), "frame kind 0"),
-        ("kind 24", HEADER.pack(b"DCRP", 1, 24, 0, 0, 0), "frame kind 24"),
-        ("kind 255", HEADER.pack(b"DCRP", 1, 255, 0, 0, 0), "frame kind 255"),
-        ("too long", HEADER.pack(b"DCRP", 1, 1, 0, 0, wire.MAX_PAYLOAD + 1), "longer than"),
-        ("far too long", HEADER.pack(b"DCRP", 1, 1, 0, 0, 2**32 - 1), "longer than"),
+        ("version 1", HEADER.pack(b"DCRP", 1, 1, 0, 0, 0), "speaks version 1 .* run the same"),
+        ("version 3", HEADER.pack(b"DCRP", 3, 1, 0, 0, 0), "speaks version 3"),
+        ("kind 0", HEADER.pack(b"DCRP", 2, 0, 0, 0, 0), "frame kind 0"),
+        ("kind 27", HEADER.pack(b"DCRP", 2, 27, 0, 0, 0), "frame kind 27"),
+        ("kind 255", HEADER.pack(b"DCRP", 2, 255, 0, 0, 0), "frame kind 255"),
+        ("too long", HEADER.pack(b"DCRP", 2, 1, 0, 0, wire.MAX_PAYLOAD + 1), "longer than"),
+        ("far too long", HEADER.pack(b"DCRP", 2, 1, 0, 0, 2**32 - 1), "longer than"),
     ],
 )
 def test_a_malformed_header_is_refused_before_its_payload_is_there(
@@ -280,161 +362,3 @@ def test_no_stream_breaks_the_decoder(stream: bytes) -> None:
             assert len(frame.payload) <= wire.MAX_PAYLOAD
     except ProtocolError:
         pass
-
-
-# Handshake
-
-
-def client(identity: Identity = ME, nonce: bytes = NONCE) -> ClientHandshake:
-    return ClientHandshake(identity, nonce)
-
-
-def server(identity: Identity = ME, nonce: bytes = OTHER_NONCE) -> ServerHandshake:
-    return ServerHandshake(identity, nonce, PAGES)
-
-
-def shake(one: ClientHandshake, other: ServerHandshake) -> None:
-    """The whole handshake; raises Refused as the side that refuses does."""
-    said: bytes | None = one.hello()
-    while said is not None:
-        said = one.answer(frame_of(other.answer(frame_of(said))))
-
-
-def test_both_sides_prove_themselves() -> None:
-    one, other = client(), server()
-    shake(one, other)
-    assert other.accepted
-    assert one.page_count == PAGES
-
-
-def test_the_proof_is_the_documented_text() -> None:
-    text = b"dcres-1 client" + VM + struct.pack("<Q", 7) + NONCE + OTHER_NONCE
-    assert ME.proof(b"client", NONCE, OTHER_NONCE) == hmac.digest(SECRET, text, hashlib.sha256)
-
-
-@pytest.mark.parametrize(
-    ("identity", "message"),
-    [
-        (Identity(b"w" * 16, 7, SECRET), "asks for VM"),
-        (Identity(VM, 6, SECRET), "generation 6, not 7"),
-        (Identity(VM, 8, SECRET), "generation 8, not 7"),
-        (Identity(VM, 7, b"t" * 32), "does not know the VM's secret"),
-    ],
-)
-def test_who_does_not_belong_is_refused(identity: Identity, message: str) -> None:
-    other = server()
-    with pytest.raises(Refused, match=message):
-        shake(client(identity), other)
-    assert not other.accepted
-
-
-def test_a_server_that_does_not_know_the_secret_is_refused() -> None:
-    class Impostor(ServerHandshake):
-        """Welcomes everyone, as a server would that wants to be handed pages."""
-
-        def answer(self, received: Frame) -> bytes:
-            if received.kind is Kind.HELLO:
-                return super().answer(received)
-            return wire.frame(Kind.WELCOME, 0, bytes(32) + struct.pack("<Q", PAGES))
-
-    with pytest.raises(Refused, match="memory server does not know"):
-        shake(client(), Impostor(ME, OTHER_NONCE, PAGES))
-
-
-def test_a_proof_overheard_is_worth_nothing_in_another_connection() -> None:
-    one, first = client(), server()
-    overheard = one.answer(frame_of(first.answer(frame_of(one.hello()))))
-    assert overheard is not None
-    again = server(nonce=b"another nonce of the next server"[:32])
-    again.answer(frame_of(client().hello()))
-    with pytest.raises(Refused):
-        again.answer(frame_of(overheard))
-    assert not again.accepted
-
-
-def test_a_server_s_own_proof_played_back_is_refused() -> None:
-    other = server()
-    other.answer(frame_of(client().hello()))
-    mirrored = ME.proof(b"server", NONCE, OTHER_NONCE)
-    with pytest.raises(Refused):
-        other.answer(frame_of(wire.frame(Kind.PROOF, 0, mirrored)))
-
-
-GOOD_PROOF = ME.proof(b"client", NONCE, OTHER_NONCE)
-TO_SERVER = {
-    "hello": client().hello(),
-    "proof": wire.frame(Kind.PROOF, 0, GOOD_PROOF),
-    "short proof": wire.frame(Kind.PROOF, 0, GOOD_PROOF[:-1]),
-    "empty proof": wire.frame(Kind.PROOF, 0),
-    "long hello": wire.frame(Kind.HELLO, 0, bytes(57)),
-    "page-in": wire.frame(Kind.PAGE_IN, 1, raw((0, 1))),
-    "release": wire.frame(Kind.RELEASE, 1, raw((0, 1))),
-    "welcome": wire.frame(Kind.WELCOME, 0, bytes(40)),
-}
-
-
-def test_a_memory_server_accepts_only_hello_and_then_proof() -> None:
-    for order in product(TO_SERVER, repeat=3):
-        other = server()
-        for at, name in enumerate(order):
-            frame = frame_of(TO_SERVER[name])
-            if at < 2 and name == ("hello", "proof")[at]:
-                other.answer(frame)
-                continue
-            with pytest.raises(Refused):
-                other.answer(frame)
-            assert other.accepted is (at == 2), order
-            break
-
-
-WELCOME = ME.proof(b"server", NONCE, OTHER_NONCE) + struct.pack("<Q", PAGES)
-TO_CLIENT = {
-    "challenge": wire.frame(Kind.CHALLENGE, 0, OTHER_NONCE),
-    "short challenge": wire.frame(Kind.CHALLENGE, 0, OTHER_NONCE[:-1]),
-    "welcome": wire.frame(Kind.WELCOME, 0, WELCOME),
-    "long welcome": wire.frame(Kind.WELCOME, 0, WELCOME + b"\0"),
-    "refused": wire.frame(Kind.REFUSED, 0),
-    "pages": wire.frame(Kind.PAGES, 1, raw((0, 1)) + bytes(PAGE_SIZE)),
-    "error": wire.frame(Kind.ERROR, 0, b"PagesLost: no"),
-}
-
-
-def test_a_pager_accepts_only_challenge_and_then_welcome() -> None:
-    for order in product(TO_CLIENT, repeat=2):
-        one = client()
-        for at, name in enumerate(order):
-            frame = frame_of(TO_CLIENT[name])
-            if name == ("challenge", "welcome")[at]:
-                assert (one.answer(frame) is None) is (at == 1)
-                continue
-            with pytest.raises(Refused):
-                one.answer(frame)
-            break
-        assert (one.page_count == PAGES) is (order == ("challenge", "welcome"))
-
-
-@given(st.binary(max_size=120), st.sampled_from(Kind))
-def test_no_frame_breaks_a_handshake(payload: bytes, kind: Kind) -> None:
-    frame = frame_of(wire.frame(kind, 0, payload))
-    for side in (client(), server()):
-        try:
-            side.answer(frame)
-        except PagingError:
-            continue
-        assert kind in (Kind.HELLO, Kind.CHALLENGE)
-
-
-def test_the_secret_is_not_in_anything_that_is_said() -> None:
-    one, other = client(), server()
-    said: bytes | None = one.hello()
-    heard = b""
-    while said is not None:
-        answer = other.answer(frame_of(said))
-        heard += said + answer
-        said = one.answer(frame_of(answer))
-    assert SECRET not in heard
-
-
-def test_no_extents_cannot_be_said() -> None:
-    with pytest.raises(ProtocolError):
-        wire.unpack_extents(memoryview(wire.pack_extents(EMPTY)), PAGES)

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import pytest
 
 from dcres.actors.coordinator import spec_for
+from dcres.actors.loading import make_plan
 from dcres.actors.main_host import MainHost
-from dcres.actors.messages import Incarnation, LoadOrder, RunOrder
+from dcres.actors.messages import Incarnation, LoadOrder, PlanOrder, Reading, Resumption, RunOrder
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, OperationFailed, PagingError
 from dcres.storage import tables
@@ -110,9 +111,19 @@ def loaded_on_one_host(rig: Rig, manifest: Manifest) -> Iterator[Watched]:
     spec = spec_for(manifest, Layout(main=manifest.memory_bytes))
     host = Watched("vm", environ=rig.settings["h0"].environ())
     incarnation = Incarnation("vm", host.next_generation(), "5e" * 32)
-    load = LoadOrder(dumps(manifest), tuple(part.host for part in manifest.hosts))
+    everything = PlanOrder(
+        dumps(manifest), (manifest.page_count,), ((True,),) * len(manifest.hosts), masks=True
+    )
+    planned = make_plan(rig.store, everything)
+    load = LoadOrder(
+        dumps(manifest),
+        tuple(
+            Reading(manifest.hosts[part].host, pages) for (part, _), pages in planned.masks.items()
+        ),
+    )
+    resumption = Resumption(dumps(manifest), planned.targets, None, {})
     try:
-        order = RunOrder(incarnation, spec, ("h0",), (), load)
+        order = RunOrder(incarnation, spec, ("h0",), (), load, resumption)
         host.boot(order)
         host.run(order)
         yield host

@@ -12,7 +12,7 @@ from typing import Any
 def arrivals_are_not_recorded() -> None:
     from dcres.paging.evictor import Evictor
 
-    def arrived(self: Any, first: int, stop: int) -> None:
+    def arrived(self: Any, first: int, stop: int, *, wanted: bool = True) -> None:
         self.resident += stop - first
 
     Evictor.arrived = arrived  # type: ignore[method-assign]

@@ -1,0 +1,62 @@
+"""What goes on after a lazy restore: watching until every page is where it belongs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from dcres.actors.ports import Port
+from dcres.errors import ActorGone, ClusterError, DcresError, VmLost
+
+log = logging.getLogger("dcres.coordinator")
+
+_POLL_S = 0.5
+_ASK_TIMEOUT_S = 10.0
+
+
+class Follower:
+    """A thread that waits for the main host's moves and then calls `done`."""
+
+    def __init__(
+        self, vm: str, main: Port, servers: Mapping[str, Port], done: Callable[[], None]
+    ) -> None:
+        self._vm = vm
+        self._main = main
+        self._done = done
+        self._servers = servers
+        self.trouble = ""  # what keeps pages from coming
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name=f"follow-{vm}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Wait no longer: the VM ends. Repeatable."""
+        self._over.set()
+
+    def _follow(self) -> None:
+        while not self._over.wait(_POLL_S):
+            try:
+                if self._main.call("status", timeout_s=_ASK_TIMEOUT_S)["moving"]:
+                    self._look_for_trouble()
+                    continue
+                self._main.call("settle_moves", timeout_s=_ASK_TIMEOUT_S)
+            except VmLost as error:
+                log.error("VM %s: %s", self._vm, error)
+                return
+            except (ActorGone, ClusterError):
+                continue  # it is being started again
+            except DcresError as error:
+                log.warning("VM %s, after its lazy restore: %s", self._vm, error)
+                continue
+            self._done()
+            return
+
+    def _look_for_trouble(self) -> None:
+        found = []
+        for host, port in self._servers.items():
+            try:
+                found.append(port.call("parts_trouble", timeout_s=_ASK_TIMEOUT_S))
+            except DcresError as error:
+                found.append(f"{host}, which has parts of its memory, does not answer ({error})")
+        self.trouble = "; ".join(filter(None, found))

@@ -1,0 +1,223 @@
+"""One restore, worked out over the hosts: who has which part, and who loads which pages.
+
+The coordinator asks the VM's hosts, and others only for parts that none of these has. A host
+that has the main host's part makes the plan. Pages then go from the memory files to the hosts
+that the plan names; a lazy restore leaves that to the pager.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dcres.actors.messages import (
+    Incarnation,
+    LoadOrder,
+    MainPart,
+    PartsOrder,
+    Planned,
+    PlanOrder,
+    Reading,
+    Resumption,
+)
+from dcres.actors.ports import Fleet, Pending, Port
+from dcres.errors import DcresError, NotFound
+from dcres.model.pages import pages_of
+from dcres.paging.evictor import headroom_pages
+from dcres.paging.settings import SubAddress
+from dcres.storage.manifest import Manifest, dumps
+
+log = logging.getLogger("dcres.coordinator")
+
+_PLAN_TIMEOUT_S = 600.0
+_SERVE_TIMEOUT_S = 60.0
+
+Parts = tuple[str, ...]  # hosts of the checkpoint, as names of what they saved
+
+
+def capacities_of(shares_bytes: Sequence[int], pages: int) -> tuple[int, ...]:
+    """How many pages the plan may put on each host.
+
+    The main host is not filled to the brim, or it would begin by sending pages away again;
+    where that room is needed, it is given.
+    """
+    shares = [pages_of(share) for share in shares_bytes]
+    spare = headroom_pages(shares[0]) if len(shares) > 1 else 0
+    if sum(shares) - spare >= pages:
+        shares[0] -= spare
+    return tuple(shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Which hosts have which parts, as far as was asked; the VM's hosts come first."""
+
+    parts: Parts
+    targets: tuple[str, ...]
+    here: Mapping[str, Parts]
+
+    @property
+    def missing(self) -> Parts:
+        """Parts that no host has."""
+        found = {part for parts in self.here.values() for part in parts}
+        return tuple(part for part in self.parts if part not in found)
+
+    @property
+    def holds(self) -> tuple[tuple[bool, ...], ...]:
+        """Per part: which target hosts have it."""
+        return tuple(tuple(part in self.here[host] for host in self.targets) for part in self.parts)
+
+    def holder(self, part: str) -> str:
+        """A host that has `part`: the main host if it does, else another of the VM's, else any."""
+        return next(host for host, parts in self.here.items() if part in parts)
+
+
+def moved_pages(planned: Planned, where: Where) -> int:
+    """Pages that cross the network."""
+    return sum(
+        pages
+        for flow, held in zip(planned.flow, where.holds, strict=True)
+        for pages, here in zip(flow, held, strict=True)
+        if not here
+    )
+
+
+@dataclass(slots=True)
+class Restoring:
+    """A restore between its plan and its end. `ports` are the VM's hosts', the main host first."""
+
+    manifest: Manifest
+    vm_ports: Mapping[str, Port]
+    fleet: Fleet
+    incarnation: Incarnation
+    lazy: bool
+    where: Where
+    planned: Planned
+    helpers: dict[str, Port]  # hosts that only have parts
+    main_part: MainPart | None
+    starting: dict[str, tuple[Parts, Pending]] = field(default_factory=dict)  # servers, by host
+    sources: dict[str, SubAddress] = field(default_factory=dict)  # by part
+    servers: list[str] = field(default_factory=list)
+
+    @property
+    def moved_pages(self) -> int:
+        """Pages that cross the network."""
+        return moved_pages(self.planned, self.where)
+
+    def _port(self, host: str) -> Port:
+        return self.vm_ports[host] if host in self.vm_ports else self.helpers[host]
+
+    def serve(self) -> None:
+        """Begin to start slice servers for the parts that somebody has to read from afar.
+
+        They are up when `await_servers` returns: QEMU starts meanwhile.
+        """
+        served: dict[str, list[str]] = {}
+        for part, flow, held in zip(
+            self.where.parts, self.planned.flow, self.where.holds, strict=True
+        ):
+            afar = any(pages and not here for pages, here in zip(flow, held, strict=True))
+            if afar or (self.lazy and any(flow)):
+                served.setdefault(self.where.holder(part), []).append(part)
+        for host, parts in served.items():
+            self.servers.append(host)
+            order = PartsOrder(self.incarnation, dumps(self.manifest), tuple(parts))
+            self.starting[host] = tuple(parts), self._port(host).submit("serve_parts", order)
+
+    def await_servers(self) -> None:
+        """Learn where the slice servers listen. Repeatable; raises what starting them raises."""
+        while self.starting:
+            host, (parts, pending) = next(iter(self.starting.items()))
+            self.sources.update(dict.fromkeys(parts, pending.result(_SERVE_TIMEOUT_S)))
+            del self.starting[host]
+
+    def load_order(self, host: str) -> LoadOrder | None:
+        """What a host loads before anything runs; no page with a lazy restore."""
+        if self.lazy:
+            return LoadOrder(dumps(self.manifest), ()) if host == self.where.targets[0] else None
+        target = self.where.targets.index(host)
+        readings = tuple(
+            Reading(self.where.parts[part], pages, self._afar(self.where.parts[part], host))
+            for (part, to), pages in self.planned.masks.items()
+            if to == target
+        )
+        return LoadOrder(dumps(self.manifest), readings)
+
+    def _afar(self, part: str, host: str) -> SubAddress | None:
+        if part in self.where.here[host]:
+            return None
+        self.await_servers()
+        return self.sources[part]
+
+    @property
+    def resumption(self) -> Resumption:
+        """What the main host goes on from."""
+        self.await_servers()
+        sources = dict(self.sources) if self.lazy else {}
+        return Resumption(dumps(self.manifest), self.planned.targets, self.main_part, sources)
+
+    @property
+    def server_ports(self) -> dict[str, Port]:
+        """The hosts that serve parts."""
+        return {host: self._port(host) for host in self.servers}
+
+    def end(self) -> None:
+        """End the slice servers; the pages are where they belong. Repeatable."""
+        for host in self.servers:
+            try:
+                self._port(host).call("end_serving_parts")
+            except DcresError as error:
+                log.warning("%s keeps its slice server: %s", host, error)
+        self.servers.clear()
+        self.fleet.leave(self.manifest.vm)
+
+
+def prepare(
+    manifest: Manifest,
+    shares_bytes: Sequence[int],
+    ports: Mapping[str, Port],
+    fleet: Fleet,
+    incarnation: Incarnation,
+    lazy: bool,
+) -> Restoring:
+    """Find the parts, make the plan, start what serves parts.
+
+    Raises NotFound for a part that no host has, NoRoom, CheckpointCorrupt; helpers may be left
+    for `Fleet.leave` to end.
+    """
+    text = dumps(manifest)
+    parts = tuple(part.host for part in manifest.hosts)
+    here: dict[str, Parts] = {host: port.call("parts_here", text) for host, port in ports.items()}
+    helpers = _find_helpers(manifest, fleet, Where(parts, tuple(ports), here).missing, here)
+    where = Where(parts, tuple(ports), here)
+    planner = {**ports, **helpers}[where.holder(parts[0])]
+    capacities = capacities_of(shares_bytes, manifest.pages)
+    order = PlanOrder(text, capacities, where.holds, masks=not lazy)
+    planned = planner.call("plan", order, timeout_s=_PLAN_TIMEOUT_S)
+    main_part = None
+    if not where.holds[0][0]:
+        main_part = planner.call("read_main_part", text, timeout_s=_PLAN_TIMEOUT_S)
+    made = Restoring(manifest, ports, fleet, incarnation, lazy, where, planned, helpers, main_part)
+    made.serve()
+    return made
+
+
+def _find_helpers(
+    manifest: Manifest, fleet: Fleet, missing: Parts, here: dict[str, Parts]
+) -> dict[str, Port]:
+    """Hosts outside the VM that have the missing parts; `here` gets what they have."""
+    if not missing:
+        return {}
+    left, helpers = set(missing), {}
+    for host, parts in fleet.holders(dumps(manifest)).items():
+        if host not in here and left & set(parts):
+            here[host] = parts
+            helpers[host] = fleet.visit(manifest.vm, host)
+            left -= set(parts)
+    if left:
+        raise NotFound(
+            f"the part that {', '.join(sorted(left))} saved of checkpoint {manifest.checkpoint} "
+            "is on no host that answers; bring that host back"
+        )
+    return helpers

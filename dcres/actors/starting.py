@@ -1,0 +1,237 @@
+"""Starting a VM on its main host: QEMU, page table, pager, VM core; and its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dcres.actors.host import (
+    end_leftovers,
+    marker,
+    require_tmpfs_room,
+)
+from dcres.actors.loading import identity_of, load_pages, parse
+from dcres.actors.messages import (
+    Incarnation,
+    Resumption,
+    RunOrder,
+)
+from dcres.actors.qemu_host import QemuHost
+from dcres.actors.resuming import beginning_of, vmcore_of
+from dcres.config import Accel, default_cache
+from dcres.errors import (
+    CheckpointCorrupt,
+    PagingError,
+    QemuFailed,
+    VmLost,
+)
+from dcres.model.pages import pages_of
+from dcres.model.placement import (
+    sub_code,
+)
+from dcres.paging import moves as paging_moves
+from dcres.paging import settings as paging_settings
+from dcres.paging.settings import PagerSettings, SubAddress
+from dcres.paging.table import PageTable
+from dcres.vm import accel as accel_
+from dcres.vm import disk, process, safety
+from dcres.vm.command import MACHINE, VmFiles
+from dcres.vm.monitor import RunState
+from dcres.vm.process import last_words
+
+_LINKS_TIMEOUT_S = 20.0
+
+
+class StartingHost(QemuHost):
+    """The part of the main host's actor that begins and ends a VM."""
+
+    def boot(self, order: RunOrder) -> None:
+        """Start QEMU, with what `order.load` names in memory; the guest is stopped.
+
+        `order.subs` and `order.resumption` need not be known yet: sub hosts load their parts and
+        slice servers start at the same time. Raises ConfigError, NoRoom, QemuFailed,
+        UnsafeDevice, CheckpointCorrupt. What was started until then is for `destroy` to end.
+        """
+        with self._life.beginning(), self._blaming_qemu(QemuFailed):
+            self._boot(order)
+
+    def run(self, order: RunOrder) -> None:
+        """After `boot`: pager, then VM core. Raises PagingError, CheckpointCorrupt."""
+        with self._life.beginning(), self._blaming_qemu(QemuFailed):
+            if order.resumption is not None:
+                self._begin_from(order.resumption, pages_of(order.spec.layout.main))
+            self._start_pager(order)
+            if order.resumption is not None:
+                self._load_core(order.resumption)
+
+    def _boot(self, order: RunOrder) -> None:
+        spec = order.spec
+        spec.require_files()
+        require_tmpfs_room(self._settings.ram, spec.layout.main)
+        self._store.sweep(self._vm)
+        manifest = None if order.load is None else parse(order.load.manifest)
+        wanted = spec.accel if manifest is None else Accel(manifest.accel)
+        chosen, why = accel_.choose(wanted, spec.kernel, default_cache())
+        for each in () if manifest is None else manifest.disks:
+            disk.require_snapshot(Path(each.path), each.snapshot)
+        self._folder.make()
+        machine = MACHINE if manifest is None else manifest.machine.get("type", MACHINE)
+        self._start_qemu(order, chosen, why, machine)
+        if order.load is not None:
+            load_pages(self._store, order.load, identity_of(order), self._ram, self._meter)
+
+    def _start_qemu(self, order: RunOrder, chosen: Accel, why: str, machine: str) -> None:
+        run = self._folder.run
+        vm_files = VmFiles(self._ram, run / "qmp.sock", run / "console.log", run / "qemu.log")
+        vm_files.console.unlink(missing_ok=True)
+        qemu, self._monitor = process.start(
+            order.spec,
+            vm_files,
+            chosen,
+            incoming=order.load is not None,
+            env={**os.environ, **marker(self._folder)},
+            machine=machine,
+        )
+        self._remember(
+            machine=self._monitor.machine_type(machine),
+            vm=self._vm,
+            generation=order.incarnation.generation,
+            spec=order.spec.model_dump(mode="json", by_alias=True),
+            hosts=list(order.hosts),
+            shares=dict(zip(order.hosts[1:], order.spec.layout.subs, strict=True)),
+            codes=[sub_code(index) for index in range(len(order.hosts) - 1)],
+            sources=[],
+            qemu=qemu.to_dict(),
+            accel=str(chosen),
+            accel_why=why,
+            qemu_version=self._monitor.version,
+            reserved=order.spec.layout.main,
+            running=False,
+            checkpoint=None,
+        )
+        safety.require_safe(self._monitor, qemu.process.pid, self._ram)
+        self._monitor.learn()
+
+    def _begin_from(self, resumption: Resumption, limit_pages: int) -> None:
+        """The network page table as the plan has it, before the pager looks."""
+        beginning = beginning_of(resumption, self._store, self._state["codes"])
+        table = PageTable.create(self._folder.ram / "table", beginning.owners, limit_pages)
+        table.ticks[:] = beginning.ticks
+        paging_moves.save(self._moves_path, beginning.moves)
+        self._remember(sources=[asdict(each) for each in beginning.sources])
+
+    @property
+    def _moves_path(self) -> Path:
+        return self._folder.ram / "moves"
+
+    def _start_pager(self, order: RunOrder) -> None:
+        codes = self._state["codes"]
+        settings = PagerSettings(
+            vm=order.incarnation.identity,
+            generation=order.incarnation.generation,
+            secret=order.incarnation.secret,
+            page_count=pages_of(order.spec.memory),
+            limit_pages=pages_of(order.spec.layout.main),
+            qemu_pid=self._qemu.process.pid,
+            ram=str(self._ram),
+            outbox=str(self._folder.ram / "outbox.ram"),
+            table=str(self._folder.ram / "table"),
+            control=str(self._pager.control),
+            subs=tuple(
+                replace(sub, code=code) for sub, code in zip(order.subs, codes, strict=True)
+            ),
+            moves=str(self._moves_path),
+            sources=tuple(SubAddress(**each) for each in self._state["sources"]),
+        )
+        paging_settings.save(settings, self._pager_path)
+        self._pager.start()
+        self._remember(paged=True)
+        self._await_links()
+
+    @property
+    def _pager_path(self) -> Path:
+        return self._folder.run / "pager.json"
+
+    def _repage(self, **changes: Any) -> None:
+        """Have the pager go on with other sub hosts, slice servers or moves."""
+        settings = paging_settings.load(PagerSettings, self._pager_path)
+        paging_settings.save(replace(settings, **changes), self._pager_path)
+        self._pager.call_patiently("reload")
+
+    def _await_links(self) -> None:
+        deadline = time.monotonic() + _LINKS_TIMEOUT_S
+        while True:
+            status = self._pager.call("status")
+            if status["state"] == "lost":
+                raise PagingError(status["lost_why"])
+            waiting = {h: link for h, link in status["links"].items() if link["state"] != "ready"}
+            if not waiting:
+                return
+            if time.monotonic() > deadline:
+                whys = ", ".join(f"{host} ({link['trouble']})" for host, link in waiting.items())
+                raise PagingError(f"no connection to the memory servers of {whys}")
+            time.sleep(0.01)
+
+    def _load_core(self, resumption: Resumption) -> None:
+        """The last step, and the first that cannot be undone: everything else was verified.
+
+        A QEMU that waits for a VM core has its disks open but inactive, and reads their tables
+        anew when it activates them; so they can be reverted this late.
+        """
+        core = vmcore_of(resumption, self._store, self._folder.ram / "incoming")
+        for each in parse(resumption.manifest).disks:
+            disk.revert(Path(each.path), each.snapshot)
+        qemu = self._qemu
+        try:
+            with self._qmp() as monitor:
+                monitor.load_core(core)
+        except VmLost as error:
+            words = last_words(qemu.files.log)
+            raise CheckpointCorrupt(f"QEMU cannot load {core}: {words}") from error
+
+    def go(self) -> None:
+        """Let the guest run, from wherever it stands. Repeatable."""
+        with self._qmp() as monitor:
+            if monitor.status() is not RunState.RUNNING:
+                monitor.cont()
+        self._remember(running=True)
+
+    def resize(self, limit_pages: int) -> None:
+        """Change how much the main host keeps; pages move while the guest runs."""
+        self._pager.call("resize", limit_pages=limit_pages)
+
+    def set_layout(self, layout: dict[str, Any]) -> None:
+        """Remember what the hosts may keep from now on."""
+        self._remember(
+            spec={**self._state["spec"], "layout": layout},
+            shares=dict(zip(self._state["hosts"][1:], layout["subs"], strict=True)),
+            reshaping=False,
+        )
+
+    def incarnation(self) -> Incarnation:
+        """What a host that joins the VM must know."""
+        settings = paging_settings.load(PagerSettings, self._pager_path)
+        return Incarnation(self._vm, settings.generation, settings.secret)
+
+    def destroy(self) -> None:
+        """End QEMU and the pager, give all memory back. Repeatable; nothing starts here again."""
+        with self._life.ending(self._hurry):
+            with self._saving:
+                self._end_saving()
+            if self._monitor is not None:
+                self._monitor.close()
+                self._monitor = None
+            if self._state:
+                self._qemu.end(grace_s=2.0)
+            self.end_serving_parts()
+            end_leftovers(self._folder)
+            self._state = {}
+            self._folder.remove()
+
+    def _hurry(self) -> None:
+        self._meter.cancel()
+        self._pager.stop()
+        end_leftovers(self._folder)

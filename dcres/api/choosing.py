@@ -1,0 +1,234 @@
+"""Which hosts a restore goes to: what the caller wishes, what the hosts have, the choice."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+from dcres.actors import _ray
+from dcres.actors.fleet import parts_in_store
+from dcres.actors.room import HostInfo, host_named, require_room
+from dcres.api.session import Session
+from dcres.config import HostSettings, Layout, VmSpec, format_size
+from dcres.errors import ConfigError, Conflict, DcresError, NoRoom, NotFound
+from dcres.linux.memory import free_for_guests
+from dcres.model.choice import Candidate, Share, choose, choose_evenly, choose_for
+from dcres.model.pages import PAGE_SIZE, pages_of
+from dcres.storage.manifest import Manifest, dumps
+
+log = logging.getLogger("dcres.restore")
+
+_LOOK_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 300.0
+_AT_ONCE = 16
+# For QEMU itself, the pager, page tables: what a main host needs besides the guest's memory.
+_BESIDES_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a caller says about the hosts of a restore. None: dcres decides."""
+
+    layout: Layout | None = None
+    count: int | None = None
+    names: tuple[str, ...] | None = None  # the main host first
+
+    @property
+    def settled(self) -> Choice | None:
+        """The choice, if nothing is left to be decided."""
+        if self.layout is None or self.names is None:
+            return None
+        return Choice(self.layout, self.names, "as asked")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The hosts of a restore, the main host first, their shares, and why it is these."""
+
+    layout: Layout
+    hosts: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A live host: the memory that is free there, and the parts of the checkpoint it has."""
+
+    info: HostInfo
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a host says of itself."""
+
+    free_bytes: int
+    parts: tuple[str, ...]
+
+
+def wish_of(
+    manifest: Manifest,
+    layout: Layout | None,
+    single: bool,
+    hosts: int | str | Sequence[str] | None,
+) -> Wish:
+    """What a caller asks for. Raises ConfigError for wishes that contradict each other."""
+    count = hosts if isinstance(hosts, int) else None
+    if isinstance(hosts, str):
+        hosts = hosts.split(",")
+    names = None if hosts is None or isinstance(hosts, int) else tuple(hosts)
+    number = count if names is None else len(names)
+    if number is not None and number < 1:
+        raise ConfigError(f"a restore needs at least one host, not {number}")
+    if single:
+        if layout is not None or number not in (None, 1):
+            raise ConfigError("a restore on a single host takes no layout and no second host")
+        layout = Layout(main=manifest.memory_bytes)
+    elif layout is not None and number not in (None, len(layout.shares)):
+        raise ConfigError(
+            f"the layout has {len(layout.shares)} hosts and {number} are asked for; "
+            "give one of the two"
+        )
+    return Wish(layout, number, names)
+
+
+def look_around(manifest: Manifest) -> list[Seen]:
+    """All hosts that answer, asked at the same time; a dead one is none."""
+    alive = [host for host in _ray.hosts() if host.alive]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        looked = pool.map(partial(_look_at, dumps(manifest)), alive)
+        return [seen for seen in looked if seen is not None]
+
+
+def _look_at(manifest: str, host: HostInfo) -> Seen | None:
+    try:
+        look = _ray.run_on(host.name, look_here, manifest, timeout_s=_LOOK_TIMEOUT_S)
+    except DcresError as error:
+        log.warning("host %s is left out: %s", host.name, error)
+        return None
+    free = min(host.memory_free_bytes, look.free_bytes)
+    return Seen(replace(host, memory_free_bytes=free), look.parts)
+
+
+def look_here(manifest: str) -> Look:
+    """Runs on a host: the memory free as its kernel sees it, and the parts in its store."""
+    settings = HostSettings.from_environ(os.environ)
+    return Look(free_for_guests(settings.ram, _BESIDES_BYTES), parts_in_store(manifest))
+
+
+def phase_of(session: Session, vm: str) -> str:
+    """What VM `vm` is doing; ``absent`` when there is none."""
+    try:
+        return str(session.existing(vm).call("status")["phase"])
+    except NotFound:
+        return "absent"
+
+
+def obstacles(vm: str, phase: str) -> list[str]:
+    """Why VM `vm` cannot be restored in this phase, whatever the hosts: it is there already."""
+    match phase:
+        case "absent" | "lost":
+            return []
+        case "running":
+            return [f"VM {vm} runs already; stop it first with `dcres stop {vm}`"]
+        case _:
+            return [f"VM {vm} is {phase}; wait until that is done, or end it: `dcres stop {vm}`"]
+
+
+def choose_hosts(session: Session, manifest: Manifest, wish: Wish) -> Choice:
+    """The hosts of a restore that is about to begin; they are asked if there is a choice.
+
+    What is left of a lost VM is ended first, since its memory may be needed. Raises Conflict
+    when the VM is there, and what `decide` raises.
+    """
+    if wish.settled is not None:
+        return wish.settled
+    _require_absent(session, manifest.vm)
+    try:
+        return decide(manifest, wish, look_around(manifest))
+    except NoRoom:
+        _require_absent(session, manifest.vm)  # somebody faster may have the room by now
+        raise
+
+
+def _require_absent(session: Session, vm: str) -> None:
+    phase = phase_of(session, vm)
+    for obstacle in obstacles(vm, phase):
+        raise Conflict(obstacle)
+    if phase == "lost":
+        session.existing(vm).call("stop", timeout_s=_STOP_TIMEOUT_S)
+        session.retire(vm)
+
+
+def decide(manifest: Manifest, wish: Wish, seen: Sequence[Seen]) -> Choice:
+    """Hosts and shares for a restore, by what is free and who has which part.
+
+    Raises ConfigError, NotFound for a host that is not there, and NoRoom, which says how much
+    is missing.
+    """
+    if wish.layout is not None:
+        wish.layout.require_room_for(manifest.memory_bytes)
+        return _with_layout(manifest, wish.layout, wish.names, seen, "as asked")
+    candidates = [_candidate(manifest, each) for each in seen]
+    pages = pages_of(manifest.memory_bytes)
+    if wish.count is None:
+        shares = choose(pages, candidates)
+        size = format_size(manifest.memory_bytes)
+        return _choice(shares, f"as few hosts as have room for {size}, first those with its parts")
+    own = VmSpec.model_validate(manifest.vm_spec).layout
+    if wish.count == len(own.shares):
+        try:
+            why = "the shares it had when it was saved"
+            return _with_layout(manifest, own, wish.names, seen, why)
+        except NoRoom:
+            pass  # the same number of hosts may have room for other shares
+    if wish.names is not None:
+        return _evenly_on(wish.names, pages, candidates, seen)
+    why = f"even shares, on {wish.count} hosts with room, first those with its parts"
+    return _choice(choose_evenly(pages, candidates, wish.count), why)
+
+
+def _with_layout(
+    manifest: Manifest,
+    layout: Layout,
+    names: tuple[str, ...] | None,
+    seen: Sequence[Seen],
+    why: str,
+) -> Choice:
+    infos = [each.info for each in seen]
+    require_room(layout.shares, names, infos)
+    if names is None:
+        shares = [pages_of(share) for share in layout.shares]
+        names = tuple(choose_for(shares, [_candidate(manifest, each) for each in seen]))
+    return Choice(layout, names, why)
+
+
+def _evenly_on(
+    names: tuple[str, ...], pages: int, candidates: Sequence[Candidate], seen: Sequence[Seen]
+) -> Choice:
+    """Even shares on just these hosts, in the order in which they are named."""
+    infos = [each.info for each in seen]
+    wanted = {host_named(name, infos).name for name in names}
+    if len(wanted) < len(names):
+        raise ConfigError(f"{', '.join(names)}: a host is named twice; name different hosts")
+    allowed = [each for each in candidates if each.name in wanted]
+    shares = dict(choose_evenly(pages, allowed, len(names)))
+    return _choice([(name, shares[name]) for name in names], "even shares on the hosts named")
+
+
+def _candidate(manifest: Manifest, seen: Seen) -> Candidate:
+    return Candidate(
+        name=seen.info.name,
+        free_pages=seen.info.memory_free_bytes // PAGE_SIZE,
+        held_pages=sum(part.pages for part in manifest.hosts if part.host in seen.parts),
+        holds_main=manifest.main.host in seen.parts,
+    )
+
+
+def _choice(shares: Sequence[Share], why: str) -> Choice:
+    main, *subs = (pages * PAGE_SIZE for _, pages in shares)
+    return Choice(Layout(main=main, subs=tuple(subs)), tuple(host for host, _ in shares), why)

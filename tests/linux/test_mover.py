@@ -1,0 +1,144 @@
+"""Pages that are moved from host to host while a writer changes them: none is lost or stale."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcres.errors import PagingError
+from dcres.model.moves import Moves, moves
+from dcres.model.placement import FIRST_SUB, sub_code
+from dcres.paging import moves as moves_file
+from dcres.paging import settings
+from dcres.paging.table import PageTable
+from tests.support.paging import Rig, rig
+from tests.support.wait import until
+
+pytestmark = pytest.mark.linux
+
+PAGES = 2048
+SUBS = 3
+
+
+@pytest.fixture
+def paged(tmp_path: Path, writer_program: Path) -> Iterator[Rig]:
+    """2048 pages, of which the main host may keep 512; every sub host has room for all others."""
+    with rig(tmp_path, writer_program, PAGES, 512, (1600,) * SUBS) as made:
+        made.writer.ask("fill")
+        until(lambda: made.status()["pages"][0] <= 512 - 32, 5, "page-out has come to rest")
+        yield made
+
+
+def table(paged: Rig) -> PageTable:
+    return PageTable(paged.ram / "table", PAGES, writable=False)
+
+
+def everything_to(paged: Rig, sub: int) -> Moves:
+    """Moves of all remote pages to one sub host, from wherever each is now."""
+    found = table(paged)
+    owners = found.owners.copy()
+    wanted = np.where(owners >= FIRST_SUB, sub_code(sub), owners).astype(np.uint8)
+    return moves(owners, wanted, found.ticks, int(found.ticks.max()))
+
+
+def order(paged: Rig, rows: Moves) -> None:
+    moves_file.save(Path(paged.pager_settings.moves), rows)
+    paged.order("reload")
+
+
+def done(paged: Rig) -> bool:
+    return not paged.status()["moving"]
+
+
+def test_all_pages_of_the_sub_hosts_go_to_one(paged: Rig) -> None:
+    for sub in range(SUBS):
+        order(paged, everything_to(paged, sub))
+        until(lambda: done(paged), 10, "the moves")
+        assert held(paged, sub) == sum(held(paged, index) for index in range(SUBS)) > 1000
+        assert paged.status()["pages"][1 + sub] == held(paged, sub)
+    paged.order("quiesce")
+    paged.order("freeze")
+    memory = np.frombuffer(paged.memory(), np.uint64).reshape(PAGES, -1)
+    assert (memory[:, 0] == np.arange(PAGES)).all()
+
+
+def test_moves_under_a_writer_lose_no_update(paged: Rig) -> None:
+    rng = random.Random(11)
+    paged.writer.tell("run 12")
+    over = time.monotonic() + 11
+    rounds = moved = 0
+    before = [paged.status(f"sub{index}")["pages_out"] for index in range(SUBS)]
+    while time.monotonic() < over:
+        rows = everything_to(paged, rng.randrange(SUBS))
+        order(paged, rows)
+        paged.order("resize", limit_pages=rng.choice([64, 256, 512, 1024]))
+        moved += len(rows)
+        rounds += 1
+        pause_over = time.monotonic() + rng.uniform(0, 0.2)
+        while time.monotonic() < pause_over:
+            paged.status()
+    answer = paged.writer.answer()
+    assert answer[0] == "ops"
+    assert int(answer[3]) == 0, f"{answer[3]} pages are damaged after {rounds} rounds of moves"
+    assert rounds > 40
+    assert moved > 1000
+    assert [paged.status(f"sub{index}")["pages_out"] for index in range(SUBS)] > before
+
+
+@pytest.mark.parametrize("victim", ["pager", "sub0", "sub1"])
+def test_kills_in_the_middle_of_moves_lose_nothing(paged: Rig, victim: str) -> None:
+    rng = random.Random(victim)
+    paged.writer.tell("run 8")
+    over = time.monotonic() + 7
+    while time.monotonic() < over:
+        order(paged, everything_to(paged, rng.randrange(2)))
+        paged.kill(victim)
+        if victim == "pager":
+            paged.start_pager()
+        else:
+            paged.start_server(int(victim[3:]))
+    answer = paged.writer.answer()
+    assert answer[0] == "ops"
+    assert int(answer[3]) == 0
+    subs = paged.pager_settings.subs
+    page_with(paged, tuple(replace(sub, capacity_pages=0) for sub in subs[:2]) + subs[2:])
+    order(paged, everything_to(paged, 2))
+    until(lambda: done(paged), 20, "the moves")
+    until(lambda: held(paged, 0) + held(paged, 1) == 0, 5, "both are empty")
+
+
+def held(paged: Rig, sub: int) -> int:
+    return int(paged.status(f"sub{sub}")["held_pages"])
+
+
+def test_an_empty_sub_host_may_leave_and_come_back(paged: Rig) -> None:
+    all_subs = paged.pager_settings.subs
+    with pytest.raises(PagingError, match="sub0 still has pages"):
+        page_with(paged, all_subs[1:])
+    page_with(paged, (replace(all_subs[0], capacity_pages=0), *all_subs[1:]))
+    order(paged, everything_to(paged, 2))
+    until(lambda: done(paged), 10, "the moves")
+    page_with(paged, all_subs[1:])
+    paged.writer.ask("run 1")
+    assert len(paged.status()["pages"]) == SUBS
+    page_with(paged, all_subs)
+    order(paged, everything_to(paged, 0))
+    until(lambda: done(paged), 10, "the moves")
+    assert held(paged, 0) > 1000
+
+
+def page_with(paged: Rig, subs: tuple[settings.SubAddress, ...]) -> None:
+    changed = replace(paged.pager_settings, subs=subs)
+    settings.save(changed, paged.folder / "pager.json")
+    paged.order("reload")
+    until(
+        lambda: all(link["state"] == "ready" for link in paged.status()["links"].values()),
+        5,
+        "all links are ready",
+    )

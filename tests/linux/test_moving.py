@@ -1,0 +1,451 @@
+"""Pages that move between servers: readers, fetches, pulls; and who may do what."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcres.errors import Conflict, PagesLost, PagingError, Refused
+from dcres.model import wire
+from dcres.model.handshake import Role
+from dcres.model.pages import PAGE_SIZE, Extents
+from dcres.model.wire import Endpoint, Kind
+from dcres.paging import fetcher
+from dcres.paging.changes import ChangeMap
+from dcres.paging.fetcher import FetchingTable
+from dcres.paging.loop import Loop
+from dcres.paging.puller import pull
+from dcres.paging.settings import SubAddress
+from dcres.paging.stream import FrameStream
+from dcres.paging.subtable import SubTable
+from tests.support.servers import (
+    ME,
+    Client,
+    HeldSource,
+    Server,
+    Target,
+    content,
+    data_of,
+    ended,
+    extents,
+    memory_server,
+)
+from tests.support.wait import until
+
+pytestmark = pytest.mark.linux
+
+PAGES = 2000
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Server]:
+    with memory_server(tmp_path, "one", PAGES) as server:
+        yield server
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Server]:
+    with memory_server(tmp_path, "two", PAGES, capacity=1000) as server:
+        yield server
+
+
+# Roles
+
+
+def test_readers_look_while_the_pager_works(one: Server) -> None:
+    with Client(one) as pager, Client(one, Role.READER) as first, Client(one, Role.READER) as other:
+        pager.page_out(extents(3, 4, 9))
+        for reader in (first, other):
+            found, data = reader.peek(extents(2, 3, 4, 5, 9, 10))
+            assert found.tolist() == [[3, 5], [9, 10]]
+            assert data == data_of(extents(3, 4, 9))
+            assert reader.here() == [3, 4, 9]
+        assert first.peek(extents(100, 101))[0].tolist() == []
+        pager.release(extents(4))
+        assert first.peek(extents(3, 4))[0].tolist() == [[3, 4]]
+        assert pager.page_in(extents(3)) == content(3)
+        status = one.status()
+        assert (status["readers"], status["connected"]) == (2, True)
+        assert status["pages_peeked"] == 7
+    until(lambda: one.status()["readers"] == 0, what="the readers are gone")
+
+
+def test_a_second_pager_ends_the_first_and_no_reader(one: Server) -> None:
+    with Client(one) as old, Client(one, Role.READER) as reader, Client(one) as new:
+        new.page_out(extents(1))
+        with pytest.raises(EOFError):
+            old.next()
+        assert reader.here() == [1]
+
+
+@pytest.mark.parametrize("kind", [Kind.PAGE_IN, Kind.PAGE_OUT, Kind.RELEASE, Kind.FETCH])
+def test_a_reader_changes_nothing(one: Server, kind: Kind) -> None:
+    packed = {
+        Kind.PAGE_OUT: wire.pack_extents(extents(1)) + content(1, 2),
+        Kind.FETCH: wire.pack_fetch(one.endpoint, extents(1)),
+    }.get(kind, wire.pack_extents(extents(1)))
+    with Client(one) as pager, Client(one, Role.READER) as reader:
+        pager.page_out(extents(1))
+        reader.tell(kind, packed)
+        assert ended(reader) == f"ProtocolError: a reader does not send {kind.name}".encode()
+        assert pager.page_in(extents(1)) == content(1)
+
+
+def test_too_much_asked_for_at_once(one: Server) -> None:
+    with Client(one, Role.READER) as reader:
+        reader.tell(Kind.PEEK, wire.pack_run(0, wire.MAX_PAGES + 1))
+        assert b"257 pages asked for at once" in ended(reader)
+
+
+def test_more_readers_than_there_is_place_for(one: Server) -> None:
+    with contextlib.ExitStack() as connected:
+        last = Client(one, Role.READER)
+        for _ in range(63):
+            connected.enter_context(Client(one, Role.READER))
+        with last:
+            with pytest.raises(Refused):
+                connected.enter_context(Client(one, Role.READER))
+            until(lambda: "64 of its role are connected already" in one.log(), what="it is logged")
+            with Client(one) as pager:
+                pager.page_out(extents(1))
+        until(lambda: one.status()["readers"] == 63, what="one reader is gone")
+        assert connected.enter_context(Client(one, Role.READER)).here() == [1]
+
+
+def test_a_reader_that_takes_nothing_is_served_no_faster(one: Server) -> None:
+    """Its answers wait in no memory of the server's, and keep nobody from being served."""
+    many = np.array([[0, wire.MAX_PAGES]])
+    with Client(one) as pager, Client(one, Role.READER) as idle:
+        pager.page_out(many)
+        for _ in range(200):
+            idle.tell(Kind.PEEK, wire.pack_extents(many))
+        until(lambda: one.status()["pages_peeked"] > 0, what="the server begins")
+        assert pager.page_in(extents(5)) == content(5)
+        assert one.status()["pages_peeked"] < 100 * wire.MAX_PAGES
+        for _ in range(200):
+            assert idle.next().kind is Kind.PAGES
+        assert one.status()["pages_peeked"] == 200 * wire.MAX_PAGES
+
+
+def test_version_1_is_hung_up_on(one: Server) -> None:
+    with socket.create_connection(("127.0.0.1", one.port), timeout=10) as sock:
+        sock.sendall(wire.HEADER.pack(b"DCRP", 1, Kind.HELLO, 0, 0, 56) + bytes(56))
+        assert sock.recv(100) == b""
+    until(
+        lambda: "speaks version 1 of the paging protocol and this is version 2" in one.log(),
+        what="it is logged",
+    )
+
+
+# Capacity
+
+
+def test_resized_below_what_it_holds(one: Server) -> None:
+    with Client(one) as pager:
+        pager.page_out(extents(*range(100)))
+        one.order("resize", capacity_pages=50)
+        assert one.status()["capacity_pages"] == 50
+        pager.page_out(extents(7), version=1)  # takes no more room
+        assert pager.page_in(extents(7)) == content(7, 1)
+        pager.tell(Kind.PAGE_OUT, wire.pack_extents(extents(200)) + content(200))
+        assert b"NoRoom: this sub host holds 100 of 50" in ended(pager)
+    one.order("resize", capacity_pages=101)
+    with Client(one) as pager:
+        pager.page_out(extents(200))
+    for wrong in (-1, "many", None, 1.5):
+        with pytest.raises(PagingError, match="no number of pages"):
+            one.order("resize", capacity_pages=wrong)
+
+
+# Fetches
+
+
+def spread(seed: int, count: int) -> Extents:
+    return extents(*np.random.default_rng(seed).choice(PAGES, count, replace=False).tolist())
+
+
+def fill(server: Server, which: Extents, version: int = 0) -> None:
+    """Let `which` be there, over as many PAGE_OUTs as it takes."""
+    pages = [page for first, stop in which.tolist() for page in range(first, stop)]
+    with Client(server) as pager:
+        for at in range(0, len(pages), wire.MAX_PAGES):
+            pager.page_out(extents(*pages[at : at + wire.MAX_PAGES]), version)
+
+
+def test_pages_are_fetched_from_one_memory_server_by_another(one: Server, two: Server) -> None:
+    which = spread(1, 900)
+    fill(one, which)
+    with Client(two) as pager:
+        number = pager.fetch(one.endpoint, which)
+        stored = pager.fetched(number)
+        assert extents(*stored).tolist() == which.tolist() == extents(*pager.here()).tolist()
+        for page in stored[::50]:
+            assert pager.page_in(extents(page)) == content(page)
+        # The same connection serves again; what is there is replaced.
+        fill(one, extents(stored[0]), version=1)
+        assert pager.fetched(pager.fetch(one.endpoint, extents(stored[0]))) == stored[:1]
+        assert pager.page_in(extents(stored[0])) == content(stored[0], 1)
+    assert one.status()["readers"] == 1
+    assert one.status()["pages_peeked"] == two.status()["pages_fetched"] == 901
+    with Client(one) as pager:
+        assert extents(*pager.here()).tolist() == which.tolist()
+
+
+def test_requests_pass_a_fetch_by(two: Server) -> None:
+    with HeldSource(PAGES) as source, Client(two) as pager:
+        number = pager.fetch(source.endpoint, extents(1, 2, 3))
+        pager.page_out(extents(10))
+        assert source.greet() is Role.READER
+        peek, which = source.asked()
+        assert pager.page_in(extents(10)) == content(10)
+        source.answer(peek, which)
+        assert pager.fetched(number) == [1, 2, 3]
+
+
+def test_what_the_source_lacks_is_not_named(one: Server, two: Server) -> None:
+    fill(one, extents(1, 3, 4, 1500))
+    with Client(two) as pager:
+        assert pager.fetched(pager.fetch(one.endpoint, extents(*range(1000)))) == [1, 3, 4]
+        assert pager.fetched(pager.fetch(one.endpoint, extents(7))) == []
+        assert pager.here() == [1, 3, 4]
+
+
+def test_a_source_that_is_not_there(two: Server) -> None:
+    with HeldSource(PAGES) as source:
+        nowhere = source.endpoint
+    with Client(two) as pager:
+        for at in (nowhere, Endpoint("::1", nowhere.port), Endpoint("255.255.255.255", 9)):
+            assert pager.fetched(pager.fetch(at, extents(*range(600)))) == []
+        pager.page_out(extents(1))
+
+
+def test_a_source_that_ends_halfway(two: Server) -> None:
+    with HeldSource(PAGES) as source, Client(two) as pager:
+        number = pager.fetch(source.endpoint, extents(*range(1800)))
+        source.greet()
+        peek, which = source.asked()
+        source.answer(peek, which)
+        until(lambda: two.status()["pages_fetched"] == 256, what="the first part is stored")
+        source.hang_up()
+        assert pager.fetched(number) == list(range(256))
+        # Another try makes another connection.
+        number = pager.fetch(source.endpoint, extents(500))
+        source.greet()
+        source.answer(*source.asked())
+        assert pager.fetched(number) == [500]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(5)) + bytes(PAGE_SIZE)),
+        wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(0, 1)) + bytes(2 * PAGE_SIZE)),
+        wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(1)) + bytes(100)),
+        wire.frame(Kind.PAGES, 2, wire.pack_extents(extents(1)) + bytes(PAGE_SIZE)),
+        wire.frame(Kind.STORED, 1),
+        wire.frame(Kind.ERROR, 1, b"CheckpointCorrupt: page 1 was altered"),
+        b"x" * 100,
+    ],
+)
+def test_a_source_that_answers_wrongly(two: Server, answer: bytes) -> None:
+    with HeldSource(PAGES) as source, Client(two) as pager:
+        number = pager.fetch(source.endpoint, extents(1, 2))
+        source.greet()
+        source.asked()
+        assert source._client is not None
+        source._client.sock.sendall(answer)
+        assert pager.fetched(number) == []
+        assert pager.here() == []
+
+
+def test_a_source_of_another_generation_is_no_source(tmp_path: Path, two: Server) -> None:
+    with memory_server(tmp_path, "old", PAGES, generation=2) as old, Client(two) as pager:
+        assert pager.fetched(pager.fetch(old.endpoint, extents(1))) == []
+        until(lambda: "it is of generation 3, not 2" in old.log(), what="it is logged")
+
+
+def test_no_room_for_all_of_it(one: Server, two: Server) -> None:
+    which = extents(*range(1100))
+    fill(one, which)
+    with Client(two) as pager:
+        stored = pager.fetched(pager.fetch(one.endpoint, which))
+        assert stored == list(range(768))  # of 1000 pages room: whole parts
+        assert pager.here() == stored
+        pager.page_out(extents(*range(1200, 1400)))
+
+
+@pytest.mark.parametrize("what", ["page-out", "release", "another fetch"])
+def test_what_the_pager_says_meanwhile_is_younger(two: Server, what: str) -> None:
+    with HeldSource(PAGES) as source, HeldSource(PAGES) as other, Client(two) as pager:
+        number = pager.fetch(source.endpoint, extents(*range(10, 20)))
+        source.greet()
+        peek, which = source.asked()
+        match what:
+            case "page-out":
+                pager.page_out(extents(12, 13, 25), version=1)
+            case "release":
+                pager.release(extents(12, 13, 25))
+            case _:
+                later = pager.fetch(other.endpoint, extents(12, 13, 25))
+                other.greet()
+                other.answer(*other.asked(), version=1)
+                assert pager.fetched(later) == [12, 13, 25]
+        source.answer(peek, which)
+        assert pager.fetched(number) == [10, 11, 14, 15, 16, 17, 18, 19]
+        assert pager.page_in(extents(11, 14)) == data_of(extents(11, 14))
+        if what == "release":
+            assert pager.here() == [10, 11, *range(14, 20)]
+        else:
+            assert pager.page_in(extents(12, 13)) == data_of(extents(12, 13), 1)
+
+
+def test_a_page_released_after_it_was_stored_and_before_fetched_is_said(two: Server) -> None:
+    with HeldSource(PAGES) as source, Client(two) as pager:
+        number = pager.fetch(source.endpoint, extents(*range(300)))
+        source.greet()
+        source.answer(*source.asked())
+        until(lambda: two.status()["pages_fetched"] == 256, what="the first part is stored")
+        pager.release(extents(7, 299))
+        peek, which = source.asked()
+        assert which.tolist() == [[256, 300]]
+        source.answer(peek, which)
+        assert pager.fetched(number) == [page for page in range(299) if page != 7]
+
+
+def test_a_part_of_which_nothing_is_wanted_is_not_asked_for(two: Server) -> None:
+    with HeldSource(PAGES) as source, Client(two) as pager:
+        number = pager.fetch(source.endpoint, extents(*range(1536)))
+        pager.release(extents(*range(1024, 1280)))
+        source.greet()
+        asked = []
+        for _ in range(5):
+            peek, which = source.asked()
+            asked.append(which.tolist())
+            source.answer(peek, extents())
+        assert asked[4] == [[1280, 1536]]
+        assert pager.fetched(number) == []
+
+
+def test_nothing_is_written_for_a_pager_that_is_gone(two: Server) -> None:
+    with HeldSource(PAGES) as source:
+        with Client(two) as old:
+            old.fetch(source.endpoint, extents(*range(300)))
+            source.greet()
+            first, second = source.asked(), source.asked()
+            source.answer(*first)
+            until(lambda: two.status()["pages_fetched"] == 256, what="the first part is stored")
+        with Client(two) as new:
+            source.answer(*second)
+            # The source is in use again, so its late answer has been read by now.
+            number = new.fetch(source.endpoint, extents(1000))
+            source.answer(*source.asked())
+            assert new.fetched(number) == [1000]
+            assert new.here() == [*range(256), 1000]
+
+
+def test_a_source_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "STALL_TIMEOUT_S", 0.1)
+    loop = Loop()
+    with (
+        SubTable(tmp_path / "store.ram", PAGES, PAGES) as pages,
+        HeldSource(PAGES) as source,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as pager,
+    ):
+        table = FetchingTable(loop, ME, pages)
+        asker = FrameStream(loop, listener.accept()[0], lambda _: None, lambda _: None)
+        table.fetch(asker, 5, source.endpoint, extents(1, 2))
+
+        def answered() -> bool:
+            table.end_stalled()
+            loop.turn(0)
+            return bool(select.select([pager], [], [], 0)[0])
+
+        until(answered, what="FETCHED")
+        assert pager.recv(100) == wire.frame(Kind.FETCHED, 5, wire.pack_extents(extents()))
+        asker.close(PagingError("the test is over"))
+    loop.close()
+
+
+def test_fetched_pages_are_marked_for_a_live_checkpoint(
+    one: Server, two: Server, tmp_path: Path
+) -> None:
+    fill(one, extents(1, 2, 30))
+    two.order("track", changes=str(tmp_path / "changes"))
+    with Client(two) as pager:
+        assert pager.fetched(pager.fetch(one.endpoint, extents(1, 2, 30))) == [1, 2, 30]
+    assert ChangeMap(tmp_path / "changes", PAGES).take().tolist() == [[1, 3], [30, 31]]
+
+
+# Pulls
+
+
+def test_pages_are_pulled(one: Server) -> None:
+    which = spread(2, 1500)
+    fill(one, which)
+    target, done = Target(PAGES), list[int]()
+    assert pull(one.address, ME, PAGES, which, target.write, done.append) == 1500
+    assert sum(done) == 1500
+    assert extents(*target.pages).tolist() == which.tolist()
+    for page in target.pages:
+        assert target.data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] == content(page)
+    assert pull(one.address, ME, PAGES, extents(), target.write) == 0
+
+
+def test_a_pull_of_what_is_not_there(one: Server) -> None:
+    fill(one, extents(*range(600)))
+    target = Target(PAGES)
+    with pytest.raises(PagesLost, match="one lacks page 600"):
+        pull(one.address, ME, PAGES, extents(*range(605)), target.write)
+    assert 600 not in target.pages
+
+
+def test_a_pull_by_who_does_not_belong(one: Server) -> None:
+    with pytest.raises(Refused):
+        pull(one.address, replace(ME, generation=9), PAGES, extents(1), Target(PAGES).write)
+    with pytest.raises(Refused, match="another size"):
+        pull(one.address, ME, PAGES + 1, extents(1), Target(PAGES).write)
+
+
+def test_a_pull_from_nobody() -> None:
+    with HeldSource(PAGES) as source:
+        nowhere = SubAddress("h9", "127.0.0.1", source.endpoint.port, 0)
+    with pytest.raises(PagingError, match=r"h9 does not serve its pages at 127\.0\.0\.1 port"):
+        pull(nowhere, ME, PAGES, extents(1), Target(PAGES).write)
+
+
+def test_a_pull_from_a_host_that_falls_silent(two: Server) -> None:
+    with HeldSource(PAGES) as source:
+        silent = SubAddress("h9", "127.0.0.1", source.endpoint.port, 0)
+        asked: list[int] = []
+        began = time.monotonic()
+        with pytest.raises(PagingError, match="h9 has sent nothing for 1 s"):
+            pull(silent, ME, PAGES, extents(1), Target(PAGES).write, asked.append, timeout_s=1)
+        assert time.monotonic() - began < 5
+        assert asked
+        assert not any(asked)
+
+
+def test_a_pull_ends_when_its_caller_has_had_enough(one: Server) -> None:
+    fill(one, extents(*range(1000)))
+
+    def cancelled(_: int) -> None:
+        raise Conflict("load was cancelled")
+
+    with pytest.raises(Conflict):
+        pull(one.address, ME, PAGES, extents(*range(1000)), Target(PAGES).write, cancelled)
+
+    def full(first: int, stop: int, data: memoryview) -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        pull(one.address, ME, PAGES, extents(1), full)
+    until(lambda: one.status()["readers"] == 0, what="the connections are closed")

@@ -1,0 +1,346 @@
+"""What a restore would do and where: wishes, the choice of hosts, the plan and its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcres.actors import _ray
+from dcres.actors.loading import make_plan
+from dcres.actors.messages import PlanOrder
+from dcres.actors.room import MIB, HostInfo
+from dcres.api import choosing
+from dcres.api.catalogue import StoresOfHosts
+from dcres.api.choosing import Seen, Wish, choose_hosts, decide, wish_of
+from dcres.api.draining import plan_drain
+from dcres.api.plan import ASSUMPTION, NETWORK_BYTES_PER_S, START_S, Flow, RestorePlan, plan_restore
+from dcres.api.session import Session
+from dcres.api.status import HostStatus, VmStatus
+from dcres.config import Layout
+from dcres.errors import CheckpointCorrupt, ConfigError, Conflict, DcresError, NoRoom, NotFound
+from dcres.linux.memory import available_bytes, free_for_guests
+from dcres.model.pages import PAGE_SIZE
+from dcres.storage.manifest import Manifest
+from dcres.storage.store import Store
+from tests.support.stored import PAGE_COUNT, store_with_demo
+
+MEMORY = PAGE_COUNT * PAGE_SIZE
+HALF = MEMORY // 2
+ALL = ("h0", "h1", "h2")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return store_with_demo(tmp_path_factory.mktemp("choosing"))
+
+
+@pytest.fixture(scope="module")
+def manifest(store: Store) -> Manifest:
+    (entry,) = store.list()
+    assert entry.manifest is not None
+    return entry.manifest
+
+
+def seen(name: str, free_mib: int = 1, parts: tuple[str, ...] = ()) -> Seen:
+    return Seen(HostInfo(name, f"id-{name}", "127.0.0.1", MIB, free_mib * MIB, True), parts)
+
+
+class TestWish:
+    def test_nothing_said(self, manifest: Manifest) -> None:
+        assert wish_of(manifest, None, False, None) == Wish()
+
+    def test_hosts(self, manifest: Manifest) -> None:
+        assert wish_of(manifest, None, False, 3) == Wish(count=3)
+        named = Wish(count=2, names=("a", "b"))
+        assert wish_of(manifest, None, False, ["a", "b"]) == named
+        assert wish_of(manifest, None, False, "a,b") == named
+        assert named.settled is None
+
+    def test_one_host(self, manifest: Manifest) -> None:
+        whole = Layout(main=MEMORY)
+        assert wish_of(manifest, None, True, None) == Wish(whole)
+        named = wish_of(manifest, None, True, ["h7"])
+        assert named.settled is not None
+        assert (named.settled.layout, named.settled.hosts) == (whole, ("h7",))
+
+    @pytest.mark.parametrize(
+        ("layout", "single", "hosts"),
+        [
+            (Layout(main=MEMORY), True, None),
+            (None, True, 2),
+            (None, True, ["a", "b"]),
+            (Layout(main=MEMORY), False, 3),
+            (Layout(main=MEMORY), False, ["a", "b"]),
+            (None, False, 0),
+            (None, False, []),
+        ],
+    )
+    def test_contradictions(
+        self, layout: Layout | None, single: bool, hosts: Any, manifest: Manifest
+    ) -> None:
+        with pytest.raises(ConfigError):
+            wish_of(manifest, layout, single, hosts)
+
+
+class TestDecision:
+    def test_found_where_there_is_room(self, manifest: Manifest) -> None:
+        hosts = [seen("a", 5), seen("b", 4, ALL), seen("c", 0, ALL)]
+        choice = decide(manifest, Wish(), hosts)
+        assert (choice.layout, choice.hosts) == (Layout(main=MEMORY), ("b",))
+        assert choice.why == "as few hosts as have room for 384 KiB, first those with its parts"
+
+    def test_as_it_was_if_that_fits(self, manifest: Manifest) -> None:
+        hosts = [seen("a"), seen("b", 1, ("h1",)), seen("c", 1, ("h0",)), seen("d")]
+        choice = decide(manifest, Wish(count=3), hosts)
+        assert choice.layout == Layout(main=HALF, subs=(HALF, HALF))
+        assert choice.hosts == ("c", "b", "a")
+        named = Wish(count=3, names=("d", "b", "a"))
+        assert decide(manifest, named, hosts).hosts == ("d", "b", "a")
+
+    def test_evenly_if_the_own_layout_does_not_fit(self, manifest: Manifest) -> None:
+        large = manifest.model_copy(update={"memory_bytes": 6 * MIB})
+        shares = {"main": 4 * MIB, "subs": [MIB, MIB]}
+        spec = {**manifest.vm_spec, "memory": 6 * MIB, "layout": shares}
+        large = large.model_copy(update={"vm_spec": spec})
+        hosts = [seen("a", 3), seen("b", 2), seen("c", 1)]
+        choice = decide(large, Wish(count=3), hosts)
+        assert choice.layout == Layout(main=3 * MIB, subs=(2 * MIB, MIB))
+        assert choice.hosts == ("a", "b", "c")
+        named = decide(large, Wish(count=3, names=("c", "a", "b")), hosts)
+        assert named.layout == Layout(main=MIB, subs=(3 * MIB, 2 * MIB))
+        assert named.hosts == ("c", "a", "b")
+
+    def test_another_number_of_hosts(self, manifest: Manifest) -> None:
+        choice = decide(manifest, Wish(count=2), [seen("a"), seen("b"), seen("c", 1, ALL)])
+        assert choice.hosts == ("c", "a")
+        assert sum(choice.layout.shares) >= MEMORY
+
+    def test_a_layout_finds_its_hosts(self, manifest: Manifest) -> None:
+        layout = Layout(main=HALF, subs=(2 * MIB,))
+        choice = decide(manifest, Wish(layout, 2), [seen("a", 3), seen("b", 1, ("h0",))])
+        assert (choice.hosts, choice.why) == (("b", "a"), "as asked")
+
+    @pytest.mark.parametrize(
+        ("wish", "error", "words"),
+        [
+            (Wish(Layout(main=PAGE_SIZE)), ConfigError, "the layout holds 4 KiB"),
+            (Wish(Layout(main=2 * MIB)), NoRoom, "a share of 2 MiB fits no host that is left"),
+            (Wish(count=2, names=("a", "nix")), NotFound, "no host nix in the cluster; it has a"),
+            (Wish(count=2, names=("a", "a")), ConfigError, "a host is named twice"),
+            (Wish(count=5), NoRoom, "5 hosts are asked for"),
+        ],
+    )
+    def test_what_cannot_be(
+        self, wish: Wish, error: type[Exception], words: str, manifest: Manifest
+    ) -> None:
+        with pytest.raises(error, match=words):
+            decide(manifest, wish, [seen("a"), seen("b")])
+
+    def test_it_says_how_much_is_missing(self, manifest: Manifest) -> None:
+        large = manifest.model_copy(update={"memory_bytes": 9 * MIB})
+        with pytest.raises(NoRoom, match="9 MiB of memory, 4 MiB more than all hosts have room"):
+            decide(large, Wish(), [seen("a", 3), seen("b", 2)])
+
+
+@dataclass(frozen=True)
+class PhasesOnly(Session):
+    """A session whose one VM is in these phases, one after the other; it can be stopped."""
+
+    phases: list[str] = field(default_factory=list)
+    called: list[str] = field(default_factory=list)
+
+    def existing(self, vm: str) -> Any:
+        if self.phases[0] == "absent":
+            self.phases.pop(0)
+            raise NotFound(f"there is no VM {vm}")
+        return self
+
+    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        if method == "status":
+            return {"phase": self.phases.pop(0)}
+        self.called.append(method)
+        return None
+
+    def retire(self, vm: str) -> None:
+        self.called.append("retire")
+
+
+def session_with(*phases: str) -> PhasesOnly:
+    return PhasesOnly("nowhere", StoresOfHosts(), None, list(phases))
+
+
+@pytest.fixture
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    hosts = [seen("a"), seen("b")]
+    monkeypatch.setattr(choosing, "look_around", lambda manifest: hosts)
+    return hosts
+
+
+class TestChoosingHosts:
+    def test_nobody_is_asked_if_all_is_said(self, manifest: Manifest) -> None:
+        wish = Wish(Layout(main=MEMORY), 1, ("h9",))
+        assert choose_hosts(session_with(), manifest, wish).hosts == ("h9",)
+
+    def test_a_vm_that_is_there(self, manifest: Manifest) -> None:
+        with pytest.raises(Conflict, match="runs already; stop it first with `dcres stop demo`"):
+            choose_hosts(session_with("running"), manifest, Wish())
+        with pytest.raises(Conflict, match="VM demo is restoring; wait"):
+            choose_hosts(session_with("restoring"), manifest, Wish())
+
+    def test_a_lost_vm_makes_room_first(self, manifest: Manifest, two_hosts: list[Seen]) -> None:
+        session = session_with("lost", "lost")
+        assert choose_hosts(session, manifest, Wish()).hosts == ("a",)
+        assert session.called == ["stop", "retire"]
+
+    def test_somebody_else_was_faster(self, manifest: Manifest, two_hosts: list[Seen]) -> None:
+        with pytest.raises(Conflict, match="VM demo is starting"):
+            choose_hosts(session_with("absent", "starting"), manifest, Wish(count=3))
+        with pytest.raises(NoRoom):
+            choose_hosts(session_with("absent", "absent"), manifest, Wish(count=3))
+
+
+class TestRestorePlan:
+    def plan(
+        self, store: Store, manifest: Manifest, wish: Wish, hosts: list[Seen], lazy: bool = False
+    ) -> RestorePlan:
+        def flow_of(host: str, order: PlanOrder) -> Flow:
+            assert manifest.main.host in next(
+                each.parts for each in hosts if each.info.name == host
+            )
+            return make_plan(store, order).flow
+
+        return plan_restore(manifest, wish, hosts, lazy=lazy, flow_of=flow_of)
+
+    def test_a_store_that_all_share(self, store: Store, manifest: Manifest) -> None:
+        hosts = [seen(name, 1, ALL) for name in ("a", "b", "c")]
+        plan = self.plan(store, manifest, Wish(count=3), hosts)
+        assert plan.possible
+        assert [each.role for each in plan.hosts] == ["main", "sub", "sub"]
+        assert sum(each.pages for each in plan.hosts) == manifest.pages
+        assert (plan.moved_bytes, plan.to_dict()["pages_moved"]) == (0, 0)
+        small = sum(file.length_bytes for part in manifest.hosts for file in part.files)
+        assert plan.verify_bytes >= manifest.pages * PAGE_SIZE + small
+        assert all(each.read_bytes > each.pages * PAGE_SIZE for each in plan.hosts if each.pages)
+
+    def test_stores_of_their_own(self, store: Store, manifest: Manifest) -> None:
+        """h1 takes over; h0 is none of the VM's any more and serves its part; h2 has its own."""
+        hosts = [seen("h0", 0, ("h0",)), seen("h1", 1, ("h1",)), seen("h2", 1, ("h2",))]
+        layout = Layout(main=HALF, subs=(HALF,))
+        plan = self.plan(store, manifest, Wish(layout, 2, ("h1", "h2")), hosts)
+        main, sub, server = plan.hosts
+        h0, h1, h2 = (part.pages for part in manifest.hosts)
+        assert (server.host, server.role, server.memory_bytes) == ("h0", "parts", 0)
+        assert server.served_bytes == h0 * PAGE_SIZE
+        assert main.moved_from["h0"] + sub.moved_from.get("h0", 0) == h0 * PAGE_SIZE
+        assert main.pages + sub.pages == h0 + h1 + h2
+        assert plan.moved_bytes == sum(each.served_bytes for each in plan.hosts)
+        for each in plan.hosts:
+            assert each.verify_bytes == each.read_bytes + each.served_bytes
+        values = plan.to_dict()
+        assert [each["host"] for each in values["layout"]] == ["h1", "h2"]
+        assert [each["host"] for each in values["servers"]] == ["h0"]
+        assert values["bytes_moved"] == values["pages_moved"] * PAGE_SIZE == plan.moved_bytes
+        slowest = max(
+            each.moved_bytes / NETWORK_BYTES_PER_S for each in plan.hosts if each.moved_bytes
+        )
+        assert plan.seconds >= START_S + slowest
+        assert plan.seconds == plan.whole_seconds
+
+    def test_lazily(self, store: Store, manifest: Manifest) -> None:
+        """One slice server for each part; the guest does not wait for them."""
+        hosts = [seen(name, 1, ALL) for name in ("a", "b")]
+        layout = Layout(main=HALF, subs=(HALF,))
+        plan = self.plan(store, manifest, Wish(layout, 2, ("a", "b")), hosts, lazy=True)
+        main, sub = plan.hosts
+        assert main.served_bytes == sub.moved_bytes == sub.pages * PAGE_SIZE
+        assert (plan.lazy, plan.seconds) == (True, START_S)
+        assert plan.whole_seconds > plan.seconds
+
+    def test_a_part_that_nobody_has(self, store: Store, manifest: Manifest) -> None:
+        hosts = [seen("a", 1, ("h0", "h2"))]
+        plan = self.plan(store, manifest, Wish(), hosts)
+        assert not plan.possible
+        assert "the part that h1 saved of checkpoint" in plan.problems[0]
+        assert "bring that host back" in repr(plan)
+
+    def test_no_room_and_a_vm_that_runs(self, manifest: Manifest) -> None:
+        plan = plan_restore(manifest, Wish(), [seen("a", 0)], problems=["VM demo runs already"])
+        assert plan.problems[0] == "VM demo runs already"
+        assert "384 KiB" not in plan.problems[1]
+        assert "1 MiB more than all hosts have room for" in plan.problems[1]
+        assert plan.to_dict()["layout"] == []
+
+    def test_damage_that_the_planner_finds(self, manifest: Manifest) -> None:
+        def flow_of(host: str, order: PlanOrder) -> Flow:
+            raise CheckpointCorrupt("pages.arrow was altered")
+
+        plan = plan_restore(manifest, Wish(), [seen("a", 1, ALL)], flow_of=flow_of)
+        assert plan.problems == ("pages.arrow was altered",)
+
+    def test_for_people(self, store: Store, manifest: Manifest) -> None:
+        plan = self.plan(store, manifest, Wish(), [seen("a", 1, ALL)])
+        assert repr(plan).startswith(f"<RestorePlan {manifest.checkpoint} onto a 384 KiB: ")
+        assert repr(plan).endswith("runs after ≈ 1.0 s>")
+        assert "<td>a</td><td>main</td>" in plan._repr_html_()
+        assert "300 MB/s from each host's store" in ASSUMPTION
+
+
+class TestDrainPlan:
+    MAIN = HostStatus("h0", "main", 8, 8, 0, 0)
+
+    def status(self, *subs: tuple[int, int], bringing_in: bool = False) -> VmStatus:
+        hosts = [
+            HostStatus(f"h{at}", "sub", pages, share, 0, 0)
+            for at, (pages, share) in enumerate(subs, 1)
+        ]
+        return VmStatus("v", "running", hosts=(self.MAIN, *hosts), bringing_in=bringing_in)
+
+    def test_the_others_take_its_pages(self) -> None:
+        plan = plan_drain(self.status((5, 8), (2, 4), (0, 8)), "h1", 20 * PAGE_SIZE)
+        assert plan.possible
+        assert plan.pages == sum(plan.moves.values()) == 5
+        assert plan.moves.keys() <= {"h2", "h3"}
+        assert plan.moves["h2"] <= 2
+        assert plan.to_dict()["bytes_moved"] == 5 * PAGE_SIZE
+        assert "<DrainPlan h1 of v: h2 8 KiB" in repr(plan)
+
+    def test_why_it_cannot_be(self) -> None:
+        small = plan_drain(self.status((5, 8), (2, 8)), "h1", 20 * PAGE_SIZE)
+        assert "give the hosts 16 KiB more" in small.problems[0]
+        full = plan_drain(self.status((5, 8), (4, 8)), "h1", 16 * PAGE_SIZE)
+        assert full.problems == (
+            "the other sub hosts have 4 KiB too little room; give them more first",
+        )
+        moving = plan_drain(self.status((5, 8), (2, 8), bringing_in=True), "h1", 16 * PAGE_SIZE)
+        assert "still being restored" in moving.problems[0]
+        for host in ("h0", "nix"):
+            with pytest.raises(NotFound, match=f"{host} is no sub host of VM v; it has h1"):
+                plan_drain(self.status((5, 8)), host, PAGE_SIZE)
+
+
+def test_free_memory_as_the_kernel_sees_it(tmp_path: Path) -> None:
+    assert 0 < free_for_guests(tmp_path / "not" / "there") <= available_bytes() + (1 << 30)
+    assert free_for_guests(tmp_path, reserve_bytes=1 << 60) == 0
+
+
+def test_a_host_that_does_not_answer_is_left_out(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infos = [HostInfo(name, name, "127.0.0.1", MIB, 3 * MIB, name != "dead") for name in "abc"]
+    infos.append(HostInfo("dead", "d", "127.0.0.1", MIB, MIB, False))
+
+    def run_on(host: str, function: Any, *args: Any, timeout_s: float) -> choosing.Look:
+        if host == "b":
+            raise DcresError("its disk is gone")
+        return choosing.Look(2 * MIB if host == "a" else 9 * MIB, ("h0",))
+
+    monkeypatch.setattr(_ray, "hosts", lambda: infos)
+    monkeypatch.setattr(_ray, "run_on", run_on)
+    found = choosing.look_around(manifest)
+    assert [(each.info.name, each.info.memory_free_bytes // MIB) for each in found] == [
+        ("a", 2),
+        ("c", 3),
+    ]

@@ -1,0 +1,282 @@
+"""A checkpoint restored on other hosts than its own: more of them, fewer, eagerly and lazily."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+
+from dcres.actors import coordinator
+from dcres.config import Layout
+from dcres.errors import Conflict, DcresError, NotFound
+from dcres.linux.process import find_marked
+from dcres.storage.manifest import Manifest
+from dcres.storage.store import Store
+from tests.support.vm import (
+    PAGE_BYTES,
+    Rig,
+    await_checks,
+    keeps_checking,
+    rig,
+    spec_of,
+    total_bytes,
+)
+from tests.support.wait import until
+
+pytestmark = [pytest.mark.vm, pytest.mark.linux]
+
+MIB = 1 << 20
+
+
+def layout_of(main: str, *subs: str) -> Layout:
+    return Layout.model_validate({"main": main, "subs": subs})
+
+
+def whole(vm: Rig) -> bool:
+    return not vm.coordinator.status()["hosts"][0]["moving"]
+
+
+def shares_kept(vm: Rig, layout: Layout) -> bool:
+    """No host has more than it may, but for what the pager's slack allows."""
+    hosts = vm.coordinator.status()["hosts"]
+    held = [hosts[0]["pages"][0], *(each["held_pages"] for each in hosts[1:])]
+    pairs = zip(held, layout.shares, strict=True)
+    return all(pages * PAGE_BYTES <= share + MIB for pages, share in pairs)
+
+
+def require_shares_kept(vm: Rig, layout: Layout) -> None:
+    assert shares_kept(vm, layout)
+
+
+def restored(vm: Rig, manifest: Manifest, layout: Layout, hosts: list[str], lazy: bool) -> None:
+    """Restore, and see the witness go on; then every page is where the layout wants it."""
+    vm.coordinator.stop()
+    facts = vm.restore(manifest, layout=layout, hosts=hosts, lazy=lazy)
+    assert [each["host"] for each in facts["layout"]] == hosts
+    assert sum(each["pages"] for each in facts["layout"]) == manifest.pages
+    assert facts["pages_moved"] > 0
+    await_checks(vm.console, 3)
+    until(lambda: whole(vm), 60, "every page is with its host")
+    require_shares_kept(vm, layout)
+    keeps_checking(vm.console, 1)
+
+
+@pytest.fixture(scope="module")
+def saved() -> object:
+    """A VM over three hosts with stores of their own, and its checkpoint."""
+    with rig(hosts=4, private=True) as vm:
+        vm.boot(spec_of(memory="192MiB", main="96MiB", subs=["64MiB", "64MiB"], fill=96))
+        yield vm, vm.checkpoint()
+
+
+CASES = {
+    "3 to 3": (layout_of("96MiB", "64MiB", "64MiB"), ["h3", "h0", "h1"]),
+    "3 to 2": (layout_of("128MiB", "96MiB"), ["h1", "h3"]),
+    "3 to 1": (layout_of("192MiB"), ["h3"]),
+    "3 to 4": (layout_of("56MiB", "24MiB", "96MiB", "40MiB"), ["h2", "h3", "h0", "h1"]),
+}
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_restore_into_another_layout(saved: tuple[Rig, Manifest], case: str, lazy: bool) -> None:
+    vm, manifest = saved
+    layout, hosts = CASES[case]
+    restored(vm, manifest, layout, hosts, lazy)
+
+
+def test_a_lazily_restored_guest_is_checkpointed_before_all_its_pages_are_there(
+    saved: tuple[Rig, Manifest],
+) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    layout = layout_of("64MiB", "64MiB", "96MiB")
+    vm.restore(manifest, layout=layout, hosts=["h3", "h1", "h0"], lazy=True)
+    second = vm.coordinator.checkpoint("live")["checkpoint"]
+    text = (vm.settings["h3"].store / "vm" / second / "manifest.json").read_text()
+    vm.coordinator.stop()
+    vm.coordinator.restore(text)
+    keeps_checking(vm.console, 1)
+
+
+def test_what_a_lazy_restore_reads_from_cannot_be_deleted(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    layout = layout_of("64MiB", "128MiB")
+    vm.restore(manifest, layout=layout, hosts=["h3", "h1"], lazy=True)
+    with pytest.raises(Conflict, match="in use"):
+        vm.store.delete(manifest.checkpoint)
+    until(lambda: whole(vm), 60, "every page is with its host")
+    await_checks(vm.console, 2)
+    assert manifest.checkpoint in vm.listed()
+
+
+def test_a_source_that_dies_for_a_moment_is_waited_for(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    layout = layout_of("64MiB", "64MiB", "64MiB")
+    vm.restore(manifest, layout=layout, hosts=["h3", "h1", "h0"], lazy=True)
+    for process in slice_servers(vm):
+        os.kill(process, signal.SIGKILL)
+    until(lambda: whole(vm), 60, "every page is with its host")
+    keeps_checking(vm.console, 1)
+
+
+def test_a_pager_that_dies_goes_on_bringing_pages(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    layout = layout_of("64MiB", "64MiB", "64MiB")
+    vm.restore(manifest, layout=layout, hosts=["h3", "h1", "h0"], lazy=True)
+    os.kill(vm.coordinator.status()["hosts"][0]["pid"], signal.SIGKILL)
+    until(lambda: whole(vm), 60, "every page is with its host")
+    require_shares_kept(vm, layout)
+    keeps_checking(vm.console, 1)
+
+
+def slice_servers(vm: Rig) -> list[int]:
+    """Processes that serve parts, on any host."""
+    return [pid for pid, command in vm.running().items() if "slice_server" in command]
+
+
+def test_sub_hosts_join_grow_and_leave_while_the_guest_runs(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("64MiB", "64MiB", "64MiB"), hosts=["h0", "h1", "h2"])
+    await_checks(vm.console)
+    shares = [total_bytes(size) for size in ("48MiB", "80MiB", "96MiB")]
+    status = vm.coordinator.resize(None, shares)
+    assert [each["host"] for each in status["hosts"]] == ["h0", "h1", "h2", "h3"]
+    keeps_checking(vm.console, 1)
+    status = vm.coordinator.drain("h1")
+    assert [each["host"] for each in status["hosts"]] == ["h0", "h2", "h3"]
+    require_shares_kept(vm, layout_of("64MiB", "80MiB", "96MiB"))
+    keeps_checking(vm.console, 1)
+    after = vm.coordinator.checkpoint("live")["checkpoint"]
+    text = (vm.settings["h0"].store / "vm" / after / "manifest.json").read_text()
+    vm.coordinator.stop()
+    vm.coordinator.restore(text)
+    keeps_checking(vm.console, 1)
+
+
+def test_all_sub_hosts_leave(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("96MiB", "64MiB", "64MiB"), hosts=["h0", "h1", "h2"])
+    status = vm.coordinator.resize(total_bytes("192MiB"), [])
+    assert [each["host"] for each in status["hosts"]] == ["h0"]
+    keeps_checking(vm.console, 1)
+
+
+def test_a_sub_host_that_the_others_have_no_room_for_stays(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("64MiB", "64MiB", "64MiB"), hosts=["h0", "h1", "h2"])
+    with pytest.raises(DcresError, match="64 MiB more"):
+        vm.coordinator.drain("h1")
+    with pytest.raises(NotFound, match="no sub host"):
+        vm.coordinator.drain("h0")
+    keeps_checking(vm.console, 1)
+
+
+def test_an_ordinary_vm_gets_sub_hosts_while_it_runs(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("192MiB"), hosts=["h3"])
+    await_checks(vm.console)
+    status = vm.coordinator.resize(total_bytes("64MiB"), [total_bytes("80MiB")] * 2)
+    assert len(status["hosts"]) == 3
+    layout = layout_of("64MiB", "80MiB", "80MiB")
+    until(lambda: shares_kept(vm, layout), 30, "page-out has come to rest")
+    keeps_checking(vm.console, 3)
+    os.kill(vm.coordinator.status()["hosts"][0]["pid"], signal.SIGKILL)
+    keeps_checking(vm.console, 1)
+
+
+def test_from_one_host_to_several(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("192MiB"), hosts=["h3"])
+    await_checks(vm.console)
+    single = vm.coordinator.checkpoint("live")["checkpoint"]
+    text = (vm.settings["h3"].store / "vm" / single / "manifest.json").read_text()
+    for lazy in (False, True):
+        vm.coordinator.stop()
+        layout = layout_of("64MiB", "48MiB", "80MiB")
+        facts = vm.coordinator.restore(text, layout, ["h0", "h3", "h2"], lazy)
+        assert facts["pages_moved"] > 0
+        until(lambda: whole(vm), 60, "every page is with its host")
+        require_shares_kept(vm, layout)
+        keeps_checking(vm.console, 1)
+
+
+def power_off(vm: Rig, host: str, index: int | None) -> None:
+    """The host is gone with all that ran there and its memory; its disk is left."""
+    actor = f"parts/vm/{host}" if index is None else vm.fleet.actor_name("vm", index)
+    if actor in vm.fleet.actors:
+        # Its threads are ours, and would start again what is ended here.
+        for daemon in ("_server", "_slices"):
+            if hasattr(vm.fleet.actors[actor].object, daemon):
+                getattr(vm.fleet.actors[actor].object, daemon).stop()
+        vm.fleet.actors[actor].die()
+    settings = vm.settings[host]
+    for folder in ("vm", "vm.parts"):
+        for process in find_marked("DCRES_VM_RUN", str(settings.run / folder)):
+            process.end(grace_s=0)
+        shutil.rmtree(settings.run / folder, ignore_errors=True)
+        shutil.rmtree(settings.ram / folder, ignore_errors=True)
+
+
+def require_intact(vm: Rig, manifest: Manifest) -> None:
+    for part in manifest.hosts:
+        assert Store(vm.settings[part.host].store).verify_part(manifest, part.host).ok
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+def test_a_sub_host_that_dies_in_a_restore(
+    saved: tuple[Rig, Manifest], lazy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of loading, or while its pages still come: told, and tried again elsewhere."""
+    monkeypatch.setattr(coordinator, "_ASK_TIMEOUT_S", 1.0)
+    vm, manifest = saved
+    vm.coordinator.stop()
+    layout, failures = layout_of("64MiB", "128MiB"), []
+
+    def restore() -> None:
+        try:
+            vm.restore(manifest, layout=layout, hosts=["h0", "h3"], lazy=lazy)
+        except DcresError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=restore)
+    thread.start()
+    if lazy:
+        thread.join(60)
+        power_off(vm, "h3", 1)
+        until(lambda: vm.coordinator.status()["phase"] == "lost", 30, "the VM is lost")
+        assert "h3" in vm.coordinator.status()["why"]
+    else:
+        until(lambda: (vm.settings["h3"].ram / "vm" / "store.ram").exists(), 30, "h3 loads")
+        power_off(vm, "h3", 1)
+        thread.join(60)
+        assert "h3" in failures[0] or "actor" in failures[0]
+    require_intact(vm, manifest)
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("96MiB", "96MiB"), hosts=["h1", "h2"])
+    await_checks(vm.console, 3)
+
+
+def test_a_host_with_parts_that_dies_in_a_lazy_restore(saved: tuple[Rig, Manifest]) -> None:
+    vm, manifest = saved
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("64MiB", "128MiB"), hosts=["h3", "h0"], lazy=True)
+    power_off(vm, "h1", None)
+    if not whole(vm):  # else its pages were there by then
+        until(lambda: "h1" in vm.coordinator.status()["why"], 30, "it is told who is missing")
+    require_intact(vm, manifest)
+    vm.coordinator.stop()
+    vm.restore(manifest, layout=layout_of("64MiB", "128MiB"), hosts=["h3", "h0"], lazy=True)
+    await_checks(vm.console, 3)
+    until(lambda: whole(vm), 60, "every page is with its host")
