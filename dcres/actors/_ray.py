@@ -225,12 +225,15 @@ def run_on(host: str, function: Callable[..., _T], *args: Any, timeout_s: float 
 
     Raises NotFound, what the function raises (as `ActorPort.call` does), and ClusterError.
     """
+    return start_on(host, function, *args).result(timeout_s)
+
+
+def start_on(host: str, function: Callable[..., Any], *args: Any) -> Pending:
+    """As `run_on`, but for waiting: a host's first worker takes a second to come up."""
     strategy = NodeAffinitySchedulingStrategy(host_named(host, hosts()).node_id, soft=False)
     remote = ray.remote(num_cpus=0, max_retries=0)(function)
     what = f"{function.__name__} on {host}"
-    return Pending(what, remote.options(scheduling_strategy=strategy).remote(*args)).result(
-        timeout_s
-    )
+    return Pending(what, remote.options(scheduling_strategy=strategy).remote(*args))
 
 
 # Reservations.

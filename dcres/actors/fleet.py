@@ -7,12 +7,14 @@ is to hold more or on one that joins, is a group of its own, since groups cannot
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from dcres.actors import _ray
 from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
-from dcres.actors.ports import Port
+from dcres.actors.ports import Pending, Port
 from dcres.actors.room import HostInfo
 from dcres.actors.sub_host import SubHost
 from dcres.config import HostSettings, format_size
@@ -136,20 +138,17 @@ class RayFleet:
     def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
         """Asked by a task on every host; one that does not answer has nothing."""
         found = {}
-        for host in _alive():
-            try:
-                found[host.name] = _ray.run_on(
-                    host.name, parts_in_store, manifest, timeout_s=_LOOK_TIMEOUT_S
-                )
-            except DcresError:
-                continue
+        for host, parts in _on_all_hosts(parts_in_store, manifest).items():
+            with suppress(DcresError):
+                found[host] = parts.result(_LOOK_TIMEOUT_S)
         return {host: parts for host, parts in found.items() if parts}
 
     def visit(self, vm: str, host: str) -> Port:
-        """An actor without memory for VMs, pinned to the host."""
-        port = _ray.spawn(SliceHost, _visitor_name(vm, host), (vm, _address_of(host)), on_host=host)
-        port.wait_ready(_READY_TIMEOUT_S)
-        return port
+        """An actor without memory for VMs, pinned to the host.
+
+        What it is told first waits until it is there; so several come up at the same time.
+        """
+        return _ray.spawn(SliceHost, _visitor_name(vm, host), (vm, _address_of(host)), on_host=host)
 
     def leave(self, vm: str) -> None:
         """The actors end what they started, then they are ended."""
@@ -161,6 +160,15 @@ class RayFleet:
                 continue  # its host is gone, and with it what ran there
             finally:
                 _ray.kill(name)
+
+
+def _on_all_hosts(function: Callable[..., Any], *args: Any) -> dict[str, Pending]:
+    """Begin to run `function` on every host that is there; one that just went is left out."""
+    begun: dict[str, Pending] = {}
+    for host in _alive():
+        with suppress(DcresError):
+            begun[host.name] = _ray.start_on(host.name, function, *args)
+    return begun
 
 
 def _alive() -> list[HostInfo]:

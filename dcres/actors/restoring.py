@@ -32,6 +32,7 @@ log = logging.getLogger("dcres.coordinator")
 
 _PLAN_TIMEOUT_S = 600.0
 _SERVE_TIMEOUT_S = 60.0
+_ASK_TIMEOUT_S = 60.0
 
 Parts = tuple[str, ...]  # hosts of the checkpoint, as names of what they saved
 
@@ -188,7 +189,8 @@ def prepare(
     """
     text = dumps(manifest)
     parts = tuple(part.host for part in manifest.hosts)
-    here: dict[str, Parts] = {host: port.call("parts_here", text) for host, port in ports.items()}
+    asked = {host: port.submit("parts_here", text) for host, port in ports.items()}
+    here: dict[str, Parts] = {host: each.result(_ASK_TIMEOUT_S) for host, each in asked.items()}
     helpers = _find_helpers(manifest, fleet, Where(parts, tuple(ports), here).missing, here)
     where = Where(parts, tuple(ports), here)
     planner = {**ports, **helpers}[where.holder(parts[0])]

@@ -20,37 +20,33 @@ FILL_TIMEOUT_S = 600.0
 _READY_TIMEOUT_S = 60.0
 
 
-class ApartCluster(LocalCluster):
-    """A local cluster in which every host has a store of its own, and how to look at them."""
-
-    def store_of(self, host: str) -> Store:
-        """What `host` has."""
-        return Store(self.settings(host).store)
-
-    def delete(self, manifest: Manifest) -> None:
-        """Remove a checkpoint from all stores."""
-        for part in manifest.hosts[1:]:
-            self.store_of(part.host).discard(manifest.vm, manifest.checkpoint)
-        self.store_of(manifest.main.host).delete(manifest.checkpoint)
-
-    def memory_file(self, manifest: Manifest, host: str) -> Path:
-        """What `host` saved, in its own store."""
-        part = next(each for each in manifest.hosts if each.host == host)
-        return (
-            self.store_of(host).root / manifest.vm / manifest.checkpoint / host / part.memory_file
-        )
-
-
 @contextmanager
-def apart(folder: Path, hosts: int, memory_per_host: int) -> Iterator[ApartCluster]:
+def apart(folder: Path, hosts: int, memory_per_host: int) -> Iterator[LocalCluster]:
     """Such a cluster, and this process connected to it."""
-    stores = folder / "stores" / HOST_FIELD
-    with ApartCluster.start(folder, hosts, memory_per_host, stores) as cluster:
+    store = folder / "stores" / HOST_FIELD
+    with LocalCluster.start(folder, hosts, memory_per_host, store) as cluster:
         _ray.connect(cluster.address, cluster.token_path)
         try:
             yield cluster
         finally:
             _ray.disconnect()
+
+
+def store_of(cluster: LocalCluster, host: str) -> Store:
+    """What `host` has."""
+    return Store(cluster.settings(host).store)
+
+
+def folder_of(cluster: LocalCluster, manifest: Manifest, host: str) -> Path:
+    """The files that `host` saved, in its own store."""
+    return store_of(cluster, host).root / manifest.vm / manifest.checkpoint / host
+
+
+def delete(cluster: LocalCluster, manifest: Manifest) -> None:
+    """Remove a checkpoint from all stores."""
+    for part in manifest.hosts[1:]:
+        store_of(cluster, part.host).discard(manifest.vm, manifest.checkpoint)
+    store_of(cluster, manifest.main.host).delete(manifest.checkpoint)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from dcres.actors.host import VmFolder
+from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
-from dcres.bench.apart import ApartCluster, await_word, coordinator
+from dcres.bench.apart import await_word, coordinator, folder_of, store_of
 from dcres.bench.checkpoint import filler_image
 from dcres.bench.result import Aim, Direction, Ratio, Row, Setup
 from dcres.storage import tables
@@ -30,15 +31,16 @@ AIMS = (Aim("page_ins_history_over_random", Direction.AT_MOST, 0.2),)
 _VM = "history"
 _MEMORY_MIB, _MAIN_MIB, _FILL_MIB, _HOT_MIB = 512, 256, 340, 128
 _WORK = f"dirty=20 reads=3 span={_HOT_MIB}"
+_LEARNING_S = 30.0
 _TIMEOUT_S = 300.0
 
 
-def measure(setup: Setup, cluster: ApartCluster, rounds: int) -> list[Row]:
+def measure(setup: Setup, cluster: LocalCluster, rounds: int) -> list[Row]:
     """Page-ins per second in every round."""
     seconds = 10.0 if setup.quick else 30.0
     setup.say(f"a guest that works on {_HOT_MIB} of {_MEMORY_MIB} MiB")
     with coordinator(_VM) as port:
-        subject = _Subject(cluster, port, setup.folder, learning_s=seconds)
+        subject = _Subject(cluster, port, setup.folder)
         rows = []
         for at in range(rounds):
             for what in WHATS:
@@ -50,7 +52,7 @@ def measure(setup: Setup, cluster: ApartCluster, rounds: int) -> list[Row]:
 class _Subject:
     """The guest's checkpoint."""
 
-    def __init__(self, cluster: ApartCluster, port: Port, folder: Path, learning_s: float) -> None:
+    def __init__(self, cluster: LocalCluster, port: Port, folder: Path) -> None:
         self._cluster = cluster
         self._port = port
         image = filler_image(folder)
@@ -66,10 +68,10 @@ class _Subject:
         }
         port.call("start", spec, list(cluster.hosts), timeout_s=_TIMEOUT_S)
         self._await_work()
-        time.sleep(learning_s)
+        time.sleep(_LEARNING_S)
         facts = port.call("checkpoint", "live", timeout_s=_TIMEOUT_S)
         port.call("stop")
-        self._manifest = cluster.store_of(cluster.hosts[0]).get(facts["checkpoint"])
+        self._manifest = store_of(cluster, cluster.hosts[0]).get(facts["checkpoint"])
         self._history = self._read_history()
 
     def _await_work(self) -> None:
@@ -78,8 +80,8 @@ class _Subject:
 
     @property
     def _history_path(self) -> Path:
-        store, manifest = self._cluster.store_of(self._cluster.hosts[0]), self._manifest
-        return store.root / _VM / manifest.checkpoint / manifest.main.host / HISTORY
+        main = self._manifest.main.host
+        return folder_of(self._cluster, self._manifest, main) / HISTORY
 
     def _read_history(self) -> tables.Ticks:
         return tables.read_history(self._history_path, self._manifest.page_count)[0].copy()

@@ -27,9 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from dcres.actors.host import VmFolder
+from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
 from dcres.bench import history, move
-from dcres.bench.apart import FILL_TIMEOUT_S, ApartCluster, apart, await_word, coordinator
+from dcres.bench.apart import (
+    FILL_TIMEOUT_S,
+    apart,
+    await_word,
+    coordinator,
+    delete,
+    folder_of,
+    store_of,
+)
 from dcres.bench.checkpoint import filler_image
 from dcres.bench.move import forget
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
@@ -91,7 +100,7 @@ class _Subject:
     def __init__(
         self,
         held: ExitStack,
-        cluster: ApartCluster,
+        cluster: LocalCluster,
         folder: Path,
         size: str,
         memory_mib: int,
@@ -115,13 +124,13 @@ class _Subject:
         alone = self._checkpoint()
         self._restore(alone, self._two, self._hosts, lazy=False)
         both = self._checkpoint()
-        self._cluster.delete(alone)
+        delete(self._cluster, alone)
         return both
 
     def _checkpoint(self) -> Manifest:
         facts = self._port.call("checkpoint", "stop", timeout_s=_TIMEOUT_S)
         self._port.call("stop")
-        return self._cluster.store_of(self._hosts[0]).get(facts["checkpoint"])
+        return store_of(self._cluster, self._hosts[0]).get(facts["checkpoint"])
 
     def _console(self, host: str) -> Path:
         return VmFolder.of(self._cluster.settings(host), self._vm).run / "console.log"
@@ -131,7 +140,7 @@ class _Subject:
     ) -> dict[str, Any]:
         """The facts, with the time until the guest said something."""
         for part in manifest.hosts:
-            forget(self._cluster.memory_file(manifest, part.host))
+            forget(folder_of(self._cluster, manifest, part.host) / part.memory_file)
         began = time.monotonic()
         facts: dict[str, Any] = self._port.call(
             "restore", dumps(manifest), layout, hosts, lazy, timeout_s=_TIMEOUT_S

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from dcres.bench.command import view
 from dcres.bench.machine import machine, versions
 from dcres.bench.result import (
     Aim,
+    Bench,
     Direction,
     Ratio,
     Result,
@@ -134,6 +137,25 @@ def test_every_aim_ratio_and_figure_has_a_unit_or_is_measured() -> None:
 def test_a_benchmark_that_is_not_known() -> None:
     with pytest.raises(ConfigError, match="no benchmark is called figure99; there are paging"):
         bench.run("figure99")
+
+
+def test_a_quick_run_has_the_ratios_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = {"it": Ratio("paged", "local"), "more": Ratio("paged", "large")}
+    aims = (Aim("more", Direction.AT_MOST, 1),)
+    made = Bench("made", "made up", lambda setup: list(ROWS), ratios, aims, ())
+    monkeypatch.setitem(bench._BENCHES, "made", made)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found = bench.run("made", quick=True)
+    assert list(found.ratios) == ["it"]
+    assert found.not_reached == ("more was not measured",)
+    with pytest.raises(NotFound, match="more needs paged and large"):
+        bench.run("made")
+
+
+def test_a_plot_leaves_out_what_a_quick_run_did_not_measure(tmp_path: Path) -> None:
+    few = result("restore")
+    few = replace(few, rows=few.rows[:4])
+    assert page.plot(few, bench.figures("restore"), tmp_path)
 
 
 def test_the_machine_is_described() -> None:
