@@ -330,3 +330,33 @@ class Checkpointing:
             seconds=saved.seconds,
             files=tuple(FileSum(**each) for each in saved.files),
         )
+
+
+def checkpoint_facts(manifest: Manifest, seconds: float | None = None) -> dict[str, Any]:
+    """A checkpoint as `dcres checkpoint --json` prints it."""
+    return {
+        "checkpoint": manifest.checkpoint,
+        "vm": manifest.vm,
+        "mode": str(manifest.mode),
+        "format": manifest.memory_format,
+        "seconds": manifest.seconds if seconds is None else seconds,
+        "downtime_seconds": manifest.downtime_seconds,
+        "pages": manifest.pages,
+        "hosts": [
+            {
+                "host": part.host,
+                "role": str(part.role),
+                "pages": part.pages,
+                "bytes_written": part.bytes_written,
+                "file_bytes_allocated": part.file_bytes_allocated,
+                "seconds": part.seconds,
+            }
+            for part in manifest.hosts
+        ],
+        "paging_during": {
+            "pages_in": manifest.paging_during.pages_in,
+            "pages_out": manifest.paging_during.pages_out,
+        },
+        "pages_moved_for_checkpoint": manifest.pages_moved_for_checkpoint,
+        "rounds": manifest.rounds,
+    }

@@ -11,25 +11,24 @@ a second one is refused with Conflict.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dcres.actors import restoring as restoring_
-from dcres.actors.checkpointing import Checkpointing, Subject
+from dcres.actors.bringing_up import BringingUp
+from dcres.actors.checkpointing import Checkpointing, Subject, checkpoint_facts
 from dcres.actors.fleet import RayFleet
 from dcres.actors.following import Follower
-from dcres.actors.messages import Incarnation, RunOrder, ServeOrder, Status
-from dcres.actors.ports import Fleet, Pending, Port
-from dcres.actors.replacing import Replacing, give_shares_back
-from dcres.actors.restoring import Restoring
+from dcres.actors.messages import Status
+from dcres.actors.ports import Fleet, Port
+from dcres.actors.replacing import Replacing, settle_shape
+from dcres.actors.restoring import Restoring, spec_for
 from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import (
     ActorGone,
@@ -37,19 +36,17 @@ from dcres.errors import (
     Conflict,
     DcresError,
     NotFound,
-    OperationFailed,
     VmLost,
 )
 from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
-from dcres.model.pages import PAGE_SIZE, pages_of
+from dcres.model.pages import PAGE_SIZE
 from dcres.model.picture import Picture
-from dcres.paging.settings import SubAddress
-from dcres.storage.manifest import Manifest, Mode, loads
+from dcres.storage.manifest import Mode, loads
 from dcres.storage.store import Store
 
 log = logging.getLogger("dcres.coordinator")
 
-_START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
+_T = TypeVar("_T")
 _ASK_TIMEOUT_S = 10.0
 _CANCEL_TIMEOUT_S = 45.0
 _RESUME_TIMEOUT_S = 180.0  # it waits for a stop that is under way
@@ -68,19 +65,6 @@ class VmPhase(StrEnum):
     LOST = "lost"
 
 
-class Laps:
-    """What an operation was spent on: `seconds` by step, in order."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def end(self, step: str) -> None:
-        """The time since the step before was for this one."""
-        now = time.monotonic()
-        self.seconds[step], self._last = now - self._last, now
-
-
 class Coordinator:
     """One VM's driver; see the module."""
 
@@ -95,7 +79,6 @@ class Coordinator:
         self._unwanted: threading.Event | None = None  # while a start or restore is under way
         self._moves_unwanted: threading.Event | None = None  # while shares are changed
         self._last: dict[str, Any] = {}
-        self._laps = Laps()  # of the latest start or restore
         self._fixed_s = FIXED_S
         self._follower: Follower | None = None
         self._recover()
@@ -162,7 +145,7 @@ class Coordinator:
         if not main["reshaping"] and tuple(main["hosts"]) == self._hosts:
             return False
         log.warning("VM %s: giving up a change of shares", self._vm)
-        self._settle_shape()
+        self._hosts = settle_shape(self._vm, self._fleet)
         return True
 
     def _describe(self, port: Port) -> Status:
@@ -185,7 +168,7 @@ class Coordinator:
         spec = vm_spec(values)
         with self._exclusively(VmPhase.STARTING):
             self._require_absent()
-            self._bring_up(spec, hosts)
+            self._bring_up(spec, hosts, BringingUp.start)
             self._phase = VmPhase.RUNNING
         return self.status()
 
@@ -207,72 +190,20 @@ class Coordinator:
         return False
 
     def _bring_up(
-        self,
-        spec: VmSpec,
-        hosts: Sequence[str] | None,
-        manifest: Manifest | None = None,
-        lazy: bool = False,
-    ) -> Restoring | None:
-        """Reserve, start sub hosts, then the main host, then let the guest run; or undo all.
-
-        The restore, if it is one.
-        """
-        shares = spec.layout.shares
+        self, spec: VmSpec, hosts: Sequence[str] | None, begin: Callable[[BringingUp], _T]
+    ) -> _T:
+        """Reserve, and `begin`; or undo all."""
         self._unwanted = threading.Event()
-        self._laps = Laps()
+        bringing_up = BringingUp(self._vm, self._fleet, spec, self._require_wanted)
         try:
-            self._hosts = tuple(self._fleet.reserve(self._vm, shares, hosts))
-            self._laps.end("reserve")
-            self._require_wanted()
-            ports = self._ports()
-            main = ports[self._hosts[0]]
-            above = 0 if manifest is None else manifest.generation
-            generation = main.call("next_generation", above)
-            incarnation = Incarnation(self._vm, generation, secrets.token_hex(32))
-            restoring = None
-            if manifest is not None:
-                restoring = restoring_.prepare(
-                    manifest, shares, ports, self._fleet, incarnation, lazy
-                )
-                self._laps.end("plan")
-            self._run(spec, incarnation, ports, restoring)
+            self._hosts = bringing_up.reserve(hosts)
+            return begin(bringing_up)
         except BaseException:
             self._take_down()
             self._require_wanted()
             raise
         finally:
             self._unwanted = None
-        return restoring
-
-    def _run(
-        self,
-        spec: VmSpec,
-        incarnation: Incarnation,
-        ports: dict[str, Port],
-        restoring: Restoring | None,
-    ) -> None:
-        """Every host loads its pages at the same time; the guest runs when this returns."""
-        main = ports[self._hosts[0]]
-        load = None if restoring is None else restoring.load_order(self._hosts[0])
-        order = RunOrder(incarnation, spec, self._hosts, (), load)
-        booting = main.submit("boot", order)
-        subs = self._serve(spec, incarnation, ports, restoring)
-        booting.result(_START_TIMEOUT_S)
-        self._laps.end("boot")
-        self._require_wanted()
-        resumption = None if restoring is None else restoring.resumption
-        order = replace(order, subs=subs, load=None, resumption=resumption)
-        self._laps.end("serve")
-        main.call("run", order, timeout_s=_START_TIMEOUT_S)
-        self._require_wanted()
-        main.call("go")
-        self._laps.end("run")
-        if restoring is None:
-            return
-        if restoring.lazy:
-            self._follow(main, restoring.server_ports, restoring.end)
-        else:
-            restoring.end()
 
     def _follow(self, main: Port, servers: Mapping[str, Port], done: Callable[[], None]) -> None:
         self._follower = Follower(self._vm, main, servers, done)
@@ -287,24 +218,6 @@ class Coordinator:
     def _require_wanted(self) -> None:
         if self._unwanted is not None and self._unwanted.is_set():
             raise Conflict(f"the start of VM {self._vm} was cancelled")
-
-    def _serve(
-        self,
-        spec: VmSpec,
-        incarnation: Incarnation,
-        ports: dict[str, Port],
-        restoring: Restoring | None,
-    ) -> tuple[SubAddress, ...]:
-        page_count = pages_of(spec.memory)
-        pending: dict[str, Pending] = {}
-        for host, share in zip(self._hosts[1:], spec.layout.subs, strict=True):
-            load = None if restoring is None else restoring.load_order(host)
-            order = ServeOrder(incarnation, page_count, pages_of(share), load)
-            pending[host] = ports[host].submit("serve", order)
-        return tuple(
-            _result(host, each, _START_TIMEOUT_S, "the start was given up")
-            for host, each in pending.items()
-        )
 
     # Checkpoint
 
@@ -398,18 +311,24 @@ class Coordinator:
         """
         manifest = loads(manifest_text, Path("manifest.json"))
         spec = spec_for(manifest, layout)
+
+        def begin(bringing_up: BringingUp) -> tuple[Restoring, dict[str, float]]:
+            return bringing_up.restore(manifest, lazy), bringing_up.laps.seconds
+
         with self._exclusively(VmPhase.RESTORING):
             self._require_absent()
-            restoring = self._bring_up(spec, hosts, manifest, lazy)
+            restoring, laps = self._bring_up(spec, hosts, begin)
             self._phase = VmPhase.RUNNING
-        if restoring is None:
-            raise OperationFailed("a restore had no plan", {})
+            if lazy:
+                self._follow(self._main(), restoring.server_ports, restoring.end)
+            else:
+                restoring.end()
         moved = restoring.moved_pages
         return {
             "vm": self._vm,
             "checkpoint": manifest.checkpoint,
-            "seconds": sum(self._laps.seconds.values()),
-            "parts_seconds": self._laps.seconds,
+            "seconds": sum(laps.values()),
+            "parts_seconds": laps,
             "lazy": lazy,
             "layout": self._layout_facts(spec, restoring),
             "pages_moved": moved,
@@ -468,57 +387,23 @@ class Coordinator:
     def _reshape(
         self, spec: VmSpec, main_bytes: int, wanted: Sequence[int], added: Sequence[int]
     ) -> None:
-        layout = Layout(main=main_bytes, subs=tuple(filter(None, [*wanted, *added])))
-        layout.require_room_for(spec.memory)
-        main = self._main()
-        reserved = int(main.call("describe")["reserved"])
-        self._fleet.extend(self._vm, 0, max(0, main_bytes - reserved))
-        grows = main_bytes > spec.layout.main
-        if grows:
-            main.call("resize", main_bytes // PAGE_SIZE)
-        if [*wanted, *added] != list(spec.layout.subs):
-            self._replace(spec, wanted, added)
-        if not grows:
-            main.call("resize", main_bytes // PAGE_SIZE)
-        main.call("set_layout", layout.model_dump())
-        self._phase = VmPhase.RUNNING
-
-    def _replace(self, spec: VmSpec, wanted: Sequence[int], added: Sequence[int]) -> None:
         stopped = self._moves_unwanted = threading.Event()
 
         def require_wanted() -> None:
             if stopped.is_set():
                 raise Conflict(f"moving the pages of VM {self._vm} was cancelled; it runs on")
 
-        incarnation = self._main().call("incarnation")
         replacing = Replacing(
-            self._vm, self._fleet, spec, self._hosts, wanted, added, incarnation, require_wanted
+            self._vm, self._fleet, spec, self._hosts, main_bytes, wanted, added, require_wanted
         )
         try:
             self._hosts = replacing.run()
         except BaseException:
-            self._settle_shape()
+            self._hosts = settle_shape(self._vm, self._fleet)
             raise
         finally:
             self._moves_unwanted = None
-
-    def _settle_shape(self) -> None:
-        """After a change of shares that was not finished: the hosts that there are, in full.
-
-        Only hosts that the main host knows are the VM's; the shares are the layout's, and of a
-        host that joined what it was given.
-        """
-        ports = self._fleet.find(self._vm)
-        main = ports[0].call("describe")
-        members = main["hosts"]
-        for index, port in zip(self._fleet.indices(self._vm), ports, strict=True):
-            if self._describe(port)["host"] not in members:
-                port.call("destroy")
-                self._fleet.dismiss(self._vm, index)
-        self._hosts = tuple(members)
-        if main["reshaping"]:
-            shares = give_shares_back(self._vm, self._fleet, self._hosts, main["shares"])
-            ports[0].call("set_layout", {"main": main["spec"]["layout"]["main"], "subs": shares})
+        self._phase = VmPhase.RUNNING
 
     def status(self) -> Status:
         """The VM as its hosts see it; a host that is gone makes it lost, and says so."""
@@ -620,49 +505,3 @@ class Coordinator:
                 log.warning("VM %s: %s", self._vm, error)
         self._fleet.release(self._vm)
         self._hosts = ()
-
-
-def _result(host: str, pending: Pending, timeout_s: float, message: str) -> Any:
-    """A host's result; its failure keeps its type and gets the host's name where it can."""
-    try:
-        return pending.result(timeout_s)
-    except ClusterError as error:
-        raise OperationFailed(message, {host: str(error)}) from None
-
-
-def spec_for(manifest: Manifest, layout: Layout | None) -> VmSpec:
-    """The VM file of a checkpoint with another layout. Raises ConfigError if it cannot hold it."""
-    spec = VmSpec.model_validate(manifest.vm_spec)
-    layout = layout or spec.layout
-    layout.require_room_for(spec.memory)
-    return spec.model_copy(update={"layout": layout})
-
-
-def checkpoint_facts(manifest: Manifest, seconds: float | None = None) -> dict[str, Any]:
-    """A checkpoint as `dcres checkpoint --json` prints it."""
-    return {
-        "checkpoint": manifest.checkpoint,
-        "vm": manifest.vm,
-        "mode": str(manifest.mode),
-        "format": manifest.memory_format,
-        "seconds": manifest.seconds if seconds is None else seconds,
-        "downtime_seconds": manifest.downtime_seconds,
-        "pages": manifest.pages,
-        "hosts": [
-            {
-                "host": part.host,
-                "role": str(part.role),
-                "pages": part.pages,
-                "bytes_written": part.bytes_written,
-                "file_bytes_allocated": part.file_bytes_allocated,
-                "seconds": part.seconds,
-            }
-            for part in manifest.hosts
-        ],
-        "paging_during": {
-            "pages_in": manifest.paging_during.pages_in,
-            "pages_out": manifest.paging_during.pages_out,
-        },
-        "pages_moved_for_checkpoint": manifest.pages_moved_for_checkpoint,
-        "rounds": manifest.rounds,
-    }

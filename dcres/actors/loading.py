@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -107,15 +107,12 @@ def _load_all(
         extents = extents_of_mask(mask)
         puller.pull(source, identity, manifest.page_count, extents, write, meter.done)
 
-    work: list[Callable[[], None]] = [from_store]
-    work += [
-        lambda source=each.source, mask=mask: from_afar(source, mask)  # type: ignore[misc]
-        for each, mask in pairs
-        if each.source is not None
-    ]
-    with ThreadPoolExecutor(len(work)) as pool:
-        for done in [pool.submit(each) for each in work]:
-            done.result()
+    afar = [(each.source, mask) for each, mask in pairs if each.source is not None]
+    with ThreadPoolExecutor(1 + len(afar)) as pool:
+        under_way = [pool.submit(from_store)]
+        under_way += [pool.submit(from_afar, source, mask) for source, mask in afar]
+        for each in under_way:
+            each.result()
 
 
 def make_plan(store: Store, order: PlanOrder) -> Planned:

@@ -1,4 +1,4 @@
-"""Other shares for a running VM: sub hosts that hold more or less, join, or leave.
+"""Other shares for a running VM: hosts that keep more or less, sub hosts that join, or leave.
 
 ::
 
@@ -6,18 +6,18 @@
     reserve, serve    new capacities     hottest first   the pager forgets them
 
 Until the last step every host still serves, so that a failure in the middle leaves a VM that
-runs over the hosts it has; the same order may be given again.
+runs over the hosts it has. `settle_shape` then gives everybody the share that it had.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dcres.actors.messages import Incarnation, ServeOrder
+from dcres.actors.messages import ServeOrder, Status
 from dcres.actors.ports import Fleet, Port
-from dcres.config import VmSpec
+from dcres.config import Layout, VmSpec
 from dcres.errors import PagingError
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.paging.settings import SubAddress
@@ -25,46 +25,57 @@ from dcres.paging.settings import SubAddress
 _POLL_S = 0.05
 _TRIES = 20
 _SERVE_TIMEOUT_S = 60.0
-
-
-def give_shares_back(
-    vm: str, fleet: Fleet, hosts: tuple[str, ...], shares_bytes: Mapping[str, int]
-) -> list[int]:
-    """After a change that was not finished: nothing moves any more, every sub host may fill up.
-
-    Hosts that have joined stay with what they were given, since pages may be there by now. The
-    bytes of every sub host.
-    """
-    main, *ports = fleet.find(vm)
-    subs: list[SubAddress] = []
-    for host, port in zip(hosts[1:], ports, strict=True):
-        given = int(port.call("status")["capacity_pages"])
-        share = pages_of(shares_bytes[host]) if host in shares_bytes else given
-        subs.append(port.call("resize", share))
-    main.call("stop_moves")
-    main.call("reshape", hosts, tuple(subs))
-    return [sub.capacity_pages * PAGE_SIZE for sub in subs]
+_ASK_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
 class Replacing:
-    """One change of shares. `wanted` is bytes per sub host that there is; 0: it leaves."""
+    """One change of shares. `wanted` is bytes per sub host that there is; 0: it leaves.
+
+    `added` are the shares of sub hosts that join. `require_wanted` raises once it was cancelled.
+    """
 
     vm: str
     fleet: Fleet
     spec: VmSpec
     hosts: tuple[str, ...]
+    main_bytes: int
     wanted: Sequence[int]
     added: Sequence[int]
-    incarnation: Incarnation
     require_wanted: Callable[[], None]
 
     def run(self) -> tuple[str, ...]:
-        """Do it; the VM's hosts afterwards. Raises NoRoom, Conflict when it was cancelled."""
+        """Do it; the VM's hosts afterwards.
+
+        Raises ConfigError for shares that do not hold the VM's memory, NoRoom, Conflict when it
+        was cancelled; `settle_shape` ends what is half-done.
+        """
+        layout = Layout(main=self.main_bytes, subs=tuple(filter(None, [*self.wanted, *self.added])))
+        layout.require_room_for(self.spec.memory)
         ports = self.fleet.find(self.vm)
-        before = [int(each) for each in self.spec.layout.subs]
-        ports[0].call("begin_reshape")
-        self._reserve_growth(before)
+        main = ports[0]
+        main.call("begin_reshape")
+        self._reserve_growth(ports)
+        if self.main_bytes > self.spec.layout.main:
+            main.call("resize", pages_of(self.main_bytes))
+        hosts = self.hosts
+        if [*self.wanted, *self.added] != list(self.spec.layout.subs):
+            hosts = self._replace(ports)
+        if self.main_bytes < self.spec.layout.main:
+            main.call("resize", pages_of(self.main_bytes))
+        main.call("set_layout", layout.model_dump())
+        return hosts
+
+    def _reserve_growth(self, ports: Sequence[Port]) -> None:
+        """Beyond what was set aside when the host became one of the VM's."""
+        before, after = self.spec.layout.shares, (self.main_bytes, *self.wanted)
+        indices = self.fleet.indices(self.vm)
+        for index, port, now, share in zip(indices, ports, before, after, strict=True):
+            if share > now:
+                reserved = int(port.call("describe")["reserved"])
+                self.fleet.extend(self.vm, index, max(0, share - reserved))
+
+    def _replace(self, ports: Sequence[Port]) -> tuple[str, ...]:
         subs = [
             self._resized(port, share) for port, share in zip(ports[1:], self.wanted, strict=True)
         ]
@@ -72,24 +83,19 @@ class Replacing:
         for share in self.added:
             host, port = self.fleet.add(self.vm, share)
             hosts.append(host)
-            subs.append(self._served(port, share))
+            subs.append(self._served(ports[0], port, share))
         codes = ports[0].call("reshape", tuple(hosts), tuple(subs))
         capacities = {code: sub.capacity_pages for code, sub in zip(codes, subs, strict=True)}
         self._move(ports[0], capacities)
         return self._without_leavers(ports[0], tuple(hosts), tuple(subs))
 
-    def _reserve_growth(self, before: Sequence[int]) -> None:
-        indices = self.fleet.indices(self.vm)[1:]
-        for index, now, share in zip(indices, before, self.wanted, strict=True):
-            if share > now:
-                self.fleet.extend(self.vm, index, share - now)
-
     def _resized(self, port: Port, share: int) -> SubAddress:
         address: SubAddress = port.call("resize", pages_of(share))
         return address
 
-    def _served(self, port: Port, share: int) -> SubAddress:
-        order = ServeOrder(self.incarnation, pages_of(self.spec.memory), pages_of(share))
+    def _served(self, main: Port, port: Port, share: int) -> SubAddress:
+        incarnation = main.call("incarnation")
+        order = ServeOrder(incarnation, pages_of(self.spec.memory), pages_of(share))
         address: SubAddress = port.call("serve", order, timeout_s=_SERVE_TIMEOUT_S)
         return address
 
@@ -118,3 +124,42 @@ class Replacing:
                 ports[1 + position].call("destroy")
                 self.fleet.dismiss(self.vm, indices[1 + position])
         return left
+
+
+def settle_shape(vm: str, fleet: Fleet) -> tuple[str, ...]:
+    """After a change of shares that was not finished: the VM's hosts, with their shares in full.
+
+    Only hosts that the main host knows are the VM's; others were about to join, and end. Nothing
+    moves any more. A host that has joined keeps what it was given, since pages may be there.
+    """
+    ports = fleet.find(vm)
+    main = ports[0].call("describe")
+    hosts: tuple[str, ...] = tuple(main["hosts"])
+    for index, port in zip(fleet.indices(vm), ports, strict=True):
+        if _describe(port)["host"] not in hosts:
+            port.call("destroy")
+            fleet.dismiss(vm, index)
+    if main["reshaping"]:
+        _give_shares_back(fleet.find(vm), hosts, main)
+    return hosts
+
+
+def _describe(port: Port) -> Status:
+    port.wait_ready(_ASK_TIMEOUT_S)
+    description: Status = port.call("describe", timeout_s=_ASK_TIMEOUT_S)
+    return description
+
+
+def _give_shares_back(ports: Sequence[Port], hosts: tuple[str, ...], described: Status) -> None:
+    main, shares_bytes = ports[0], described["shares"]
+    subs: list[SubAddress] = []
+    for host, port in zip(hosts[1:], ports[1:], strict=True):
+        given = int(port.call("status")["capacity_pages"])
+        share = pages_of(shares_bytes[host]) if host in shares_bytes else given
+        subs.append(port.call("resize", share))
+    main_bytes = described["spec"]["layout"]["main"]
+    main.call("stop_moves")
+    main.call("reshape", hosts, tuple(subs))
+    main.call("resize", pages_of(main_bytes))
+    given_bytes = [sub.capacity_pages * PAGE_SIZE for sub in subs]
+    main.call("set_layout", {"main": main_bytes, "subs": given_bytes})

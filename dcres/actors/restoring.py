@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dcres.actors.messages import (
     Incarnation,
@@ -22,6 +22,7 @@ from dcres.actors.messages import (
     Resumption,
 )
 from dcres.actors.ports import Fleet, Pending, Port
+from dcres.config import Layout, VmSpec
 from dcres.errors import DcresError, NotFound
 from dcres.model.pages import pages_of
 from dcres.paging.evictor import headroom_pages
@@ -35,6 +36,14 @@ _SERVE_TIMEOUT_S = 60.0
 _ASK_TIMEOUT_S = 60.0
 
 Parts = tuple[str, ...]  # hosts of the checkpoint, as names of what they saved
+
+
+def spec_for(manifest: Manifest, layout: Layout | None) -> VmSpec:
+    """The VM file of a checkpoint with another layout. Raises ConfigError if it cannot hold it."""
+    spec = VmSpec.model_validate(manifest.vm_spec)
+    layout = layout or spec.layout
+    layout.require_room_for(spec.memory)
+    return spec.model_copy(update={"layout": layout})
 
 
 def capacities_of(shares_bytes: Sequence[int], pages: int) -> tuple[int, ...]:
@@ -64,6 +73,23 @@ class Where:
         found = {part for parts in self.here.values() for part in parts}
         return tuple(part for part in self.parts if part not in found)
 
+    def completed(self, holders: Mapping[str, Parts], checkpoint: str) -> Where:
+        """With hosts outside the VM for what its own lack, no more of them than it takes.
+
+        Raises NotFound for a part that no host has.
+        """
+        here, left = dict(self.here), set(self.missing)
+        for host, parts in holders.items():
+            if host not in here and left & set(parts):
+                here[host] = parts
+                left -= set(parts)
+        if left:
+            raise NotFound(
+                f"the part that {', '.join(sorted(left))} saved of checkpoint {checkpoint} "
+                "is on no host that answers; bring that host back"
+            )
+        return replace(self, here=here)
+
     @property
     def holds(self) -> tuple[tuple[bool, ...], ...]:
         """Per part: which target hosts have it."""
@@ -72,16 +98,6 @@ class Where:
     def holder(self, part: str) -> str:
         """A host that has `part`: the main host if it does, else another of the VM's, else any."""
         return next(host for host, parts in self.here.items() if part in parts)
-
-
-def moved_pages(planned: Planned, where: Where) -> int:
-    """Pages that cross the network."""
-    return sum(
-        pages
-        for flow, held in zip(planned.flow, where.holds, strict=True)
-        for pages, here in zip(flow, held, strict=True)
-        if not here
-    )
 
 
 @dataclass(slots=True)
@@ -104,7 +120,12 @@ class Restoring:
     @property
     def moved_pages(self) -> int:
         """Pages that cross the network."""
-        return moved_pages(self.planned, self.where)
+        return sum(
+            pages
+            for flow, held in zip(self.planned.flow, self.where.holds, strict=True)
+            for pages, here in zip(flow, held, strict=True)
+            if not here
+        )
 
     def _port(self, host: str) -> Port:
         return self.vm_ports[host] if host in self.vm_ports else self.helpers[host]
@@ -191,8 +212,10 @@ def prepare(
     parts = tuple(part.host for part in manifest.hosts)
     asked = {host: port.submit("parts_here", text) for host, port in ports.items()}
     here: dict[str, Parts] = {host: each.result(_ASK_TIMEOUT_S) for host, each in asked.items()}
-    helpers = _find_helpers(manifest, fleet, Where(parts, tuple(ports), here).missing, here)
     where = Where(parts, tuple(ports), here)
+    if where.missing:
+        where = where.completed(fleet.holders(text), manifest.checkpoint)
+    helpers = {host: fleet.visit(manifest.vm, host) for host in where.here if host not in ports}
     planner = {**ports, **helpers}[where.holder(parts[0])]
     capacities = capacities_of(shares_bytes, manifest.pages)
     order = PlanOrder(text, capacities, where.holds, masks=not lazy)
@@ -203,23 +226,3 @@ def prepare(
     made = Restoring(manifest, ports, fleet, incarnation, lazy, where, planned, helpers, main_part)
     made.serve()
     return made
-
-
-def _find_helpers(
-    manifest: Manifest, fleet: Fleet, missing: Parts, here: dict[str, Parts]
-) -> dict[str, Port]:
-    """Hosts outside the VM that have the missing parts; `here` gets what they have."""
-    if not missing:
-        return {}
-    left, helpers = set(missing), {}
-    for host, parts in fleet.holders(dumps(manifest)).items():
-        if host not in here and left & set(parts):
-            here[host] = parts
-            helpers[host] = fleet.visit(manifest.vm, host)
-            left -= set(parts)
-    if left:
-        raise NotFound(
-            f"the part that {', '.join(sorted(left))} saved of checkpoint {manifest.checkpoint} "
-            "is on no host that answers; bring that host back"
-        )
-    return helpers

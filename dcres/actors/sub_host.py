@@ -53,8 +53,13 @@ class SubHost(SavingHost, PartServing):
 
     def describe(self) -> Status:
         """Who this host is and whether it serves."""
-        serving = self._folder.state.exists()
-        return {"host": self._settings.name, "role": "sub", "present": serving}
+        state = read_state(self._folder.state) or {}
+        return {
+            "host": self._settings.name,
+            "role": "sub",
+            "present": bool(state),
+            "reserved": state.get("reserved", 0),
+        }
 
     @property
     def _store_file(self) -> Path:
@@ -91,7 +96,9 @@ class SubHost(SavingHost, PartServing):
         port = int(self._server.call("status")["port"])
         # A memory server that is started again must be found where the pager looks for it.
         paging_settings.save(ServerSettings(**{**asdict(settings), "port": port}), path)
-        write_state(self._folder.state, {"generation": order.incarnation.generation})
+        reserved = order.capacity_pages * PAGE_SIZE
+        state = {"generation": order.incarnation.generation, "reserved": reserved}
+        write_state(self._folder.state, state)
         return SubAddress(self._settings.name, settings.address, port, order.capacity_pages)
 
     def resize(self, capacity_pages: int) -> SubAddress:

@@ -285,7 +285,7 @@ class TestRestorePlan:
         assert repr(plan).startswith(f"<RestorePlan {manifest.checkpoint} onto a 384 KiB: ")
         assert repr(plan).endswith("runs after ≈ 1.0 s>")
         assert "<td>a</td><td>main</td>" in plan._repr_html_()
-        assert "300 MB/s from each host's store" in ASSUMPTION
+        assert "1000 MB/s from each host's store" in ASSUMPTION
 
 
 class TestDrainPlan:

@@ -289,7 +289,11 @@ class FakeSub(FakeHost):
 
     def describe(self) -> dict[str, Any]:
         self.world.note(self.host, "describe")
-        return {"host": self.host, "present": self.host in self.world.serving}
+        return {
+            "host": self.host,
+            "present": self.host in self.world.serving,
+            "reserved": 16 << 20,
+        }
 
     def status(self) -> dict[str, Any]:
         self.world.note(self.host, "status")
@@ -596,7 +600,7 @@ def test_a_restore_on_hosts_of_the_same_shape(
     assert [each["pages"] for each in facts["layout"]] == [PAGES] * 3
     assert world.state["loaded"] == [("h0", None)]
     assert (facts["pages_moved"], facts["lazy"]) == (0, False)
-    assert list(facts["parts_seconds"]) == ["reserve", "plan", "boot", "serve", "run"]
+    assert list(facts["parts_seconds"]) == ["reserve", "plan", "boot", "run"]
     assert facts["seconds"] == pytest.approx(sum(facts["parts_seconds"].values()))
     assert world.runs
 
@@ -717,10 +721,9 @@ def test_a_sub_host_joins(started: Coordinator, world: World, fleet: LocalFleet)
         "h0.reshape h1 h2 h3 [2048, 6144, 2048]",
         "h0.move_into [2048, 6144, 2048]",
         "h0.move_into [2048, 6144, 2048]",
-        "h0.resize 8192",
         "h0.set_layout",
     ]
-    assert fleet.extra == {("vm", 2): 8 * MIB, ("vm", 0): 0}
+    assert fleet.extra == {("vm", 2): 8 * MIB}
     assert fleet.reserved["vm"] == {0: "h0", 1: "h1", 2: "h2", 3: "h3"}
     assert world.state["shares"] == {"h1": 8 * MIB, "h2": 24 * MIB, "h3": 8 * MIB}
 
@@ -738,12 +741,27 @@ def test_a_sub_host_is_drained_and_leaves(
         "h0.move_into [0, 4096]",
         "h0.reshape h2 [4096]",
         "h1.destroy",
-        "h0.resize 12288",
     ]
     assert fleet.reserved["vm"] == {0: "h0", 2: "h2"}
     assert [each["host"] for each in started.status()["hosts"]] == ["h0", "h2"]
     started.stop()
     require_nothing(world, fleet)
+
+
+def test_growing_twice_sets_all_of_it_aside(started: Coordinator, fleet: LocalFleet) -> None:
+    started.resize(40 * MIB, [24 * MIB, 16 * MIB])
+    started.resize(48 * MIB, [32 * MIB, 16 * MIB])
+    assert fleet.extra == {("vm", 0): 16 * MIB, ("vm", 1): 16 * MIB}
+
+
+def test_a_change_that_fails_takes_the_main_hosts_share_back(
+    started: Coordinator, world: World
+) -> None:
+    world.fail["h0.move_into [6144, 4096]"] = NoRoom("no room")
+    with pytest.raises(NoRoom):
+        started.resize(48 * MIB, [24 * MIB, 16 * MIB])
+    assert steps(world, "resize")[-1] == "h0.resize 8192"
+    assert world.state["spec"]["layout"] == {"main": 32 * MIB, "subs": [16 * MIB, 16 * MIB]}
 
 
 def test_what_has_no_room_elsewhere_is_not_drained(started: Coordinator, world: World) -> None:

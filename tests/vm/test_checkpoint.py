@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from dcres.actors.coordinator import spec_for
 from dcres.actors.loading import make_plan
 from dcres.actors.main_host import MainHost
 from dcres.actors.messages import Incarnation, LoadOrder, PlanOrder, Reading, Resumption, RunOrder
+from dcres.actors.restoring import spec_for
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, OperationFailed, PagingError
 from dcres.storage import tables

@@ -1,0 +1,124 @@
+"""Starting a VM over its hosts, from nothing or from a checkpoint.
+
+::
+
+    reserve ──▶ plan ──▶ boot (main host)     ──▶ run ──▶ go
+                         serve (sub hosts)
+    memory      parts    QEMU, pages, servers     pager,   the guest runs
+    and actors           all at the same time     VM core
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from dcres.actors import restoring as restoring_
+from dcres.actors.messages import Incarnation, LoadOrder, RunOrder, ServeOrder
+from dcres.actors.ports import Fleet, Pending, Port
+from dcres.actors.restoring import Restoring
+from dcres.config import VmSpec
+from dcres.errors import ClusterError, OperationFailed
+from dcres.model.pages import pages_of
+from dcres.paging.settings import SubAddress
+from dcres.storage.manifest import Manifest
+
+_START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
+
+
+class Laps:
+    """What an operation was spent on: `seconds` by step, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def end(self, step: str) -> None:
+        """The time since the step before was for this one."""
+        now = time.monotonic()
+        self.seconds[step], self._last = now - self._last, now
+
+
+class BringingUp:
+    """One start or restore: `reserve`, then `start` or `restore`.
+
+    `require_wanted` raises once it was cancelled. Whoever called ends what a failure leaves.
+    """
+
+    def __init__(
+        self, vm: str, fleet: Fleet, spec: VmSpec, require_wanted: Callable[[], None]
+    ) -> None:
+        self.laps = Laps()
+        self._vm = vm
+        self._fleet = fleet
+        self._spec = spec
+        self._require_wanted = require_wanted
+        self._ports: dict[str, Port] = {}
+
+    def reserve(self, hosts: Sequence[str] | None) -> tuple[str, ...]:
+        """The VM's hosts, the main host first. Raises NoRoom, NotFound, Conflict."""
+        names = self._fleet.reserve(self._vm, self._spec.layout.shares, hosts)
+        self._ports = dict(zip(names, self._fleet.find(self._vm), strict=True))
+        self.laps.end("reserve")
+        self._require_wanted()
+        return tuple(names)
+
+    def start(self) -> None:
+        """Boot the guest; it runs when this returns."""
+        order = self._boot(self._incarnation(above=0), lambda host: None)
+        self._go(order)
+
+    def restore(self, manifest: Manifest, lazy: bool) -> Restoring:
+        """Bring the guest back; it runs when this returns. What serves parts is still there."""
+        incarnation = self._incarnation(above=manifest.generation)
+        shares = self._spec.layout.shares
+        restoring = restoring_.prepare(
+            manifest, shares, self._ports, self._fleet, incarnation, lazy
+        )
+        self.laps.end("plan")
+        order = self._boot(incarnation, restoring.load_order)
+        self._go(replace(order, resumption=restoring.resumption))
+        return restoring
+
+    @property
+    def _main(self) -> Port:
+        return next(iter(self._ports.values()))
+
+    def _incarnation(self, above: int) -> Incarnation:
+        generation = self._main.call("next_generation", above)
+        return Incarnation(self._vm, generation, secrets.token_hex(32))
+
+    def _boot(
+        self, incarnation: Incarnation, load_order: Callable[[str], LoadOrder | None]
+    ) -> RunOrder:
+        """Every host starts what it runs and loads its pages at the same time."""
+        main, *subs = self._ports
+        order = RunOrder(incarnation, self._spec, tuple(self._ports), (), load_order(main))
+        booting = self._main.submit("boot", order)
+        serving: dict[str, Pending] = {}
+        for host, share in zip(subs, self._spec.layout.subs, strict=True):
+            pages = pages_of(self._spec.memory), pages_of(share)
+            serve = ServeOrder(incarnation, *pages, load_order(host))
+            serving[host] = self._ports[host].submit("serve", serve)
+        addresses = tuple(_address(host, pending) for host, pending in serving.items())
+        booting.result(_START_TIMEOUT_S)
+        self.laps.end("boot")
+        self._require_wanted()
+        return replace(order, subs=addresses, load=None)
+
+    def _go(self, order: RunOrder) -> None:
+        self._main.call("run", order, timeout_s=_START_TIMEOUT_S)
+        self._require_wanted()
+        self._main.call("go")
+        self.laps.end("run")
+
+
+def _address(host: str, pending: Pending) -> SubAddress:
+    """Where a sub host listens; its failure keeps its type and gets its name where it can."""
+    try:
+        address: SubAddress = pending.result(_START_TIMEOUT_S)
+    except ClusterError as error:
+        raise OperationFailed("the start was given up", {host: str(error)}) from None
+    return address
