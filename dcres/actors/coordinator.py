@@ -39,7 +39,7 @@ from dcres.errors import (
     VmLost,
 )
 from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
-from dcres.model.pages import PAGE_SIZE
+from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.model.picture import Picture
 from dcres.storage.manifest import Mode, loads
 from dcres.storage.store import Store
@@ -368,15 +368,31 @@ class Coordinator:
         """Empty one sub host while the VM runs, then leave it. Raises NotFound, NoRoom."""
         with self._exclusively(VmPhase.RESIZING):
             spec = self._running_spec()
-            if host not in self._hosts[1:]:
-                raise NotFound(
-                    f"{host} is no sub host of VM {self._vm}; it has "
-                    f"{', '.join(self._hosts[1:]) or 'none'}"
-                )
-            shares = zip(self._hosts[1:], spec.layout.subs, strict=True)
-            wanted = [0 if name == host else share for name, share in shares]
-            self._reshape(spec, spec.layout.main, wanted, ())
+            wanted = self._without(host, spec)
+            self._reshape(spec, spec.layout.main, list(wanted.values()), ())
         return self.status()
+
+    def plan_drain(self, host: str) -> dict[str, int]:
+        """How many pages `drain` would bring to each other host, as things are now.
+
+        Raises what `drain` raises before it begins.
+        """
+        spec = self._running_spec()
+        wanted = self._without(host, spec)
+        layout = Layout(main=spec.layout.main, subs=tuple(filter(None, wanted.values())))
+        layout.require_room_for(spec.memory)
+        capacities = {name: pages_of(share) for name, share in wanted.items()}
+        moves: dict[str, int] = self._main().call("plan_moves", capacities)
+        return moves
+
+    def _without(self, host: str, spec: VmSpec) -> dict[str, int]:
+        """Every sub host's share, but none for `host`. Raises NotFound."""
+        shares = dict(zip(self._hosts[1:], spec.layout.subs, strict=True))
+        if host not in shares:
+            raise NotFound(
+                f"{host} is no sub host of VM {self._vm}; it has {', '.join(shares) or 'none'}"
+            )
+        return {**shares, host: 0}
 
     def _running_spec(self) -> VmSpec:
         description = self._main().call("describe")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from dcres.actors.reshaping import moves_into
 from dcres.actors.starting import StartingHost
 from dcres.model.live import HostRound
-from dcres.model.moves import NO_MOVES
+from dcres.model.moves import NO_MOVES, Moves
 from dcres.model.pages import pages_of
-from dcres.model.placement import free_codes
+from dcres.model.placement import MAIN, free_codes
 from dcres.paging import moves as paging_moves
 from dcres.paging.settings import SubAddress
 from dcres.paging.table import PageTable
@@ -36,8 +37,8 @@ class MovingHost(StartingHost):
         """Shares are being changed until `set_layout` is called; a later coordinator will see."""
         self._remember(reshaping=True)
 
-    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> tuple[int, ...]:
-        """Page with these sub hosts from now on; the owner code of each.
+    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
+        """Page with these sub hosts from now on.
 
         A sub host that was there keeps its code. Raises PagingError if one that is left out
         still has pages.
@@ -52,16 +53,29 @@ class MovingHost(StartingHost):
         self._repage(subs=coded)
         self._remember(hosts=list(hosts), codes=codes)
         self._await_links()
-        return tuple(codes)
 
-    def move_into(self, capacities: dict[int, int]) -> int:
-        """Begin to move pages so that no sub host has more than this many; how many move.
-
-        By owner code. Raises NoRoom.
-        """
+    def _moves_into(self, capacities: Mapping[str, int]) -> Moves:
+        hosts, codes = self._state["hosts"], self._state["codes"]
+        by_code = {code: capacities[host] for host, code in zip(hosts[1:], codes, strict=True)}
         table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
         now = int(table.ticks.max(initial=0))
-        rows = moves_into(table.owners.copy(), table.ticks, now, capacities, table.limit_pages)
+        return moves_into(table.owners.copy(), table.ticks, now, by_code, table.limit_pages)
+
+    def plan_moves(self, capacities: Mapping[str, int]) -> dict[str, int]:
+        """What `move_into` would do: how many pages would go to each host. Raises NoRoom."""
+        rows = self._moves_into(capacities)
+        lengths = rows[:, 1] - rows[:, 0]
+        main, *subs = self._state["hosts"]
+        hosts = {MAIN: main, **dict(zip(self._state["codes"], subs, strict=True))}
+        pages = {host: int(lengths[rows[:, 3] == code].sum()) for code, host in hosts.items()}
+        return {host: count for host, count in pages.items() if count}
+
+    def move_into(self, capacities: Mapping[str, int]) -> int:
+        """Begin to move pages so that no sub host has more than this many; how many move.
+
+        `capacities` are pages by sub host, all of them. Raises NoRoom.
+        """
+        rows = self._moves_into(capacities)
         paging_moves.save(self._moves_path, rows)
         self._repage()
         return int((rows[:, 1] - rows[:, 0]).sum())

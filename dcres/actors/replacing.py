@@ -84,9 +84,8 @@ class Replacing:
             host, port = self.fleet.add(self.vm, share)
             hosts.append(host)
             subs.append(self._served(ports[0], port, share))
-        codes = ports[0].call("reshape", tuple(hosts), tuple(subs))
-        capacities = {code: sub.capacity_pages for code, sub in zip(codes, subs, strict=True)}
-        self._move(ports[0], capacities)
+        ports[0].call("reshape", tuple(hosts), tuple(subs))
+        self._move(ports[0], {sub.host: sub.capacity_pages for sub in subs})
         return self._without_leavers(ports[0], tuple(hosts), tuple(subs))
 
     def _resized(self, port: Port, share: int) -> SubAddress:
@@ -99,7 +98,7 @@ class Replacing:
         address: SubAddress = port.call("serve", order, timeout_s=_SERVE_TIMEOUT_S)
         return address
 
-    def _move(self, main: Port, capacities: dict[int, int]) -> None:
+    def _move(self, main: Port, capacities: dict[str, int]) -> None:
         """Move until nobody holds too much; the guest pages out meanwhile, so ask again."""
         for _ in range(_TRIES):
             if not main.call("move_into", capacities):

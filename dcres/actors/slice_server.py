@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -138,30 +138,21 @@ class SliceServer:
             loop, settings.identity, settings.page_count, at, self._table, many_pagers=True
         )
         self._control = ControlServer(loop, Path(settings.control), self._order)
-        self._stopping = False
 
     @property
     def port(self) -> int:
         """Where it listens."""
         return self._service.port
 
-    def run(self) -> None:
-        """Serve until told to stop."""
-        while not self._stopping:
+    def run(self) -> NoReturn:
+        """Serve until the process ends; its pin ends with it."""
+        while True:
             self._service.turn(1.0)
-        self._control.close()
-
-    def stop(self) -> None:
-        """Leave `run` soon."""
-        self._stopping = True
 
     def _order(self, do: str, arguments: dict[str, Any], reply: Reply) -> None:
         match do:
             case "status":
                 reply({"ok": True, **self.status()})
-            case "stop":
-                self.stop()
-                reply({"ok": True})
             case _:
                 raise ProtocolError(f"a slice server cannot {do}")
 
@@ -191,7 +182,7 @@ def _open_table(settings: SliceSettings, held: ExitStack) -> SliceTable:
     return SliceTable(readers, settings.page_count)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> NoReturn:
     """Run the slice server whose settings file is named."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     with ExitStack() as held:
@@ -199,11 +190,10 @@ def main(arguments: list[str]) -> int:
             server = SliceServer(settings_.load(SliceSettings, Path(arguments[0])), held)
         except (OSError, DcresError) as error:
             log.error("cannot start: %s", error)
-            return 1
+            sys.exit(1)
         log.info("serving on port %d", server.port)
         server.run()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -22,7 +22,7 @@ from dcres.api.defaults import (
     DEFAULT_MODE,
     require_kind,
 )
-from dcres.api.draining import DrainPlan, plan_drain
+from dcres.api.draining import DrainPlan
 from dcres.api.interrupt import uninterrupted
 from dcres.api.operation import ProgressOption, attend
 from dcres.api.placement import Placement
@@ -175,7 +175,7 @@ class Vm:
         return self._reshape("resize", (main_bytes, subs_bytes), f"resize of {self.name}", progress)
 
     def drain(self, host: str, *, progress: ProgressOption = None) -> VmStatus:
-        """Empty a sub host while the VM runs, and leave it; the other sub hosts take its pages.
+        """Empty a sub host while the VM runs, and leave it; the other hosts take its pages.
 
         Ctrl-C gives it up, and the VM runs on. Raises NotFound when it is no sub host of the
         VM, ConfigError or NoRoom when the others cannot take its pages, and Conflict while a
@@ -185,12 +185,13 @@ class Vm:
 
     def plan_drain(self, host: str) -> DrainPlan:
         """What `drain` would move where, as things are now; changes nothing. Raises NotFound."""
-        status = self._status()
-        if not status.hosts:
-            raise NotFound(f"VM {self.name} does not run; start it or restore a checkpoint")
-        (main, *_) = RayFleet().find(self.name)
-        spec = VmSpec.model_validate(main.call("describe")["spec"])
-        return plan_drain(status, host, spec.memory)
+        try:
+            moves = self._session.existing(self.name).call("plan_drain", host)
+        except NotFound:
+            raise
+        except DcresError as error:
+            return DrainPlan(self.name, host, {}, (str(error),))
+        return DrainPlan(self.name, host, moves)
 
     def _reshape(
         self, method: str, args: tuple[Any, ...], title: str, progress: ProgressOption

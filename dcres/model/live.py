@@ -27,6 +27,7 @@ class Verdict(StrEnum):
     FITS = "the rest fits the downtime target"
     BOUND = "the bound on rounds is reached"
     STALLED = "the guest writes as fast as its pages are saved"
+    TOO_SHORT = "the stop itself takes longer than the downtime target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ def judge(target: Target, rounds: Sequence[Mapping[str, HostRound]]) -> Judgemen
     if len(rounds) >= target.max_rounds:
         return Judgement(Verdict.BOUND, estimate)
     if len(rounds) >= 3 and _left(rounds[-1]) > STALLED_SHRINK * _left(rounds[-2]):
-        return Judgement(Verdict.STALLED, estimate)
+        hopeless = target.fixed_s > target.downtime_s
+        return Judgement(Verdict.TOO_SHORT if hopeless else Verdict.STALLED, estimate)
     return Judgement(Verdict.GO_ON, estimate)
 
 

@@ -257,9 +257,6 @@ class Pager:
                 self._evictor.changes = NOBODY_LOOKS
                 self._tracking = ""
                 reply({"ok": True})
-            case "stop":
-                self.stop()
-                reply({"ok": True})
             case _:
                 raise ProtocolError(f"a pager cannot {do}")
 

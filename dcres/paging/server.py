@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dcres.errors import DcresError, PagingError, ProtocolError
 from dcres.model.handshake import Role
@@ -40,7 +39,6 @@ class MemoryServer:
         at = Endpoint(settings.address, settings.port)
         self._service = PageService(loop, identity, page_count, at, self._table)
         self._control = ControlServer(loop, Path(settings.control), self._order)
-        self._stopping = False
         self._tracking = ""
 
     @property
@@ -48,16 +46,11 @@ class MemoryServer:
         """Where it listens."""
         return self._service.port
 
-    def run(self) -> None:
-        """Serve until told to stop."""
-        while not self._stopping:
+    def run(self) -> NoReturn:
+        """Serve until the process ends, at any moment: all that matters is in the store file."""
+        while True:
             self._service.turn(1.0)
             self._table.end_stalled()
-        self._control.close()
-
-    def stop(self) -> None:
-        """Leave `run` soon. The store file stays."""
-        self._stopping = True
 
     def _order(self, do: str, arguments: dict[str, Any], reply: Reply) -> None:
         match do:
@@ -76,9 +69,6 @@ class MemoryServer:
                 reply({"ok": True})
             case "resize":
                 self._resize(arguments.get("capacity_pages"))
-                reply({"ok": True})
-            case "stop":
-                self.stop()
                 reply({"ok": True})
             case _:
                 raise ProtocolError(f"a memory server cannot {do}")
@@ -113,7 +103,7 @@ class MemoryServer:
         }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> NoReturn:
     """Run the memory server whose settings file is named."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     path = Path(arguments[0])
@@ -121,12 +111,10 @@ def main(arguments: list[str]) -> int:
         server = MemoryServer(settings_.load(ServerSettings, path))
     except (OSError, DcresError) as error:
         log.error("cannot start: %s", error)
-        return 1
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+        sys.exit(1)
     log.info("serving on port %d", server.port)
     server.run()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -144,7 +144,7 @@ def test_a_served_checkpoint_cannot_be_deleted(
     with pytest.raises(Conflict, match="is in use"):
         store.delete(manifest.checkpoint)
     assert store.verify(manifest.checkpoint).ok
-    slices.order("stop")
+    slices.process.terminate()
     slices.process.wait(10)
     store.delete(manifest.checkpoint)
 

@@ -15,10 +15,9 @@ from dcres.actors.room import MIB, HostInfo
 from dcres.api import choosing
 from dcres.api.catalogue import StoresOfHosts
 from dcres.api.choosing import Seen, Wish, choose_hosts, decide, wish_of
-from dcres.api.draining import plan_drain
+from dcres.api.draining import DrainPlan
 from dcres.api.plan import ASSUMPTION, NETWORK_BYTES_PER_S, START_S, Flow, RestorePlan, plan_restore
 from dcres.api.session import Session
-from dcres.api.status import HostStatus, VmStatus
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, ConfigError, Conflict, DcresError, NoRoom, NotFound
 from dcres.linux.memory import available_bytes, free_for_guests
@@ -288,37 +287,11 @@ class TestRestorePlan:
         assert "1000 MB/s from each host's store" in ASSUMPTION
 
 
-class TestDrainPlan:
-    MAIN = HostStatus("h0", "main", 8, 8, 0, 0)
-
-    def status(self, *subs: tuple[int, int], bringing_in: bool = False) -> VmStatus:
-        hosts = [
-            HostStatus(f"h{at}", "sub", pages, share, 0, 0)
-            for at, (pages, share) in enumerate(subs, 1)
-        ]
-        return VmStatus("v", "running", hosts=(self.MAIN, *hosts), bringing_in=bringing_in)
-
-    def test_the_others_take_its_pages(self) -> None:
-        plan = plan_drain(self.status((5, 8), (2, 4), (0, 8)), "h1", 20 * PAGE_SIZE)
-        assert plan.possible
-        assert plan.pages == sum(plan.moves.values()) == 5
-        assert plan.moves.keys() <= {"h2", "h3"}
-        assert plan.moves["h2"] <= 2
-        assert plan.to_dict()["bytes_moved"] == 5 * PAGE_SIZE
-        assert "<DrainPlan h1 of v: h2 8 KiB" in repr(plan)
-
-    def test_why_it_cannot_be(self) -> None:
-        small = plan_drain(self.status((5, 8), (2, 8)), "h1", 20 * PAGE_SIZE)
-        assert "give the hosts 16 KiB more" in small.problems[0]
-        full = plan_drain(self.status((5, 8), (4, 8)), "h1", 16 * PAGE_SIZE)
-        assert full.problems == (
-            "the other sub hosts have 4 KiB too little room; give them more first",
-        )
-        moving = plan_drain(self.status((5, 8), (2, 8), bringing_in=True), "h1", 16 * PAGE_SIZE)
-        assert "still being restored" in moving.problems[0]
-        for host in ("h0", "nix"):
-            with pytest.raises(NotFound, match=f"{host} is no sub host of VM v; it has h1"):
-                plan_drain(self.status((5, 8)), host, PAGE_SIZE)
+def test_a_drain_plan_tells_its_sum() -> None:
+    plan = DrainPlan("v", "h1", {"h2": 2, "h3": 3})
+    assert plan.possible
+    assert plan.to_dict()["bytes_moved"] == 5 * PAGE_SIZE
+    assert "<DrainPlan h1 of v: h2 8 KiB" in repr(plan)
 
 
 def test_free_memory_as_the_kernel_sees_it(tmp_path: Path) -> None:

@@ -454,7 +454,7 @@ class TestTables:
         assert "8 MiB (h1 8 MiB)" in text
         assert "it fits: 8.004 MiB to read and verify, 8 MiB over the network" in text
         assert "as asked" in text
-        assert "assumed: 300 MB/s" in text
+        assert "assumed: 1000 MB/s" in text
         lazy = replace(plan, lazy=True)
         assert "the guest runs after about 1.0 s, all its memory is there after" in (
             shown(tables.plan_view(lazy))

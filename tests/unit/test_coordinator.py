@@ -194,13 +194,15 @@ class FakeMain(FakeHost):
     def begin_reshape(self) -> None:
         self.world.state["reshaping"] = True
 
-    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> tuple[int, ...]:
+    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
         shares = [sub.capacity_pages for sub in subs]
         self.world.note(self.host, f"reshape {' '.join(hosts[1:])} {shares}")
         self.world.state["hosts"] = list(hosts)
-        return tuple(range(16, 16 + len(subs)))
 
-    def move_into(self, capacities: dict[int, int]) -> int:
+    def plan_moves(self, capacities: dict[str, int]) -> dict[str, int]:
+        return {host: PAGES for host, pages in capacities.items() if pages}
+
+    def move_into(self, capacities: dict[str, int]) -> int:
         self.world.note(self.host, f"move_into {list(capacities.values())}")
         return self.world.to_move.pop() if self.world.to_move else 0
 
@@ -762,6 +764,17 @@ def test_a_change_that_fails_takes_the_main_hosts_share_back(
         started.resize(48 * MIB, [24 * MIB, 16 * MIB])
     assert steps(world, "resize")[-1] == "h0.resize 8192"
     assert world.state["spec"]["layout"] == {"main": 32 * MIB, "subs": [16 * MIB, 16 * MIB]}
+
+
+def test_a_drain_can_be_planned(started: Coordinator, world: World) -> None:
+    with pytest.raises(ConfigError, match="16 MiB more"):
+        started.plan_drain("h1")
+    started.resize(48 * MIB)
+    world.done.clear()
+    assert started.plan_drain("h1") == {"h2": PAGES}
+    assert steps(world, "resize", "reshape", "move_into", "begin_reshape") == []
+    with pytest.raises(NotFound, match="h9 is no sub host"):
+        started.plan_drain("h9")
 
 
 def test_what_has_no_room_elsewhere_is_not_drained(started: Coordinator, world: World) -> None:

@@ -30,3 +30,9 @@ def test_a_busy_guest_does_not_make_it_endless() -> None:
     assert judge(Target(max_rounds=4), rounds(*left)).verdict is Verdict.BOUND
     assert judge(Target(), rounds(10**6, 9 * 10**5, 89 * 10**4)).verdict is Verdict.STALLED
     assert judge(Target(), rounds(10**6, 9 * 10**5)).go_on
+
+
+def test_a_target_below_what_every_stop_takes_is_told() -> None:
+    left = rounds(100, 90, 89)
+    assert judge(Target(downtime_s=0.02, fixed_s=0.03), left).verdict is Verdict.TOO_SHORT
+    assert judge(Target(downtime_s=0.04, fixed_s=0.03), left).verdict is Verdict.FITS

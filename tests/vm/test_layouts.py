@@ -95,8 +95,7 @@ def test_a_lazily_restored_guest_is_checkpointed_before_all_its_pages_are_there(
     vm.coordinator.stop()
     layout = layout_of("64MiB", "64MiB", "96MiB")
     vm.restore(manifest, layout=layout, hosts=["h3", "h1", "h0"], lazy=True)
-    second = vm.coordinator.checkpoint("live")["checkpoint"]
-    text = (vm.settings["h3"].store / "vm" / second / "manifest.json").read_text()
+    text = saved_on(vm, "h3")
     vm.coordinator.stop()
     vm.coordinator.restore(text)
     keeps_checking(vm.console, 1)
@@ -114,23 +113,17 @@ def test_what_a_lazy_restore_reads_from_cannot_be_deleted(saved: tuple[Rig, Mani
     assert manifest.checkpoint in vm.listed()
 
 
-def test_a_source_that_dies_for_a_moment_is_waited_for(saved: tuple[Rig, Manifest]) -> None:
+@pytest.mark.parametrize("victim", ["slice server", "pager"])
+def test_what_dies_while_pages_come_is_started_again(
+    saved: tuple[Rig, Manifest], victim: str
+) -> None:
     vm, manifest = saved
     vm.coordinator.stop()
     layout = layout_of("64MiB", "64MiB", "64MiB")
     vm.restore(manifest, layout=layout, hosts=["h3", "h1", "h0"], lazy=True)
-    for process in slice_servers(vm):
+    pager = vm.coordinator.status()["hosts"][0]["pid"]
+    for process in [pager] if victim == "pager" else slice_servers(vm):
         os.kill(process, signal.SIGKILL)
-    until(lambda: whole(vm), 60, "every page is with its host")
-    keeps_checking(vm.console, 1)
-
-
-def test_a_pager_that_dies_goes_on_bringing_pages(saved: tuple[Rig, Manifest]) -> None:
-    vm, manifest = saved
-    vm.coordinator.stop()
-    layout = layout_of("64MiB", "64MiB", "64MiB")
-    vm.restore(manifest, layout=layout, hosts=["h3", "h1", "h0"], lazy=True)
-    os.kill(vm.coordinator.status()["hosts"][0]["pid"], signal.SIGKILL)
     until(lambda: whole(vm), 60, "every page is with its host")
     require_shares_kept(vm, layout)
     keeps_checking(vm.console, 1)
@@ -154,8 +147,7 @@ def test_sub_hosts_join_grow_and_leave_while_the_guest_runs(saved: tuple[Rig, Ma
     assert [each["host"] for each in status["hosts"]] == ["h0", "h2", "h3"]
     require_shares_kept(vm, layout_of("64MiB", "80MiB", "96MiB"))
     keeps_checking(vm.console, 1)
-    after = vm.coordinator.checkpoint("live")["checkpoint"]
-    text = (vm.settings["h0"].store / "vm" / after / "manifest.json").read_text()
+    text = saved_on(vm, "h0")
     vm.coordinator.stop()
     vm.coordinator.restore(text)
     keeps_checking(vm.console, 1)
@@ -195,20 +187,33 @@ def test_an_ordinary_vm_gets_sub_hosts_while_it_runs(saved: tuple[Rig, Manifest]
     keeps_checking(vm.console, 1)
 
 
-def test_from_one_host_to_several(saved: tuple[Rig, Manifest]) -> None:
+def saved_on(vm: Rig, main: str) -> str:
+    """The manifest of a live checkpoint of what runs there."""
+    checkpoint = vm.coordinator.checkpoint("live")["checkpoint"]
+    return (vm.settings[main].store / "vm" / checkpoint / "manifest.json").read_text()
+
+
+MORE_HOSTS = {
+    "1 to 3": (layout_of("192MiB"), layout_of("64MiB", "48MiB", "80MiB")),
+    "2 to 4": (layout_of("64MiB", "128MiB"), layout_of("56MiB", "24MiB", "96MiB", "40MiB")),
+}
+
+
+@pytest.mark.parametrize("case", MORE_HOSTS)
+def test_a_restore_over_more_hosts(saved: tuple[Rig, Manifest], case: str) -> None:
     vm, manifest = saved
+    few, many = MORE_HOSTS[case]
     vm.coordinator.stop()
-    vm.restore(manifest, layout=layout_of("192MiB"), hosts=["h3"])
+    vm.restore(manifest, layout=few, hosts=["h3", "h1"][: len(few.shares)])
     await_checks(vm.console)
-    single = vm.coordinator.checkpoint("live")["checkpoint"]
-    text = (vm.settings["h3"].store / "vm" / single / "manifest.json").read_text()
+    text = saved_on(vm, "h3")
     for lazy in (False, True):
         vm.coordinator.stop()
-        layout = layout_of("64MiB", "48MiB", "80MiB")
-        facts = vm.coordinator.restore(text, layout, ["h0", "h3", "h2"], lazy)
+        hosts = ["h0", "h3", "h2", "h1"][: len(many.shares)]
+        facts = vm.coordinator.restore(text, many, hosts, lazy)
         assert facts["pages_moved"] > 0
         until(lambda: whole(vm), 60, "every page is with its host")
-        require_shares_kept(vm, layout)
+        require_shares_kept(vm, many)
         keeps_checking(vm.console, 1)
 
 
