@@ -402,7 +402,11 @@ class Pager:
             "page_in_median_us": float(np.median(samples)),
             "page_in_p99_us": float(np.percentile(samples, 99)),
             "links": {
-                link.sub.host: {"state": str(link.state), "trouble": link.trouble}
+                # One host may have both a memory server and a slice server of this VM.
+                link.sub.host + (" (parts)" if link.source else ""): {
+                    "state": str(link.state),
+                    "trouble": link.trouble,
+                }
                 for link in self._all_links
             },
             **self._counters(),
