@@ -15,7 +15,7 @@ from dcres.actors import _ray
 from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Pending, Port
-from dcres.actors.room import HostInfo
+from dcres.actors.room import HostInfo, host_named
 from dcres.actors.sub_host import SubHost
 from dcres.config import HostSettings, format_size
 from dcres.errors import DcresError, NoRoom, NotFound
@@ -176,7 +176,7 @@ def _alive() -> list[HostInfo]:
 
 
 def _address_of(host: str) -> str:
-    return next(each.address for each in _ray.hosts() if each.name == host)
+    return host_named(host, _ray.hosts()).address
 
 
 def _roomiest(hosts: Sequence[HostInfo], share: int) -> str:

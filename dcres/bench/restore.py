@@ -4,15 +4,18 @@ A real guest fills most of its memory with noise on one host, is spread over two
 each, stores of their own) and saved there. In each round and for each size of memory that
 checkpoint is restored, every time read from the disk:
 
-* ``lazy`` and ``eager``: over two hosts that have changed places, so that the hot half and the
-  cold half both have to cross. ``…_one_host``: on one of them, so that half has to.
-* ``whole``: until the lazily restored guest had all its memory; it works a little meanwhile.
+* ``lazy`` and ``eager``: over two hosts that have changed places; the plan has what is hotter
+  cross, and leaves where it is what nobody has touched since it was filled. ``…_one_host``: on
+  the one that was the sub host, so that half of memory has to cross.
+* ``whole``: until the lazily restored guest had all its memory, every page of which its pager
+  had from a slice server; the guest works a little meanwhile.
 * ``qemu_incoming``: the same guest, saved by a plain QEMU into one file, in a plain QEMU on one
   host; ``qemu_start``: that QEMU's start alone, until its monitor answers.
 
 The time of a restore ends when QEMU has been told to let the guest run. ``reserve`` is the part
 of it in which Ray sets memory aside and starts the hosts' actors; ``own`` is a lazy restore
-without that and without QEMU's start. All hosts are on this machine, and so share its
+over two hosts without that and without QEMU's start. On one host Ray has to start an actor on
+the other one, too, which no longer is the VM's. All hosts are on this machine, and so share its
 processors. What else a restore is about is in `dcres.bench.move` (bytes per second between two
 hosts) and `dcres.bench.history` (what the access history is good for).
 """
@@ -44,6 +47,7 @@ from dcres.bench.move import forget
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import wait_for
 from dcres.config import Accel, Layout, VmSpec
+from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import Manifest, dumps
 from dcres.vm import process
 from dcres.vm.command import VmFiles
@@ -172,12 +176,13 @@ class _Subject:
         reserve = facts["parts_seconds"]["reserve"]
         yield _row(f"lazy_{name}", at, facts)
         yield Row(f"reserve_{name}", at, reserve, "s")
-        yield Row(f"own_{name}", at, facts["seconds"] - reserve - start, "s")
+        if layout is self._two:
+            yield Row(f"own_{name}", at, facts["seconds"] - reserve - start, "s")
         while self._port.call("status")["hosts"][0]["moving"]:
             time.sleep(_POLL_S)
         whole = time.monotonic() - facts["began"]
-        length = facts["bytes_moved"] / 1e6
-        yield Row(f"whole_{name}", at, whole, "s", {"moved_MB_per_s": length / whole})
+        rate = self._manifest.pages * PAGE_SIZE / 1e6 / (whole - facts["seconds"])
+        yield Row(f"whole_{name}", at, whole, "s", {"MB_per_s": rate})
         self._port.call("stop")
 
 
