@@ -1,11 +1,11 @@
 """Live checkpoints of guests that write at different rates, beside QEMU's own ways.
 
 A real guest over a main host (three quarters) and a sub host fills its memory and then writes
-to pages at random in half of it, at a given rate. In each round: its speed before, a live
-checkpoint, its speed meanwhile. QEMU's own ways save the same guest on one host, without
-dcres: ``migrate`` of the stopped VM to a file, and ``savevm`` into a QCOW2 disk; the VM stands
-still for all of it. What the first write to a protected page costs is measured with the native
-writer.
+to pages at random in half of it, at a given rate. Once that half is on the main host, each round
+has its speed before, a live checkpoint, and its speed meanwhile. QEMU's own ways save the same
+guest on one host, without dcres: ``migrate`` of the stopped VM to a file, and ``savevm`` into a
+QCOW2 disk; the VM stands still for all of it. What the first write to a protected page costs is
+measured with the native writer.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ RATES = (0, 10, 50, 200, FLAT_OUT)
 _GUEST_MIB = 128
 _TIMEOUT_S = 300.0
 _BEFORE_S = 2.0
+_AT_REST_PAGES = 64
 
 
 def _name(rate: int) -> str:
@@ -100,6 +101,16 @@ class _Subject:
         self._console = Path(status["hosts"][0]["console"])
         last = "FILLED" if rate == 0 else "WROTE"
         wait_for(lambda: last in self._text(), _TIMEOUT_S, "the guest has filled its memory")
+        wait_for(self._at_rest, _TIMEOUT_S, "what the guest writes is on the main host")
+
+    def _at_rest(self) -> bool:
+        """Whether hardly a page came in a second: before, its speed is that of page-in."""
+        before = self._pages_in()
+        time.sleep(1.0)
+        return self._pages_in() - before < _AT_REST_PAGES
+
+    def _pages_in(self) -> int:
+        return int(self._port.call("status")["hosts"][0]["pages_in"])
 
     def _text(self) -> str:
         return self._console.read_text(errors="replace")
