@@ -56,7 +56,7 @@ from tests.support.wait import until
 
 # About 80 s with two idle cores, and several times that with busy ones.
 pytestmark = [
-    *(pytest.mark.vm, pytest.mark.cluster, pytest.mark.slow),
+    *(pytest.mark.vm, pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone),
     pytest.mark.timeout(900),
 ]
 
