@@ -33,8 +33,12 @@ def _place(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cheap tests first: from pure functions to whole VMs under random kills."""
-    items.sort(key=_place)
+    """Cheap tests first: from pure functions to whole VMs under random kills.
+
+    Where several processes share the work it is the other way round: a long file that is begun
+    last would have everybody wait for it.
+    """
+    items.sort(key=_place, reverse="PYTEST_XDIST_WORKER" in os.environ)
 
 
 def _describe(process: ProcessId) -> str:

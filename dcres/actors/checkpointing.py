@@ -29,8 +29,9 @@ from dcres.model.commit import (
     Published,
     PublishFailed,
 )
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import HostRound, Judgement, Target, judge
-from dcres.storage.layout import VMCORE
+from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
     DiskSnapshot,
     FileSum,
@@ -81,6 +82,7 @@ class Checkpointing:
         checkpoint: str,
         mode: Mode,
         target: Target,
+        memory_format: MemoryFormat = DEFAULT_FORMAT,
         created: datetime | None = None,
     ) -> None:
         self.checkpoint = checkpoint
@@ -88,6 +90,7 @@ class Checkpointing:
         self._subject = subject
         self._mode = mode
         self._target = target
+        self._format = memory_format
         self.rounds: list[dict[str, HostRound]] = []
         self.judgement: Judgement | None = None
         self.downtime_parts_s: dict[str, float] = {}
@@ -172,7 +175,7 @@ class Checkpointing:
 
     def _prepare(self, host: str) -> Barrier:
         answer = self._subject.ports[host].call(
-            "prepare", self.checkpoint, timeout_s=_PREPARE_TIMEOUT_S
+            "prepare", self.checkpoint, self._format, timeout_s=_PREPARE_TIMEOUT_S
         )
         if host == self._subject.main:
             self._before = answer
@@ -292,6 +295,7 @@ class Checkpointing:
             vm=subject.vm,
             created=self._created.strftime("%Y-%m-%dT%H:%M:%SZ"),
             mode=self._mode,
+            memory_format=self._format,
             memory_bytes=subject.spec.memory,
             generation=subject.generation,
             vm_spec=subject.spec.model_dump(mode="json", by_alias=True),
@@ -328,6 +332,7 @@ class Checkpointing:
             bytes_written=saved.bytes_written,
             file_bytes_allocated=saved.allocated_bytes,
             seconds=saved.seconds,
+            memory_file=MEMORY_FILES[self._format],
             files=tuple(FileSum(**each) for each in saved.files),
         )
 
@@ -338,7 +343,7 @@ def checkpoint_facts(manifest: Manifest, seconds: float | None = None) -> dict[s
         "checkpoint": manifest.checkpoint,
         "vm": manifest.vm,
         "mode": str(manifest.mode),
-        "format": manifest.memory_format,
+        "format": str(manifest.memory_format),
         "seconds": manifest.seconds if seconds is None else seconds,
         "downtime_seconds": manifest.downtime_seconds,
         "pages": manifest.pages,

@@ -38,6 +38,7 @@ from dcres.errors import (
     NotFound,
     VmLost,
 )
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.model.picture import Picture
@@ -227,6 +228,7 @@ class Coordinator:
         checkpoint: str | None = None,
         downtime_s: float = DOWNTIME_S,
         max_rounds: int = MAX_ROUNDS,
+        memory_format: MemoryFormat = DEFAULT_FORMAT,
     ) -> dict[str, Any]:
         """Take a checkpoint; its manifest's facts as `dcres checkpoint --json` prints them.
 
@@ -243,7 +245,9 @@ class Coordinator:
             # The four digits tell checkpoints of one second apart, and put them in order.
             name = checkpoint or Store.new_id(self._vm, now, f"{now.microsecond // 16:04x}")
             target = Target(downtime_s, max_rounds, self._fixed_s)
-            running = Checkpointing(self._subject(ports), name, Mode(mode), target, now)
+            running = Checkpointing(
+                self._subject(ports), name, Mode(mode), target, memory_format, now
+            )
             self._checkpointing = running
             try:
                 manifest = running.run()

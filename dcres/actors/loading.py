@@ -96,9 +96,7 @@ def _load_all(
         for reading, mask in pairs:
             if reading.source is None:
                 part = store.read_slice(manifest, reading.part)
-                memory_file.load(
-                    part.memory_path, part.mask, part.sums, fd, meter.done, wanted=mask
-                )
+                memory_file.load(part.memory, fd, meter.done, wanted=mask)
 
     def from_afar(source: SubAddress, mask: Mask) -> None:
         def write(first: int, stop: int, data: memoryview) -> None:

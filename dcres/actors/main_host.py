@@ -27,6 +27,7 @@ from dcres.errors import (
     PagingError,
     VmLost,
 )
+from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.model.placement import (
     MAIN,
@@ -54,7 +55,7 @@ class MainHost(MovingHost):
         """A number greater than `above` that no earlier life of this VM had; durable."""
         return self._store.next_generation(self._vm, above)
 
-    def prepare(self, checkpoint: str) -> dict[str, int]:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> dict[str, int]:
         """Sweep unfinished checkpoints, make room for this one, track changes from now on.
 
         The state file says so: an actor that is started again finds out what it left. Returns
@@ -68,7 +69,7 @@ class MainHost(MovingHost):
         self._store.begin(self._vm, checkpoint)
         require_store_room(self._settings.store, status["pages"][0] * PAGE_SIZE)
         self._remember(checkpoint=checkpoint)
-        self._begin_saving(checkpoint, self._ram, self._pager)
+        self._begin_saving(checkpoint, memory_format, self._ram, self._pager)
         return {"pages_in": status["pages_in"], "pages_out": status["pages_out"]}
 
     @property

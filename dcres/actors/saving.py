@@ -8,7 +8,7 @@
 
 Every page that is here when tracking begins is marked, and from then on every page that comes,
 goes or is written. A round takes the marks and lets each page say for itself: it is in this
-host's sparse file and is saved in its place, or it is not and vanishes from the memory file.
+host's sparse RAM file and is saved, or it is not and vanishes from the memory file.
 A stopped checkpoint is the same with no rounds, and with everything written before the VM
 goes on rather than held in memory.
 """
@@ -28,6 +28,7 @@ from dcres.actors.host import Daemon, Meter
 from dcres.actors.messages import Progress, Saved
 from dcres.errors import Conflict, DcresError
 from dcres.linux.files import data_extents, data_extents_within
+from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.pages import (
     EMPTY,
@@ -39,10 +40,10 @@ from dcres.model.pages import (
 )
 from dcres.model.placement import digest
 from dcres.paging.changes import ChangeMap
-from dcres.storage import tables
-from dcres.storage.layout import MEMORY, SUMS
+from dcres.storage.layout import MEMORY_FILES
 from dcres.storage.manifest import FileSum
 from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
+from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 
 _SAMPLE_PAGES = 2048
@@ -64,7 +65,13 @@ class PartSaver:
     """One host's part of one checkpoint. Owned by one call at a time; `close` ends it."""
 
     def __init__(
-        self, source: Path, folder: Path, changes: Path, daemon: Daemon, meter: Meter
+        self,
+        source: Path,
+        folder: Path,
+        memory_format: MemoryFormat,
+        changes: Path,
+        daemon: Daemon,
+        meter: Meter,
     ) -> None:
         self._daemon = daemon
         self._meter = meter
@@ -76,9 +83,10 @@ class PartSaver:
             self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._source)
             self._pages = os.fstat(self._source).st_size // PAGE_SIZE
-            path = folder / MEMORY
+            path = folder / MEMORY_FILES[memory_format]
             path.unlink(missing_ok=True)
-            self._writer = stack.enter_context(MemoryFileWriter(path, self._pages, meter.done))
+            writer = MemoryFileWriter(path, self._pages, meter.done, memory_format=memory_format)
+            self._writer = stack.enter_context(writer)
             self._changes = ChangeMap.fresh(changes, self._pages)
             stack.callback(changes.unlink, missing_ok=True)
             daemon.call("track", changes=str(changes))
@@ -155,8 +163,7 @@ class PartSaver:
             self._writer.settle()
         saved = self._writer.seal()
         self.close()
-        sums = tables.write_sums(self._folder / SUMS, saved.mask, saved.sums)
-        files = (*tables_of(saved), sums)
+        files = (*tables_of(saved), *write_memory_tables(self._folder, saved))
         return Saved(
             host=host,
             pages=saved.pages,
@@ -182,14 +189,16 @@ class SavingHost:
         self._saving = threading.Lock()
         self._saver: PartSaver | None = None
 
-    def _begin_saving(self, checkpoint: str, source: Path, daemon: Daemon) -> Path:
+    def _begin_saving(
+        self, checkpoint: str, memory_format: MemoryFormat, source: Path, daemon: Daemon
+    ) -> Path:
         """Make this host's folder in the checkpoint and track changes from now on."""
         with self._saving:
             self._end_saving()
             self._meter.reset()
             folder = self._store.host_folder(self._vm, checkpoint, self._host)
             changes = source.with_name("changes")
-            self._saver = PartSaver(source, folder, changes, daemon, self._meter)
+            self._saver = PartSaver(source, folder, memory_format, changes, daemon, self._meter)
         return folder
 
     def _end_saving(self) -> None:

@@ -27,6 +27,7 @@ from dcres.actors.messages import Saved, ServeOrder, Status
 from dcres.actors.saving import SavingHost
 from dcres.config import HostSettings
 from dcres.errors import NotFound
+from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import ServerSettings, SubAddress
@@ -121,13 +122,13 @@ class SubHost(SavingHost, PartServing):
             **self._server.call_patiently("status"),
         }
 
-    def prepare(self, checkpoint: str) -> None:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> None:
         """Make room for a checkpoint and track changes from now on. Raises StoreFull."""
         self._require_serving()
         held = int(self._server.call_patiently("status")["held_pages"])
         self._store.begin(self._vm, checkpoint)
         require_store_room(self._settings.store, held * PAGE_SIZE)
-        self._begin_saving(checkpoint, self._store_file, self._server)
+        self._begin_saving(checkpoint, memory_format, self._store_file, self._server)
 
     def save(self, checkpoint: str) -> Saved:
         """Make this host's part durable, with its page existence file: the vote.

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dcres.errors import ConfigError
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
+
+__all__ = [
+    "DEFAULT_DOWNTIME_S",
+    "DEFAULT_FORMAT",
+    "DEFAULT_MAX_ROUNDS",
+    "DEFAULT_MODE",
+    "FORMATS",
+    "MODES",
+    "require_kind",
+]
 
 DEFAULT_MODE = "live"
 MODES = ("live", "stop")
 DEFAULT_DOWNTIME_S = 0.1
 DEFAULT_MAX_ROUNDS = 8
-DEFAULT_FORMAT = "sparse"
-FORMATS = ("sparse",)
+FORMATS = tuple(str(each) for each in MemoryFormat)
 
 
 def require_kind(mode: str, format: str) -> None:

@@ -38,6 +38,7 @@ from dcres.errors import (
     NotFound,
     VmLost,
 )
+from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.picture import MOST_BUCKETS
 from dcres.storage.checks import VerifyReport
@@ -107,7 +108,9 @@ class Vm:
 
         ``live``: it runs meanwhile, and stands still only for what is left when that fits
         `downtime_s`, or after `max_rounds` rounds. ``stop``: it stands still until all is
-        written. `progress` is called with an `OperationProgress` four times a second.
+        written. `format` is that of the memory files: ``packed``, pages close together in large
+        writes, or ``sparse``, every page at its place in memory. `progress` is called with an
+        `OperationProgress` four times a second.
 
         Ctrl-C cancels it. Raises OperationFailed when it was given up (the VM goes on, earlier
         checkpoints are as they were), ConfigError for a mode or format that there is not.
@@ -125,6 +128,7 @@ class Vm:
             None,
             downtime_s,
             max_rounds,
+            MemoryFormat(format),
             title=f"checkpoint of {self.name}",
             progress=progress,
         )

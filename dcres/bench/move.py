@@ -36,11 +36,12 @@ from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.paging import control, settings
 from dcres.paging.puller import pull
 from dcres.paging.settings import SubAddress
-from dcres.storage import layout, tables
+from dcres.storage import layout
 from dcres.storage.atomic import write_durably
 from dcres.storage.digest import file_sum
 from dcres.storage.manifest import HostSlice, Manifest, Mode, Role, dumps
 from dcres.storage.memory_file import MemoryFileWriter
+from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 from dcres.storage.transfer import write_fully
 
@@ -170,7 +171,7 @@ def _checkpoint(store: Path, length_bytes: int) -> Source:
         bytes_written=saved.bytes_written,
         file_bytes_allocated=saved.allocated_bytes,
         seconds=saved.seconds,
-        files=(tables.write_sums(folder / layout.SUMS, saved.mask, saved.sums), core),
+        files=(*write_memory_tables(folder, saved), core),
     )
     manifest = Manifest(
         checkpoint=_CHECKPOINT,

@@ -37,7 +37,11 @@ def checkpoint(
         ),
     ] = DEFAULT_MODE,
     format: Annotated[
-        str, typer.Option(metavar="FORMAT", help="Of memory files: sparse.")
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="Of memory files. packed: pages close together. sparse: each at its place.",
+        ),
     ] = DEFAULT_FORMAT,
     downtime: Annotated[
         float, typer.Option(metavar="MS", help="live: how long the VM may stand still.")

@@ -11,7 +11,7 @@ from typing import TypeVar
 from dcres.errors import CheckpointCorrupt
 from dcres.model.pages import Mask
 from dcres.storage import layout, memory_file, slices, tables
-from dcres.storage.digest import Sums, check_file
+from dcres.storage.digest import check_file
 from dcres.storage.manifest import FileSum, HostSlice, Manifest
 from dcres.storage.transfer import Progress
 
@@ -66,9 +66,8 @@ class Verifier:
         for file in part.files:
             if file.name not in (layout.SUMS, layout.PAGES):
                 self._try(host, file.name, partial(self._check_other, folder / file.name, file))
-        if sums is not None:
-            path = folder / part.memory_file
-            self._try(host, part.memory_file, partial(self._check_memory, path, *sums))
+        if sums is not None and not self._problems.get((host, layout.INDEX)):
+            self._try(host, part.memory_file, partial(self._check_memory, folder, part))
         return mask
 
     def agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
@@ -102,13 +101,17 @@ class Verifier:
             slices.require_same(folder / layout.PAGES, here, mask, part.host)
 
     def _check_other(self, path: Path, expected: FileSum) -> None:
-        if path.name == layout.HISTORY:
-            tables.read_history(path, self.manifest.page_count, expected)
-        else:
-            check_file(path, expected)
+        match path.name:
+            case layout.HISTORY:
+                tables.read_history(path, self.manifest.page_count, expected)
+            case layout.INDEX:
+                tables.read_index(path, self.manifest.page_count, expected)
+            case _:
+                check_file(path, expected)
 
-    def _check_memory(self, path: Path, mask: Mask, sums: Sums) -> None:
-        self._pages += memory_file.verify(path, mask, sums, self.progress)
+    def _check_memory(self, folder: Path, part: HostSlice) -> None:
+        memory = slices.read_memory(folder, self.manifest, part)
+        self._pages += memory_file.verify(memory, self.progress)
 
     def _check_agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
         placement = slices.read_placement(folder, self.manifest)

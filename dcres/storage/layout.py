@@ -10,13 +10,17 @@ import re
 from datetime import UTC, datetime
 
 from dcres.errors import NotFound
+from dcres.model.formats import MemoryFormat
 
 MANIFEST = "manifest.json"
 MEMORY = "memory.img"
+PACK = "memory.pack"
 PAGES = "pages.arrow"
 SUMS = "sums.arrow"
+INDEX = "index.arrow"
 HISTORY = "history.arrow"
 VMCORE = "vmcore"
+MEMORY_FILES = {MemoryFormat.SPARSE: MEMORY, MemoryFormat.PACKED: PACK}
 GENERATION = "generation"
 GENERATION_LOCK = ".generation.lock"
 

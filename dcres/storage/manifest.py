@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from dcres.errors import CheckpointCorrupt
+from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.damage import corrupt
 from dcres.storage.layout import (
@@ -33,7 +34,7 @@ from dcres.storage.layout import (
     VM_PATTERN,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of packed checkpoints; sparse ones are as they were in version 1
 
 # Four places: the shortest decimal of such a number never has an exponent, in any language.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(lambda s: round(s, 4))]
@@ -52,6 +53,9 @@ class Mode(StrEnum):
 
     LIVE = "live"
     STOP = "stop"
+
+
+_VERSIONS = {MemoryFormat.SPARSE: 1, MemoryFormat.PACKED: 2}
 
 
 class _Model(BaseModel):
@@ -102,12 +106,12 @@ class HostSlice(_Model):
 class Manifest(_Model):
     """A published checkpoint. `hosts` begins with the main host, in order of their indices."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
     vm: str = Field(pattern=VM_PATTERN)
     created: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
     mode: Mode
-    memory_format: Literal["sparse"] = "sparse"
+    memory_format: MemoryFormat = MemoryFormat.SPARSE
     memory_bytes: int = Field(gt=0, multiple_of=PAGE_SIZE)
     page_size: Literal[4096] = 4096
     generation: Count
@@ -125,8 +129,19 @@ class Manifest(_Model):
     paging_during: PagingDuring = PagingDuring()
     rounds: Count = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _versioned(cls, values: Any) -> Any:
+        """The version follows from the format, where it is not given."""
+        if isinstance(values, dict) and "format_version" not in values:
+            memory_format = MemoryFormat(values.get("memory_format", MemoryFormat.SPARSE))
+            return {**values, "format_version": _VERSIONS[memory_format]}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.format_version != _VERSIONS[self.memory_format]:
+            raise ValueError(f"{self.memory_format} memory files are not of this format version")
         names = [slice_.host for slice_ in self.hosts]
         if len(set(names)) != len(names):
             raise ValueError("a host is named twice")
@@ -189,7 +204,7 @@ def loads(text: str, path: Path) -> Manifest:
 
 def _require_version(values: dict[str, Any], path: Path) -> None:
     version = values.get("format_version")
-    if version == FORMAT_VERSION:
+    if type(version) is int and 1 <= version <= FORMAT_VERSION:
         return
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointCorrupt(

@@ -8,26 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from dcres.errors import NotFound
-from dcres.model.pages import Mask
+from dcres.model.formats import MemoryFormat
+from dcres.model.pages import Mask, Pages
 from dcres.storage import layout, tables
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import Sums
 from dcres.storage.manifest import FileSum, HostSlice, Manifest, Role
+from dcres.storage.memory_file import MemoryFile, SavedMemory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """What `memory_file.load` needs, and where this host's files are.
-
-    `mask` and `sums` have one entry per page of the VM; `sums` means something where `mask` is
-    true.
-    """
+    """What `memory_file.load` needs, and where this host's files are."""
 
     host: str
     folder: Path
-    memory_path: Path
-    mask: Mask
-    sums: Sums
+    memory: MemoryFile
 
 
 def find_slice(manifest: Manifest, host: str) -> HostSlice:
@@ -59,6 +55,31 @@ def read_sums(folder: Path, manifest: Manifest, part: HostSlice) -> tuple[Mask, 
     return mask, sums
 
 
+def read_order(folder: Path, manifest: Manifest, part: HostSlice) -> Pages | None:
+    """The page at every place of a packed memory file; None for a sparse one."""
+    match manifest.memory_format:
+        case MemoryFormat.SPARSE:
+            return None
+        case MemoryFormat.PACKED:
+            expected = listed(manifest, part, layout.INDEX)
+            return tables.read_index(folder / layout.INDEX, manifest.page_count, expected)
+
+
+def read_memory(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryFile:
+    """The memory file of `part` as its tables describe it. Raises CheckpointCorrupt."""
+    mask, sums = read_sums(folder, manifest, part)
+    return MemoryFile(folder / part.memory_file, mask, sums, read_order(folder, manifest, part))
+
+
+def write_memory_tables(folder: Path, saved: SavedMemory) -> tuple[FileSum, ...]:
+    """Write what `read_memory` reads: durable on return. Raises StoreFull."""
+    file = saved.file
+    sums = tables.write_sums(folder / layout.SUMS, file.mask, file.sums)
+    if file.order is None:
+        return (sums,)
+    return sums, tables.write_index(folder / layout.INDEX, file.order, len(file.mask))
+
+
 def read_here(folder: Path, manifest: Manifest, part: HostSlice) -> Mask:
     """The pages here according to the page placement or page existence file."""
     expected = listed(manifest, part, layout.PAGES)
@@ -84,9 +105,9 @@ def read_placement(folder: Path, manifest: Manifest) -> tables.Placement:
 def read_slice(folder: Path, manifest: Manifest, host: str) -> Slice:
     """The part of `host` in `folder`. Raises CheckpointCorrupt and NotFound."""
     part = find_slice(manifest, host)
-    mask, sums = read_sums(folder, manifest, part)
-    require_same(folder / layout.PAGES, read_here(folder, manifest, part), mask, host)
-    return Slice(host, folder, folder / part.memory_file, mask, sums)
+    memory = read_memory(folder, manifest, part)
+    require_same(folder / layout.PAGES, read_here(folder, manifest, part), memory.mask, host)
+    return Slice(host, folder, memory)
 
 
 def require_same(path: Path, here: Mask, mask: Mask, host: str) -> None:

@@ -217,12 +217,11 @@ class Store:
     def open_pages(self, manifest: Manifest, host: str) -> PageReader:
         """What `host` saved, opened to read single pages. Raises CheckpointCorrupt, NotFound.
 
-        Of its tables only the checksums are read: who wants this wants it soon, and no page
-        comes out of it that they do not vouch for.
+        Of its tables only those of the memory file are read: who wants this wants it soon, and no
+        page comes out of it that its checksum does not vouch for.
         """
-        folder = self._part(manifest, host)
         part = slices.find_slice(manifest, host)
-        return PageReader(folder / part.memory_file, *slices.read_sums(folder, manifest, part))
+        return PageReader(slices.read_memory(self._part(manifest, host), manifest, part))
 
     def read_placement(self, manifest: Manifest) -> tables.Placement:
         """For every page an index in ``manifest.hosts``, or `tables.NOWHERE`."""

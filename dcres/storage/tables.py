@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dcres.model.pages import PAGE_SIZE, Mask
+from dcres.model.pages import PAGE_SIZE, Mask, Pages
 from dcres.storage.atomic import write_durably
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import Sums, bytes_sum, read_checked
@@ -30,6 +30,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     "placement": {"host": pa.uint8()},
     "existence": {"here": pa.bool_()},
     "sums": {"page": pa.uint64(), "xxh3_64": pa.uint64()},
+    "index": {"page": pa.uint32()},
     "history": {"last_access": pa.uint32()},
 }
 
@@ -94,6 +95,23 @@ def read_sums(path: Path, page_count: int, expected: FileSum | None = None) -> t
     mask[places] = True
     sums[places] = values
     return mask, sums
+
+
+def write_index(path: Path, order: Pages, page_count: int) -> FileSum:
+    """Write the index of a packed memory file: for every place the page that lies there."""
+    return _write(path, "index", page_count, [order.astype(np.uint32)])
+
+
+def read_index(path: Path, page_count: int, expected: FileSum | None = None) -> Pages:
+    """Read an index back; no page is in it twice."""
+    (pages,), _ = _read(path, "index", page_count, expected)
+    if pages.size and int(pages.max()) >= page_count:
+        raise corrupt(path, f"it names page {pages.max()}, which the VM does not have")
+    twice = np.flatnonzero(np.bincount(pages, minlength=page_count) > 1)
+    if twice.size:
+        raise corrupt(path, f"it has page {twice[0]} twice")
+    order: Pages = pages.astype(np.int64)
+    return order
 
 
 def write_history(path: Path, last_access: Ticks, tick: int) -> FileSum:

@@ -211,7 +211,7 @@ class TestCheckpoints:
         assert [host["role"] for host in hosts] == ["main", "sub", "sub"]
         assert sum(host["pages"] for host in hosts) == saved["pages"]
         for host in hosts:
-            assert host["bytes_written"] == host["pages"] * PAGE_SIZE
+            assert 0 < host["bytes_written"] <= host["pages"] * PAGE_SIZE  # zeros are not
             assert host["file_bytes_allocated"] >= host["bytes_written"]
 
     def test_listed_inspected_and_verified(self, cli: Cli, saved: dict[str, Any]) -> None:
@@ -227,7 +227,8 @@ class TestCheckpoints:
         assert verified["ok"] is True
         assert verified["pages"] == saved["pages"]
         assert {file["name"] for file in verified["files"]} == {
-            *("memory.img", "pages.arrow", "sums.arrow", "history.arrow", "vmcore")
+            *("memory.pack", "index.arrow", "sums.arrow"),
+            *("pages.arrow", "history.arrow", "vmcore"),
         }
 
     def test_an_unknown_one(self, cli: Cli, saved: dict[str, Any]) -> None:

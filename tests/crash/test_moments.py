@@ -14,6 +14,7 @@ import pytest
 from dcres.actors.main_host import MainHost
 from dcres.actors.messages import Finished, RunOrder
 from dcres.errors import Conflict, DcresError, OperationFailed
+from dcres.model.formats import MemoryFormat
 from tests.support.vm import Rig, await_checks, rig, spec_of
 from tests.support.wait import until
 
@@ -100,7 +101,7 @@ def test_the_vm_goes_on_when_its_pager_dies_while_it_stands_still(vm: Rig, momen
 def test_a_resume_that_meets_a_stop_under_way_comes_after_it(vm: Rig) -> None:
     main, checkpoint, before = vm.main(), "vm-20260101-000000-0000", vm.listed()
     Attacked.moment = "stopping"
-    main.prepare(checkpoint)
+    main.prepare(checkpoint, MemoryFormat.SPARSE)
     main.finish(checkpoint)
     Attacked.resuming[-1].join(20)
     assert main.status()["run_state"] == "running"

@@ -168,7 +168,7 @@ def test_memory_files_on_every_file_system(folder: Path) -> None:
     saved = save(folder / "m", source, mask)
     with files.opened(folder / "back", os.O_RDWR | os.O_CREAT) as fd:
         os.ftruncate(fd, COUNT * PAGE_SIZE)
-        assert load(folder / "m", saved.mask, saved.sums, fd) == saved.pages
+        assert load(saved.file, fd) == saved.pages
     assert (folder / "back").read_bytes() == source.read_bytes()
 
 
@@ -203,7 +203,7 @@ def test_a_full_target_while_loading(small: Path, tmp_path: Path) -> None:
     with files.opened(small / "ram", os.O_RDWR | os.O_CREAT) as fd:
         os.ftruncate(fd, 5000 * PAGE_SIZE)
         with pytest.raises(NoRoom, match=r"no room for guest memory in .*/ram"):
-            load(tmp_path / "m", saved.mask, saved.sums, fd)
+            load(saved.file, fd)
 
 
 @pytest.mark.parametrize("few", [0, 1 << 20])

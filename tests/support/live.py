@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from dcres.actors.checkpointing import Checkpointing, Subject
 from dcres.actors.host import Meter
 from dcres.actors.messages import Finished, Placed, Saved
 from dcres.actors.saving import SavingHost
 from dcres.config import Layout, VmSpec
+from dcres.model.formats import MemoryFormat
 from dcres.model.live import Target
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import MAIN, digest, sub_code, to_saved
@@ -52,14 +54,14 @@ class WriterSub(SavingHost):
         self._source = rig.ram / f"sub{index}.ram"
         self._orders = _Orders(rig.folder / f"sub{index}.sock")
 
-    def prepare(self, checkpoint: str) -> None:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> None:
         self._store.begin(VM, checkpoint)
         # Each host's marks have a name of their own here: all lie in one folder.
         source = self._source.parent / self._host / "store.ram"
         source.parent.mkdir(exist_ok=True)
         if not source.exists():
             os.link(self._source, source)
-        self._begin_saving(checkpoint, source, self._orders)  # type: ignore[arg-type]
+        self._begin_saving(checkpoint, memory_format, source, self._orders)  # type: ignore[arg-type]
 
     def save(self, checkpoint: str) -> Saved:
         folder = self._store.host_folder(VM, checkpoint, self._host)
@@ -75,10 +77,11 @@ class WriterMain(SavingHost):
         self._orders = _Orders(rig.folder / "pager.sock")
         self._pid = rig.writer.process.pid
 
-    def prepare(self, checkpoint: str) -> dict[str, int]:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> dict[str, int]:
         self._store.begin(VM, checkpoint)
         self._begin_saving(
             checkpoint,
+            memory_format,
             self._rig.ram / "guest.ram",
             self._orders,  # type: ignore[arg-type]
         )
@@ -161,20 +164,30 @@ class LiveCheckpoints:
         self._subject = Subject(VM, 1, spec, "tcg", "none", "q35", tuple(ports), ports)
 
     def take(self, number: int, mode: Mode = Mode.LIVE) -> Manifest:
+        """Checkpoint `number`: even ones are sparse, odd ones packed."""
         name = f"{VM}-20260101-000000-{number:04x}"
-        checkpointing = Checkpointing(self._subject, name, mode, Target())
+        memory_format = list(MemoryFormat)[number % 2]
+        checkpointing = Checkpointing(self._subject, name, mode, Target(), memory_format)
         if self._without:
             checkpointing._require_agreement = lambda: None  # type: ignore[method-assign]
         return checkpointing.run()
 
     def memory(self, manifest: Manifest) -> list[npt.NDArray[np.uint64]]:
-        """Each host's memory file as it is, a row of words a page; holes are zeros."""
-        paths = [
-            self._store.root / VM / manifest.checkpoint / part.host / MEMORY
+        """Each host's memory file as it is, a row of words a page; what is not there is zeros."""
+        folder = self._store.root / VM / manifest.checkpoint
+        return [
+            _words(folder / part.host, part.memory_file, manifest.page_count)
             for part in manifest.hosts
         ]
-        words = [np.fromfile(path, dtype=np.uint64) for path in paths]
-        return [each.reshape(-1, PAGE_SIZE // 8) for each in words]
+
+
+def _words(folder: Path, name: str, page_count: int) -> npt.NDArray[np.uint64]:
+    found = np.fromfile(folder / name, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)
+    if name == MEMORY:
+        return found
+    whole = np.zeros((page_count, PAGE_SIZE // 8), dtype=np.uint64)
+    whole[pa.ipc.open_file(folder / "index.arrow").read_all()["page"].to_numpy()] = found
+    return whole
 
 
 def pages_of_writes(numbers: npt.NDArray[np.uint64], pages: int) -> npt.NDArray[np.int64]:

@@ -10,12 +10,14 @@ import numpy as np
 
 from dcres.config import vm_spec
 from dcres.linux.files import opened
+from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
 from dcres.storage import layout, tables
 from dcres.storage.atomic import sync_file
 from dcres.storage.digest import file_sum
 from dcres.storage.manifest import DiskSnapshot, FileSum, HostSlice, Manifest, Mode, Role
 from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
+from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -33,11 +35,13 @@ def memory(path: Path, mask: Mask, seed: int = 1) -> Path:
     return path
 
 
-def save(path: Path, source: Path, mask: Mask) -> SavedMemory:
+def save(
+    path: Path, source: Path, mask: Mask, memory_format: MemoryFormat = MemoryFormat.SPARSE
+) -> SavedMemory:
     """`source`'s pages in `mask` as a sealed memory file at `path`."""
     with (
         opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(path, len(mask)) as writer,
+        MemoryFileWriter(path, len(mask), memory_format=memory_format) as writer,
     ):
         writer.save(fd, extents_of_mask(mask))
         return writer.seal()
@@ -57,13 +61,14 @@ def take(
     vm: str = "demo",
     now: datetime = NOW,
     token: str = "00ab",
+    memory_format: MemoryFormat = MemoryFormat.SPARSE,
 ) -> Manifest:
     """All files of a checkpoint of the RAM file `ram`, and its manifest, not yet published."""
     where = placement()
     checkpoint = store.new_id(vm, now, token)
     store.begin(vm, checkpoint)
     parts = tuple(
-        _slice(store.host_folder(vm, checkpoint, host), ram, where, index)
+        _slice(store.host_folder(vm, checkpoint, host), ram, where, index, memory_format)
         for index, host in enumerate(HOSTS)
     )
     vmcore = parts[0].file(layout.VMCORE)
@@ -73,6 +78,7 @@ def take(
         vm=vm,
         created=f"{now:%Y-%m-%dT%H:%M:%SZ}",
         mode=Mode.STOP,
+        memory_format=memory_format,
         memory_bytes=PAGE_COUNT * PAGE_SIZE,
         generation=generation,
         vm_spec={"name": vm, "memory": PAGE_COUNT * PAGE_SIZE, "append": "é=\u2028"},
@@ -101,9 +107,16 @@ def store_with_demo(folder: Path) -> Store:
     return store
 
 
-def _slice(folder: Path, ram: Path, where: tables.Placement, index: int) -> HostSlice:
-    saved = save(folder / layout.MEMORY, ram, where == index)
-    files = [tables.write_sums(folder / layout.SUMS, saved.mask, saved.sums)]
+def _slice(
+    folder: Path,
+    ram: Path,
+    where: tables.Placement,
+    index: int,
+    memory_format: MemoryFormat,
+) -> HostSlice:
+    name = layout.MEMORY_FILES[memory_format]
+    saved = save(folder / name, ram, where == index, memory_format)
+    files = [*write_memory_tables(folder, saved)]
     if index == 0:
         files += _main_files(folder, where)
     else:
@@ -116,6 +129,7 @@ def _slice(folder: Path, ram: Path, where: tables.Placement, index: int) -> Host
         bytes_written=saved.bytes_written,
         file_bytes_allocated=saved.allocated_bytes,
         seconds=saved.seconds,
+        memory_file=name,
         files=tuple(files),
     )
 

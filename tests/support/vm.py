@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.main_host import MainHost
 from dcres.config import HostSettings, parse_size
 from dcres.errors import DcresError
 from dcres.linux.process import find_marked
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
 from dcres.vm import witness
@@ -102,8 +105,9 @@ class Rig:
         self.coordinator.start(spec)
         return await_checks(self.console, checks)
 
-    def checkpoint(self) -> Manifest:
-        return self.store.get(self.coordinator.checkpoint("stop")["checkpoint"])
+    def checkpoint(self, memory_format: MemoryFormat = DEFAULT_FORMAT) -> Manifest:
+        facts = self.coordinator.checkpoint("stop", memory_format=memory_format)
+        return self.store.get(facts["checkpoint"])
 
     def restore(self, manifest: Manifest, **more: Any) -> dict[str, Any]:
         return self.coordinator.restore(dumps(manifest), **more)
@@ -200,11 +204,36 @@ class PlainMemory:
         with path.open("rb", buffering=0) as file:
             assert os.fstat(file.fileno()).st_size == self.length_bytes
             for number in _pages_of(file.fileno(), self.length_bytes):
-                page = os.pread(file.fileno(), PAGE_BYTES, number * PAGE_BYTES)
-                assert number not in self.owner, f"page {number}: {self.owner[number]} and {owner}"
-                self.pages[number], self.owner[number] = page, owner
+                self.put(number, os.pread(file.fileno(), PAGE_BYTES, number * PAGE_BYTES), owner)
                 taken += 1
         return taken
+
+    def put(self, number: int, page: bytes, owner: str) -> None:
+        """Take one page; AssertionError if it was taken already."""
+        assert number not in self.owner, f"page {number}: {self.owner[number]} and {owner}"
+        self.pages[number], self.owner[number] = page, owner
+
+    def add_saved(self, folder: Path, owner: str) -> int:
+        """Take what a host saved, read as docs/format.md says and no other way."""
+        listed = _column(folder / "sums.arrow", "page")
+        assert listed == sorted(set(listed))
+        places = {number: number for number in listed}
+        if (pack := folder / "memory.pack").exists():
+            order = _column(folder / "index.arrow", "page")
+            assert len(set(order)) == len(order)
+            assert pack.stat().st_size == len(order) * PAGE_BYTES
+            assert set(order) <= set(listed)
+            places = {number: place for place, number in enumerate(order)}
+        with (pack if pack.exists() else folder / "memory.img").open("rb", buffering=0) as file:
+            if not pack.exists():
+                assert os.fstat(file.fileno()).st_size == self.length_bytes
+                assert set(_pages_of(file.fileno(), self.length_bytes)) <= set(listed)
+            for number in listed:
+                page = bytes(PAGE_BYTES)  # without a place it is zeros
+                if number in places:
+                    page = os.pread(file.fileno(), PAGE_BYTES, places[number] * PAGE_BYTES)
+                self.put(number, page, owner)
+        return len(listed)
 
     def at(self, number: int) -> bytes:
         """A page; one that is nowhere reads as zeros."""
@@ -212,6 +241,12 @@ class PlainMemory:
 
     def owned_by(self, owner: str) -> set[int]:
         return {number for number, name in self.owner.items() if name == owner}
+
+
+def _column(path: Path, name: str) -> list[int]:
+    with pa.memory_map(str(path)) as source:
+        found: list[int] = pa.ipc.open_file(source).read_all()[name].to_pylist()
+    return found
 
 
 def _pages_of(fd: int, length_bytes: int) -> Iterator[int]:

@@ -39,6 +39,7 @@ from dcres.errors import (
     StoreFull,
     VmLost,
 )
+from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.paging.settings import SubAddress
 from dcres.storage.manifest import Manifest, loads
@@ -245,7 +246,7 @@ class FakeMain(FakeHost):
     def resize(self, limit_pages: int) -> None:
         self.world.note(self.host, f"resize {limit_pages}")
 
-    def prepare(self, checkpoint: str) -> dict[str, int]:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> dict[str, int]:
         self.world.state["checkpoint"] = checkpoint
         self.world.unfinished.add((checkpoint, self.host))
         self.world.note(self.host, "prepare")
@@ -313,7 +314,7 @@ class FakeSub(FakeHost):
         self.world.capacities[self.host] = order.capacity_pages
         return SubAddress(self.host, "127.0.0.1", 1, order.capacity_pages)
 
-    def prepare(self, checkpoint: str) -> None:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> None:
         self.world.unfinished.add((checkpoint, self.host))
         self.world.note(self.host, "prepare")
 

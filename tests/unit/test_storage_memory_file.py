@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,10 +16,18 @@ from xxhash import xxh3_64_intdigest
 from dcres.errors import CheckpointCorrupt, Conflict, StorageError
 from dcres.linux import files
 from dcres.linux.files import opened
-from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
-from dcres.storage import memory_file
-from dcres.storage.memory_file import MemoryFileWriter, SavedMemory, load, verify
-from dcres.storage.transfer import BATCH_PAGES, batches
+from dcres.model.formats import MemoryFormat
+from dcres.model.pages import PAGE_SIZE, Mask, count_pages, extents_of_mask, join
+from dcres.storage import placed
+from dcres.storage.memory_file import (
+    MemoryFile,
+    MemoryFileWriter,
+    SavedMemory,
+    load,
+    verify,
+)
+from dcres.storage.page_reader import PageReader
+from dcres.storage.transfer import BATCH_PAGES, WIDEST_BATCH, batches
 from tests.support.stored import memory, save
 
 PAGES = 40
@@ -30,96 +37,135 @@ def random_mask(page_count: int = PAGES, seed: int = 5) -> Mask:
     return np.random.default_rng(seed).random(page_count) < 0.5
 
 
-def load_into(target: Path, path: Path, saved: SavedMemory) -> bytes:
+SPARSE, PACKED = MemoryFormat.SPARSE, MemoryFormat.PACKED
+both = pytest.mark.parametrize("memory_format", list(MemoryFormat))
+
+
+def load_into(target: Path, saved: SavedMemory) -> bytes:
     with opened(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
         os.ftruncate(fd, len(saved.mask) * PAGE_SIZE)
-        load(path, saved.mask, saved.sums, fd)
+        load(saved.file, fd)
     return target.read_bytes()
 
 
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=12),
     st.integers(1, 3),
+    st.sampled_from(MemoryFormat),
 )
 @settings(max_examples=25, deadline=None)
-def test_round_trip(runs: list[tuple[bool, int]], threads: int) -> None:
+def test_round_trip(
+    runs: list[tuple[bool, int]], threads: int, memory_format: MemoryFormat
+) -> None:
     mask = np.array([here for here, length in runs for _ in range(length)] or [False])
     with tempfile.TemporaryDirectory() as folder:
         source = memory(Path(folder, "ram"), mask)
         path = Path(folder, "memory.img")
         with (
             opened(source, os.O_RDONLY) as fd,
-            MemoryFileWriter(path, len(mask), threads=threads) as writer,
+            MemoryFileWriter(
+                path, len(mask), threads=threads, memory_format=memory_format
+            ) as writer,
         ):
             writer.save(fd, extents_of_mask(mask))
             saved = writer.seal()
         assert saved.mask.tolist() == mask.tolist()
         assert saved.bytes_written == saved.pages * PAGE_SIZE == mask.sum() * PAGE_SIZE
-        assert load_into(Path(folder, "back"), path, saved) == source.read_bytes()
-        assert verify(path, saved.mask, saved.sums, threads=threads) == saved.pages
+        assert load_into(Path(folder, "back"), saved) == source.read_bytes()
+        assert verify(saved.file, threads=threads) == saved.pages
         with opened(Path(folder, "back"), os.O_RDONLY) as fd:
             assert np.array_equal(files.data_extents(fd, len(mask)), extents_of_mask(mask))
 
 
-def test_sums_are_xxh3_of_each_page(tmp_path: Path) -> None:
+@both
+def test_sums_are_xxh3_of_each_page(tmp_path: Path, memory_format: MemoryFormat) -> None:
     mask = random_mask()
     source = memory(tmp_path / "ram", mask)
-    saved = save(tmp_path / "m", source, mask)
+    saved = save(tmp_path / "m", source, mask, memory_format)
     data = source.read_bytes()
     for page in np.flatnonzero(mask).tolist():
         content = data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
-        assert int(saved.sums[page]) == xxh3_64_intdigest(content)
+        assert int(saved.file.sums[page]) == xxh3_64_intdigest(content)
 
 
 def test_batches_cover_the_extents_in_order() -> None:
     extents = extents_of_mask(random_mask(10_000))
     found = list(batches(extents))
-    assert list(itertools.chain.from_iterable(found)) == [tuple(row) for row in extents.tolist()]
-    assert all(runs[-1][1] - runs[0][0] <= BATCH_PAGES for runs in found)
-    assert len(found) < 15
+    assert np.array_equal(join(np.concatenate(found)), extents)
+    assert all(each[-1, 1] - each[0, 0] <= WIDEST_BATCH for each in found)
+    assert all(count_pages(each) <= BATCH_PAGES for each in found)
+    assert len(found) < 8
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.one_of(st.integers(1, 30), st.integers(900, 5000))),
+        max_size=60,
+    )
+)
+def test_batches_are_the_extents_whatever_these_are(parts: list[tuple[int, int]]) -> None:
+    at, rows = 0, []
+    for gap, length in parts:
+        rows.append([at + gap, at + gap + length])
+        at += gap + length
+    extents = np.array(rows, dtype=np.int64).reshape(-1, 2)
+    found = list(batches(extents))
+    if rows:
+        assert np.array_equal(join(np.concatenate(found)), extents)
+    for each in found:
+        assert 0 < count_pages(each) <= BATCH_PAGES
+        assert each[-1, 1] - each[0, 0] <= WIDEST_BATCH
+        assert (each[1:, 0] - each[:-1, 1] <= 16).all()
 
 
 def test_far_runs_are_not_read_through_the_hole_between() -> None:
-    assert list(batches(np.array([[0, 1], [500, 501]]))) == [[(0, 1)], [(500, 501)]]
+    found = [each.tolist() for each in batches(np.array([[0, 1], [500, 501]]))]
+    assert found == [[[0, 1]], [[500, 501]]]
 
 
 def test_holes_take_no_disk_blocks(tmp_path: Path) -> None:
     mask = np.zeros(20_000, dtype=np.bool_)
     mask[::1000] = True
-    saved = save(tmp_path / "m", memory(tmp_path / "ram", mask), mask)
+    saved = save(tmp_path / "m", memory(tmp_path / "ram", mask), mask, SPARSE)
     assert saved.pages == 20
     assert saved.allocated_bytes < 100 * PAGE_SIZE
     assert (tmp_path / "m").stat().st_size == 20_000 * PAGE_SIZE
 
 
+@both
 @pytest.mark.parametrize("page_count", [1, 200])
-def test_rewriting_does_not_grow_the_file(tmp_path: Path, page_count: int) -> None:
+def test_rewriting_does_not_grow_the_file(
+    tmp_path: Path, memory_format: MemoryFormat, page_count: int
+) -> None:
     mask = np.ones(page_count, dtype=np.bool_)
     old, new = memory(tmp_path / "old", mask, 1), memory(tmp_path / "new", mask, 2)
-    with MemoryFileWriter(tmp_path / "m", page_count) as writer:
+    with MemoryFileWriter(tmp_path / "m", page_count, memory_format=memory_format) as writer:
         for source in (old, new, old, new):
             with opened(source, os.O_RDONLY) as fd:
                 writer.save(fd, extents_of_mask(mask))
         saved = writer.seal()
     assert saved.bytes_written == 4 * page_count * PAGE_SIZE
     assert saved.allocated_bytes <= (page_count + 8) * PAGE_SIZE
-    assert load_into(tmp_path / "back", tmp_path / "m", saved) == new.read_bytes()
+    assert load_into(tmp_path / "back", saved) == new.read_bytes()
 
 
-def test_short_rewrites_over_long_ones_and_back(tmp_path: Path) -> None:
+@both
+def test_short_rewrites_over_long_ones_and_back(
+    tmp_path: Path, memory_format: MemoryFormat
+) -> None:
     """Single pages go through the page cache, long runs past it: the last write must win."""
     whole = np.ones(400, dtype=np.bool_)
     single = np.zeros(400, dtype=np.bool_)
     single[7::20] = True
     one, two, three = (memory(tmp_path / f"ram{seed}", whole, seed) for seed in (1, 2, 3))
-    with MemoryFileWriter(tmp_path / "m", 400) as writer:
+    with MemoryFileWriter(tmp_path / "m", 400, memory_format=memory_format) as writer:
         for source, mask in ((one, single), (two, whole), (three, single)):
             with opened(source, os.O_RDONLY) as fd:
                 writer.save(fd, extents_of_mask(mask))
         saved = writer.seal()
     pages = [np.frombuffer(path.read_bytes(), np.uint8).reshape(400, -1) for path in (two, three)]
     expected = np.where(single[:, None], pages[1], pages[0]).tobytes()
-    assert load_into(tmp_path / "back", tmp_path / "m", saved) == expected
+    assert load_into(tmp_path / "back", saved) == expected
 
 
 def test_discarded_pages_are_holes(tmp_path: Path) -> None:
@@ -127,7 +173,7 @@ def test_discarded_pages_are_holes(tmp_path: Path) -> None:
     source = memory(tmp_path / "ram", mask)
     with (
         opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", PAGES) as writer,
+        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=SPARSE) as writer,
     ):
         writer.save(fd, extents_of_mask(mask))
         writer.discard(np.array([[3, 9], [20, 21]]))
@@ -137,60 +183,195 @@ def test_discarded_pages_are_holes(tmp_path: Path) -> None:
     assert set(np.flatnonzero(~saved.mask).tolist()) == gone
     data = (tmp_path / "m").read_bytes()
     assert all(not any(data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) for page in gone)
-    assert verify(tmp_path / "m", saved.mask, saved.sums) == PAGES - len(gone)
+    assert verify(saved.file) == PAGES - len(gone)
 
 
-def test_a_page_of_zeros_is_a_page(tmp_path: Path) -> None:
-    source = tmp_path / "ram"
-    source.write_bytes(bytes(2 * PAGE_SIZE))
-    saved = save(tmp_path / "m", source, np.array([True, False]))
-    assert verify(tmp_path / "m", saved.mask, saved.sums) == 1
+@both
+def test_pages_of_zeros_are_pages_that_take_no_place(
+    tmp_path: Path, memory_format: MemoryFormat
+) -> None:
+    whole = np.ones(600, dtype=np.bool_)
+    source, zeros = memory(tmp_path / "ram", whole), tmp_path / "zeros"
+    zeros.write_bytes(bytes(600 * PAGE_SIZE))
+    cleared = np.array([[10, 300], [450, 451]])
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        opened(zeros, os.O_RDONLY) as zeros_fd,
+        MemoryFileWriter(tmp_path / "m", 600, memory_format=memory_format) as writer,
+    ):
+        writer.save(fd, extents_of_mask(whole))
+        writer.save(zeros_fd, cleared)
+        writer.save(zeros_fd, np.array([[590, 600]]))
+        writer.save(fd, np.array([[590, 600]]))
+        saved = writer.seal()
+    assert saved.pages == verify(saved.file) == 600
+    assert saved.bytes_written == 610 * PAGE_SIZE
+    assert saved.allocated_bytes <= (600 - 291 + 8) * PAGE_SIZE
+    expected = bytearray(source.read_bytes())
+    for first, stop in cleared.tolist():
+        expected[first * PAGE_SIZE : stop * PAGE_SIZE] = bytes((stop - first) * PAGE_SIZE)
+    assert load_into(tmp_path / "back", saved) == expected
+    with opened(tmp_path / "back", os.O_RDONLY) as fd:
+        assert files.data_extents(fd, 600).tolist() == [[0, 600]], "loaded as pages, not as holes"
+    with PageReader(saved.file) as reader:
+        assert bytes(reader.read(5, 460)) == expected[5 * PAGE_SIZE : 460 * PAGE_SIZE]
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["save", "discard", "stage", "zero"]),
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([0.02, 0.3, 0.95]),
+    ),
+    max_size=12,
+)
+
+
+@both
+@given(steps)
+@settings(max_examples=40, deadline=None)
+def test_whatever_is_saved_and_discarded_the_last_state_comes_back(
+    memory_format: MemoryFormat, plan: list[tuple[str, int, float]]
+) -> None:
+    """Against an array that every step changes in the plainest way."""
+    count = 700
+    expected = np.zeros((count, PAGE_SIZE), dtype=np.uint8)
+    here = np.zeros(count, dtype=np.bool_)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (
+            opened(folder / "ram", os.O_RDWR | os.O_CREAT) as fd,
+            MemoryFileWriter(folder / "m", count, memory_format=memory_format) as writer,
+        ):
+            os.ftruncate(fd, count * PAGE_SIZE)
+            for what, seed, share in plan:
+                random = np.random.default_rng(seed)
+                chosen = random.random(count) < share
+                if what == "discard":
+                    writer.discard(extents_of_mask(chosen))
+                    here &= ~chosen
+                    expected[chosen] = 0
+                    continue
+                size = (int(chosen.sum()), PAGE_SIZE)
+                fresh = random.integers(0, 256, size, np.uint8) if what != "zero" else 0
+                expected[chosen] = fresh
+                here |= chosen
+                os.pwrite(fd, expected.tobytes(), 0)
+                if what == "stage":
+                    writer.stage(fd, extents_of_mask(chosen))
+                    writer.settle()
+                else:
+                    writer.save(fd, extents_of_mask(chosen))
+            saved = writer.seal()
+        assert np.array_equal(saved.mask, here)
+        assert load_into(folder / "back", saved) == expected.tobytes()
+        full = int((here & expected.any(axis=1)).sum())
+        if memory_format is PACKED:
+            assert (folder / "m").stat().st_size == full * PAGE_SIZE
+        assert saved.allocated_bytes <= (full + 16) * PAGE_SIZE
+
+
+def packed(folder: Path, seed: int = 7) -> SavedMemory:
+    """A packed file whose pages do not lie in order."""
+    mask = random_mask(seed=seed)
+    source = memory(folder / "ram", mask)
+    late = mask & (np.arange(PAGES) < 20)
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(folder / "memory.pack", PAGES, memory_format=PACKED) as writer,
+    ):
+        writer.save(fd, extents_of_mask(mask & ~late))
+        writer.save(fd, extents_of_mask(late))
+        return writer.seal()
+
+
+def test_a_packed_file_is_its_pages_one_after_the_other(tmp_path: Path) -> None:
+    saved = packed(tmp_path)
+    order = saved.file.order
+    assert order is not None
+    assert order.tolist() != sorted(order.tolist())
+    memory_of = np.frombuffer((tmp_path / "ram").read_bytes(), np.uint8).reshape(PAGES, -1)
+    assert saved.file.path.read_bytes() == memory_of[order].tobytes()
+
+
+def test_damage_in_a_packed_file_is_found_and_named(tmp_path: Path) -> None:
+    saved = packed(tmp_path)
+    order = saved.file.order
+    assert order is not None
+    change(saved.file.path, 5 * PAGE_SIZE + 9)
+    with pytest.raises(CheckpointCorrupt, match=f"page {order[5]} was altered"):
+        verify(saved.file)
+    with (
+        PageReader(saved.file) as reader,
+        pytest.raises(CheckpointCorrupt, match=f"page {order[5]} was altered"),
+    ):
+        reader.read(int(order[5]), int(order[5]) + 1)
+    os.truncate(saved.file.path, 3 * PAGE_SIZE)
+    with pytest.raises(CheckpointCorrupt, match="it has 12288 bytes instead of"):
+        verify(saved.file)
+
+
+def test_an_index_of_other_pages_is_found(tmp_path: Path) -> None:
+    saved = packed(tmp_path)
+    order = saved.file.order
+    assert order is not None
+    other = order.copy()
+    other[0] = np.flatnonzero(~saved.mask)[0]
+    with pytest.raises(CheckpointCorrupt, match=f"page {other[0]} is there and should not be"):
+        verify(MemoryFile(saved.file.path, saved.mask, saved.file.sums, other))
+    swapped = order.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    with pytest.raises(CheckpointCorrupt, match="was altered"):
+        verify(MemoryFile(saved.file.path, saved.mask, saved.file.sums, swapped))
 
 
 def test_a_page_of_zeros_may_become_a_hole_in_a_copy(tmp_path: Path) -> None:
     source = memory(tmp_path / "ram", np.ones(6, dtype=np.bool_))
     with opened(source, os.O_RDWR) as fd:
         os.pwrite(fd, bytes(2 * PAGE_SIZE), 2 * PAGE_SIZE)
-    saved = save(tmp_path / "m", source, np.ones(6, dtype=np.bool_))
+    saved = save(tmp_path / "m", source, np.ones(6, dtype=np.bool_), SPARSE)
     with opened(tmp_path / "m", os.O_RDWR) as fd:
         files.punch_hole(fd, 2 * PAGE_SIZE, 2 * PAGE_SIZE)
-    assert load_into(tmp_path / "back", tmp_path / "m", saved) == source.read_bytes()
+    assert load_into(tmp_path / "back", saved) == source.read_bytes()
     with opened(tmp_path / "back", os.O_RDONLY) as fd:
         assert files.data_extents(fd, 6).tolist() == [[0, 6]]
     with opened(tmp_path / "m", os.O_RDWR) as fd:
         files.punch_hole(fd, 0, 5 * PAGE_SIZE)
     with pytest.raises(CheckpointCorrupt, match="page 0 is missing"):
-        verify(tmp_path / "m", saved.mask, saved.sums)
+        verify(saved.file)
 
 
-def test_progress_counts_every_page_once(tmp_path: Path) -> None:
+@both
+def test_progress_counts_every_page_once(tmp_path: Path, memory_format: MemoryFormat) -> None:
     mask = np.ones(5000, dtype=np.bool_)
     source = memory(tmp_path / "ram", mask)
     done: list[int] = []
     with (
         opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", 5000, done.append) as writer,
+        MemoryFileWriter(tmp_path / "m", 5000, done.append, memory_format=memory_format) as writer,
     ):
         writer.save(fd, extents_of_mask(mask))
         saved = writer.seal()
     assert sum(done) == 5000
     assert len(done) > 3
     done.clear()
-    verify(tmp_path / "m", saved.mask, saved.sums, done.append)
+    verify(saved.file, done.append)
     assert sum(done) == 5000
 
 
-def test_an_abandoned_writer_leaves_no_file(tmp_path: Path) -> None:
-    with MemoryFileWriter(tmp_path / "m", PAGES):
+@both
+def test_an_abandoned_writer_leaves_no_file(tmp_path: Path, memory_format: MemoryFormat) -> None:
+    with MemoryFileWriter(tmp_path / "m", PAGES, memory_format=memory_format):
         assert (tmp_path / "m").exists()
     assert not (tmp_path / "m").exists()
 
 
-def test_a_failed_save_cannot_be_sealed(tmp_path: Path) -> None:
+@both
+def test_a_failed_save_cannot_be_sealed(tmp_path: Path, memory_format: MemoryFormat) -> None:
     source = memory(tmp_path / "ram", np.ones(4, dtype=np.bool_))
     with (
         opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", PAGES) as writer,
+        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=memory_format) as writer,
     ):
         with pytest.raises(ValueError, match="the source ends"):
             writer.save(fd, np.array([[0, 10]]))
@@ -199,7 +380,8 @@ def test_a_failed_save_cannot_be_sealed(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-def test_an_error_in_progress_stops_the_save(tmp_path: Path) -> None:
+@both
+def test_an_error_in_progress_stops_the_save(tmp_path: Path, memory_format: MemoryFormat) -> None:
     source = memory(tmp_path / "ram", np.ones(4, dtype=np.bool_))
 
     def cancelled(_: int) -> None:
@@ -207,22 +389,28 @@ def test_an_error_in_progress_stops_the_save(tmp_path: Path) -> None:
 
     with (
         opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", 4, cancelled) as writer,
+        MemoryFileWriter(tmp_path / "m", 4, cancelled, memory_format=memory_format) as writer,
         pytest.raises(RuntimeError, match="cancelled"),
     ):
         writer.save(fd, np.array([[0, 4]]))
     assert not (tmp_path / "m").exists()
 
 
-def test_an_existing_or_sealed_file_is_not_written(tmp_path: Path) -> None:
+@both
+def test_an_existing_or_sealed_file_is_not_written(
+    tmp_path: Path, memory_format: MemoryFormat
+) -> None:
     mask = np.ones(4, dtype=np.bool_)
     source = memory(tmp_path / "ram", mask)
-    save(tmp_path / "m", source, mask)
+    save(tmp_path / "m", source, mask, memory_format)
     content = (tmp_path / "m").read_bytes()
-    with pytest.raises(Conflict, match="exists already"), MemoryFileWriter(tmp_path / "m", 4):
+    with (
+        pytest.raises(Conflict, match="exists already"),
+        MemoryFileWriter(tmp_path / "m", 4, memory_format=memory_format),
+    ):
         pass
     assert (tmp_path / "m").read_bytes() == content
-    with MemoryFileWriter(tmp_path / "n", 4) as writer:
+    with MemoryFileWriter(tmp_path / "n", 4, memory_format=memory_format) as writer:
         writer.seal()
         with pytest.raises(Conflict, match="sealed"):
             writer.discard(np.array([[0, 1]]))
@@ -237,12 +425,12 @@ def test_without_direct_io_the_result_is_the_same(
     mask = random_mask(600)
     mask[100:400] = True
     source = memory(tmp_path / "ram", mask)
-    direct = save(tmp_path / "direct", source, mask)
-    monkeypatch.setattr(memory_file, "open_direct", plain)
-    saved = save(tmp_path / "plain", source, mask)
+    direct = save(tmp_path / "direct", source, mask, SPARSE)
+    monkeypatch.setattr(placed, "open_direct", plain)
+    saved = save(tmp_path / "plain", source, mask, SPARSE)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "direct").read_bytes()
-    assert saved.sums.tolist() == direct.sums.tolist()
-    assert load_into(tmp_path / "back", tmp_path / "plain", saved) == source.read_bytes()
+    assert saved.file.sums.tolist() == direct.file.sums.tolist()
+    assert load_into(tmp_path / "back", saved) == source.read_bytes()
 
 
 def flip(path: Path, saved: SavedMemory) -> int:
@@ -288,58 +476,63 @@ def test_damage_is_found_and_named(
 ) -> None:
     mask = random_mask()
     path = tmp_path / "memory.img"
-    saved = save(path, memory(tmp_path / "ram", mask), mask)
+    saved = save(path, memory(tmp_path / "ram", mask), mask, SPARSE)
     page = damage(path, saved)
     with pytest.raises(CheckpointCorrupt) as caught:
-        verify(path, saved.mask, saved.sums)
+        verify(saved.file)
     assert f"{path}: {message.format(page=page)}" in str(caught.value)
     with pytest.raises(CheckpointCorrupt, match=r"memory\.img"):
-        load_into(tmp_path / "back", path, saved)
+        load_into(tmp_path / "back", saved)
     assert not any((tmp_path / "back").read_bytes())
 
 
 def test_the_first_bad_page_is_named_whatever_the_threads_do(tmp_path: Path) -> None:
     mask = np.ones(8 * BATCH_PAGES, dtype=np.bool_)
     path = tmp_path / "memory.img"
-    saved = save(path, memory(tmp_path / "ram", mask), mask)
+    saved = save(path, memory(tmp_path / "ram", mask), mask, SPARSE)
     for page in (2 * BATCH_PAGES + 5, 2 * BATCH_PAGES + 900, 3 * BATCH_PAGES, 7 * BATCH_PAGES):
         change(path, page * PAGE_SIZE)
     for _ in range(5):
         with pytest.raises(CheckpointCorrupt, match=f"page {2 * BATCH_PAGES + 5} was altered"):
-            verify(path, saved.mask, saved.sums, threads=4)
+            verify(saved.file, threads=4)
 
 
-def test_a_bad_page_never_reaches_the_target(tmp_path: Path) -> None:
+@both
+def test_a_bad_page_never_reaches_the_target(tmp_path: Path, memory_format: MemoryFormat) -> None:
     mask = np.ones(2 * BATCH_PAGES, dtype=np.bool_)
     path = tmp_path / "memory.img"
-    saved = save(path, memory(tmp_path / "ram", mask), mask)
-    change(path, (BATCH_PAGES + 1) * PAGE_SIZE)
-    with pytest.raises(CheckpointCorrupt):
-        load_into(tmp_path / "back", path, saved)
+    saved = save(path, memory(tmp_path / "ram", mask), mask, memory_format)
+    bad = BATCH_PAGES + 1
+    order = saved.file.order  # threads place their batches as they come
+    place = bad if order is None else int(np.flatnonzero(order == bad)[0])
+    change(path, place * PAGE_SIZE)
+    with pytest.raises(CheckpointCorrupt, match=f"page {bad} was altered"):
+        load_into(tmp_path / "back", saved)
     data = (tmp_path / "back").read_bytes()
-    assert not any(data[(BATCH_PAGES + 1) * PAGE_SIZE : (BATCH_PAGES + 2) * PAGE_SIZE])
+    assert not any(data[bad * PAGE_SIZE : (bad + 1) * PAGE_SIZE])
 
 
-def test_a_target_of_another_length_is_refused(tmp_path: Path) -> None:
+@both
+def test_a_target_of_another_length_is_refused(tmp_path: Path, memory_format: MemoryFormat) -> None:
     mask = random_mask()
-    saved = save(tmp_path / "m", memory(tmp_path / "ram", mask), mask)
+    saved = save(tmp_path / "m", memory(tmp_path / "ram", mask), mask, memory_format)
     (tmp_path / "t").write_bytes(b"")
     with opened(tmp_path / "t", os.O_RDWR) as fd, pytest.raises(ValueError, match="not 40 pages"):
-        load(tmp_path / "m", saved.mask, saved.sums, fd)
+        load(saved.file, fd)
 
 
 def test_only_what_is_wanted_is_loaded(tmp_path: Path) -> None:
     mask, wanted = random_mask(600), random_mask(600, seed=6)
     source = memory(tmp_path / "ram", mask)
     path = tmp_path / "memory.img"
-    saved = save(path, source, mask)
+    saved = save(path, source, mask, SPARSE)
     unwanted = np.flatnonzero(mask & ~wanted).tolist()
     for page in unwanted:
         change(path, page * PAGE_SIZE + 5)
     done: list[int] = []
     with opened(tmp_path / "back", os.O_RDWR | os.O_CREAT) as fd:
         os.ftruncate(fd, 600 * PAGE_SIZE)
-        count = load(path, saved.mask, saved.sums, fd, done.append, wanted=wanted)
+        count = load(saved.file, fd, done.append, wanted=wanted)
         found = files.data_extents(fd, 600)
     assert count == sum(done) == (mask & wanted).sum()
     assert np.array_equal(found, extents_of_mask(mask & wanted))
@@ -351,16 +544,16 @@ def test_only_what_is_wanted_is_loaded(tmp_path: Path) -> None:
 def test_what_is_wanted_must_be_right(tmp_path: Path) -> None:
     mask = np.ones(PAGES, dtype=np.bool_)
     path = tmp_path / "memory.img"
-    saved = save(path, memory(tmp_path / "ram", mask), mask)
+    saved = save(path, memory(tmp_path / "ram", mask), mask, SPARSE)
     change(path, 7 * PAGE_SIZE)
     with opened(tmp_path / "back", os.O_RDWR | os.O_CREAT) as fd:
         os.ftruncate(fd, PAGES * PAGE_SIZE)
         wanted = np.arange(PAGES) >= 7
         with pytest.raises(CheckpointCorrupt, match="page 7 was altered"):
-            load(path, saved.mask, saved.sums, fd, wanted=wanted)
-        assert load(path, saved.mask, saved.sums, fd, wanted=~wanted) == 7
-        assert load(path, saved.mask, saved.sums, fd, wanted=np.zeros(PAGES, dtype=np.bool_)) == 0
+            load(saved.file, fd, wanted=wanted)
+        assert load(saved.file, fd, wanted=~wanted) == 7
+        assert load(saved.file, fd, wanted=np.zeros(PAGES, dtype=np.bool_)) == 0
         # The holes of all of the file are looked at, whatever is wanted.
         lose(path, saved)
         with pytest.raises(CheckpointCorrupt, match="page 2 is missing"):
-            load(path, saved.mask, saved.sums, fd, wanted=wanted)
+            load(saved.file, fd, wanted=wanted)

@@ -15,6 +15,7 @@ import pytest
 
 from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound
 from dcres.linux.files import opened
+from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, extents_of_mask
 from dcres.storage import layout, memory_file, tables
 from dcres.storage.manifest import Manifest
@@ -32,9 +33,9 @@ def root(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-@pytest.fixture
-def published(root: Store, ram: Path) -> Manifest:
-    manifest = take(root, ram)
+@pytest.fixture(params=list(MemoryFormat))
+def published(root: Store, ram: Path, request: pytest.FixtureRequest) -> Manifest:
+    manifest = take(root, ram, memory_format=request.param)
     root.publish(manifest)
     return manifest
 
@@ -92,7 +93,7 @@ def test_a_published_checkpoint_comes_back(root: Store, published: Manifest, ram
         os.ftruncate(fd, PAGE_COUNT * PAGE_SIZE)
         for host in HOSTS:
             part = root.read_slice(published, host)
-            memory_file.load(part.memory_path, part.mask, part.sums, fd)
+            memory_file.load(part.memory, fd)
     assert back.read_bytes() == ram.read_bytes()
     assert root.read_placement(published).tolist() == placement().tolist()
     assert root.read_history(published).tolist() == list(range(PAGE_COUNT))
@@ -450,21 +451,25 @@ def test_parts_here(root: Store, published: Manifest) -> None:
 
 def test_single_pages_are_read_and_verified(root: Store, published: Manifest, ram: Path) -> None:
     data = ram.read_bytes()
-    page = int(np.flatnonzero(placement() == 1)[3])
-    path = folder(root, published) / "h1" / layout.MEMORY
+    # The fourth page of the part, and its place; a packed file of pages in order is as this one.
+    page, place = int(np.flatnonzero(placement() == 1)[3]), 3
+    if published.memory_format is MemoryFormat.SPARSE:
+        place = page
+    path = folder(root, published) / "h1" / published.hosts[1].memory_file
+    length_bytes = path.stat().st_size
     with root.open_pages(published, "h1") as reader:
         assert np.array_equal(reader.mask, placement() == 1)
         for first, stop in extents_of_mask(reader.mask).tolist():
             assert reader.read(first, stop) == data[first * PAGE_SIZE : stop * PAGE_SIZE]
         with opened(path, os.O_RDWR) as fd:
-            byte = os.pread(fd, 1, page * PAGE_SIZE)
-            os.pwrite(fd, bytes([byte[0] ^ 1]), page * PAGE_SIZE)
+            byte = os.pread(fd, 1, place * PAGE_SIZE)
+            os.pwrite(fd, bytes([byte[0] ^ 1]), place * PAGE_SIZE)
         with pytest.raises(CheckpointCorrupt, match=f"{path}: page {page} was altered"):
             reader.read(page, page + 1)
-        os.truncate(path, page * PAGE_SIZE)
+        os.truncate(path, place * PAGE_SIZE)
         with pytest.raises(CheckpointCorrupt, match=f"it ends at or after page {page}"):
             reader.read(page, page + 1)
-    with pytest.raises(CheckpointCorrupt, match=f"instead of {PAGE_COUNT * PAGE_SIZE}"):
+    with pytest.raises(CheckpointCorrupt, match=f"instead of {length_bytes}"):
         root.open_pages(published, "h1")
     path.unlink()
     with pytest.raises(CheckpointCorrupt, match="it is missing"):

@@ -164,7 +164,7 @@ def taken(hosts: Rig) -> Manifest:
 
 
 def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 4096 if path.suffix == ".img" else 100)
+    os.truncate(path, path.stat().st_size - 4096 if path.suffix == ".pack" else 100)
 
 
 def flip(path: Path) -> None:
@@ -180,10 +180,14 @@ def remove(path: Path) -> None:
 
 
 DAMAGES = [
-    *((flip, f"{host}/{name}") for host in ("h0", "h2") for name in ("memory.img", "sums.arrow")),
+    *(
+        (flip, f"{host}/{name}")
+        for host in ("h0", "h2")
+        for name in ("memory.pack", "sums.arrow", "index.arrow")
+    ),
     *((flip, f"h0/{name}") for name in ("pages.arrow", "history.arrow", "vmcore")),
-    *((cut, name) for name in ("h0/memory.img", "h1/pages.arrow", "h0/vmcore")),
-    *((remove, name) for name in ("h1/memory.img", "h0/pages.arrow")),
+    *((cut, name) for name in ("h0/memory.pack", "h1/index.arrow", "h1/pages.arrow", "h0/vmcore")),
+    *((remove, name) for name in ("h1/memory.pack", "h0/pages.arrow")),
 ]
 
 

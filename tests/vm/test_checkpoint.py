@@ -20,6 +20,7 @@ from dcres.actors.messages import Incarnation, LoadOrder, PlanOrder, Reading, Re
 from dcres.actors.restoring import spec_for
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, OperationFailed, PagingError
+from dcres.model.formats import MemoryFormat
 from dcres.storage import tables
 from dcres.storage.manifest import Manifest, dumps
 from dcres.vm import disk
@@ -85,9 +86,9 @@ def saved_memory(store: Rig, manifest: Manifest) -> PlainMemory:
     """The union of a checkpoint's memory files; no page is in two of them."""
     memory = PlainMemory(manifest.memory_bytes)
     for part in manifest.hosts:
-        path = store.store.root / "vm" / manifest.checkpoint / part.host / part.memory_file
-        assert memory.add(path, part.host) == part.pages
-        blocks_bytes = path.stat().st_blocks * 512
+        folder = store.store.root / "vm" / manifest.checkpoint / part.host
+        assert memory.add_saved(folder, part.host) == part.pages
+        blocks_bytes = (folder / part.memory_file).stat().st_blocks * 512
         assert blocks_bytes <= part.pages * PAGE_BYTES * 17 // 16 + (256 << 10)
     return memory
 
@@ -187,9 +188,10 @@ def _mapping(pid: int, ram: Path) -> int:
 def test_the_union_of_the_memory_files_is_the_guests_memory(tmp_path: Path) -> None:
     with watched() as vm:
         vm.boot(spec_of(main="64MiB", subs=["72MiB", "72MiB"], fill=72), checks=3)
-        manifests = [vm.checkpoint()]
-        await_checks(vm.console, 2)
-        manifests.append(vm.checkpoint())
+        manifests = []
+        for memory_format in MemoryFormat:
+            manifests.append(vm.checkpoint(memory_format))
+            await_checks(vm.console, 2)
         vm.coordinator.stop()
         for manifest, seen in zip(manifests, Watched.seen, strict=True):
             saved = saved_memory(vm, manifest)
@@ -330,14 +332,14 @@ def test_a_refused_restore_leaves_the_disk_alone(restored: WithDisk) -> None:
     vm, first = restored.vm, restored.first
     write_disk(vm, "0x45")
     vm.coordinator.stop()
-    memory = vm.store.root / "vm" / first.checkpoint / "h0" / "memory.img"
+    memory = vm.store.root / "vm" / first.checkpoint / "h0" / first.main.memory_file
     length_bytes = memory.stat().st_size
-    os.truncate(memory, length_bytes - PAGE_BYTES)
-    with pytest.raises(CheckpointCorrupt, match=r"memory\.img"):
+    os.truncate(memory, length_bytes + PAGE_BYTES)
+    with pytest.raises(CheckpointCorrupt, match=memory.name):
         vm.restore(first)
     vm.require_nothing_left()
     require_on_disk(restored.path, "0x45")
-    os.truncate(memory, length_bytes)  # the last page was never touched
+    os.truncate(memory, length_bytes)
 
 
 def test_a_published_checkpoint_keeps_its_disk_snapshot_when_it_is_given_up(
