@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dcres.actors import _ray as gateway
-from dcres.actors._ray import ActorPort
+from dcres.actors._ray import ActorPort, connection
 from dcres.actors.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
 from tests.support.actors import Probe, host_of_task, task_that_fails
@@ -50,16 +50,16 @@ class TestConnecting:
             taken.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{taken.getsockname()[1]}"
             with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}"):
-                gateway._require_listener(address)
+                connection._require_listener(address)
 
     @pytest.mark.parametrize("address", ["auto", "localhost", "ray://x", ""])
     def test_no_address(self, address: str) -> None:
         with pytest.raises(ClusterError, match="write host:port"):
-            gateway._require_listener(address)
+            connection._require_listener(address)
 
     def test_a_token_that_is_not_there(self, cluster: LocalCluster, tmp_path: Path) -> None:
         with pytest.raises(ClusterError, match=r"token file .* is missing"):
-            gateway._require_token(cluster.address, tmp_path / "none")
+            connection._require_token(cluster.address, tmp_path / "none")
 
     def test_again_is_harmless(self, cluster: LocalCluster) -> None:
         gateway.connect(cluster.address, cluster.token_path)

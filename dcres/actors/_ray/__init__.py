@@ -1,0 +1,64 @@
+"""The gateway to Ray: the one package that imports it.
+
+The rest of dcres sees hosts, reservations and ports:
+
+* a *reservation* is a placement group: memory set aside for a VM, one bundle per host;
+* an `ActorPort` is the name of an actor and a way to call it. It is a plain value that can
+  be sent to other actors. Errors of dcres come out of a call as themselves; an actor that
+  cannot answer raises `ActorGone`.
+
+Facts about Ray 2.60 that shaped this package:
+
+* RAY_AUTH_MODE is read when ray is imported. `_set_environment` reads it again, so that the
+  order of imports does not decide who can connect.
+* Errors that a raylet reports are printed on *standard output*, with ``log_to_driver`` off
+  too. Standard output belongs to the caller (JSON); they go to our log.
+* A restartable actor whose placement group is removed is killed and then restarts for ever:
+  it never runs and keeps its name. So actors are killed before their group is removed.
+* A call to an actor that is restarting fails at once (``max_task_retries=0``) instead of
+  waiting; nothing that an actor does to a VM may be repeated behind our back.
+* When a worker dies, Ray kills its process group. Processes that have to outlive an actor
+  need a session of their own (`dcres.linux.process.spawn_detached`).
+"""
+
+from dcres.actors._ray.actors import ActorPort, find, kill, list_actors
+from dcres.actors._ray.calls import Pending, gather
+from dcres.actors._ray.connection import (
+    connect,
+    connected_address,
+    current_actor_name,
+    disconnect,
+    own_node_address,
+)
+from dcres.actors._ray.nodes import hosts
+from dcres.actors._ray.placing import run_on, spawn, start_on
+from dcres.actors._ray.reservations import (
+    Reservation,
+    list_reservations,
+    release,
+    reservation,
+    reserve,
+)
+
+__all__ = [
+    "ActorPort",
+    "Pending",
+    "Reservation",
+    "connect",
+    "connected_address",
+    "current_actor_name",
+    "disconnect",
+    "find",
+    "gather",
+    "hosts",
+    "kill",
+    "list_actors",
+    "list_reservations",
+    "own_node_address",
+    "release",
+    "reservation",
+    "reserve",
+    "run_on",
+    "spawn",
+    "start_on",
+]

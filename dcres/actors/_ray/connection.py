@@ -1,0 +1,126 @@
+"""Joining a Ray cluster with this process, and leaving it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray._private import worker as ray_worker
+from ray._private.authentication.authentication_token_setup import (
+    AuthenticationTokenLoader,
+    Config,
+)
+from ray._private.node import GcsClient
+
+from dcres.errors import ClusterError
+
+NAMESPACE = "dcres"
+
+_CONNECT_TIMEOUT_S = 3.0
+
+_log = logging.getLogger("dcres.ray")
+
+
+def connect(address: str, token_path: Path | None = None) -> None:
+    """Connect this process to the cluster at `address` (``host:port``); repeatable.
+
+    Inside a Ray worker, where Ray is connected already, nothing happens. Raises ClusterError
+    within a few seconds if nothing answers there, or if the token is not the cluster's.
+    """
+    if ray.is_initialized():
+        return
+    _require_listener(address)
+    _set_environment(token_path)
+    _require_token(address, token_path)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray_worker.print_to_stdstream = _log_raylet_message
+    # Ray's core takes SIGTERM over: it prints a stack and ends us with no cleaning up.
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"cannot join the Ray cluster at {address}: {error}") from error
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def connected_address() -> str | None:
+    """The cluster that this process is connected to; None when it is not."""
+    return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
+
+
+def disconnect() -> None:
+    """Leave the cluster; detached actors and reservations stay. Repeatable."""
+    ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"{address!r} is not the address of a Ray cluster; write host:port")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}); "
+            "start one with `dcres up`, or name another with --address"
+        ) from None
+
+
+def _set_environment(token_path: Path | None) -> None:
+    if token_path is not None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # As in local_cluster: a call to an actor that just died fails 1 s earlier.
+    os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "100")
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _require_token(address: str, token_path: Path | None) -> None:
+    """Ask once with our token; ray.init itself would ask for 20 s."""
+    if token_path is not None and not token_path.is_file():
+        raise ClusterError(f"the token file {token_path} of the cluster at {address} is missing")
+    try:
+        GcsClient(address=address)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(
+            f"the Ray cluster at {address} does not accept our token; "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"what listens at {address} is not a Ray cluster: {error}") from error
+
+
+def _log_raylet_message(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+    for line in data["lines"]:
+        _log.info("%s: %s", data.get("pid"), line)
+
+
+def current_actor_name() -> str | None:
+    """The name of the actor that this code runs in; None outside of one."""
+    return ray.get_runtime_context().get_actor_name() or None
+
+
+def own_node_address() -> str:
+    """The address that other hosts reach this one at: that of the Ray node we belong to."""
+    node_id = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            return str(node["NodeManagerAddress"])
+    raise ClusterError(f"Ray does not know this node ({node_id}); restart the command")
