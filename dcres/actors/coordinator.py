@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dcres.actors.asking import ask_all, ask_progress
 from dcres.actors.bringing_up import BringingUp
 from dcres.actors.checkpointing import Checkpointing, Subject, checkpoint_facts
 from dcres.actors.fleet import RayFleet
@@ -32,7 +32,6 @@ from dcres.actors.restoring import Restoring, spec_for
 from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import (
     ActorGone,
-    ClusterError,
     Conflict,
     DcresError,
     NotFound,
@@ -40,7 +39,7 @@ from dcres.errors import (
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
-from dcres.model.pages import PAGE_SIZE, pages_of
+from dcres.model.pages import pages_of
 from dcres.model.picture import Picture
 from dcres.storage.manifest import Mode, loads
 from dcres.storage.store import Store
@@ -327,28 +326,14 @@ class Coordinator:
                 self._follow(self._main(), restoring.server_ports, restoring.end)
             else:
                 restoring.end()
-        moved = restoring.moved_pages
         return {
             "vm": self._vm,
             "checkpoint": manifest.checkpoint,
             "seconds": sum(laps.values()),
             "parts_seconds": laps,
             "lazy": lazy,
-            "layout": self._layout_facts(spec, restoring),
-            "pages_moved": moved,
-            "bytes_moved": moved * PAGE_SIZE,
+            **restoring.facts(spec.layout.shares),
         }
-
-    def _layout_facts(self, spec: VmSpec, restoring: Restoring) -> list[dict[str, Any]]:
-        return [
-            {
-                "host": host,
-                "role": "main" if index == 0 else "sub",
-                "memory_bytes": spec.layout.shares[index],
-                "pages": sum(flow[index] for flow in restoring.planned.flow),
-            }
-            for index, host in enumerate(self._hosts)
-        ]
 
     # Everything else
 
@@ -457,35 +442,17 @@ class Coordinator:
         ports = self._ports()
         if not ports:
             raise NotFound(f"VM {self._vm} does not run")
-        answers = []
-        for host, port in ports.items():
-            try:
-                port.wait_ready(_ASK_TIMEOUT_S)
-                answers.append(port.call("status", timeout_s=_ASK_TIMEOUT_S))
-            except (ActorGone, ClusterError) as error:
-                raise VmLost(
-                    f"host {host} of VM {self._vm} is gone ({error}); restore a checkpoint"
-                ) from None
-            except NotFound:
-                # Ray moves the actors of a dead host to a new one, where nothing of the VM is.
-                raise VmLost(
-                    f"host {host} of VM {self._vm} is gone; restore a checkpoint"
-                ) from None
-            if answers[-1].get("state") == "lost":
-                raise VmLost(f"VM {self._vm} is lost: {answers[-1]['lost_why']}")
-        return answers
+        return ask_all(self._vm, ports)
 
     def progress(self) -> dict[str, Any]:
         """How far the operation under way is: its phase, and bytes per host."""
         checkpointing = self._checkpointing
         phase = str(checkpointing.phase if checkpointing else self._phase)
-        hosts = []
-        for host, port in self._ports().items():
-            try:
-                hosts.append({"host": host, **asdict(port.call("progress", timeout_s=5.0))})
-            except DcresError:
-                hosts.append({"host": host, "what": "", "done_bytes": 0, "total_bytes": 0})
-        facts: dict[str, Any] = {"vm": self._vm, "phase": phase, "hosts": hosts}
+        facts: dict[str, Any] = {
+            "vm": self._vm,
+            "phase": phase,
+            "hosts": ask_progress(self._ports()),
+        }
         if checkpointing is not None and checkpointing.judgement is not None:
             facts["round"] = len(checkpointing.rounds)
             facts["estimated_downtime_seconds"] = checkpointing.judgement.estimated_downtime_s

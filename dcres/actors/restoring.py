@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dcres.actors.messages import (
     Incarnation,
@@ -24,7 +25,7 @@ from dcres.actors.messages import (
 from dcres.actors.ports import Fleet, Pending, Port
 from dcres.config import Layout, VmSpec
 from dcres.errors import DcresError, NotFound
-from dcres.model.pages import pages_of
+from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.paging.evictor import headroom_pages
 from dcres.paging.settings import SubAddress
 from dcres.storage.manifest import Manifest, dumps
@@ -183,6 +184,20 @@ class Restoring:
     def server_ports(self) -> dict[str, Port]:
         """The hosts that serve parts."""
         return {host: self._port(host) for host in self.servers}
+
+    def facts(self, shares_bytes: Sequence[int]) -> dict[str, Any]:
+        """Where the pages went and how many moved, as `dcres restore --json` prints it."""
+        moved = self.moved_pages
+        layout = [
+            {
+                "host": host,
+                "role": "main" if index == 0 else "sub",
+                "memory_bytes": share,
+                "pages": sum(flow[index] for flow in self.planned.flow),
+            }
+            for index, (host, share) in enumerate(zip(self.vm_ports, shares_bytes, strict=True))
+        ]
+        return {"layout": layout, "pages_moved": moved, "bytes_moved": moved * PAGE_SIZE}
 
     def end(self) -> None:
         """End the slice servers; the pages are where they belong. Repeatable."""
