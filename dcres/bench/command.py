@@ -1,4 +1,4 @@
-"""``dcres bench NAME``: runs one benchmark with its progress on the terminal."""
+"""``dcres bench NAME``: runs one benchmark, or all, with the progress on the terminal."""
 
 from __future__ import annotations
 
@@ -11,27 +11,53 @@ from rich.table import Table
 from rich.text import Text
 
 from dcres import bench
-from dcres.bench.result import Result, Spread, spreads
+from dcres.bench.result import Result, Say, Spread, spreads
+from dcres.errors import DcresError
+
+ALL = "all"
 
 
 def bench_command(
     name: str, *, quick: bool = False, folder: Path | None = None
-) -> tuple[dict[str, Any], RenderableType]:
-    """Run the benchmark `name`: what ``--json`` prints, and the same for people.
+) -> tuple[dict[str, Any], RenderableType, int]:
+    """Run the benchmark `name`, or ``all``: what ``--json`` prints, the same for people, status.
 
-    Progress goes to standard error. Raises what `bench.run` raises.
+    Progress goes to standard error. Raises what `bench.run` raises; with ``all`` a benchmark that
+    cannot run is told at the end, and the others are run all the same.
     """
     console = Console(stderr=True, highlight=False)
     with Status(f"bench {name}", console=console) as status:
+        if name != ALL:
+            result = bench.run(name, quick=quick, folder=folder, say=_teller(console, status, name))
+            return result.to_dict(), view(result), 0
+        return _run_all(console, status, quick, folder)
 
-        def say(text: str) -> None:
-            if console.is_terminal:
-                status.update(f"bench {name}: {text}")
-            else:
-                console.print(f"bench {name}: {text}", soft_wrap=True)
 
-        result = bench.run(name, quick=quick, folder=folder, say=say)
-    return result.to_dict(), view(result)
+def _run_all(
+    console: Console, status: Status, quick: bool, folder: Path | None
+) -> tuple[dict[str, Any], RenderableType, int]:
+    results: list[Result] = []
+    failed: dict[str, str] = {}
+    for number, each in enumerate(bench.NAMES, 1):
+        say = _teller(console, status, f"{each} ({number} of {len(bench.NAMES)})")
+        try:
+            results.append(bench.run(each, quick=quick, folder=folder, say=say))
+        except DcresError as error:
+            failed[each] = str(error)
+            say(f"failed: {error}")
+    values = {"bench": ALL, "results": [each.to_dict() for each in results], "failed": failed}
+    told = [Text(f"{each} failed: {why}", style="red") for each, why in failed.items()]
+    return values, Group(*map(view, results), *told), 1 if failed else 0
+
+
+def _teller(console: Console, status: Status, name: str) -> Say:
+    def say(text: str) -> None:
+        if console.is_terminal:
+            status.update(f"bench {name}: {text}")
+        else:
+            console.print(f"bench {name}: {text}", soft_wrap=True, markup=False)
+
+    return say
 
 
 def view(result: Result) -> RenderableType:

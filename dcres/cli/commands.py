@@ -305,13 +305,13 @@ def console(
 @add_command(app, "bench", panel=_CLUSTER, shared=_HERE)
 def bench(
     options: Options,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="See docs/measurements.md.")],
+    name: Annotated[str, typer.Argument(metavar="NAME|all", help="See docs/measurements.md.")],
     quick: Annotated[bool, typer.Option("--quick", help="Less data and fewer rounds.")] = False,
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="On the disk to measure; default: /tmp.")
     ] = None,
 ) -> Answer:
-    """One named measurement."""
+    """One named measurement, or all of them one after the other."""
     from dcres.bench.command import bench_command
 
     return Answer(*bench_command(name, quick=quick, folder=folder))

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dcres import bench
 from dcres.bench import page
-from dcres.bench.command import view
+from dcres.bench.command import bench_command, view
 from dcres.bench.machine import machine, versions
 from dcres.bench.result import (
     Aim,
@@ -27,7 +27,7 @@ from dcres.bench.result import (
     ratio_spreads,
     spreads,
 )
-from dcres.errors import ConfigError, NotFound
+from dcres.errors import ConfigError, NotFound, UnsupportedHost
 
 ROWS = (
     Row("paged", 0, 10.0, "MB/s", {"pages": 7}),
@@ -164,3 +164,24 @@ def test_the_machine_is_described() -> None:
     assert described["memory_bytes"] > 1 << 28
     assert described["file_system"]
     assert versions()["linux"]
+
+
+def test_all_of_them_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, bool]] = []
+    one = result()
+
+    def run(name: str, *, quick: bool, **_: object) -> Result:
+        ran.append((name, quick))
+        if name == "live":
+            raise UnsupportedHost("no QEMU here")
+        return replace(one, bench=name)
+
+    monkeypatch.setattr(bench, "run", run)
+    values, told, status = bench_command("all", quick=True)
+    assert ran == [(name, True) for name in bench.NAMES]
+    assert values["failed"] == {"live": "no QEMU here"}
+    assert [each["bench"] for each in values["results"]] == [n for n in bench.NAMES if n != "live"]
+    assert status == 1
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(told)
+    assert "live failed: no QEMU here" in console.export_text()
