@@ -28,6 +28,7 @@ from dcres.model.commit import (
     Phase,
     Published,
     PublishFailed,
+    PublishUnknown,
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import HostRound, Judgement, Target, judge
@@ -47,7 +48,7 @@ log = logging.getLogger("dcres.coordinator")
 
 _PREPARE_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
-_RESTART_TIMEOUT_S = 60.0
+_RESTART_TIMEOUT_S = 30.0  # of an actor whose process died; a host that died takes longer
 _PERSIST_TIMEOUT_S = 300.0
 _TRIES = 3
 # 256 MiB a host: what a round leaves when the guest writes about as fast as the disk.
@@ -103,11 +104,14 @@ class Checkpointing:
         self._downtime_s = 0.0
         self._manifest: Manifest | None = None
         self._stuck = ""
+        self.vm_stands = False  # it was stopped, and could not be told to go on
+        self._halting: dict[str, threading.Thread] = {}
 
     @property
     def pages_left(self) -> dict[str, int]:
         """Pages marked on each host after its latest round."""
-        return {host: done.left_pages for each in self.rounds for host, done in each.items()}
+        # Hosts add to the latest round while this is asked.
+        return {host: done.left_pages for each in self.rounds for host, done in list(each.items())}
 
     def cancel(self, why: str) -> None:
         """Give it up, unless it is being published already."""
@@ -154,6 +158,8 @@ class Checkpointing:
                 self._tell(subject.hosts, self._save)
             case Instruction.PUBLISH:
                 self._publish()
+            case Instruction.HALT:
+                self._halt()
             case Instruction.DISCARD:
                 self._discard()
 
@@ -242,10 +248,10 @@ class Checkpointing:
     def _resume(self) -> None:
         """Let the VM go on, through a restart of the main host's actor if need be."""
         try:
-            resumed_at = self._persist(self._subject.main, "resume")
+            resumed_at = self._persist(self._subject.main, "resume", self.checkpoint)
         except DcresError as error:
             log.error("VM %s cannot go on: %s", self._subject.vm, error)
-            self._stuck = f"the VM cannot go on: {error}"
+            self._stuck, self.vm_stands = f"the VM cannot go on: {error}", True
             return
         if self._finished is not None:
             self._downtime_s = resumed_at - self._finished.stopped_at
@@ -253,11 +259,14 @@ class Checkpointing:
             self.downtime_parts_s = {**parts, "hosts": self._downtime_s - sum(parts.values())}
 
     def _persist(self, host: str, method: str, *args: Any) -> Any:
-        """Call what may be repeated, again when the actor dies in it: it is back in a moment."""
+        """Call what may be repeated, again when the actor dies in it: it is back in a moment.
+
+        Raises ActorGone when it is not, because its host is gone.
+        """
         port = self._subject.ports[host]
         for tries_left in reversed(range(_TRIES)):
+            port.wait_ready(_RESTART_TIMEOUT_S)
             try:
-                port.wait_ready(_RESTART_TIMEOUT_S)
                 return port.call(method, *args, timeout_s=_PERSIST_TIMEOUT_S)
             except ActorGone:
                 if not tries_left:
@@ -269,19 +278,51 @@ class Checkpointing:
             self._manifest = self._make_manifest()
             self._persist(self._subject.main, "publish", dumps(self._manifest))
         except Exception as error:
-            self._manifest = None
-            self._events.put(PublishFailed(str(error)))
+            self._events.put(self._after_publishing_failed(str(error)))
         else:
             self._events.put(Published())
 
+    def _after_publishing_failed(self, why: str) -> Event:
+        """An answer may be lost on its way after the manifest was written: so ask for it."""
+        if self._manifest is None:
+            return PublishFailed(why)
+        try:
+            published = self._persist(self._subject.main, "published", self.checkpoint)
+        except DcresError as error:
+            self._stuck = (
+                "whether it was published, its main host cannot tell now (see `dcres checkpoints` "
+                "once it answers again), so its parts are kept"
+            )
+            return PublishUnknown(f"{why}; {error}")
+        return Published() if published else PublishFailed(why)
+
+    def _halt(self) -> None:
+        """Every host stops saving; returns when the main host has, for the VM waits for it."""
+        self._halting = {host: self._in_thread(host, "halt") for host in self._subject.hosts}
+        self._halting[self._subject.main].join()
+
     def _discard(self) -> None:
-        steps = [(host, step) for step in ("halt", "abandon") for host in self._subject.hosts]
-        for host, step in steps:
+        # Hosts may share a store, so no part is removed before all have stopped saving. One that
+        # is gone saves nothing any more.
+        for thread in self._halting.values():
+            thread.join()
+        # A main host whose VM stands still keeps in mind why, for whoever asks it next.
+        hosts = self._subject.hosts[1:] if self.vm_stands else self._subject.hosts
+        discarding = [self._in_thread(host, "abandon") for host in hosts]
+        for thread in discarding:
+            thread.join()
+
+    def _in_thread(self, host: str, step: str) -> threading.Thread:
+        def attempt() -> None:
             try:
                 self._persist(host, step, self.checkpoint)
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)
+
+        thread = threading.Thread(target=attempt, name=f"{step}-{host}", daemon=True)
+        thread.start()
+        return thread
 
     def _make_manifest(self) -> Manifest:
         finished, subject = self._require_finished(), self._subject

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 from dcres.actors.host import Daemon, Meter
 from dcres.actors.messages import Progress, Saved
 from dcres.errors import Conflict, DcresError
+from dcres.linux import priority
 from dcres.linux.files import data_extents, data_extents_within
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
@@ -46,6 +48,7 @@ from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 
+LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
 
 
@@ -66,6 +69,7 @@ class PartSaver:
 
     def __init__(
         self,
+        checkpoint: str,
         source: Path,
         folder: Path,
         memory_format: MemoryFormat,
@@ -73,6 +77,7 @@ class PartSaver:
         daemon: Daemon,
         meter: Meter,
     ) -> None:
+        self.checkpoint = checkpoint
         self._daemon = daemon
         self._meter = meter
         self._folder = folder
@@ -136,7 +141,7 @@ class PartSaver:
         """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled."""
         began = time.monotonic()
         here = self._take()
-        with self._meter.measuring("copy", count_pages(here)):
+        with self._meter.measuring("copy", count_pages(here)), priority.background():
             self._writer.discard(self._gone)
             self._writer.save(self._source, here)
         left = int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
@@ -158,7 +163,7 @@ class PartSaver:
 
     def settle(self, host: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]) -> Saved:
         """Write what was staged and make the part durable, with the tables of `tables_of`."""
-        with self._meter.measuring("save", 0):
+        with self._meter.measuring("save", 0), priority.background():
             self._writer.discard(self._gone)
             self._writer.settle()
         saved = self._writer.seal()
@@ -178,7 +183,9 @@ class PartSaver:
 class SavingHost:
     """The part of a host's actor that saves: what main host and sub hosts do alike.
 
-    Every method may be called again after a failure, once `abandon` was.
+    Orders name the checkpoint that they are for. One that comes late, after that checkpoint was
+    halted or when another one is under way, is refused with Conflict and changes nothing. Every
+    method may be called again after a failure, once `abandon` was.
     """
 
     def __init__(self, store: Store, vm: str, host: str, meter: Meter) -> None:
@@ -186,20 +193,27 @@ class SavingHost:
         self._vm = vm
         self._host = host
         self._meter = meter
-        self._saving = threading.Lock()
+        self._saving = threading.RLock()
         self._saver: PartSaver | None = None
+        self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
+
+    def _require_wanted(self, checkpoint: str) -> None:
+        if checkpoint in self._halted:
+            raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} was given up")
 
     def _begin_saving(
         self, checkpoint: str, memory_format: MemoryFormat, source: Path, daemon: Daemon
-    ) -> Path:
+    ) -> None:
         """Make this host's folder in the checkpoint and track changes from now on."""
         with self._saving:
+            self._require_wanted(checkpoint)
             self._end_saving()
             self._meter.reset()
             folder = self._store.host_folder(self._vm, checkpoint, self._host)
             changes = source.with_name("changes")
-            self._saver = PartSaver(source, folder, memory_format, changes, daemon, self._meter)
-        return folder
+            self._saver = PartSaver(
+                checkpoint, source, folder, memory_format, changes, daemon, self._meter
+            )
 
     def _end_saving(self) -> None:
         saver, self._saver = self._saver, None
@@ -207,43 +221,60 @@ class SavingHost:
             saver.close()
 
     @contextmanager
-    def _current(self) -> Iterator[PartSaver]:
+    def _current(self, checkpoint: str) -> Iterator[PartSaver]:
         with self._saving:
-            if self._saver is None:
-                raise Conflict(f"host {self._host} has no checkpoint of VM {self._vm} under way")
+            if self._saver is None or self._saver.checkpoint != checkpoint:
+                raise Conflict(
+                    f"host {self._host} has no checkpoint {checkpoint} of VM {self._vm} under way"
+                )
             yield self._saver
 
     def copy(self, checkpoint: str) -> HostRound:
         """A round of checkpoint `checkpoint` while the guest runs; see `PartSaver.copy`."""
-        with self._current() as saver:
+        with self._current(checkpoint) as saver:
             return saver.copy()
 
     def synchronise(self, checkpoint: str, live: bool) -> None:
         """The barrier before the stop: a last quick round, if there are rounds at all."""
-        with self._current() as saver:
+        with self._current(checkpoint) as saver:
             if live:
                 saver.copy()
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         """The VM stands still: take the rest; see `PartSaver.stage`."""
-        with self._current() as saver:
+        with self._current(checkpoint) as saver:
             saver.stage(most_pages)
 
-    def _settle(self, tables_of: Callable[[SavedMemory], Sequence[FileSum]]) -> Saved:
-        with self._current() as saver:
+    def _settle(
+        self, checkpoint: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]
+    ) -> Saved:
+        with self._current(checkpoint) as saver:
             saved = saver.settle(self._host, tables_of)
             self._saver = None
         return saved
 
     def halt(self, checkpoint: str) -> None:
-        """Stop saving and tracking. Repeatable.
+        """Stop saving and tracking, for good: orders that come later are refused. Repeatable.
 
         Hosts may share a store, so no part is removed before all hosts have halted.
         """
+        self._halted.append(checkpoint)
+        with self._hurrying(checkpoint), self._saving:
+            if self._saver is not None and self._saver.checkpoint == checkpoint:
+                self._end_saving()
+
+    @contextmanager
+    def _hurrying(self, checkpoint: str) -> Iterator[None]:
+        """What is being saved for `checkpoint` fails soon, and so frees the lock."""
+        saver = self._saver
+        if saver is None or saver.checkpoint != checkpoint:
+            yield
+            return
         self._meter.cancel()
-        with self._saving:
-            self._end_saving()
-        self._meter.reset()
+        try:
+            yield
+        finally:
+            self._meter.reset()
 
     def abandon(self, checkpoint: str) -> None:
         """Halt, and remove what is left of the checkpoint. Repeatable."""

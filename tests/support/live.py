@@ -65,7 +65,9 @@ class WriterSub(SavingHost):
 
     def save(self, checkpoint: str) -> Saved:
         folder = self._store.host_folder(VM, checkpoint, self._host)
-        return self._settle(lambda saved: [tables.write_existence(folder / PAGES, saved.mask)])
+        return self._settle(
+            checkpoint, lambda saved: [tables.write_existence(folder / PAGES, saved.mask)]
+        )
 
 
 class WriterMain(SavingHost):
@@ -100,7 +102,7 @@ class WriterMain(SavingHost):
         self._table = table.owners.copy(), table.ticks.copy()
         return Finished(frozen["tick"], 0, frozen["pages_in"], frozen["pages_out"], stopped_at)
 
-    def resume(self) -> float:
+    def resume(self, checkpoint: str) -> float:
         self._orders.call("thaw")
         os.kill(self._pid, signal.SIGCONT)
         return time.monotonic()
@@ -119,7 +121,7 @@ class WriterMain(SavingHost):
                 file_sum(folder / VMCORE),
             ]
 
-        saved = self._settle(write_tables)
+        saved = self._settle(checkpoint, write_tables)
         if self._without:
             return replace(saved, placed=())
         assert ((owners == MAIN).sum(), digest(owners == MAIN)) == (saved.pages, saved.digest)
