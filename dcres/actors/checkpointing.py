@@ -31,7 +31,7 @@ from dcres.model.commit import (
     PublishUnknown,
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.model.live import HostRound, Judgement, Target, judge
+from dcres.model.live import HostRound, Judgement, Target, Verdict, judge
 from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
     DiskSnapshot,
@@ -199,9 +199,10 @@ class Checkpointing:
         self._events.put(AnotherRound() if self.judgement.go_on else Converged())
 
     def _synchronise(self, host: str) -> Barrier:
-        live = self._mode is Mode.LIVE
+        # Hosts that were done early have gathered changes since. Where rounds do not help, not.
+        once_more = self.judgement is not None and self.judgement.verdict is Verdict.FITS
         port = self._subject.ports[host]
-        port.call("synchronise", self.checkpoint, live, timeout_s=_SAVE_TIMEOUT_S)
+        port.call("synchronise", self.checkpoint, once_more, timeout_s=_SAVE_TIMEOUT_S)
         return Barrier.SYNCHRONISE
 
     @property

@@ -129,22 +129,29 @@ class PartSaver:
         seconds = max(time.perf_counter() - began, 1e-6)
         return max(sample.size, 1) * PAGE_SIZE / seconds
 
+    def _scan(self) -> int:
+        """Mark what the guest wrote since the last time; how many pages are marked then."""
+        return int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
+
     def _take(self) -> Extents:
         """Marked pages that are here; those that are not vanish from the memory file."""
-        self._daemon.call("scan", changes=str(self._changes_path))
         marked = self._changes.take()
         here = data_extents_within(self._source, marked, self._pages)
         self._gone = without(marked, here)
         return here
 
     def copy(self) -> HostRound:
-        """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled."""
+        """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled.
+
+        It ends with a scan and does not begin with one: each costs a guest that writes everywhere
+        another fault for every page.
+        """
         began = time.monotonic()
         here = self._take()
         with self._meter.measuring("copy", count_pages(here)), priority.background():
             self._writer.discard(self._gone)
             self._writer.save(self._source, here)
-        left = int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
+        left = self._scan()
         seconds = time.monotonic() - began
         return HostRound(count_pages(here), left, seconds, self._rate)
 
@@ -153,6 +160,7 @@ class PartSaver:
 
         What is more is written at once. Afterwards nothing of the host's memory is needed.
         """
+        self._scan()
         here = self._take()
         at_once, later = split_pages(here, max(0, count_pages(here) - most_pages))
         if len(at_once):
@@ -234,10 +242,10 @@ class SavingHost:
         with self._current(checkpoint) as saver:
             return saver.copy()
 
-    def synchronise(self, checkpoint: str, live: bool) -> None:
-        """The barrier before the stop: a last quick round, if there are rounds at all."""
+    def synchronise(self, checkpoint: str, once_more: bool) -> None:
+        """The barrier before the stop, with a last quick round if `once_more`."""
         with self._current(checkpoint) as saver:
-            if live:
+            if once_more:
                 saver.copy()
 
     def stage(self, checkpoint: str, most_pages: int) -> None:

@@ -142,7 +142,7 @@ class FakeHost:
         self.world.note(self.host, "copy")
         return HostRound(PAGES, 0, 0.01, 1e9)
 
-    def synchronise(self, checkpoint: str, live: bool) -> None:
+    def synchronise(self, checkpoint: str, once_more: bool) -> None:
         self.world.note(self.host, "synchronise")
 
     def stage(self, checkpoint: str, most_pages: int) -> None:

@@ -23,11 +23,10 @@ FIRST, SECOND = "vm-20260101-000000-0001", "vm-20260101-000000-0002"
 
 
 class Daemon:
-    """A paging process in which nothing moves; `hook` runs when it is asked to scan."""
+    """A paging process in which nothing moves."""
 
     def __init__(self) -> None:
         self.tracking: str | None = None
-        self.hook: Callable[[], object] = lambda: None
 
     def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
         match do:
@@ -35,14 +34,23 @@ class Daemon:
                 self.tracking = arguments["changes"]
             case "untrack":
                 self.tracking = None
-            case "scan":
-                self.hook()
         return {"written": 0}
+
+
+class HeldMeter(Meter):
+    """`hook` runs whenever pages have been saved."""
+
+    hook: Callable[[], object] = staticmethod(lambda: None)
+
+    def done(self, pages: int) -> None:
+        self.hook()
+        super().done(pages)
 
 
 class Host(SavingHost):
     def __init__(self, folder: Path) -> None:
-        super().__init__(Store(folder / "store"), "vm", "h1", Meter())
+        self.meter = HeldMeter()
+        super().__init__(Store(folder / "store"), "vm", "h1", self.meter)
         self.daemon = Daemon()
         self.memory = folder / "store.ram"
         self.memory.write_bytes(os.urandom(PAGES * 4096))
@@ -106,7 +114,7 @@ def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
         saving.set()
         go_on.wait(20)
 
-    host.daemon.hook = hold
+    host.meter.hook = hold
     errors: list[Conflict] = []
 
     def copy() -> None:
@@ -125,6 +133,6 @@ def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
         thread.join(10)
     assert "cancelled" in str(errors[0])
     assert host.daemon.tracking is None
-    host.daemon.hook = lambda: None
+    host.meter.hook = lambda: None
     host.prepare(SECOND)  # and the next one is not hurried any more
     assert host.copy(SECOND).saved_pages == PAGES
