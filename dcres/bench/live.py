@@ -3,12 +3,13 @@
 A real guest over a main host (three quarters) and a sub host fills its memory and then writes
 to pages at random in half of it, at a given rate. Once that half is on the main host, each round
 has its speed before, a live checkpoint, and its speed meanwhile. A guest that writes at a given
-rate makes up for what it lost, so two others have none: ``busy`` reads a word of 64 pages at random
-for every page that it writes, as fast as it can, and ``flat_out`` does nothing but write one word
-of one page after the other, which dirties all its pages again within 50 ms. QEMU's own ways save the same
-guest on one host, without dcres: ``migrate`` of the stopped VM to a file, and ``savevm`` into a
-QCOW2 disk; the VM stands still for all of it. What the first write to a protected page costs is
-measured with the native writer.
+rate makes up for what it lost, so two others have none: ``busy`` reads a word of 64 pages at
+random for every page that it writes, as fast as it can, and ``flat_out`` does nothing but write a
+word of one page after the other, which dirties all its pages again within 50 ms.
+
+QEMU's own ways save the same guest on one host, without dcres: ``migrate`` of the stopped VM to a
+file, and ``savevm`` into a QCOW2 disk; the VM stands still for all of it. What the first write to
+a protected page costs is measured with the native writer.
 """
 
 from __future__ import annotations
