@@ -262,16 +262,22 @@ class Evictor:
                 self._unsent.append(np.array([[at, min(at + STEP_PAGES, stop)]]))
 
     def _send_unsent(self) -> bool:
+        """Send again, as far as there is room, what a broken link has left in the outbox."""
         if not self._unsent:
             return False
         pages = pages_of_extents(self._unsent[0])
         pages = pages[self._table.owners[pages] == LEAVING]
-        link = self._roomiest()
-        if pages.size and (link is None or link.room_pages < pages.size):
+        # One that was taken back and has left once more is on its way already, maybe elsewhere.
+        idle = [page not in self._in_flight for page in pages.tolist()]
+        pages = pages[np.array(idle, dtype=np.bool_)]
+        link = self._roomiest() if pages.size else None
+        if pages.size and link is None:
             return False
         self._unsent.popleft()
-        if pages.size and link is not None:
-            self._send(link, extents_of_pages(pages))
+        if link is not None:
+            if pages.size > link.room_pages:
+                self._unsent.appendleft(extents_of_pages(pages[link.room_pages :]))
+            self._send(link, extents_of_pages(pages[: link.room_pages]))
         return True
 
     def _send(self, link: Link, extents: Extents) -> None:
@@ -279,18 +285,21 @@ class Evictor:
         link.page_out(extents, self._outbox.read(extents))
 
     def stored(self, link: Link, extents: Extents) -> None:
-        """A sub host holds these pages: the table says so, then the outbox forgets them."""
+        """A sub host holds these pages: the table says so, then the outbox forgets them.
+
+        Only of what is still leaving; of what came back meanwhile the copy there is released.
+        """
         pages = pages_of_extents(extents)
         self._in_flight.difference_update(pages.tolist())
-        recalled = self.recalled[pages]
-        gone = pages[~recalled]
+        leaving = (self._table.owners[pages] == LEAVING) & ~self.recalled[pages]
+        gone = pages[leaving]
         self._table.owners[gone] = link.code
         self.leaving -= gone.size
         self.pages_out += gone.size
         self._outbox.drop(extents_of_pages(gone))
-        if recalled.any():
-            self.recalled[pages[recalled]] = False
-            link.release(extents_of_pages(pages[recalled]))
+        if gone.size < pages.size:
+            self.recalled[pages[~leaving]] = False
+            link.release(extents_of_pages(pages[~leaving]))
 
     def unanswered(self, requests: Sequence[Request]) -> None:
         """Page-outs on a link that broke: send again what is still leaving."""
