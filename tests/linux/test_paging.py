@@ -6,6 +6,8 @@ import os
 import random
 import select
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,6 +193,35 @@ def test_a_killed_memory_server_is_replaced_and_nothing_is_lost(paged: Rig) -> N
     operations, damaged = finished(paged)
     assert (damaged, paged.status()["state"]) == (0, "running")
     assert operations > 0
+
+
+def second(paged: Rig, name: str, module: str) -> tuple[int, str]:
+    """Start ``pager`` or ``subN`` once more beside the one that runs: exit status and words."""
+    twin = subprocess.run(
+        [sys.executable, "-m", module, str(paged.folder / f"{name}.json")],
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+    return twin.returncode, twin.stderr
+
+
+def test_a_second_pager_ends_and_the_first_pages_on(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    paged.writer.tell("run 1.5")
+    code, words = second(paged, "pager", "dcres.paging.pager")
+    assert (code, "a pager of this VM is running already" in words) == (1, True), words
+    assert finished(paged)[1] == 0
+    status = paged.status()
+    assert (status["pid"], status["state"]) == (paged.processes["pager"].pid, "running")
+
+
+def test_a_second_memory_server_ends_and_the_first_serves_on(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    code, words = second(paged, "sub0", "dcres.paging.server")
+    assert (code, "a memory server of this VM is running already" in words) == (1, True), words
+    assert paged.status("sub0")["pid"] == paged.processes["sub0"].pid
+    paged.writer.ask("run 0.2")
 
 
 def test_without_a_pager_the_guest_waits_and_never_reads_zeros(paged: Rig) -> None:
