@@ -156,7 +156,11 @@ class Pager:
             return False
         # While QUIET nothing leaves, so waiting for room would be waiting for ever.
         self._listen(self._state is PagerState.QUIET or not self._evictor.over_limit)
-        if self._faults.guest_waits and not self._evictor.over_limit:
+        if (
+            self._faults.guest_waits
+            and not self._evictor.over_limit
+            and not self._evictor.shrinking
+        ):
             return False  # its answer goes first
         moved = self._evictor.step() or self._mover.step()
         if not moved and self._filling and self._state is PagerState.RUNNING:
@@ -327,6 +331,7 @@ class Pager:
         self._require_alive()
         self._filling = limit_pages > self._table.limit_pages
         self._table.limit_pages = limit_pages
+        self._evictor.limit_changed()
 
     def _reload(self) -> None:
         """Take sub hosts, slice servers and moves as the settings file has them by now.

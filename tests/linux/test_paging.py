@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,24 @@ def test_the_main_host_keeps_its_share(paged: Rig) -> None:
     until(lambda: paged.status()["pages"][0] <= 128, 5, "page-out after the resize")
     paged.order("resize", limit_pages=1024)
     until(lambda: paged.status()["pages"][0] >= 900, 5, "page-in after the resize")
+
+
+def test_a_guest_that_writes_is_served_while_its_main_host_shrinks(
+    tmp_path: Path, writer_program: Path
+) -> None:
+    many, few = 65536, 2048
+    with rig(tmp_path, writer_program, many, many, (many,)) as made:
+        made.writer.ask("fill")
+        begin = at = time.monotonic()
+        made.order("resize", limit_pages=few)
+        longest, batches = 0.0, 0
+        while made.status()["pages"][0] > few + few // 16:
+            made.writer.ask("write 0 64")
+            longest, at = max(longest, time.monotonic() - at), time.monotonic()
+            batches += 1
+            assert at - begin < 20, "the main host reaches its share although its guest is busy"
+    assert batches > 3
+    assert longest < (at - begin) / 3, "its longest wait is not the whole move"
 
 
 def test_pages_that_are_only_read_stay_while_others_pass(paged: Rig) -> None:
