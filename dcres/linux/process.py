@@ -63,6 +63,17 @@ class ProcessId:
         stat = _read_stat(self.pid)
         return stat is not None and stat[0] == self.start_time and stat[1] not in "ZX"
 
+    @property
+    def argv(self) -> list[str]:
+        """Its command line; empty when it has ended."""
+        try:
+            words = (_PROC / str(self.pid) / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return []
+        if not self.alive:
+            return []
+        return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
+
     def _open(self) -> int | None:
         try:
             fd = os.pidfd_open(self.pid)
