@@ -30,7 +30,7 @@ from dcres.model.commit import (
     PublishFailed,
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.model.live import HostRound, Judgement, Target, judge
+from dcres.model.live import HostRound, Judgement, Target, estimates_s, judge
 from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
     DiskSnapshot,
@@ -107,7 +107,23 @@ class Checkpointing:
     @property
     def pages_left(self) -> dict[str, int]:
         """Pages marked on each host after its latest round."""
-        return {host: done.left_pages for each in self.rounds for host, done in each.items()}
+        return {host: done.left_pages for host, done in self._latest().items()}
+
+    def forecasts(self) -> dict[str, dict[str, Any]]:
+        """For each host that has done a round: what is left there, and the downtime it means."""
+        latest = self._latest()
+        estimates = estimates_s(latest, self._target.fixed_s)
+        return {
+            host: {
+                "pages_left": done.left_pages,
+                "estimated_downtime_seconds": estimates[host],
+            }
+            for host, done in latest.items()
+        }
+
+    def _latest(self) -> dict[str, HostRound]:
+        # Copies: hosts that end a round are entered by threads of their own.
+        return {host: done for each in list(self.rounds) for host, done in dict(each).items()}
 
     def cancel(self, why: str) -> None:
         """Give it up, unless it is being published already."""
