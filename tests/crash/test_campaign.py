@@ -346,6 +346,66 @@ def test_a_kill_during_start_or_restore(running: Campaign, name: str, what: str)
     running.require_goes_on()
 
 
+@pytest.fixture
+def replaced(campaign: Campaign) -> Iterator[None]:
+    """Afterwards there is another host for every one that was lost."""
+    before = len(campaign.cluster.hosts)
+    yield
+    while len(campaign.cluster.hosts) < before:
+        campaign.cluster.add_host()
+
+
+@pytest.mark.usefixtures("replaced")
+@pytest.mark.parametrize("index", [0, 1], ids=["main", "sub"])
+def test_a_host_that_is_lost_during_a_live_checkpoint(running: Campaign, index: int) -> None:
+    before = running.newest()
+    where = [str(host["host"]) for host in running.hosts()]
+    # A downtime that no stop can keep: it copies for as long as it may.
+    pending = running.coordinator.submit("checkpoint", "live", None, 0.001)
+    phase = partial(running.coordinator.call, "progress")
+    until(lambda: phase()["phase"] == "copying", 30, "it copies")
+    began = time.monotonic()
+    running.cluster.kill_host(where[index])
+    until(lambda: running.status()["phase"] == "lost", 60, "the VM is reported lost")
+    told_s = time.monotonic() - began
+    assert where[index] in running.status()["why"]
+    how = running.settle(pending)
+    print(f"\n  {where[index]} lost: told after {told_s:.1f} s; {how}")
+    print(f"  over after {time.monotonic() - began:.1f} s")
+    assert require_old_or_new(running, before, how) == "old"
+    assert "the VM cannot go on" in how or "gone" in how
+    running.cluster.add_host()
+    newest = running.newest()
+    assert newest is not None
+    running.coordinator.call("restore", dumps(newest), timeout_s=100)
+    running.require_goes_on(2)
+    assert where[index] not in [host["host"] for host in running.hosts()]
+    assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
+
+
+@pytest.mark.usefixtures("replaced")
+def test_a_host_that_is_lost_in_the_middle_of_a_restore(running: Campaign) -> None:
+    newest = running.newest()
+    assert newest is not None
+    name = str(running.hosts()[1]["host"])
+    running.clean()
+    chosen = [name, *(host for host in running.cluster.hosts if host != name)]
+    pending = running.coordinator.submit("restore", dumps(newest), None, chosen[1:] + chosen[:1])
+    ram = running.cluster.settings(name).ram / VM
+    until(lambda: (ram / "store.ram").exists(), 30, f"{name} loads its part")
+    began = time.monotonic()
+    running.cluster.kill_host(name)
+    with pytest.raises(DcresError) as caught:
+        pending.result(100)
+    print(f"\n  {name} lost: {time.monotonic() - began:.1f} s until {caught.value}")
+    assert running.status()["phase"] == "absent"
+    until(lambda: running.leftovers() == [], 20, f"nothing is left: {running.leftovers()}")
+    assert running.store.verify(newest.checkpoint).ok
+    running.cluster.add_host()
+    running.coordinator.call("restore", dumps(newest), timeout_s=100)
+    running.require_goes_on(2)
+
+
 def test_checkpoints_leave_no_descriptor_open(running: Campaign) -> None:
     def count() -> dict[str, int]:
         names = ("coordinator", "main actor", "sub actor", "pager", "memory server", "qemu")
