@@ -54,7 +54,8 @@ def vm_file(folder: Path, name: str, **changes: Any) -> str:
         "memory": "256MiB",
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
-        "append": "console=ttyS0 quiet panic=-1 witness=136",  # more than the main host keeps
+        # More than the main host keeps; with pauses, since the commands want the cores as well.
+        "append": "console=ttyS0 quiet panic=-1 witness=136 witness_pause=0.3",
         "accel": "tcg",
         "layout": {"main": "128MiB", "subs": ["64MiB", "64MiB"]},
         **changes,

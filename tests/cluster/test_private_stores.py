@@ -58,7 +58,7 @@ def saved(cli: Cli, folder: Path) -> dict[str, Any]:
         "memory": MEMORY,
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
-        "append": "console=ttyS0 quiet panic=-1 witness=64",
+        "append": "console=ttyS0 quiet panic=-1 witness=64 witness_pause=0.3",
         "accel": "tcg",
         "layout": {"main": "96MiB", "subs": ["64MiB", "64MiB"]},
     }
