@@ -49,6 +49,8 @@ _PREPARE_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
 _RESTART_TIMEOUT_S = 60.0
 _PERSIST_TIMEOUT_S = 300.0
+# Ray starts an actor again in 1 to 3 s, unless its host is gone; the VM's loss is told after this.
+_DISCARD_TIMEOUT_S = 10.0
 _TRIES = 3
 # 256 MiB a host: what a round leaves when the guest writes about as fast as the disk.
 STAGE_PAGES = 65536
@@ -268,12 +270,17 @@ class Checkpointing:
             parts = dict(self._finished.parts_s)
             self.downtime_parts_s = {**parts, "hosts": self._downtime_s - sum(parts.values())}
 
-    def _persist(self, host: str, method: str, *args: Any) -> Any:
-        """Call what may be repeated, again when the actor dies in it: it is back in a moment."""
+    def _persist(
+        self, host: str, method: str, *args: Any, patience_s: float = _RESTART_TIMEOUT_S
+    ) -> Any:
+        """Call what may be repeated, again when the actor dies in it: it is back in a moment.
+
+        Raises ActorGone when it is not back after `patience_s`.
+        """
         port = self._subject.ports[host]
         for tries_left in reversed(range(_TRIES)):
+            port.wait_ready(patience_s)
             try:
-                port.wait_ready(_RESTART_TIMEOUT_S)
                 return port.call(method, *args, timeout_s=_PERSIST_TIMEOUT_S)
             except ActorGone:
                 if not tries_left:
@@ -292,12 +299,17 @@ class Checkpointing:
 
     def _discard(self) -> None:
         steps = [(host, step) for step in ("halt", "abandon") for host in self._subject.hosts]
+        gone: set[str] = set()
         for host, step in steps:
+            if host in gone:
+                continue
             try:
-                self._persist(host, step, self.checkpoint)
+                self._persist(host, step, self.checkpoint, patience_s=_DISCARD_TIMEOUT_S)
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)
+                if isinstance(error, ActorGone):
+                    gone.add(host)
 
     def _make_manifest(self) -> Manifest:
         finished, subject = self._require_finished(), self._subject

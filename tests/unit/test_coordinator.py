@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dcres.actors import checkpointing
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.host import Meter
 from dcres.actors.messages import (
@@ -598,6 +600,23 @@ def test_a_meter_knows_the_rate_of_what_is_under_way() -> None:
         assert meter.progress == Progress("copy", 10 * 4096, 100 * 4096, 5 * 4096.0)
     with meter.measuring("save", 4):
         assert meter.progress == Progress("save", 0, 4 * 4096, 0.0)
+
+
+def test_a_host_that_does_not_come_back_is_not_waited_for_again(
+    started: Coordinator, world: World, fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "_DISCARD_TIMEOUT_S", 0.2)
+    world.hooks["h1.copy"] = fleet.actor("vm", 1).die
+    began = time.monotonic()
+    with pytest.raises(OperationFailed, match="the VM goes on") as caught:
+        started.checkpoint("live")
+    assert time.monotonic() - began < 10  # it would be a minute for every step and try
+    assert list(caught.value.failures) == ["h1"]
+    assert {"h0.halt", "h2.halt", "h0.abandon", "h2.abandon"} <= set(world.done)
+    assert not {"h1.halt", "h1.abandon"} & set(world.done)
+    world.hooks.clear()
+    fleet.actor("vm", 1).restart()
+    assert started.checkpoint("live")["checkpoint"] in world.published
 
 
 def test_cancel_gives_a_checkpoint_up(started: Coordinator, world: World) -> None:
