@@ -245,7 +245,9 @@ class TestCheckpoints:
             assert saved["checkpoint"] in message, "it names the one that was meant"
 
     def test_damage_is_named(self, cli: Cli, box: str, folder: Path) -> None:
-        taken = cli.json("checkpoint", box, "--mode", "stop")
+        ran = cli.run("checkpoint", box, "--json")  # a live one
+        assert f"checkpoint of {box}: " in ran.err, "without a terminal there is a line a phase"
+        taken = ran.values
         place = folder / "home" / "store" / box / taken["checkpoint"]
         core = next(place.glob("*/vmcore"))
         core.write_bytes(b"x" + core.read_bytes()[1:])
