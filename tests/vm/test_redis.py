@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import pytest
@@ -63,7 +63,7 @@ pytestmark = [
 
 VM = "redis"
 CLIENTS = 2
-KEYS_OF_A_CLIENT = 7000  # of 8000 bytes each: 109 MiB in all, and the main host has 128
+KEYS_OF_A_CLIENT = 5000  # of 8000 bytes each: 78 MiB in all, and the main host has 96
 CHECKPOINTS = 3
 REQUESTS_BETWEEN = 1500  # of every client: about 2 s
 
@@ -72,12 +72,12 @@ def spec_of(port: int) -> dict[str, Any]:
     image = redis_image(default_home() / "guest")
     return {
         "name": VM,
-        "memory": "256MiB",
+        "memory": "192MiB",
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
         "append": "console=ttyS0 quiet panic=-1",
         "accel": "tcg",
-        "layout": {"main": "128MiB", "subs": ["64MiB", "64MiB"]},
+        "layout": {"main": "96MiB", "subs": ["48MiB", "48MiB"]},
         "extra_args": forward_args(port),
     }
 
@@ -261,27 +261,25 @@ def test_no_pause_is_longer_than_the_downtime_and_a_round_trip(run: Run) -> None
         assert pause_s <= taken.downtime_s + run.round_trip_s
 
 
-def test_the_pause_is_the_downtime_and_what_a_round_trip_usually_takes(run: Run) -> None:
-    """The same with common round trips in place of the longest: for most of the checkpoints.
+def test_the_pause_is_the_downtime_and_a_usual_round_trip(run: Run) -> None:
+    """The same with 999 of 1000 round trips in place of all, for most checkpoints.
 
-    One of them may have met a round trip of the rare kind. And one request of each client is
-    under way at a stop; the others wait no longer than without a checkpoint.
+    In one of them the request that was under way at the stop may have been of the rare kind.
     """
-    usual = quantiles(run.undisturbed(), n=1000)
-    beyond = [run.longest(each.began_s, each.ended_s) - each.downtime_s for each in run.checkpoints]
-    others = [run.during(each)[:-CLIENTS] for each in run.checkpoints]
-    print(
-        "\nundisturbed ms: median, p99, p99.9", [round(usual[i] * 1e3, 1) for i in (499, 989, 998)]
-    )
-    print("longest", round(run.round_trip_s * 1e3, 1), "n", len(run.undisturbed()))
-    print(
-        "beyond",
-        [round(each * 1e3, 1) for each in beyond],
-        "downtime",
-        [round(e.downtime_s * 1e3, 1) for e in run.checkpoints],
-    )
-    for o in others:
-        print(len(o), [round(x * 1e3, 1) for x in (o[len(o) // 2], o[int(len(o) * 0.99)], o[-1])])
+    usual_s = quantiles(run.undisturbed(), n=1000)[-1]
+    beyond_s = [
+        run.longest(each.began_s, each.ended_s) - each.downtime_s for each in run.checkpoints
+    ]
+    print(f"\n999 of 1000 within {usual_s:.4f} s; longest pauses less the downtime: {beyond_s}")
+    assert usual_s < run.round_trip_s
+    assert median(beyond_s) <= usual_s
+
+
+def test_requests_that_no_stop_met_took_what_they_take_otherwise(run: Run) -> None:
+    for taken in run.checkpoints:
+        others = run.during(taken)[:-CLIENTS]
+        print(f"\nmedian of {len(others)}: {median(others):.4f}; {median(run.undisturbed()):.4f}")
+        assert median(others) <= 4 * median(run.undisturbed())
 
 
 def test_a_stop_that_nobody_reports_is_seen(run: Run) -> None:
