@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from dcres.linux.process import ProcessId, find_marked
+from tests.support import prefork
 from tests.support.cluster import cluster, unique
 
 # How long one example takes says nothing on a machine that others use as well.
@@ -48,6 +49,7 @@ def _describe(process: ProcessId) -> str:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The run fails if a process that it started still runs."""
+    prefork.close()
     left = [process for process in find_marked(MARK, os.environ[MARK]) if process.alive]
     if not left:
         return

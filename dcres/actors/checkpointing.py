@@ -31,7 +31,7 @@ from dcres.model.commit import (
     PublishUnknown,
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.model.live import HostRound, Judgement, Target, Verdict, judge
+from dcres.model.live import HostRound, Judgement, Target, Verdict, estimates_s, judge
 from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
     DiskSnapshot,
@@ -50,6 +50,8 @@ _PREPARE_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
 _RESTART_TIMEOUT_S = 30.0  # of an actor whose process died; a host that died takes longer
 _PERSIST_TIMEOUT_S = 300.0
+# Ray starts an actor again in 1 to 3 s, unless its host is gone; the VM's loss is told after this.
+_DISCARD_TIMEOUT_S = 10.0
 _TRIES = 3
 # 256 MiB a host: what a round leaves when the guest writes about as fast as the disk.
 STAGE_PAGES = 65536
@@ -110,8 +112,23 @@ class Checkpointing:
     @property
     def pages_left(self) -> dict[str, int]:
         """Pages marked on each host after its latest round."""
-        # Hosts add to the latest round while this is asked.
-        return {host: done.left_pages for each in self.rounds for host, done in list(each.items())}
+        return {host: done.left_pages for host, done in self._latest().items()}
+
+    def forecasts(self) -> dict[str, dict[str, Any]]:
+        """For each host that has done a round: what is left there, and the downtime it means."""
+        latest = self._latest()
+        estimates = estimates_s(latest, self._target.fixed_s)
+        return {
+            host: {
+                "pages_left": done.left_pages,
+                "estimated_downtime_seconds": estimates[host],
+            }
+            for host, done in latest.items()
+        }
+
+    def _latest(self) -> dict[str, HostRound]:
+        # Copies: hosts that end a round are entered by threads of their own.
+        return {host: done for each in list(self.rounds) for host, done in dict(each).items()}
 
     def cancel(self, why: str) -> None:
         """Give it up, unless it is being published already."""
@@ -259,14 +276,16 @@ class Checkpointing:
             parts = dict(self._finished.parts_s)
             self.downtime_parts_s = {**parts, "hosts": self._downtime_s - sum(parts.values())}
 
-    def _persist(self, host: str, method: str, *args: Any) -> Any:
+    def _persist(
+        self, host: str, method: str, *args: Any, patience_s: float = _RESTART_TIMEOUT_S
+    ) -> Any:
         """Call what may be repeated, again when the actor dies in it: it is back in a moment.
 
-        Raises ActorGone when it is not, because its host is gone.
+        Raises ActorGone when it is not back after `patience_s`.
         """
         port = self._subject.ports[host]
         for tries_left in reversed(range(_TRIES)):
-            port.wait_ready(_RESTART_TIMEOUT_S)
+            port.wait_ready(patience_s)
             try:
                 return port.call(method, *args, timeout_s=_PERSIST_TIMEOUT_S)
             except ActorGone:
@@ -316,7 +335,7 @@ class Checkpointing:
     def _in_thread(self, host: str, step: str) -> threading.Thread:
         def attempt() -> None:
             try:
-                self._persist(host, step, self.checkpoint)
+                self._persist(host, step, self.checkpoint, patience_s=_DISCARD_TIMEOUT_S)
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)

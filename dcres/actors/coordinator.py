@@ -482,14 +482,14 @@ class Coordinator:
         return ask_all(self._vm, ports)
 
     def progress(self) -> dict[str, Any]:
-        """How far the operation under way is: its phase, and bytes per host."""
+        """How far the operation under way is: its phase, and bytes, rate and rest per host."""
         checkpointing = self._checkpointing
         phase = str(checkpointing.phase if checkpointing else self._phase)
-        facts: dict[str, Any] = {
-            "vm": self._vm,
-            "phase": phase,
-            "hosts": ask_progress(self._ports()),
-        }
+        forecasts = checkpointing.forecasts() if checkpointing else {}
+        hosts = [
+            {**each, **forecasts.get(each["host"], {})} for each in ask_progress(self._ports())
+        ]
+        facts: dict[str, Any] = {"vm": self._vm, "phase": phase, "hosts": hosts}
         if checkpointing is not None and checkpointing.judgement is not None:
             facts["round"] = len(checkpointing.rounds)
             facts["estimated_downtime_seconds"] = checkpointing.judgement.estimated_downtime_s

@@ -316,13 +316,16 @@ class Life:
 class Meter:
     """Counts pages as they are done, lets others look, and stops the work when it is cancelled."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress = Progress()
         self._cancelled = threading.Event()
+        self._clock = clock
+        self._began_s = self._ended_s = 0.0
 
     @contextmanager
     def measuring(self, what: str, pages: int) -> Iterator[None]:
         """The work inside the ``with`` block is `what`, and calls `done` as it goes."""
+        self._began_s = self._ended_s = self._clock()
         self._progress = Progress(what, 0, pages * PAGE_SIZE)
         yield
 
@@ -331,6 +334,7 @@ class Meter:
         now = self._progress
         if self._cancelled.is_set():
             raise Conflict(f"{now.what} was cancelled")
+        self._ended_s = self._clock()
         self._progress = replace(now, done_bytes=now.done_bytes + pages * PAGE_SIZE)
 
     def cancel(self) -> None:
@@ -344,8 +348,9 @@ class Meter:
 
     @property
     def progress(self) -> Progress:
-        """How far it is."""
-        return self._progress
+        """How far it is, and its rate from the beginning to the last page done."""
+        now, seconds = self._progress, self._ended_s - self._began_s
+        return replace(now, bytes_per_s=now.done_bytes / seconds if seconds > 0 else 0.0)
 
 
 def require_tmpfs_room(ram: Path, share_bytes: int) -> None:

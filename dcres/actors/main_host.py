@@ -192,6 +192,12 @@ class MainHost(MovingHost):
         if self._state.get("checkpoint") == checkpoint:
             self._remember(checkpoint=None)
 
+    def halt(self, checkpoint: str) -> None:
+        """As on every host; also when an actor before this one began the saving. Repeatable."""
+        super().halt(checkpoint)
+        if self._has_qemu():
+            self._end_tracking(self._ram, self._pager)
+
     def abandon(self, checkpoint: str) -> None:
         """As on every host, and delete the checkpoint's disk snapshots. Repeatable.
 
@@ -210,7 +216,6 @@ class MainHost(MovingHost):
     def _delete_snapshots(self, checkpoint: str) -> None:
         spec = self._spec
         if self._qemu.alive:
-            self._pager.call_patiently("untrack")
             with self._qmp() as monitor:
                 monitor.delete_snapshots(disk_nodes(spec), checkpoint)
             return

@@ -187,8 +187,9 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a long operation of one host is, in bytes."""
+    """How far a long operation of one host is, in bytes, and how fast it has gone so far."""
 
     what: str = ""
     done_bytes: int = 0
     total_bytes: int = 0
+    bytes_per_s: float = 0.0

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +188,11 @@ class PartSaver:
         )
 
 
+def _changes_of(source: Path) -> Path:
+    """Where a host's marks are: beside its RAM file or store file."""
+    return source.with_name("changes")
+
+
 class SavingHost:
     """The part of a host's actor that saves: what main host and sub hosts do alike.
 
@@ -218,7 +223,7 @@ class SavingHost:
             self._end_saving()
             self._meter.reset()
             folder = self._store.host_folder(self._vm, checkpoint, self._host)
-            changes = source.with_name("changes")
+            changes = _changes_of(source)
             self._saver = PartSaver(
                 checkpoint, source, folder, memory_format, changes, daemon, self._meter
             )
@@ -283,6 +288,14 @@ class SavingHost:
             yield
         finally:
             self._meter.reset()
+
+    def _end_tracking(self, source: Path, daemon: Daemon) -> None:
+        """What an actor began that has died: its paging process tracks, and its marks are there."""
+        with self._saving:
+            if self._saver is None:
+                with suppress(DcresError):  # it died as well, and its successor tracks nothing
+                    daemon.call_patiently("untrack")
+                _changes_of(source).unlink(missing_ok=True)
 
     def abandon(self, checkpoint: str) -> None:
         """Halt, and remove what is left of the checkpoint. Repeatable."""

@@ -154,6 +154,12 @@ class SubHost(SavingHost, PartServing):
 
         return self._settle(checkpoint, write_tables)
 
+    def halt(self, checkpoint: str) -> None:
+        """As on every host; also when an actor before this one began the saving. Repeatable."""
+        super().halt(checkpoint)
+        if self._folder.state.exists():
+            self._end_tracking(self._store_file, self._server)
+
     def destroy(self) -> None:
         """End the memory server and give its memory back. Repeatable; it is final."""
         with self._life.ending(self._hurry):

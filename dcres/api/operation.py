@@ -20,12 +20,19 @@ _ASK_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class HostProgress:
-    """How far one host is with what it does, in bytes."""
+    """How far one host is with what it does: bytes, and bytes per second since it began that.
+
+    In a live checkpoint also how many pages were marked there after its latest round, and for how
+    long the VM would stand still if that host were the slowest; None before its first has ended.
+    """
 
     host: str
     what: str
     done_bytes: int
     total_bytes: int
+    bytes_per_s: float = 0.0
+    pages_left: int | None = None
+    estimated_downtime_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +57,15 @@ class OperationProgress:
         """Bytes to do on all hosts, as far as they know yet."""
         return sum(host.total_bytes for host in self.hosts)
 
+    @property
+    def bytes_per_s(self) -> float:
+        """What all hosts do together: they work at the same time."""
+        return sum(host.bytes_per_s for host in self.hosts)
+
 
 ShowProgress = Callable[[OperationProgress], None]
-# None: bars, on a terminal or in a notebook; False: none.
+# None: bars on a terminal or in a notebook, elsewhere a line on standard error for every phase
+# and round; False: nothing.
 ProgressOption = ShowProgress | bool | None
 
 
@@ -106,7 +119,7 @@ def _look(coordinator: Port, show: ShowProgress) -> None:
     # While the coordinator is being restarted there is nothing to see, and nothing to say.
     with suppress(DcresError):
         answer = coordinator.call("progress", timeout_s=_ASK_TIMEOUT_S)
-        hosts = tuple(HostProgress(**host) for host in answer["hosts"])
+        hosts = tuple(_host_progress(host) for host in answer["hosts"])
         show(
             OperationProgress(
                 answer["vm"],
@@ -118,6 +131,18 @@ def _look(coordinator: Port, show: ShowProgress) -> None:
                 answer.get("pages_to_move"),
             )
         )
+
+
+def _host_progress(answer: Mapping[str, Any]) -> HostProgress:
+    return HostProgress(
+        answer["host"],
+        answer["what"],
+        answer["done_bytes"],
+        answer["total_bytes"],
+        answer.get("bytes_per_s", 0.0),
+        answer.get("pages_left"),
+        answer.get("estimated_downtime_seconds"),
+    )
 
 
 def _give_up(coordinator: Port, future: Future[Any]) -> None:

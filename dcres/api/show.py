@@ -1,4 +1,4 @@
-"""Bars for long work and the consoles they go to: standard error, a terminal or notebook only."""
+"""How long work is shown, on standard error: bars where somebody looks, else a few lines."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TransferSpeedColumn,
 )
 
+from dcres.config import format_size
 from dcres.model.pages import PAGE_SIZE
 
 
@@ -30,6 +30,12 @@ class _Host(Protocol):
     def done_bytes(self) -> int: ...
     @property
     def total_bytes(self) -> int: ...
+    @property
+    def bytes_per_s(self) -> float: ...
+    @property
+    def pages_left(self) -> int | None: ...
+    @property
+    def estimated_downtime_s(self) -> float | None: ...
 
 
 class _Operation(Protocol):
@@ -37,6 +43,8 @@ class _Operation(Protocol):
     def phase(self) -> str: ...
     @property
     def hosts(self) -> tuple[_Host, ...]: ...
+    @property
+    def bytes_per_s(self) -> float: ...
     @property
     def round(self) -> int: ...
     @property
@@ -71,23 +79,23 @@ def working(text: str) -> Iterator[None]:
 @contextmanager
 def progress_bars(
     title: str, console: Console | None = None
-) -> Iterator[Callable[[_Operation], None] | None]:
-    """A callback that draws one bar per host; None where nobody would see it."""
+) -> Iterator[Callable[[_Operation], None]]:
+    """A callback that draws one bar per host, or tells of each phase where no bar can be."""
     console = console or stderr_console()
     if not watched(console):
-        yield None
+        yield _Lines(console, title).show
         return
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         console=console,
         transient=True,
     ) as progress:
-        heading = progress.add_task(title, total=None)
+        heading = progress.add_task(title, total=None, rate="")
         yield _Bars(progress, heading, title).show
 
 
@@ -109,12 +117,15 @@ class _Bars:
                 continue
             done, total = done + host.done_bytes, total + host.total_bytes
             if host.host not in self._tasks:
-                self._tasks[host.host] = self._progress.add_task("", total=host.total_bytes)
+                self._tasks[host.host] = self._progress.add_task(
+                    "", total=host.total_bytes, rate=""
+                )
             self._progress.update(
                 self._tasks[host.host],
-                description=f"  {host.host} {host.what}",
+                description=f"  {host.host} {host.what}{_left(host)}",
                 completed=host.done_bytes,
                 total=host.total_bytes,
+                rate=_rate(host.bytes_per_s),
             )
         if operation.pages_to_move is not None:
             left = operation.pages_to_move * PAGE_SIZE
@@ -125,15 +136,49 @@ class _Bars:
             description=f"{self._title} ({_phase(operation)})",
             completed=done,
             total=total or None,
+            rate=_rate(operation.bytes_per_s),
         )
+
+
+class _Lines:
+    """A line for every phase and every round, where nothing can be drawn over."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._told: tuple[str, int] | None = None
+
+    def show(self, operation: _Operation) -> None:
+        """Say where `operation` is, if that was not said yet."""
+        now = (operation.phase, operation.round)
+        if now == self._told:
+            return
+        self._told = now
+        hosts = "".join(
+            f"; {host.host} {_rate(host.bytes_per_s) or host.what or 'waits'}{_left(host)}"
+            for host in operation.hosts
+            if host.total_bytes
+        )
+        text = f"{self._title}: {_phase(operation)}{hosts}"
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{format_size(int(bytes_per_s))}/s" if bytes_per_s else ""
+
+
+def _left(host: _Host) -> str:
+    """What a live checkpoint has left on a host, and the downtime that it would take."""
+    if host.pages_left is None or host.estimated_downtime_s is None:
+        return ""
+    return f", {host.pages_left} pages left ≈ {host.estimated_downtime_s * 1000:.0f} ms"
 
 
 def _phase(operation: _Operation) -> str:
     """The phase, and how far a live checkpoint is from stopping the VM."""
     if operation.estimated_downtime_s is None:
         return operation.phase
-    left = sum(operation.pages_left.values())
     return (
-        f"{operation.phase}, {left} pages left after round {operation.round}, "
+        f"{operation.phase}, round {operation.round}, "
         f"≈ {operation.estimated_downtime_s * 1000:.0f} ms of downtime"
     )

@@ -14,6 +14,7 @@ to lie below the red zone and are restored.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import struct
@@ -148,9 +149,23 @@ def stopped(pid: int) -> Iterator[Stopped]:
 
 
 def make_userfaultfd(pid: int) -> int:
-    """userfaultfd(2) in process `pid`; the number it has there."""
-    with stopped(pid) as thread:
-        return thread.call(libc.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    """userfaultfd(2) in process `pid`; the number it has there.
+
+    Raises UnsupportedHost where the kernel has none, or none for that process.
+    """
+    try:
+        with stopped(pid) as thread:
+            return thread.call(libc.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise UnsupportedHost(
+                "this kernel has no userfaultfd; boot Linux 6.7 or newer with CONFIG_USERFAULTFD"
+            ) from None
+        if error.errno == errno.EPERM:
+            raise UnsupportedHost(
+                f"process {pid} may not use userfaultfd; run as root, or `dcres doctor` for more"
+            ) from None
+        raise
 
 
 def make_pipe(pid: int) -> tuple[int, int]:

@@ -56,12 +56,15 @@ class Userfaultfd:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            api.features = 0
-        missing = features & ~abi.UffdFeature(api.features & int(features))
+            # It refuses all when it lacks one. Asked for nothing it tells what it has.
+            api = abi.UffdioApi(api=abi.UFFD_API_VERSION, features=0)
+            fcntl.ioctl(self.fd, abi.UFFDIO_API, api)
+        missing = int(features) & ~int(api.features)
         if missing:
-            names = ", ".join(str(flag.name) for flag in abi.UffdFeature if flag & missing)
+            named = ", ".join(str(flag.name) for flag in abi.UffdFeature if flag & missing)
             raise UnsupportedHost(
-                f"this kernel's userfaultfd lacks {names}; dcres needs Linux 6.7 or newer"
+                f"this kernel's userfaultfd lacks {named or hex(missing)}; "
+                "dcres needs Linux 6.7 or newer"
             )
 
     def register(self, start: int, length_bytes: int, *, missing: bool) -> None:

@@ -62,10 +62,17 @@ class Judgement:
         return self.verdict is Verdict.GO_ON
 
 
+def estimates_s(hosts: Mapping[str, HostRound], fixed_s: float) -> dict[str, float]:
+    """For each host its time to take the rest into memory, and the fixed part."""
+    return {
+        host: fixed_s + each.left_pages * PAGE_SIZE / each.stage_bytes_per_s
+        for host, each in hosts.items()
+    }
+
+
 def estimate_downtime_s(hosts: Mapping[str, HostRound], fixed_s: float) -> float:
-    """The slowest host's time to take the rest into memory, and the fixed part."""
-    staging = [each.left_pages * PAGE_SIZE / each.stage_bytes_per_s for each in hosts.values()]
-    return fixed_s + max(staging, default=0.0)
+    """The VM stands still for as long as its slowest host needs."""
+    return max(estimates_s(hosts, fixed_s).values(), default=fixed_s)
 
 
 def judge(target: Target, rounds: Sequence[Mapping[str, HostRound]]) -> Judgement:

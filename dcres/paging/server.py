@@ -92,6 +92,7 @@ class MemoryServer:
         return {
             "port": self.port,
             "pid": os.getpid(),
+            "tracking": bool(self._tracking),
             "held_pages": self._pages.held_pages,
             "capacity_pages": self._pages.capacity_pages,
             "pages_in": self._service.pages_in,

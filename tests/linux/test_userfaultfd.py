@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -14,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.errors import PagesLost
-from dcres.linux import files, inject
+from dcres.errors import PagesLost, UnsupportedHost
+from dcres.linux import abi, files, inject, libc
 from dcres.linux.pagemap import WriteTracker
 from dcres.linux.pipe import address_of, waiting_bytes
-from dcres.linux.userfaultfd import Userfaultfd
+from dcres.linux.userfaultfd import REQUIRED_FEATURES, Userfaultfd
 from dcres.model.pages import PAGE_SIZE, extents_of_pages, pages_of_extents
 from dcres.model.placement import LEAVING, MAIN, recover
 from dcres.paging import outbox as outbox_module
@@ -26,6 +27,7 @@ from dcres.paging.attach import present
 from dcres.paging.outbox import BATCH_PAGES, Outbox
 from dcres.paging.table import JournalState, PageTable
 from tests.support.paging import Writer
+from tests.support.sabotage import sitecustomize
 from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
@@ -72,6 +74,39 @@ def target(ram_path: Path, writer_program: Path) -> Iterator[Target]:
             uffd.enable()
             uffd.register(base, PAGES * PAGE_SIZE, missing=True)
             yield Target(writer, uffd, number, base, ram)
+    finally:
+        writer.kill()
+
+
+def test_a_kernel_that_lacks_features_is_refused_by_their_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fcntl, "ioctl", fcntl.ioctl)  # to have it back afterwards
+    sitecustomize.linux_6_1()
+    lacks = "lacks WP_UNPOPULATED, WP_ASYNC; dcres needs Linux 6.7 or newer"
+    with Userfaultfd.create() as uffd, pytest.raises(UnsupportedHost, match=lacks):
+        uffd.enable()
+
+
+def test_what_no_kernel_has_is_refused_by_this_one() -> None:
+    """The kernel's own refusal, which grants nothing; asked again it tells what it has."""
+    features = REQUIRED_FEATURES | abi.UffdFeature(1 << 62)
+    with (
+        Userfaultfd.create() as uffd,
+        pytest.raises(UnsupportedHost, match="lacks 0x4000000000000000;"),
+    ):
+        uffd.enable(features)
+
+
+def test_a_kernel_without_userfaultfd_is_refused(
+    writer_program: Path, ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(writer_program, ram_path, PAGES)
+    try:
+        monkeypatch.setattr(libc, "SYS_USERFAULTFD", libc.SYS_USERFAULTFD)
+        sitecustomize.no_userfaultfd()
+        with pytest.raises(UnsupportedHost, match=r"has no userfaultfd; boot Linux 6\.7"):
+            inject.make_userfaultfd(writer.process.pid)
     finally:
         writer.kill()
 

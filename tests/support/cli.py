@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dcres.linux.process import find_marked
+from tests.support import prefork
+from tests.support.prefork import Forked
 from tests.support.wait import until
 
 TIMEOUT_S = 200.0
@@ -41,26 +41,19 @@ class Cli:
         """With the home `home` and no cluster or store of somebody else's."""
         return cls({"DCRES_HOME": str(home), **environ})
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str) -> Forked:
         """Start a command."""
         main = "import sys; from dcres.cli import main; sys.exit(main())"
         return self.start_python(main, *arguments)
 
-    def start_python(self, program: str, *arguments: str) -> subprocess.Popen[str]:
+    def start_python(self, program: str, *arguments: str) -> Forked:
         """Start a Python program where `start` starts commands."""
         inherited = {
             key: text
             for key, text in os.environ.items()
             if not key.startswith("RAY_") and key != "DCRES_STORE"
         }
-        return subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
-            env={**inherited, **self.environ},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return prefork.server().run(program, arguments, {**inherited, **self.environ})
 
     def run(self, *arguments: str, timeout_s: float = TIMEOUT_S) -> Ran:
         """Run a command to its end."""
@@ -82,7 +75,7 @@ class Cli:
         return message
 
 
-def ended(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> Ran:
+def ended(process: Forked, timeout_s: float = TIMEOUT_S) -> Ran:
     """Wait for a command's end."""
     out, err = process.communicate(timeout=timeout_s)
     return Ran(process.returncode, out, err)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dcres.actors.local_cluster import LocalCluster
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
 from dcres.api.interrupt import interrupt_on_signals, uninterrupted
-from dcres.api.operation import OperationProgress, attend
+from dcres.api.operation import HostProgress, OperationProgress, attend
 from dcres.api.session import Session, catalogue_of, open_catalogue
 from dcres.api.show import progress_bars
 from dcres.api.status import HostStatus, VmStatus, status_of
@@ -139,7 +140,9 @@ class FakeCoordinator:
         if method == "progress":
             self._at_progress()
             part = {"host": "h0", "what": "save", "done_bytes": 1, "total_bytes": 2}
-            return {"vm": "v", "phase": "saving", "hosts": [part]}
+            live = {**part, "host": "h1", "bytes_per_s": 9.0, "pages_left": 7}
+            hosts = [part, {**live, "estimated_downtime_seconds": 0.25}]
+            return {"vm": "v", "phase": "saving", "hosts": hosts}
         if method == "cancel":
             self.pending.ended.set()
         return None
@@ -156,9 +159,17 @@ class TestAttending:
         seen: list[OperationProgress] = []
         coordinator = FakeCoordinator("done")
         assert attend(coordinator, "restore", title="t", progress=seen.append) == "done"
-        assert [(each.phase, each.done_bytes, each.total_bytes) for each in seen] == [
-            ("saving", 1, 2)
+        assert seen == [
+            OperationProgress(
+                "v",
+                "saving",
+                (
+                    HostProgress("h0", "save", 1, 2),
+                    HostProgress("h1", "save", 1, 2, 9.0, 7, 0.25),
+                ),
+            )
         ]
+        assert (seen[0].done_bytes, seen[0].total_bytes, seen[0].bytes_per_s) == (2, 4, 9.0)
 
     def test_a_failure_comes_out_as_itself(self) -> None:
         coordinator = FakeCoordinator(Conflict("no"))
@@ -198,11 +209,48 @@ class TestBars:
     def test_pages_on_their_way_are_one_bar(self) -> None:
         console = Console(file=StringIO(), force_terminal=True, width=120)
         with progress_bars("drain h1", console) as show:
-            assert show is not None
             for left in (512, 128):
                 show(OperationProgress("v", "resizing", pages_to_move=left))
-        assert isinstance(console.file, StringIO)
-        assert "1.5/2.0 MiB" in console.file.getvalue()
+        assert "1.5/2.0 MiB" in text_of(console)
+
+    def test_each_host_has_its_rate_and_what_is_left(self) -> None:
+        console = Console(file=StringIO(), force_terminal=True, width=160)
+        with progress_bars("checkpoint", console) as show:
+            show(copying(2, 300))
+        text = text_of(console)
+        assert re.search(r"h0 copy, 300 pages left ≈ 80 ms .*3 MiB/s", text)
+        assert re.search(r"h1 copy, 5 pages left ≈ 61 ms .*1 MiB/s", text)
+        assert re.search(r"checkpoint \(copying, round 2, ≈ 80 ms of downtime\).*4 MiB/s", text)
+
+    def test_without_a_terminal_a_line_for_every_phase_and_round(self) -> None:
+        console = Console(file=StringIO(), width=40)
+        with progress_bars("checkpoint", console) as show:
+            show(OperationProgress("v", "preparing", (HostProgress("h0", "", 0, 0),)))
+            for done in (copying(1, 900), copying(1, 900), copying(2, 300)):
+                show(done)
+            show(OperationProgress("v", "publishing"))
+        assert text_of(console).splitlines() == [
+            "checkpoint: preparing",
+            "checkpoint: copying, round 1, ≈ 80 ms of downtime; "
+            "h0 3 MiB/s, 900 pages left ≈ 80 ms; h1 1 MiB/s, 5 pages left ≈ 61 ms",
+            "checkpoint: copying, round 2, ≈ 80 ms of downtime; "
+            "h0 3 MiB/s, 300 pages left ≈ 80 ms; h1 1 MiB/s, 5 pages left ≈ 61 ms",
+            "checkpoint: publishing",
+        ]
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, StringIO)
+    return re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+
+
+def copying(round_: int, left: int) -> OperationProgress:
+    """A live checkpoint over two hosts after that round."""
+    hosts = (
+        HostProgress("h0", "copy", 1 << 20, 2 << 20, 3 << 20, left, 0.08),
+        HostProgress("h1", "copy", 1 << 20, 2 << 20, 1 << 20, 5, 0.061),
+    )
+    return OperationProgress("v", "copying", hosts, round_, {"h0": left, "h1": 5}, 0.08)
 
 
 @dataclass(frozen=True)

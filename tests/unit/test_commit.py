@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import permutations
 
 import pytest
@@ -114,7 +115,7 @@ def test_every_order_of_votes_failures_and_cancel_is_safe() -> None:
     assert outcomes == {Phase.PUBLISHING, Phase.ABANDONED}
 
 
-def test_every_order_of_the_live_phase_is_safe() -> None:
+def test_every_order_of_the_live_phase_with_a_failure_gives_up() -> None:
     events: tuple[Event, ...] = (
         *COPIED,
         AnotherRound(),
@@ -126,6 +127,66 @@ def test_every_order_of_the_live_phase_is_safe() -> None:
         commit, said = run((*PREPARED, *order), live=True)
         assert commit.phase is Phase.ABANDONED, order
         assert said.count(Instruction.DISCARD) == 1, order
+
+
+def phase_after(order: tuple[Event, ...]) -> Phase:
+    """Where the live phase must be after `order`, told from the order alone.
+
+    A judgement counts only when every host has copied since the last one that counted.
+    """
+    copied: set[str] = set()
+    synchronised: set[str] = set()
+    phase = Phase.COPYING
+    for event in order:
+        match event:
+            case Passed(host, Barrier.COPIED) if phase is Phase.COPYING:
+                copied.add(host)
+            case AnotherRound() if phase is Phase.COPYING and copied == set(HOSTS):
+                copied.clear()
+            case Converged() if phase is Phase.COPYING and copied == set(HOSTS):
+                phase = Phase.SYNCHRONISING
+            case Passed(host, Barrier.SYNCHRONISE) if phase is Phase.SYNCHRONISING:
+                synchronised.add(host)
+                if synchronised == set(HOSTS):
+                    phase = Phase.FINISHING
+    return phase
+
+
+def test_every_order_of_the_live_phase_without_a_failure() -> None:
+    """Events may come early, late and twice: the VM stops only after what must come before."""
+    synchronised = tuple(Passed(host, Barrier.SYNCHRONISE) for host in HOSTS)
+    events = (*COPIED, *COPIED, AnotherRound(), Converged(), *synchronised)
+    outcomes: Counter[Phase] = Counter()
+    for order in set(permutations(events)):
+        commit, said = run((*PREPARED, *order), live=True)
+        assert commit.phase is phase_after(order), order
+        assert commit.failures == {}
+        assert Instruction.DISCARD not in said
+        # Every round is judged once, and no host is told to go on before all are there.
+        assert said.count(Instruction.JUDGE) <= said.count(Instruction.COPY), order
+        assert (Instruction.FINISH in said) == (commit.phase is Phase.FINISHING), order
+        assert (Instruction.SYNCHRONISE in said) == (commit.phase is not Phase.COPYING), order
+        if Instruction.SYNCHRONISE in said:
+            assert said[-2 - (Instruction.FINISH in said)] is Instruction.JUDGE, order
+        outcomes[commit.phase] += 1
+    assert set(outcomes) == {Phase.COPYING, Phase.SYNCHRONISING, Phase.FINISHING}
+
+
+def test_whatever_comes_late_a_live_checkpoint_without_failure_is_published() -> None:
+    """Each event once more, at any later moment: no host does anything twice for it."""
+    usual = run(LIVE, live=True)
+    for first, event in enumerate(LIVE):
+        for again in range(first + 1, len(LIVE) + 1):
+            if _is_due(LIVE[:again], event):
+                continue
+            order = (*LIVE[:again], event, *LIVE[again:])
+            assert run(order, live=True) == usual, order
+
+
+def _is_due(before: tuple[Event, ...], event: Event) -> bool:
+    """Whether `event` is what the machine waits for after `before`, so that it does count."""
+    now, _ = run(before, live=True)
+    return now.step(event) != (now, [])
 
 
 def test_a_manifest_that_cannot_be_written_discards() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from dcres.actors import checkpointing
 from dcres.actors.coordinator import Coordinator
+from dcres.actors.host import Meter
 from dcres.actors.messages import (
     Finished,
     Incarnation,
@@ -638,6 +641,51 @@ def test_one_operation_at_a_time(started: Coordinator, world: World) -> None:
     go_on.set()
     working.join(10)
     assert result[0]["checkpoint"] in world.published
+
+
+def test_progress_tells_what_is_left_on_each_host(started: Coordinator, world: World) -> None:
+    seen: list[dict[str, Any]] = []
+    world.hooks["h0.copy"] = world.hooks["h0.finish"] = lambda: seen.append(started.progress())
+    taken = started.checkpoint("live")
+    first, last = seen[0], seen[-1]
+    assert first["phase"] == "copying"
+    assert set(first["hosts"][0]) == {"host", "what", "done_bytes", "total_bytes", "bytes_per_s"}
+    assert (last["phase"], last["round"]) == ("finishing", taken["rounds"])
+    assert last["pages_left"] == {"h0": 0, "h1": 0, "h2": 0}
+    assert [host["pages_left"] for host in last["hosts"]] == [0, 0, 0]
+    for host in last["hosts"]:
+        assert host["estimated_downtime_seconds"] == last["estimated_downtime_seconds"] > 0
+
+
+def test_a_meter_knows_the_rate_of_what_is_under_way() -> None:
+    now = [100.0]
+    meter = Meter(lambda: now[0])
+    assert meter.progress == Progress()
+    with meter.measuring("copy", 100):
+        assert meter.progress == Progress("copy", 0, 100 * 4096, 0.0)
+        now[0] += 2.0
+        meter.done(10)
+        now[0] += 50.0  # nothing is done, and nothing is said of it
+        assert meter.progress == Progress("copy", 10 * 4096, 100 * 4096, 5 * 4096.0)
+    with meter.measuring("save", 4):
+        assert meter.progress == Progress("save", 0, 4 * 4096, 0.0)
+
+
+def test_a_host_that_does_not_come_back_is_not_waited_for_again(
+    started: Coordinator, world: World, fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "_DISCARD_TIMEOUT_S", 0.2)
+    world.hooks["h1.copy"] = fleet.actor("vm", 1).die
+    began = time.monotonic()
+    with pytest.raises(OperationFailed, match="the VM goes on") as caught:
+        started.checkpoint("live")
+    assert time.monotonic() - began < 10  # it would be a minute for every step and try
+    assert list(caught.value.failures) == ["h1"]
+    assert {"h0.halt", "h2.halt", "h0.abandon", "h2.abandon"} <= set(world.done)
+    assert not {"h1.halt", "h1.abandon"} & set(world.done)
+    world.hooks.clear()
+    fleet.actor("vm", 1).restart()
+    assert started.checkpoint("live")["checkpoint"] in world.published
 
 
 def test_cancel_gives_a_checkpoint_up(started: Coordinator, world: World) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dcres.model.live import HostRound, Target, Verdict, judge
+import pytest
+
+from dcres.model.live import HostRound, Target, Verdict, estimates_s, judge
 from dcres.model.pages import PAGE_SIZE
 
 GB = 1e9
@@ -23,6 +25,15 @@ def test_it_stops_when_the_rest_fits() -> None:
 def test_the_slowest_host_counts() -> None:
     slow = {"m": HostRound(0, 10, 0.1, GB), "s": HostRound(0, 100_000, 0.1, GB)}
     assert judge(Target(), [slow]).estimated_downtime_s > 0.4
+
+
+def test_each_host_has_an_estimate_of_its_own() -> None:
+    hosts = {"m": HostRound(0, 10_000, 0.1, GB), "s": HostRound(0, 10_000, 0.1, 2 * GB)}
+    found = estimates_s(hosts, fixed_s=0.05)
+    staging_s = 10_000 * PAGE_SIZE / GB
+    assert found == pytest.approx({"m": 0.05 + staging_s, "s": 0.05 + staging_s / 2})
+    assert judge(Target(fixed_s=0.05), [hosts]).estimated_downtime_s == found["m"]
+    assert judge(Target(fixed_s=0.05), [{}]).estimated_downtime_s == 0.05
 
 
 def test_a_busy_guest_does_not_make_it_endless() -> None:

@@ -23,10 +23,13 @@ from dcres.errors import (
     NoRoom,
     NotFound,
     OperationFailed,
+    PagingError,
     QemuFailed,
     UnsafeDevice,
 )
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.storage.manifest import Manifest, dumps
+from tests.support import sabotage
 from tests.support.fleet import real_hosts
 from tests.support.guest import create_disk
 from tests.support.vm import Rig, await_checks, rig, spec_of
@@ -110,6 +113,23 @@ def test_a_disk_that_is_none(idle: Rig, tmp_path: Path) -> None:
         idle.coordinator.start(spec_of(fill=8, disks=[{"path": str(path)}]))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ("linux 6.1", "userfaultfd lacks WP_UNPOPULATED, WP_ASYNC; dcres needs Linux 6.7 or newer"),
+        ("no userfaultfd", "this kernel has no userfaultfd; boot Linux 6.7 or newer"),
+    ],
+)
+def test_a_host_whose_kernel_cannot_do_it(
+    idle: Rig, monkeypatch: pytest.MonkeyPatch, kernel: str, said: str
+) -> None:
+    """The pager of the main host gets the answers of such a kernel, or none."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(next(iter(sabotage.__path__)))))
+    monkeypatch.setenv("DCRES_TEST_SABOTAGE", kernel)
+    with pytest.raises(PagingError, match=f"the pager did not start; .*{said}"):
+        idle.coordinator.start(spec_of(fill=8))
+
+
 def test_a_sub_host_without_room(idle: Rig, tmp_path: Path) -> None:
     with small_disk(tmp_path / "ram", "32m") as ram:
         cramped = HostSettings(
@@ -155,16 +175,23 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def taken(hosts: Rig) -> Manifest:
-    """A checkpoint of a VM that is gone."""
+def both(hosts: Rig) -> dict[MemoryFormat, Manifest]:
+    """A checkpoint in each format of a VM that is gone."""
     hosts.boot(spec_of(main="96MiB", fill=16))
-    manifest = hosts.checkpoint()
+    manifests = {each: hosts.checkpoint(each) for each in MemoryFormat}
     hosts.coordinator.stop()
-    return manifest
+    return manifests
+
+
+@pytest.fixture
+def taken(both: dict[MemoryFormat, Manifest]) -> Manifest:
+    """A checkpoint of a VM that is gone."""
+    return both[DEFAULT_FORMAT]
 
 
 def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 4096 if path.suffix == ".pack" else 100)
+    """Its end is missing: a page of memory, or most of a table."""
+    os.truncate(path, path.stat().st_size - 4096 if path.stem == "memory" else 100)
 
 
 def flip(path: Path) -> None:
@@ -179,31 +206,54 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-DAMAGES = [
-    *(
-        (flip, f"{host}/{name}")
-        for host in ("h0", "h2")
-        for name in ("memory.pack", "sums.arrow", "index.arrow")
+# Each file of the main host's part and of a sub host's. pages.arrow is the page placement file
+# of the one and the page existence file of the other.
+FILES = {
+    MemoryFormat.PACKED: (
+        *("h0/memory.pack", "h0/index.arrow", "h0/sums.arrow", "h0/pages.arrow"),
+        *("h0/history.arrow", "h0/vmcore"),
+        *("h1/memory.pack", "h1/index.arrow", "h1/sums.arrow", "h1/pages.arrow"),
     ),
-    *((flip, f"h0/{name}") for name in ("pages.arrow", "history.arrow", "vmcore")),
-    *((cut, name) for name in ("h0/memory.pack", "h1/index.arrow", "h1/pages.arrow", "h0/vmcore")),
-    *((remove, name) for name in ("h1/memory.pack", "h0/pages.arrow")),
+    # The tables are those of the packed format, but that there is no index.
+    MemoryFormat.SPARSE: ("h0/memory.img", "h0/sums.arrow", "h1/memory.img", "h1/sums.arrow"),
+}
+DAMAGES = [
+    *((each, damage, name) for each in FILES for damage in (flip, cut) for name in FILES[each]),
+    *((MemoryFormat.PACKED, remove, name) for name in ("h1/memory.pack", "h0/pages.arrow")),
 ]
 
 
-@pytest.mark.parametrize(("damage", "name"), DAMAGES)
+def test_every_file_of_a_checkpoint_is_damaged_below(both: dict[MemoryFormat, Manifest]) -> None:
+    for each, manifest in both.items():
+        named = {
+            f"h{index}/{file}"
+            for index, part in enumerate(manifest.hosts[:2])
+            for file in (part.memory_file, *(entry.name for entry in part.files))
+        }
+        assert set(FILES[each]) <= named
+        alike = {f"h0/{name}" for name in ("pages.arrow", "history.arrow", "vmcore")}
+        assert named - set(FILES[each]) <= {*alike, "h1/pages.arrow"}
+        assert each is MemoryFormat.SPARSE or named == set(FILES[each])
+
+
+@pytest.mark.parametrize(("memory_format", "damage", "name"), DAMAGES)
 def test_a_damaged_file_is_named_and_refused(
-    idle: Rig, taken: Manifest, name: str, damage: Callable[[Path], None]
+    idle: Rig,
+    both: dict[MemoryFormat, Manifest],
+    memory_format: MemoryFormat,
+    damage: Callable[[Path], None],
+    name: str,
 ) -> None:
-    path = idle.store.root / "vm" / taken.checkpoint / name
+    manifest = both[memory_format]
+    path = idle.store.root / "vm" / manifest.checkpoint / name
     kept = path.with_name("kept")
     subprocess.run(["cp", "-p", "--sparse=always", path, kept], check=True)
     try:
         damage(path)
         with pytest.raises(CheckpointCorrupt, match=str(path)):
-            idle.restore(taken)
+            idle.restore(manifest)
         idle.require_nothing_left()
-        assert idle.listed() == [taken.checkpoint]
+        assert manifest.checkpoint in idle.listed()
     finally:
         kept.replace(path)
 
@@ -218,7 +268,8 @@ def test_a_damaged_manifest_is_named_and_refused(
         damage(path)
         with pytest.raises(CheckpointCorrupt, match=str(path)):
             idle.store.get(taken.checkpoint)
-        assert [each.error is not None for each in idle.store.list("vm")] == [True]
+        damaged = [each.checkpoint for each in idle.store.list("vm") if each.error is not None]
+        assert damaged == [taken.checkpoint]
         with pytest.raises(CheckpointCorrupt, match=r"manifest\.json"):
             idle.coordinator.restore(path.read_text(errors="replace"))
     finally:

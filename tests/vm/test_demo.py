@@ -89,10 +89,10 @@ class TestDemo:
 
 
 @pytest.mark.timeout(_TIMEOUT_S)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing(number: signal.Signals) -> None:
+def test_interrupted_it_leaves_nothing() -> None:
+    """By SIGTERM, which Ray's core takes over when it can; Ctrl-C is `test_cli_cluster`'s."""
     guest_image()
-    mark = f"interrupted-{number.name}"
+    mark = "interrupted"
     before = folders_of_demos()
     running = cli_with_mark(mark).start("demo", "--json")
 
@@ -102,7 +102,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals) -> None:
 
     until(guest_runs, 120, "the guest has been started")
     mine = folders_of_demos() - before
-    running.send_signal(number)
+    running.send_signal(signal.SIGTERM)
     ran = ended(running)
     assert ran.status == 130
     assert json.loads(ran.out)["error"] == "Interrupted"

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ pytestmark = [
 
 VM = "redis"
 CLIENTS = 2
-KEYS_OF_A_CLIENT = 7000  # of 8000 bytes each: 109 MiB in all, and the main host has 128
+KEYS_OF_A_CLIENT = 5000  # of 8000 bytes each: 78 MiB in all, and the main host has 96
 CHECKPOINTS = 3
 REQUESTS_BETWEEN = 1500  # of every client: about 2 s
 
@@ -71,12 +72,12 @@ def spec_of(port: int) -> dict[str, Any]:
     image = redis_image(default_home() / "guest")
     return {
         "name": VM,
-        "memory": "256MiB",
+        "memory": "192MiB",
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
         "append": "console=ttyS0 quiet panic=-1",
         "accel": "tcg",
-        "layout": {"main": "128MiB", "subs": ["64MiB", "64MiB"]},
+        "layout": {"main": "96MiB", "subs": ["48MiB", "48MiB"]},
         "extra_args": forward_args(port),
     }
 
@@ -149,6 +150,12 @@ class Run:
     def longest(self, began_s: float, ended_s: float) -> float:
         """The longest time that a client waited for an answer between the two."""
         return max(trip.seconds for trip in self.trips if trip.touches(began_s, ended_s))
+
+    def during(self, taken: Taken) -> list[float]:
+        """Round trips that were under way in a checkpoint, ascending."""
+        return sorted(
+            trip.seconds for trip in self.trips if trip.touches(taken.began_s, taken.ended_s)
+        )
 
     def undisturbed(self) -> list[float]:
         """Round trips under the same load while the VM was left alone, ascending."""
@@ -252,6 +259,27 @@ def test_no_pause_is_longer_than_the_downtime_and_a_round_trip(run: Run) -> None
     for taken in run.checkpoints:
         pause_s = run.longest(taken.began_s, taken.ended_s)
         assert pause_s <= taken.downtime_s + run.round_trip_s
+
+
+def test_the_pause_is_the_downtime_and_a_usual_round_trip(run: Run) -> None:
+    """The same with 999 of 1000 round trips in place of all, for most checkpoints.
+
+    In one of them the request that was under way at the stop may have been of the rare kind.
+    """
+    usual_s = quantiles(run.undisturbed(), n=1000)[-1]
+    beyond_s = [
+        run.longest(each.began_s, each.ended_s) - each.downtime_s for each in run.checkpoints
+    ]
+    print(f"\n999 of 1000 within {usual_s:.4f} s; longest pauses less the downtime: {beyond_s}")
+    assert usual_s < run.round_trip_s
+    assert median(beyond_s) <= usual_s
+
+
+def test_requests_that_no_stop_met_took_what_they_take_otherwise(run: Run) -> None:
+    for taken in run.checkpoints:
+        others = run.during(taken)[:-CLIENTS]
+        print(f"\nmedian of {len(others)}: {median(others):.4f}; {median(run.undisturbed()):.4f}")
+        assert median(others) <= 4 * median(run.undisturbed())
 
 
 def test_a_stop_that_nobody_reports_is_seen(run: Run) -> None:

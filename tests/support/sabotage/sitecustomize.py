@@ -45,7 +45,40 @@ def writes_are_looked_for_only_before_the_stop() -> None:
     Evictor.note_writes = note_writes  # type: ignore[method-assign]
 
 
+def linux_6_1() -> None:
+    """The kernel's answers to UFFDIO_API before WP_UNPOPULATED (6.4) and WP_ASYNC (6.7)."""
+    import errno
+    import fcntl
+
+    from dcres.linux import abi
+
+    has = abi.UffdFeature.MISSING_SHMEM | abi.UffdFeature.WP_HUGETLBFS_SHMEM
+    honest = fcntl.ioctl
+
+    def ioctl(fd: int, request: int, argument: Any = 0) -> Any:
+        if request != abi.UFFDIO_API:
+            return honest(fd, request, argument)
+        # fs/userfaultfd.c, userfaultfd_api: asked for what it lacks it clears the struct.
+        wanted, argument.features = argument.features, 0
+        if wanted & ~int(has):
+            argument.api = 0
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        argument.features = int(has)
+        return 0
+
+    fcntl.ioctl = ioctl  # type: ignore[assignment]
+
+
+def no_userfaultfd() -> None:
+    """A kernel that was built without: its number is one that no system call has."""
+    from dcres.linux import libc
+
+    libc.SYS_USERFAULTFD = 999
+
+
 _KNOWN = {
+    "linux 6.1": linux_6_1,
+    "no userfaultfd": no_userfaultfd,
     "last scan": writes_are_looked_for_only_before_the_stop,
     "arrivals": arrivals_are_not_recorded,
     "departures": departures_are_not_recorded,
