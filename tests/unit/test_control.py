@@ -22,6 +22,8 @@ def answers(loop: Loop, path: Path) -> int:
     asking.start()
     while asking.is_alive():
         loop.turn(0.01)
+    while loop.turn(0.01):  # the asker has hung up: its connection is closed here, too
+        pass
     return answer[0]
 
 
