@@ -36,6 +36,7 @@ _MOST_RESTARTS = 20
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
 _LIVED_LONG_S = 60.0
+_LIVED_AT_ALL_S = 2.0
 _POLL_S = 0.02
 
 
@@ -244,20 +245,22 @@ class Daemon:
         return lines[-1] if lines else "it said nothing"
 
     def _watch(self) -> None:
-        in_a_row, since = 0, time.monotonic()
+        in_a_row, at_once, since = 0, 0, time.monotonic()
         while self._wanted:
             process = self._process
             if process is not None and not process.wait_gone(0.5):
                 continue
             if not self._wanted or not self._needed():
                 return
-            in_a_row = 0 if time.monotonic() - since > _LIVED_LONG_S else in_a_row + 1
+            lived_s = time.monotonic() - since
+            in_a_row = 0 if lived_s > _LIVED_LONG_S else in_a_row + 1
+            at_once = 0 if lived_s > _LIVED_AT_ALL_S else at_once + 1
             if in_a_row > _MOST_RESTARTS:
                 self.given_up = f"the {self.name} does not stay up: {self._words()}"
                 log.error("%s", self.given_up)
                 return
-            # At once the first time: a guest waits. What keeps dying may need a moment to mend.
-            if self._unwanted.wait(restart_delay_s(in_a_row)):
+            # Without delay where that may help: a guest waits.
+            if self._unwanted.wait(restart_delay_s(at_once)):
                 continue
             since = time.monotonic()
             self._restart()
@@ -272,9 +275,12 @@ class Daemon:
             log.error("%s", error)
 
 
-def restart_delay_s(in_a_row: int) -> float:
-    """How long to wait before the restart that is the nth after short lives; 0 at first."""
-    return 0.0 if in_a_row < 2 else min(_FIRST_DELAY_S * 2.0 ** (in_a_row - 2), _LONGEST_DELAY_S)
+def restart_delay_s(at_once: int) -> float:
+    """How long to wait before a restart, after so many that died at once; 0 at first.
+
+    What keeps dying may need a moment until it is mended.
+    """
+    return 0.0 if at_once < 2 else min(_FIRST_DELAY_S * 2.0 ** (at_once - 2), _LONGEST_DELAY_S)
 
 
 class Life:

@@ -172,7 +172,7 @@ class Link:
         # TCP would notice a host without power, but not a process that hangs, nor soon a host
         # that was never reached. The guest waits either way, and status says for whom.
         if self._stream is not None:
-            why = f"{self.sub.host} has not answered for {ANSWER_TIMEOUT_S:g} s"
+            why = f"it has not answered for {ANSWER_TIMEOUT_S:g} s"
             self._stream.close(PagingError(f"{why}; see whether it and the network are well"))
 
     def page_in(self, extents: Extents) -> None:

@@ -97,14 +97,14 @@ def test_the_main_host_keeps_its_share(paged: Rig) -> None:
 def test_a_guest_that_writes_is_served_while_its_main_host_shrinks(
     tmp_path: Path, writer_program: Path
 ) -> None:
-    many, few = 65536, 2048
+    many, few = 32768, 2048
     with rig(tmp_path, writer_program, many, many, (many,)) as made:
         made.writer.ask("fill")
         begin = at = time.monotonic()
         made.order("resize", limit_pages=few)
         longest, batches = 0.0, 0
         while made.status()["pages"][0] > few + few // 16:
-            made.writer.ask("write 0 64")
+            made.writer.ask("write 0 16")
             longest, at = max(longest, time.monotonic() - at), time.monotonic()
             batches += 1
             assert at - begin < 20, "the main host reaches its share although its guest is busy"

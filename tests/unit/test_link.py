@@ -107,7 +107,7 @@ def test_a_server_that_hangs_is_named_and_comes_back(wire: Wire) -> None:
     asked_at = time.monotonic()
     wire.turn_until(lambda: not wire.ready(), server=False)
     assert time.monotonic() - asked_at >= SILENT_S
-    assert "h1 has not answered for 0.3 s" in wire.link.trouble
+    assert "it has not answered for 0.3 s" in wire.link.trouble
     assert wire.user.unanswered == [Kind.PAGE_OUT]
     wire.turn_until(wire.ready, server=True)
     assert (wire.link.trouble, wire.user.stored) == ("", 0)
@@ -118,7 +118,7 @@ def test_a_server_that_hangs_is_named_and_comes_back(wire: Wire) -> None:
 def test_a_server_that_accepts_and_does_not_greet_is_named(wire: Wire) -> None:
     """The kernel accepts for a process that hangs."""
     wire.turn_until(lambda: wire.link.trouble, server=False)
-    assert "h1 has not answered" in wire.link.trouble
+    assert "it has not answered" in wire.link.trouble
     wire.turn_until(wire.ready, server=True)
 
 
