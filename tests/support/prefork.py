@@ -1,7 +1,7 @@
 """Python processes that start with everything imported: forks of one that has done it.
 
-Importing Ray, Arrow and all else takes a command a second of one core, which is most of what a
-short one needs. A fork is a process like any other: it has an environment, a working folder and
+Importing Ray, Arrow and all else takes a command 1.5 s of one core, which is most of what a short
+one needs. A fork is a process like any other: it has an environment, a working folder and
 signals of its own, and ends as the interpreter does.
 """
 
@@ -140,7 +140,9 @@ def serve(descriptor: int) -> None:
 
     import dcres.actors._ray
     import dcres.api.cluster
-    import dcres.cli  # noqa: F401
+    import dcres.api.draining
+    import dcres.api.plan
+    import dcres.cli.tables  # noqa: F401
 
     orders = socket.socket(fileno=descriptor)
     ends, wake = os.pipe()
