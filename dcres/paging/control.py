@@ -52,10 +52,11 @@ class ControlServer:
     def close(self) -> None:
         """Stop listening and remove the socket, unless somebody else listens there by now."""
         self._loop.remove(self._socket.fileno())
-        self._socket.close()
         with suppress(FileNotFoundError):
+            # While the socket is open nobody else's gets its inode.
             if self._path.stat().st_ino == self._inode:
                 self._path.unlink()
+        self._socket.close()
 
     def _accept(self, _: int) -> None:
         try:
