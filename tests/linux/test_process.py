@@ -34,7 +34,7 @@ def environ(mark: str) -> dict[str, str]:
 
 
 def test_a_process_is_known_by_its_command_line(tmp_path: Path, mark: str) -> None:
-    argv = ["sleep", "60 ", "0"]
+    argv = ["sleep", "60", "0"]
     process = spawn_detached(argv, tmp_path / "log", environ(mark))
     until(lambda: process.argv == argv, what="the program has replaced the shell")
     process.kill()
