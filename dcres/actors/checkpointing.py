@@ -14,7 +14,7 @@ from typing import Any
 from dcres.actors.messages import Finished, Saved
 from dcres.actors.ports import Port
 from dcres.config import VmSpec
-from dcres.errors import ActorGone, DcresError, OperationFailed
+from dcres.errors import ActorGone, ClusterError, DcresError, OperationFailed
 from dcres.model.commit import (
     AnotherRound,
     Barrier,
@@ -279,7 +279,10 @@ class Checkpointing:
         """
         port = self._subject.ports[host]
         for tries_left in reversed(range(_TRIES)):
-            port.wait_ready(patience_s)
+            try:
+                port.wait_ready(patience_s)
+            except ClusterError as error:
+                raise ActorGone(f"{host} does not answer any more ({error})") from None
             try:
                 return port.call(method, *args, timeout_s=_PERSIST_TIMEOUT_S)
             except ActorGone:
@@ -310,6 +313,9 @@ class Checkpointing:
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)
                 if isinstance(error, ActorGone):
                     gone.add(host)
+        if gone and not self._stuck:
+            names = ", ".join(sorted(gone))
+            self._stuck = f"{names} of its hosts does not answer, and the VM may be lost with it"
 
     def _make_manifest(self) -> Manifest:
         finished, subject = self._require_finished(), self._subject
