@@ -14,7 +14,7 @@ from typing import Any
 from dcres.actors.messages import Finished, Saved
 from dcres.actors.ports import Port
 from dcres.config import VmSpec
-from dcres.errors import ActorGone, DcresError, OperationFailed
+from dcres.errors import ActorGone, ClusterError, DcresError, OperationFailed
 from dcres.model.commit import (
     AnotherRound,
     Barrier,
@@ -108,6 +108,7 @@ class Checkpointing:
         self._stuck = ""
         self.vm_stands = False  # it was stopped, and could not be told to go on
         self._halting: dict[str, threading.Thread] = {}
+        self._gone: set[str] = set()  # hosts whose actor is not there any more
 
     @property
     def pages_left(self) -> dict[str, int]:
@@ -148,10 +149,17 @@ class Checkpointing:
         if commit.phase is Phase.ABANDONED or self._manifest is None:
             raise OperationFailed(
                 f"the checkpoint of VM {self._subject.vm} was given up; "
-                f"{self._stuck or 'the VM goes on'} and earlier checkpoints are as they were",
+                f"{self._what_now()} and earlier checkpoints are as they were",
                 commit.failures,
             )
         return self._manifest
+
+    def _what_now(self) -> str:
+        """What has become of the VM whose checkpoint was given up."""
+        if self._stuck or not self._gone:
+            return self._stuck or "the VM goes on"
+        names = ", ".join(sorted(self._gone))
+        return f"{names} of its hosts does not answer, and the VM may be lost with it"
 
     def _obey(self, instruction: Instruction) -> None:
         subject = self._subject
@@ -285,7 +293,10 @@ class Checkpointing:
         """
         port = self._subject.ports[host]
         for tries_left in reversed(range(_TRIES)):
-            port.wait_ready(patience_s)
+            try:
+                port.wait_ready(patience_s)
+            except ClusterError as error:
+                raise ActorGone(f"{host} does not answer any more ({error})") from None
             try:
                 return port.call(method, *args, timeout_s=_PERSIST_TIMEOUT_S)
             except ActorGone:
@@ -328,7 +339,8 @@ class Checkpointing:
             thread.join()
         # A main host whose VM stands still keeps in mind why, for whoever asks it next.
         hosts = self._subject.hosts[1:] if self.vm_stands else self._subject.hosts
-        discarding = [self._in_thread(host, "abandon") for host in hosts]
+        left = [host for host in hosts if host not in self._gone]
+        discarding = [self._in_thread(host, "abandon") for host in left]
         for thread in discarding:
             thread.join()
 
@@ -339,6 +351,8 @@ class Checkpointing:
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)
+                if isinstance(error, ActorGone):
+                    self._gone.add(host)
 
         thread = threading.Thread(target=attempt, name=f"{step}-{host}", daemon=True)
         thread.start()
