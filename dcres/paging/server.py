@@ -37,7 +37,9 @@ class MemoryServer:
         self._pages = SubTable(Path(settings.store), page_count, settings.capacity_pages)
         self._table = FetchingTable(loop, identity, self._pages)
         at = Endpoint(settings.address, settings.port)
-        self._service = PageService(loop, identity, page_count, at, self._table)
+        self._service = PageService(
+            loop, identity, page_count, at, self._table, store=self._pages.store
+        )
         self._control = ControlServer(loop, Path(settings.control), self._order)
         self._tracking = ""
 
@@ -92,7 +94,7 @@ class MemoryServer:
             "pid": os.getpid(),
             "held_pages": self._pages.held_pages,
             "capacity_pages": self._pages.capacity_pages,
-            "pages_in": self._service.pages_in,
+            "pages_in": self._service.pages_served,
             "pages_out": self._service.pages_out,
             "pages_peeked": self._service.pages_peeked,
             "pages_fetched": self._table.pages_fetched,
