@@ -400,6 +400,7 @@ class Pager:
             "lost_why": self._lost_why,
             "pid": os.getpid(),
             "adopted": self._attached.adopted,
+            "native": self._loop.hot is not None,
             "limit_pages": self._table.limit_pages,
             "pages": self._pages_by_host(),
             "leaving": self._evictor.leaving,
