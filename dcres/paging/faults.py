@@ -116,19 +116,17 @@ class FaultHandler:
     def told(self, faults: Sequence[HotFault]) -> None:
         """Faults that the hot path has read, and asked for where it could."""
         self.faults += len(faults)
+        # Their requests are sent: they come before any that we send now.
         for page, number, sent_bytes, code, at_ns in faults:
-            if number == 0:
+            if number:
+                self._fetching += 1
+                self._missed[page] = at_ns
+                self._links[code].asked(page, number, sent_bytes)
+        for page, number, _, code, _ in faults:
+            if number:
+                self._ask_around(page, self._links[code])
+            else:
                 self._fault(page)
-                continue
-            link = self._links[code]
-            if link.state is not LinkState.READY:  # it went down since
-                self._asked[page] = 0
-                self._fault(page)
-                continue
-            link.asked(page, number, sent_bytes)
-            self._fetching += 1
-            self._missed[page] = at_ns
-            self._ask_around(page, link)
 
     def _fault(self, page: int) -> None:
         owner = self._owners[page]
@@ -173,8 +171,10 @@ class FaultHandler:
         self._ask_around(page, link)
 
     def _ask(self, link: Link, first: int, stop: int) -> None:
-        self.asked[first:stop] = link.page_in([(first, stop)])
+        # Before it is sent: should the link break in sending, it is among the unanswered.
+        self.asked[first:stop] = link.next_number
         self._fetching += stop - first
+        link.page_in([(first, stop)])
 
     def _ask_around(self, page: int, link: Link) -> None:
         """Neighbours of a missed page: at once, or once the guest goes on.
@@ -183,6 +183,8 @@ class FaultHandler:
         memory server's work on it, would make it wait 70 µs more.
         """
         first, stop, at_once = self._around.missed(page)
+        if link.state is not LinkState.READY:
+            return
         if at_once:
             self._ask_window(link, first, stop)
         elif stop - first > 1:
@@ -193,7 +195,8 @@ class FaultHandler:
         here = np.frombuffer(self._owners, np.uint8)[lowest:highest] == link.code
         here &= self.asked[lowest:highest] == 0
         for first, stop in split(extents_of_mask(here) + lowest, FRAME_PAGES):
-            self._ask(link, first, stop)
+            if link.state is LinkState.READY:
+                self._ask(link, first, stop)
 
     def fill(self, most: int) -> bool:
         """Bring `most` remote pages nobody has missed, the last touched first, to fill room."""
@@ -213,9 +216,10 @@ class FaultHandler:
         wanted = pages[self.asked[pages] == 0]
         if wanted.size == 0 or link.state is not LinkState.READY:
             return False
-        self.asked[wanted] = link.page_in(extents_of_pages(wanted).tolist())
+        self.asked[wanted] = link.next_number
         self._fetching += wanted.size
         self._brought.update(wanted.tolist())
+        link.page_in(extents_of_pages(wanted).tolist())
         return True
 
     def arrived(self, link: Link, number: int, runs: Runs, address: int) -> None:
@@ -228,19 +232,23 @@ class FaultHandler:
             length = (stop - first) * PAGE_SIZE
             self._put(link, number, first, stop, address)
             address += length
-            self.asked[first:stop] = 0
-            if brought:
-                self._brought.difference_update(range(first, stop))
-            self._evictor.arrived(first, stop, wanted=not brought)
-            self._guest_goes_on(first, stop)
-            self.on_arrival(first, stop)
-            self.pages_in += stop - first
-            self._fetching -= stop - first
+            self._is_here(first, stop, brought=brought)
         link.release_runs(runs)
         if self._later:
             window = self._later.pop(runs[0][0], None)
             if window is not None:
                 self._ask_window(link, *window)
+
+    def _is_here(self, first: int, stop: int, *, brought: bool) -> None:
+        """Pages that were asked for are in place, and the table says so."""
+        self.asked[first:stop] = 0
+        self._fetching -= stop - first
+        self.pages_in += stop - first
+        if brought:
+            self._brought.difference_update(range(first, stop))
+        self._evictor.arrived(first, stop, wanted=not brought)
+        self._guest_goes_on(first, stop)
+        self.on_arrival(first, stop)
 
     def _put(self, link: Link, number: int, first: int, stop: int, address: int) -> None:
         owners = self._owners[first:stop]
@@ -266,8 +274,13 @@ class FaultHandler:
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Page-ins on a link that broke: ask again, when it is back, for what was missed."""
         for request in requests:
-            pages = request.pages.tolist()
-            self.asked[request.pages] = 0
+            # The hot path may have put pages in place whose frame nobody reads any more. Their
+            # copies are leftovers that the link releases when it is back.
+            here = request.pages[self._table.owners[request.pages] == MAIN]
+            for first, stop in extents_of_pages(here).tolist():
+                self._is_here(first, stop, brought=first in self._brought)
+            pages = np.setdiff1d(request.pages, here).tolist()
+            self.asked[pages] = 0
             self._fetching -= len(pages)
             self._brought.difference_update(pages)
             for page in pages:

@@ -25,13 +25,16 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 2, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
 enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 160, BY_ITSELF = 64 };
+enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) };
 enum { START, STOP, NUMBER, MAY_SEND, SERVED, SHARED };
 enum { RECEIVED = 1 << 24 }; /* beside epoll's event bits: the data is in the buffer already */
@@ -52,7 +55,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    int epoll, uffd;
+    int epoll, uffd, all_asked, put_some; /* of the last events */
     uint64_t base, pages;
     Py_buffer owners, asked;
     Peer peers[PEERS];
@@ -101,26 +104,27 @@ static int append(PyObject *list, PyObject *item) {
     return failed;
 }
 
-/* Tells (uffd, [(page, number or 0, bytes sent, owner code, when), ...]). */
-static int answer_faults(Hot *hot, PyObject *told) {
+/* Adds (page, number or 0, bytes sent, owner code, when) of each to `list`. */
+static int answer_faults(Hot *hot, PyObject *list, PyObject *told) {
     struct uffd_msg faults[FAULTS];
     struct timespec now;
     ssize_t got = read(hot->uffd, faults, sizeof faults);
     if (got < 0 && errno != EAGAIN)  /* Python meets the same error, and knows what it means */
         return append(told, Py_BuildValue("iI", hot->uffd, (unsigned)EPOLLIN));
-    PyObject *list = PyList_New(0);
     clock_gettime(CLOCK_MONOTONIC, &now);
-    for (int n = 0; list && n < (int)(got / (ssize_t)sizeof *faults); n++) {
+    hot->all_asked = got > 0;
+    for (int n = 0; n < (int)(got / (ssize_t)sizeof *faults); n++) {
         uint64_t page = (faults[n].arg.pagefault.address - hot->base) / PAGE;
         uint32_t number = 0;
         if (faults[n].event != UFFD_EVENT_PAGEFAULT || page >= hot->pages) continue;
         int code = ((uint8_t *)hot->owners.buf)[page];
         ssize_t sent = ask(hot, page, code, &number);
+        if (!sent) hot->all_asked = 0;
         PyObject *entry = Py_BuildValue("KIniL", page, sent ? number : 0, sent, code,
                                         now.tv_sec * 1000000000ll + now.tv_nsec);
         if (append(list, entry)) return -1;
     }
-    return append(told, list ? Py_BuildValue("iN", hot->uffd, list) : NULL);
+    return 0;
 }
 
 /* Receive behind what is there. 0: nothing came, or Python has to look. */
@@ -185,6 +189,7 @@ static void put(Hot *hot, Frame *frame) {
         if (errno != EAGAIN) return;
         if (copy.copy > 0) done += copy.copy;
     }
+    hot->put_some = 1;
     memset((uint8_t *)hot->owners.buf + frame->first, MAIN, frame->stop - frame->first);
 }
 
@@ -238,10 +243,10 @@ static int serve(Hot *hot, Peer *peer, PyObject *told) {
 }
 
 /* What is left of an event for Python goes to `told`. */
-static int handle(Hot *hot, struct epoll_event *event, PyObject *told) {
+static int handle(Hot *hot, struct epoll_event *event, PyObject *faults, PyObject *told) {
     int fd = event->data.fd;
     Peer *peer = peer_of(hot, fd);
-    if (fd == hot->uffd && event->events == EPOLLIN) return answer_faults(hot, told);
+    if (fd == hot->uffd && event->events == EPOLLIN) return answer_faults(hot, faults, told);
     if (!peer || event->events != EPOLLIN || !receive(peer))
         return append(told, Py_BuildValue("iI", fd, event->events));
     if (peer->store < 0)
@@ -252,26 +257,56 @@ static int handle(Hot *hot, struct epoll_event *event, PyObject *told) {
     return append(told, Py_BuildValue("iI", fd, (unsigned)RECEIVED));
 }
 
+static int wait_ns(Hot *hot, struct epoll_event *events, int64_t ns) {
+    struct timespec timeout = {ns / 1000000000, ns % 1000000000};
+    int ready;
+    Py_BEGIN_ALLOW_THREADS /* epoll_pwait2, which glibc names from 2.35 on: Linux 5.11 */
+    ready = syscall(SYS_epoll_pwait2, hot->epoll, events, EVENTS, &timeout, NULL, 0);
+    Py_END_ALLOW_THREADS
+    return ready;
+}
+
+/* How long Python need not hear of it yet; 0: at once.
+ *
+ * Its bookkeeping for a fault takes as long as the memory server's answer, and for a page that is
+ * put in place longer than the guest's next step, which the kernel may want to make on this very
+ * processor: it goes on when we sleep. So we wait for the answer, and then for the guest. */
+static int64_t hold_ns(Hot *hot, PyObject *told, int *stage) {
+    if (*stage == 0 && hot->all_asked && !PyList_GET_SIZE(told))
+        return *stage = 1, ANSWER_NS;
+    if (*stage < 2 && hot->put_some) return *stage = 2, GUEST_NS;
+    return 0;
+}
+
 static PyObject *turn(Hot *hot, PyObject *arguments) {
     double timeout_s;
     if (!PyArg_ParseTuple(arguments, "d", &timeout_s)) return NULL;
-    PyObject *told = PyList_New(0);
+    PyObject *told = PyList_New(0), *faults = PyList_New(0);
+    int64_t timeout_ns = timeout_s * 1e9;
+    int stage = 0;
     for (int n = 0; told && n < BY_ITSELF; n++) {
         struct epoll_event events[EVENTS];
-        int ready;
-        Py_BEGIN_ALLOW_THREADS
-        ready = epoll_wait(hot->epoll, events, EVENTS, (int)(timeout_s * 1000 + 0.999));
-        Py_END_ALLOW_THREADS
+        int ready = wait_ns(hot, events, timeout_ns);
         if (ready < 0) {
             if (errno == EINTR && !PyErr_CheckSignals()) break;
             if (!PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
             Py_CLEAR(told);
             break;
         }
+        hot->put_some = hot->all_asked = 0;
         for (int k = 0; told && k < ready; k++)
-            if (handle(hot, &events[k], told)) Py_CLEAR(told);
-        if (!ready || !told || PyList_GET_SIZE(told)) break;
+            if (!faults || handle(hot, &events[k], faults, told)) Py_CLEAR(told);
+        if (!ready || !told) break;
+        if (PyList_GET_SIZE(told) + PyList_GET_SIZE(faults) && !(timeout_ns = hold_ns(hot, told, &stage))) break;
     }
+    /* Faults first: Python counts requests in the order in which they were sent, and may send some
+     * for whatever else it is told. */
+    if (told && faults && PyList_GET_SIZE(faults)) {
+        PyObject *entry = Py_BuildValue("iO", hot->uffd, faults);
+        if (!entry || PyList_Insert(told, 0, entry)) Py_CLEAR(told);
+        Py_XDECREF(entry);
+    }
+    Py_XDECREF(faults);
     return told;
 }
 
@@ -338,6 +373,7 @@ static PyObject *hot_new(PyTypeObject *type, PyObject *arguments, PyObject *keyw
     Hot *hot = (Hot *)type->tp_alloc(type, 0); /* zeroed */
     if (!hot) return NULL;
     hot->epoll = epoll, hot->uffd = -1;
+    prctl(PR_SET_TIMERSLACK, 1000ul, 0, 0, 0); /* 50 µs else: longer than we mean to wait */
     for (int n = 0; n < PEERS; n++) hot->peers[n].fd = -1;
     hot->page_data = PyMem_Malloc(MAX_PAGES * PAGE);
     if (!hot->page_data) {

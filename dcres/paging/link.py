@@ -162,15 +162,22 @@ class Link:
         self.state = LinkState.GREETING
         self._stream.send([self._handshake.hello()])
 
-    def page_in(self, runs: Runs) -> int:
-        """Ask for pages that this host holds, at most `wire.MAX_PAGES`; the request's number."""
-        return self._request(Kind.PAGE_IN, runs, [wire.pack_runs(runs)]).number
+    @property
+    def next_number(self) -> int:
+        """The number of the next request; 0 while there is no connection."""
+        if self._stream is None:
+            return 0
+        return self._stream.shared[wire.NUMBER] % 0xFFFFFFFF + 1
+
+    def page_in(self, runs: Runs) -> None:
+        """Ask for pages that this host holds, at most `wire.MAX_PAGES`."""
+        self._request(Kind.PAGE_IN, runs, [wire.pack_runs(runs)])
 
     def asked(self, page: int, number: int, sent_bytes: int) -> None:
         """The hot path has asked for a page, and sent so much of the frame."""
         self._unanswered.append(Request(number, Kind.PAGE_IN, [(page, page + 1)]))
-        frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
-        if sent_bytes < len(frame) and self._stream is not None:
+        if sent_bytes < wire.RUN_FRAME_BYTES and self._stream is not None:
+            frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
             self._stream.send([memoryview(frame)[sent_bytes:]])
 
     def page_out(self, extents: Extents, data: list[bytes]) -> None:
@@ -208,7 +215,8 @@ class Link:
         """Send the releases that wait."""
         if not self._releases or self.state is not LinkState.READY:
             return
-        extents = join(np.array(sorted(self._releases), dtype=np.int64))
+        runs = np.array(self._releases, dtype=np.int64)
+        extents = join(runs[np.argsort(runs[:, 0])])
         self._releases, self._release_pages = [], 0
         for at in range(0, len(extents), wire.MAX_RELEASE_EXTENTS):
             part = extents[at : at + wire.MAX_RELEASE_EXTENTS]
@@ -223,8 +231,7 @@ class Link:
     def _request(self, kind: Kind, extents: Extents | Runs, payload: list[bytes]) -> Request:
         if self._stream is None:
             raise PagingError(f"{self.sub.host} is not connected")
-        shared = self._stream.shared
-        number = shared[wire.NUMBER] = shared[wire.NUMBER] % 0xFFFFFFFF + 1
+        number = self._stream.shared[wire.NUMBER] = self.next_number
         request = Request(number, kind, extents)
         self._unanswered.append(request)
         length = sum(map(len, payload))
