@@ -33,7 +33,7 @@
 #include <unistd.h>
 
 enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 2, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
-enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 160, BY_ITSELF = 64 };
+enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
 enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) };
 enum { START, STOP, NUMBER, MAY_SEND, SERVED, SHARED };
@@ -58,6 +58,7 @@ typedef struct {
     int epoll, uffd, all_asked, put_some; /* of the last events */
     uint64_t base, pages;
     Py_buffer owners, asked;
+    int used; /* peers, vacant places among them */
     Peer peers[PEERS];
     char *page_data;
 } Hot;
@@ -65,13 +66,13 @@ typedef struct {
 static uint64_t *shared(Peer *peer) { return peer->shared.buf; }
 
 static Peer *peer_of(Hot *hot, int fd) {
-    for (int n = 0; n < PEERS; n++)
+    for (int n = 0; n < hot->used; n++)
         if (hot->peers[n].fd == fd) return &hot->peers[n];
     return NULL;
 }
 
 static Peer *holder(Hot *hot, int code) {
-    for (int n = 0; n < PEERS; n++)
+    for (int n = 0; n < hot->used; n++)
         if (hot->peers[n].fd >= 0 && hot->peers[n].store < 0 && hot->peers[n].code == code)
             return &hot->peers[n];
     return NULL;
@@ -311,9 +312,10 @@ static PyObject *turn(Hot *hot, PyObject *arguments) {
 }
 
 static PyObject *watch(Hot *hot, PyObject *arguments) {
-    if (!PyArg_ParseTuple(arguments, "iKw*w*", &hot->uffd, &hot->base, &hot->owners, &hot->asked))
+    int uffd;
+    if (!PyArg_ParseTuple(arguments, "iKw*w*", &uffd, &hot->base, &hot->owners, &hot->asked))
         return NULL;
-    hot->pages = hot->owners.len;
+    hot->pages = hot->owners.len, hot->uffd = uffd;
     if (hot->asked.len != (Py_ssize_t)hot->pages * 4) {
         hot->uffd = -1;
         PyErr_SetString(PyExc_ValueError, "four bytes of `asked` for each page are needed");
@@ -322,41 +324,39 @@ static PyObject *watch(Hot *hot, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-static PyObject *enlist(Peer *peer) {
-    if (peer->shared.len == SHARED * 8 && peer->buffer.len >= FRAME) Py_RETURN_NONE;
-    peer->fd = -1;
-    PyErr_SetString(PyExc_ValueError, "a buffer of a frame and five shared numbers are needed");
-    return NULL;
-}
-
-static Peer *vacant(Hot *hot) {
-    Peer *peer = peer_of(hot, -1);
-    if (!peer) PyErr_SetString(PyExc_ValueError, "too many connections");
-    return peer;
-}
-
-static PyObject *client(Hot *hot, PyObject *arguments) {
-    Peer *peer = vacant(hot);
-    if (!peer || !PyArg_ParseTuple(arguments, "iiw*w*", &peer->fd, &peer->code, &peer->buffer,
-                                   &peer->shared))
-        return NULL;
-    peer->store = -1;
-    return enlist(peer);
-}
-
-static PyObject *server(Hot *hot, PyObject *arguments) {
-    Peer *peer = vacant(hot);
-    if (!peer || !PyArg_ParseTuple(arguments, "iiw*w*y*", &peer->fd, &peer->store, &peer->buffer,
-                                   &peer->shared, &peer->here))
-        return NULL;
-    return enlist(peer);
-}
-
 static void forget_peer(Peer *peer) {
     PyBuffer_Release(&peer->buffer);
     PyBuffer_Release(&peer->shared);
     PyBuffer_Release(&peer->here);
     *peer = (Peer){.fd = -1};
+}
+
+static PyObject *enlist(Hot *hot, Peer *made) {
+    Peer *place = peer_of(hot, -1);
+    if (!place && hot->used < PEERS) place = &hot->peers[hot->used++];
+    /* Of a buffer only where and how long it is outlives the copy, and that is all we use. */
+    if (place && made->shared.len == SHARED * 8 && made->buffer.len >= FRAME) {
+        *place = *made;
+        Py_RETURN_NONE;
+    }
+    forget_peer(made);
+    PyErr_SetString(PyExc_ValueError, "too many connections, or too little memory for one");
+    return NULL;
+}
+
+static PyObject *client(Hot *hot, PyObject *arguments) {
+    Peer made = {.store = -1};
+    if (!PyArg_ParseTuple(arguments, "iiw*w*", &made.fd, &made.code, &made.buffer, &made.shared))
+        return NULL;
+    return enlist(hot, &made);
+}
+
+static PyObject *server(Hot *hot, PyObject *arguments) {
+    Peer made = {0};
+    if (!PyArg_ParseTuple(arguments, "iiw*w*y*", &made.fd, &made.store, &made.buffer,
+                          &made.shared, &made.here))
+        return NULL;
+    return enlist(hot, &made);
 }
 
 static PyObject *forget(Hot *hot, PyObject *arguments) {

@@ -194,3 +194,8 @@ def test_pages_of_another_host_are_left_to_python(linked: SimpleNamespace) -> No
     linked.far.sendall(pages(7, 1, 3))
     assert linked.hot.turn(1.0) == [(linked.near.fileno(), loop.RECEIVED)]
     assert linked.owners.tolist() == [FIRST_SUB, FIRST_SUB, FIRST_SUB + 1, FIRST_SUB]
+
+
+def test_both_speak_of_the_same_things() -> None:
+    module = pytest.importorskip("dcres.paging._hot")
+    assert (module.RECEIVED, module.VERSION) == (loop.RECEIVED, wire.VERSION)
