@@ -9,11 +9,22 @@ from pathlib import Path
 import pytest
 
 from dcres.bench.squeeze import memory_cgroup, swap_file
+from dcres.errors import UnsupportedHost
 
 pytestmark = pytest.mark.linux
 
 MIB = 1 << 20
 HOLD = "import sys; held = b'x' * (96 << 20); print('ready', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture(autouse=True)
+def able(tmp_path: Path) -> None:
+    """Containers may have neither."""
+    try:
+        with memory_cgroup(), swap_file(tmp_path / "try", MIB) as swap:
+            swap.on()
+    except UnsupportedHost as error:
+        pytest.skip(str(error))
 
 
 def swapping(path: Path) -> bool:
