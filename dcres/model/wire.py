@@ -58,8 +58,8 @@ MAX_FETCH_PAGES = 1 << 16  # so many that FETCHED fits a frame however they lie
 
 # Of the numbers that a decoder and a connection keep where `dcres/paging/hot.c` can see them:
 # start and stop of what was received, the last request's number, whether nothing waits to be sent,
-# and how many pages were served.
-START, STOP, NUMBER, MAY_SEND, SERVED, SHARED = range(6)
+# how many pages were served, and when pages were last put in place (monotonic ns).
+START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED = range(7)
 
 _COUNT = struct.Struct("<I")
 _RANGE = struct.Struct("<QQ")

@@ -222,7 +222,7 @@ class FaultHandler:
         link.page_in(extents_of_pages(wanted).tolist())
         return True
 
-    def arrived(self, link: Link, number: int, runs: Runs, address: int) -> None:
+    def arrived(self, link: Link, runs: Runs, address: int) -> None:
         """Put pages in place, record it, and only then let the sub host forget them.
 
         Pages that were brought ahead of need keep the time of their last access.
@@ -230,46 +230,49 @@ class FaultHandler:
         brought = runs[0][0] in self._brought
         for first, stop in runs:
             length = (stop - first) * PAGE_SIZE
-            self._put(link, number, first, stop, address)
+            at_ns = self._put(link, first, stop, address)
             address += length
-            self._is_here(first, stop, brought=brought)
+            self._is_here(first, stop, at_ns, brought=brought)
         link.release_runs(runs)
         if self._later:
             window = self._later.pop(runs[0][0], None)
             if window is not None:
                 self._ask_window(link, *window)
 
-    def _is_here(self, first: int, stop: int, *, brought: bool) -> None:
-        """Pages that were asked for are in place, and the table says so."""
+    def _is_here(self, first: int, stop: int, at_ns: int, *, brought: bool) -> None:
+        """Pages that were asked for are in place since `at_ns`, and the table says so."""
         self.asked[first:stop] = 0
         self._fetching -= stop - first
         self.pages_in += stop - first
         if brought:
             self._brought.difference_update(range(first, stop))
         self._evictor.arrived(first, stop, wanted=not brought)
-        self._guest_goes_on(first, stop)
+        self._guest_goes_on(first, stop, at_ns)
         self.on_arrival(first, stop)
 
-    def _put(self, link: Link, number: int, first: int, stop: int, address: int) -> None:
+    def _put(self, link: Link, first: int, stop: int, address: int) -> int:
+        """Pages in place and in the table, unless they are; when that was."""
         owners = self._owners[first:stop]
         # The hot path has put it there if the table says so: of a page that was asked for nothing
         # else does.
-        if owners != bytes([MAIN]) * (stop - first):
-            if owners != bytes([link.code]) * (stop - first):
-                raise PagingError(f"{link.sub.host} sent pages that it does not own")
-            self._uffd.copy(self._base + first * PAGE_SIZE, address, (stop - first) * PAGE_SIZE)
-            self._table.owners[first:stop] = MAIN
+        if owners == bytes([MAIN]) * (stop - first):
+            return link.put_at_ns
+        if owners != bytes([link.code]) * (stop - first):
+            raise PagingError(f"{link.sub.host} sent pages that it does not own")
+        self._uffd.copy(self._base + first * PAGE_SIZE, address, (stop - first) * PAGE_SIZE)
+        self._table.owners[first:stop] = MAIN
+        return time.monotonic_ns()
 
-    def _guest_goes_on(self, first: int, stop: int) -> None:
+    def _guest_goes_on(self, first: int, stop: int, at_ns: int) -> None:
         for page in [page for page in self._missed if first <= page < stop]:
-            self.latencies_ns.append(time.monotonic_ns() - self._missed.pop(page))
+            self.latencies_ns.append(max(0, at_ns - self._missed.pop(page)))
             self._table.ticks[page] = self._now()
 
     def link_ready(self, link: Link) -> None:
         """Ask again for what was missed while the link was down."""
         for page in sorted(self._waiting.pop(link.code, set())):
             if self._missed.pop(page, 0):
-                self._page_in(page, link.code)
+                self._fault(page)
 
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Page-ins on a link that broke: ask again, when it is back, for what was missed."""
@@ -278,7 +281,7 @@ class FaultHandler:
             # copies are leftovers that the link releases when it is back.
             here = request.pages[self._table.owners[request.pages] == MAIN]
             for first, stop in extents_of_pages(here).tolist():
-                self._is_here(first, stop, brought=first in self._brought)
+                self._is_here(first, stop, time.monotonic_ns(), brought=first in self._brought)
             pages = np.setdiff1d(request.pages, here).tolist()
             self.asked[pages] = 0
             self._fetching -= len(pages)

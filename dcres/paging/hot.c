@@ -12,9 +12,9 @@
  * same without this module (dcres/paging/{faults,link,service}.py); the tests hold both to it.
  *
  * Shared with Python: `owners` (a byte a page), `asked` (a page's request number or 0), `here`
- * (a memory server's existence map), and for each connection `shared`, five uint64: start and
+ * (a memory server's existence map), and for each connection `shared`, six uint64: start and
  * stop of what the buffer holds, the number of the last request, whether C may send (nothing
- * waits to be sent before it), pages served.
+ * waits to be sent before it), pages served, when a page was last put in place (monotonic ns).
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -36,7 +36,7 @@ enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 2, PAGE_IN = 18, PAGES = 19, MAIN
 enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
 enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) };
-enum { START, STOP, NUMBER, MAY_SEND, SERVED, SHARED };
+enum { START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED };
 enum { RECEIVED = 1 << 24 }; /* beside epoll's event bits: the data is in the buffer already */
 
 /* A frame that carries one run; x86-64 is little-endian as the protocol is. */
@@ -64,6 +64,12 @@ typedef struct {
 } Hot;
 
 static uint64_t *shared(Peer *peer) { return peer->shared.buf; }
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
 
 static Peer *peer_of(Hot *hot, int fd) {
     for (int n = 0; n < hot->used; n++)
@@ -108,11 +114,10 @@ static int append(PyObject *list, PyObject *item) {
 /* Adds (page, number or 0, bytes sent, owner code, when) of each to `list`. */
 static int answer_faults(Hot *hot, PyObject *list, PyObject *told) {
     struct uffd_msg faults[FAULTS];
-    struct timespec now;
     ssize_t got = read(hot->uffd, faults, sizeof faults);
     if (got < 0 && errno != EAGAIN)  /* Python meets the same error, and knows what it means */
         return append(told, Py_BuildValue("iI", hot->uffd, (unsigned)EPOLLIN));
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    int64_t at_ns = now_ns();
     hot->all_asked = got > 0;
     for (int n = 0; n < (int)(got / (ssize_t)sizeof *faults); n++) {
         uint64_t page = (faults[n].arg.pagefault.address - hot->base) / PAGE;
@@ -122,7 +127,7 @@ static int answer_faults(Hot *hot, PyObject *list, PyObject *told) {
         ssize_t sent = ask(hot, page, code, &number);
         if (!sent) hot->all_asked = 0;
         PyObject *entry = Py_BuildValue("KIniL", page, sent ? number : 0, sent, code,
-                                        now.tv_sec * 1000000000ll + now.tv_nsec);
+                                        (long long)at_ns);
         if (append(list, entry)) return -1;
     }
     return 0;
@@ -180,7 +185,7 @@ static int wanted(Hot *hot, Peer *peer, Frame *frame) {
 }
 
 /* First the guest's memory, then the table. What fails in the middle, Python does once more. */
-static void put(Hot *hot, Frame *frame) {
+static void put(Hot *hot, Peer *peer, Frame *frame) {
     uint64_t bytes = (frame->stop - frame->first) * PAGE, done = 0;
     while (done < bytes) {
         struct uffdio_copy copy = {.dst = hot->base + frame->first * PAGE + done,
@@ -191,13 +196,15 @@ static void put(Hot *hot, Frame *frame) {
         if (copy.copy > 0) done += copy.copy;
     }
     hot->put_some = 1;
+    shared(peer)[PUT_AT] = now_ns();
     memset((uint8_t *)hot->owners.buf + frame->first, MAIN, frame->stop - frame->first);
 }
 
 static void put_arrived(Hot *hot, Peer *peer) {
     uint64_t at = shared(peer)[START];
     for (Frame *frame; (frame = whole(peer, at)); at += HEADER + frame->length)
-        if (one_run(frame, PAGES, hot->pages) && wanted(hot, peer, frame)) put(hot, frame);
+        if (one_run(frame, PAGES, hot->pages) && wanted(hot, peer, frame))
+            put(hot, peer, frame);
 }
 
 /* Sends what of the parts was not sent yet into *rest (a new bytes, or NULL if all was). */

@@ -68,8 +68,8 @@ class LinkUser(Protocol):
     def link_down(self, link: Link, unanswered: list[Request]) -> None:
         """The connection ended; these requests were not answered and will not be."""
 
-    def pages_arrived(self, link: Link, number: int, runs: Runs, address: int) -> None:
-        """The data of `runs`, asked for under `number`, one after the other at `address`."""
+    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
+        """The data of `runs`, which were asked for, one after the other in memory at `address`."""
 
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """The server holds these pages."""
@@ -161,6 +161,11 @@ class Link:
         )
         self.state = LinkState.GREETING
         self._stream.send([self._handshake.hello()])
+
+    @property
+    def put_at_ns(self) -> int:
+        """When the hot path last put pages of this host in place (monotonic)."""
+        return 0 if self._stream is None else self._stream.shared[wire.PUT_AT]
 
     @property
     def next_number(self) -> int:
@@ -294,7 +299,7 @@ class Link:
                 runs = cast(Runs, request.extents)
                 at = wire.skip_runs(frame.payload, runs, self.sub.host)
                 address = self._buffer_address + frame.offset + at
-                self._user.pages_arrived(self, request.number, runs, address)
+                self._user.pages_arrived(self, runs, address)
             case Kind.PAGE_OUT, Kind.STORED:
                 self._user.pages_stored(self, cast(Extents, request.extents))
             case Kind.RELEASE, Kind.RELEASED:

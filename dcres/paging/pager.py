@@ -216,9 +216,9 @@ class Pager:
         self._mover.unanswered(link, [r for r in unanswered if r.kind is Kind.FETCH])
         self._evictor.unanswered([r for r in unanswered if r.kind is Kind.PAGE_OUT])
 
-    def pages_arrived(self, link: Link, number: int, runs: Runs, address: int) -> None:
+    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
         """Page-in."""
-        self._faults.arrived(link, number, runs, address)
+        self._faults.arrived(link, runs, address)
 
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """Page-out is acknowledged."""
