@@ -113,9 +113,9 @@ def measure(setup: Setup, rounds: int) -> list[Row]:
             forget(source.memory)
             rows.append(_move(source, here, here, "move_from_disk_loopback", at))
             rows.append(_move(source, here, here, "move_loopback", at))
-            rows.append(_copy(here, here, length_bytes, "copy_loopback", at))
+            rows.append(plain_copy(here, here, length_bytes, "copy_loopback", at))
             rows.append(_move(source, left, right, "move_1gbit", at))
-            rows.append(_copy(left, right, length_bytes, "copy_1gbit", at))
+            rows.append(plain_copy(left, right, length_bytes, "copy_1gbit", at))
     return rows
 
 
@@ -254,7 +254,7 @@ def _port(process: subprocess.Popen[bytes], control_path: Path) -> int:
     return ports[0]
 
 
-def _copy(left: Place, right: Place, length_bytes: int, what: str, at: int) -> Row:
+def plain_copy(left: Place, right: Place, length_bytes: int, what: str, at: int) -> Row:
     """The same bytes by nothing but send and receive, from memory to memory."""
     with left.run(lambda: socket.create_server((left.address, 0))) as listener:
         sender = threading.Thread(target=_send, args=(listener, length_bytes))

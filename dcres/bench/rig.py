@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def build(source: Path, program: Path, *options: str) -> Path:
         return program
     if shutil.which("gcc") is None:
         raise UnsupportedHost("benchmarks need gcc; apt install gcc libc6-dev")
-    argv = ["gcc", "-O2", "-Wall", *options, "-o", str(program), str(source)]
+    argv = ["gcc", "-O2", "-Wall", "-o", str(program), str(source), *options]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UnsupportedHost(f"gcc cannot compile {source.name}: {done.stderr.strip()[-300:]}")
@@ -101,15 +101,27 @@ class Writer:
         self.process.communicate()
 
 
-class Rig:
-    """A writer whose memory lies on this host and on memory servers."""
+@dataclass(frozen=True, slots=True)
+class Net:
+    """Where the pager and the memory servers run: prefixes of their commands, servers' address."""
 
-    def __init__(self, folder: Path, ram: Path, program: Path, pages: int) -> None:
-        self.folder, self.ram, self.pages = folder, ram, pages
+    main: tuple[str, ...] = ()
+    subs: tuple[str, ...] = ()
+    address: str = "127.0.0.1"
+
+
+LOOPBACK = Net()
+
+
+class Paged:
+    """The memory of process `pid`, ``RAM/guest.ram``, on this host and on memory servers."""
+
+    def __init__(self, folder: Path, ram: Path, pid: int, pages: int, net: Net = LOOPBACK) -> None:
+        self.folder, self.ram, self.pages, self.net = folder, ram, pages, net
+        self._pid = pid
         self.vm, self.secret = uuid.uuid4().hex, secrets.token_hex(32)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.servers: list[ServerSettings] = []
-        self.writer = Writer(program, ram / "guest.ram", pages)
 
     def start(self, limit: int, subs: tuple[int, ...]) -> None:
         """Memory servers with room for `subs` pages, then the pager, which keeps `limit`."""
@@ -127,7 +139,7 @@ class Rig:
             secret=self.secret,
             page_count=self.pages,
             capacity_pages=capacity,
-            address="127.0.0.1",
+            address=self.net.address,
             port=0,
             store=str(self.ram / f"sub{index}.ram"),
             control=str(self.folder / f"sub{index}.sock"),
@@ -140,22 +152,23 @@ class Rig:
             secret=self.secret,
             page_count=self.pages,
             limit_pages=limit,
-            qemu_pid=self.writer.process.pid,
+            qemu_pid=self._pid,
             ram=str(self.ram / "guest.ram"),
             outbox=str(self.ram / "outbox.ram"),
             table=str(self.ram / "table"),
             control=str(self.folder / "pager.sock"),
             subs=tuple(
-                SubAddress(f"sub{i}", "127.0.0.1", server.port, server.capacity_pages, sub_code(i))
-                for i, server in enumerate(self.servers)
+                SubAddress(f"sub{i}", each.address, each.port, each.capacity_pages, sub_code(i))
+                for i, each in enumerate(self.servers)
             ),
             moves=str(self.ram / "moves"),
         )
 
     def _start(self, name: str, module: str) -> None:
+        prefix = self.net.main if name == "pager" else self.net.subs
         with open(self.folder / f"{name}.log", "ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, str(self.folder / f"{name}.json")],
+                [*prefix, sys.executable, "-m", module, str(self.folder / f"{name}.json")],
                 stdout=log,
                 stderr=log,
             )
@@ -199,21 +212,37 @@ class Rig:
         return control.call(self.folder / "pager.sock", do, timeout_s=30, **arguments)
 
     def close(self) -> None:
-        """End everything; the folders are their owners'."""
-        self.writer.kill()
+        """End what was started here; the folders are their owners'."""
         for process in self.processes.values():
             process.kill()
             process.wait()
 
 
+class Rig(Paged):
+    """The native writer, paged."""
+
+    def __init__(
+        self, folder: Path, ram: Path, program: Path, pages: int, net: Net = LOOPBACK
+    ) -> None:
+        self.writer = Writer(program, ram / "guest.ram", pages)
+        super().__init__(folder, ram, self.writer.process.pid, pages, net)
+
+    def close(self) -> None:
+        """The same, and the writer."""
+        self.writer.kill()
+        super().close()
+
+
 @contextmanager
-def rig(program: Path, pages: int, limit: int, subs: tuple[int, ...]) -> Iterator[Rig]:
+def rig(
+    program: Path, pages: int, limit: int, subs: tuple[int, ...], net: Net = LOOPBACK
+) -> Iterator[Rig]:
     """A running `Rig`; everything it started is gone afterwards."""
     with (
         tempfile.TemporaryDirectory(prefix="dcres-rig-", dir="/dev/shm") as ram,
         tempfile.TemporaryDirectory(prefix="dcres-rig-") as run,
     ):
-        made = Rig(Path(run), Path(ram), program, pages)
+        made = Rig(Path(run), Path(ram), program, pages, net)
         try:
             made.start(limit, subs)
             yield made

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -55,10 +56,16 @@ MAX_MAP_PAGES = 1 << 22  # pages of one EXISTENCE_MAP
 MAX_RELEASE_EXTENTS = 4096
 MAX_FETCH_PAGES = 1 << 16  # so many that FETCHED fits a frame however they lie
 
+# Of the numbers that a decoder and a connection keep where `dcres/paging/hot.c` can see them:
+# start and stop of what was received, the last request's number, whether nothing waits to be sent,
+# how many pages were served, and when pages were last put in place (monotonic ns).
+START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED = range(7)
+
 _COUNT = struct.Struct("<I")
 _RANGE = struct.Struct("<QQ")
 _RUN = struct.Struct("<IQQ")
 _SOURCE = struct.Struct("<HB")
+RUN_FRAME_BYTES = HEADER.size + _RUN.size
 _ERRORS = {kind.__name__: kind for kind in (CheckpointCorrupt, NoRoom, PagesLost, ProtocolError)}
 
 
@@ -120,6 +127,22 @@ def pack_extents(extents: Extents) -> bytes:
 def pack_run(first: int, stop: int) -> bytes:
     """The same for a single extent: a tenth of the time, on the way that a guest waits for."""
     return _RUN.pack(1, first, stop)
+
+
+def pack_runs(runs: list[tuple[int, int]]) -> bytes:
+    """The same for a list of them."""
+    if len(runs) == 1:
+        return _RUN.pack(1, *runs[0])
+    return pack_extents(np.array(runs, dtype=np.int64))
+
+
+def skip_runs(payload: memoryview, runs: list[tuple[int, int]], who: str) -> int:
+    """Where the data of `runs` starts in an answer. Raises ProtocolError if it has others."""
+    packed = pack_runs(runs)
+    data_bytes = PAGE_SIZE * sum([stop - first for first, stop in runs])
+    if payload[: len(packed)] != packed or len(payload) != len(packed) + data_bytes:
+        raise ProtocolError(f"{who} sent pages that were not asked for")
+    return len(packed)
 
 
 def unpack_extents(
@@ -247,31 +270,33 @@ class Decoder:
         if len(buffer) < HEADER.size + MAX_PAYLOAD:
             raise ValueError("the decoder's buffer is smaller than a frame")
         self._buffer = buffer
-        self._start = 0
-        self._stop = 0
+        self.shared = array("Q", bytes(8 * SHARED))
+        """Start and stop of what the buffer holds; the rest is the connection's."""
 
     def receive_into(self) -> memoryview:
         """Where to receive next; never empty. Invalidates the payloads of earlier frames."""
-        if self._start == self._stop:
-            self._start = self._stop = 0
-        elif len(self._buffer) - self._start < HEADER.size + MAX_PAYLOAD:
-            left = self._stop - self._start
-            self._buffer[:left] = bytes(self._buffer[self._start : self._stop])
-            self._start, self._stop = 0, left
-        return self._buffer[self._stop :]
+        at = self.shared
+        if at[START] == at[STOP]:
+            at[START] = at[STOP] = 0
+        elif len(self._buffer) - at[START] < HEADER.size + MAX_PAYLOAD:
+            left = at[STOP] - at[START]
+            self._buffer[:left] = bytes(self._buffer[at[START] : at[STOP]])
+            at[START], at[STOP] = 0, left
+        return self._buffer[at[STOP] :]
 
     def received(self, length_bytes: int) -> None:
         """`length_bytes` were received into what `receive_into` gave."""
-        self._stop += length_bytes
+        self.shared[STOP] += length_bytes
 
     def frames(self) -> Iterator[Frame]:
         """Complete frames, in order. Raises ProtocolError at a malformed one."""
-        while self._stop - self._start >= HEADER.size:
-            kind, request, length = _check_header(self._buffer, self._start)
-            at = self._start + HEADER.size
-            if self._stop - at < length:
+        cursor = self.shared
+        while cursor[STOP] - cursor[START] >= HEADER.size:
+            kind, request, length = _check_header(self._buffer, cursor[START])
+            at = cursor[START] + HEADER.size
+            if cursor[STOP] - at < length:
                 return
-            self._start = at + length
+            cursor[START] = at + length
             yield Frame(kind, request, self._buffer[at : at + length], at)
 
 

@@ -330,10 +330,10 @@ class Evictor:
     def unanswered(self, requests: Sequence[Request]) -> None:
         """Page-outs on a link that broke: send again what is still leaving."""
         for request in requests:
-            pages = pages_of_extents(request.extents)
+            pages = request.pages
             self._in_flight.difference_update(pages.tolist())
             self.recalled[pages] = False  # a copy that did arrive is found when maps are compared
-            self._unsent.append(request.extents)
+            self._unsent.append(np.asarray(request.extents))
 
     def take_back(self, page: int) -> bytes:
         """The content of a leaving page that is wanted again; then call `taken_back`."""

@@ -2,7 +2,8 @@
 
 This is the path whose latency the guest feels. It looks things up in bytes rather than numpy
 arrays and asks for the missed page in a frame of its own, so that the guest goes on before the
-neighbours are there (measured with `dcres bench paging`).
+neighbours are there (measured with `dcres bench paging`). The simple cases are done before any
+of this runs, by `dcres/paging/hot.c`; this module is told, keeps the books, and can do without.
 """
 
 from __future__ import annotations
@@ -11,24 +12,37 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from mmap import mmap
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from dcres.errors import PagesLost, PagingError
 from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
+from dcres.model.around import FaultAround
 from dcres.model.history import hottest
-from dcres.model.pages import PAGE_SIZE, Extents, Mask, Pages, extents_of_pages, pages_of_extents
+from dcres.model.pages import (
+    PAGE_SIZE,
+    Mask,
+    Pages,
+    extents_of_mask,
+    extents_of_pages,
+    split,
+)
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
 from dcres.paging.evictor import Evictor
-from dcres.paging.link import Link, LinkState, Request
+from dcres.paging.link import Link, LinkState, Request, Runs
 from dcres.paging.outbox import Outbox
 from dcres.paging.table import PageTable
 
-WINDOW_PAGES = 16
-RUN_PAGES = 64
+FRAME_PAGES = 64  # in one answer of many: the next is read while the last is put in place
 _SAMPLES = 4096
 _FAULTS_AT_ONCE = 16
+
+Numbers: TypeAlias = npt.NDArray[np.uint32]
+# Page, number of the request for it or 0, bytes of that sent, owner's code, when (monotonic ns).
+HotFault: TypeAlias = tuple[int, int, int, int, int]
 
 
 class FaultHandler:
@@ -55,10 +69,14 @@ class FaultHandler:
         self.on_arrival: Callable[[int, int], None] = lambda first, stop: None
         self._page = mmap(-1, PAGE_SIZE)
         self._page_address = address_of(self._page)
-        self._fetching: set[int] = set()  # pages that were asked for
+        self.asked: Numbers = np.zeros(table.page_count, dtype=np.uint32)
+        """Per page: the number of the request that brings it, 0 if none does."""
+        self._asked = self.asked.data
+        self._fetching = 0  # pages that were asked for
         self._brought: set[int] = set()  # those of them that nobody has missed, nor a neighbour
         self._missed: dict[int, int] = {}  # page → when the guest missed it (ns)
-        self._walk = -1  # where the last window ended
+        self._around = FaultAround()
+        self._later: dict[int, tuple[int, int]] = {}  # missed page → window to bring after it
         self._waiting: dict[int, set[int]] = {}  # link code → missed pages while it is down
         self.latencies_ns: deque[int] = deque(maxlen=_SAMPLES)
         self.faults = self.pages_in = self.zero_pages = self.taken_back = 0
@@ -80,8 +98,10 @@ class FaultHandler:
 
     def on_their_way(self, pages: Pages) -> Mask:
         """Which of `pages` were asked for, or will be when a link is back; shape of `pages`."""
-        under_way = [page in self._fetching or page in self._missed for page in pages.tolist()]
-        return np.array(under_way, dtype=np.bool_)
+        under_way: Mask = self.asked[pages] != 0
+        if self._missed:
+            under_way |= np.isin(pages, list(self._missed))
+        return under_way
 
     def set_links(self, links: Sequence[Link]) -> None:
         """Where pages may be from now on."""
@@ -92,6 +112,21 @@ class FaultHandler:
         for address in self._uffd.read_faults(_FAULTS_AT_ONCE):
             self.faults += 1
             self._fault((address - self._base) // PAGE_SIZE)
+
+    def told(self, faults: Sequence[HotFault]) -> None:
+        """Faults that the hot path has read, and asked for where it could."""
+        self.faults += len(faults)
+        # Their requests are sent: they come before any that we send now.
+        for page, number, sent_bytes, code, at_ns in faults:
+            if number:
+                self._fetching += 1
+                self._missed[page] = at_ns
+                self._links[code].asked(page, number, sent_bytes)
+        for page, number, _, code, _ in faults:
+            if number:
+                self._ask_around(page, self._links[code])
+            else:
+                self._fault(page)
 
     def _fault(self, page: int) -> None:
         owner = self._owners[page]
@@ -126,41 +161,42 @@ class FaultHandler:
     def _page_in(self, page: int, owner: int) -> None:
         if page in self._missed:
             return
-        self._missed[page] = time.perf_counter_ns()
-        if page in self._fetching:
-            return
+        self._missed[page] = time.monotonic_ns()
         link = self._links[owner]
         if link.state is not LinkState.READY:
             self._waiting.setdefault(owner, set()).add(page)
             return
-        self._fetching.add(page)
-        link.page_in_run(page, page + 1)
-        if page == self._walk:  # the guest goes on where the last window ended: more, and at once
-            self._ask_around(page, link, page, RUN_PAGES)
+        if not self._asked[page]:
+            self._ask(link, page, page + 1)
+        self._ask_around(page, link)
 
-    def _ask_around(self, page: int, link: Link, lowest: int, count: int) -> None:
-        self._walk = lowest + count
-        for first, stop in self._neighbours(page, link.code, lowest, self._walk):
-            self._fetching.update(range(first, stop))
-            link.page_in_run(first, stop)
+    def _ask(self, link: Link, first: int, stop: int) -> None:
+        # Before it is sent: should the link break in sending, it is among the unanswered.
+        self.asked[first:stop] = link.next_number
+        self._fetching += stop - first
+        link.page_in([(first, stop)])
 
-    def _neighbours(
-        self, page: int, owner: int, lowest: int, highest: int
-    ) -> list[tuple[int, int]]:
-        """The runs before and after `page`, in a window around it, that the same host holds.
+    def _ask_around(self, page: int, link: Link) -> None:
+        """Neighbours of a missed page: at once, or once the guest goes on.
 
-        They end where a page is elsewhere or on its way: neighbours of neighbours are less
-        likely to be wanted, and a run is all that a frame asks for quickly.
+        Later is better for the guest unless it will want them next: their request, and the
+        memory server's work on it, would make it wait 70 µs more.
         """
-        owners, fetching = self._owners, self._fetching
-        highest = min(highest, len(owners))
-        first = page
-        while first > lowest and owners[first - 1] == owner and first - 1 not in fetching:
-            first -= 1
-        stop = page + 1
-        while stop < highest and owners[stop] == owner and stop not in fetching:
-            stop += 1
-        return [run for run in ((first, page), (page + 1, stop)) if run[0] < run[1]]
+        first, stop, at_once = self._around.missed(page)
+        if link.state is not LinkState.READY:
+            return
+        if at_once:
+            self._ask_window(link, first, stop)
+        elif stop - first > 1:
+            self._later[page] = (first, stop)
+
+    def _ask_window(self, link: Link, lowest: int, highest: int) -> None:
+        """The pages of a window that this host holds and nobody has asked for, in frames."""
+        here = np.frombuffer(self._owners, np.uint8)[lowest:highest] == link.code
+        here &= self.asked[lowest:highest] == 0
+        for first, stop in split(extents_of_mask(here) + lowest, FRAME_PAGES):
+            if link.state is LinkState.READY:
+                self._ask(link, first, stop)
 
     def fill(self, most: int) -> bool:
         """Bring `most` remote pages nobody has missed, the last touched first, to fill room."""
@@ -177,63 +213,80 @@ class FaultHandler:
 
         At most `wire.MAX_PAGES` pages.
         """
-        wanted = [page for page in pages.tolist() if page not in self._fetching]
-        if not wanted or link.state is not LinkState.READY:
+        wanted = pages[self.asked[pages] == 0]
+        if wanted.size == 0 or link.state is not LinkState.READY:
             return False
-        self._fetching.update(wanted)
-        self._brought.update(wanted)
-        link.page_in(extents_of_pages(np.array(wanted, dtype=np.int64)))
+        self.asked[wanted] = link.next_number
+        self._fetching += wanted.size
+        self._brought.update(wanted.tolist())
+        link.page_in(extents_of_pages(wanted).tolist())
         return True
 
-    def arrived(self, link: Link, extents: Extents, address: int) -> None:
+    def arrived(self, link: Link, runs: Runs, address: int) -> None:
         """Put pages in place, record it, and only then let the sub host forget them.
 
         Pages that were brought ahead of need keep the time of their last access.
         """
-        tick = self._now()
-        missed = False
-        brought = int(extents[0, 0]) in self._brought
-        for first, stop in extents.tolist():
-            if self._owners[first:stop] != bytes([link.code]) * (stop - first):
-                raise PagingError(f"{link.sub.host} sent pages that it does not own")
+        brought = runs[0][0] in self._brought
+        for first, stop in runs:
             length = (stop - first) * PAGE_SIZE
-            self._uffd.copy(self._base + first * PAGE_SIZE, address, length)
-            self._table.owners[first:stop] = MAIN
+            at_ns = self._put(link, first, stop, address)
             address += length
-            for page in range(first, stop):
-                if self._done(page):
-                    missed = True
-                    self._table.ticks[page] = tick
-            if brought:
-                self._brought.difference_update(range(first, stop))
-            self._evictor.arrived(first, stop, wanted=not brought)
-            self.on_arrival(first, stop)
-            self.pages_in += stop - first
-        link.release(extents)
-        if missed and not brought:
-            # Only now that the guest goes on: the request for its neighbours, and the memory
-            # server's work on it, would have made it wait 70 µs more.
-            page = int(extents[0, 0])
-            self._ask_around(page, link, page - page % WINDOW_PAGES, WINDOW_PAGES)
+            self._is_here(first, stop, at_ns, brought=brought)
+        link.release_runs(runs)
+        if self._later:
+            window = self._later.pop(runs[0][0], None)
+            if window is not None:
+                self._ask_window(link, *window)
 
-    def _done(self, page: int) -> bool:
-        self._fetching.discard(page)
-        missed_at = self._missed.pop(page, 0)
-        if missed_at:
-            self.latencies_ns.append(time.perf_counter_ns() - missed_at)
-        return bool(missed_at)
+    def _is_here(self, first: int, stop: int, at_ns: int, *, brought: bool) -> None:
+        """Pages that were asked for are in place since `at_ns`, and the table says so."""
+        self.asked[first:stop] = 0
+        self._fetching -= stop - first
+        self.pages_in += stop - first
+        if brought:
+            self._brought.difference_update(range(first, stop))
+        self._evictor.arrived(first, stop, wanted=not brought)
+        self._guest_goes_on(first, stop, at_ns)
+        self.on_arrival(first, stop)
+
+    def _put(self, link: Link, first: int, stop: int, address: int) -> int:
+        """Pages in place and in the table, unless they are; when that was."""
+        owners = self._owners[first:stop]
+        # The hot path has put it there if the table says so: of a page that was asked for nothing
+        # else does.
+        if owners == bytes([MAIN]) * (stop - first):
+            return link.put_at_ns
+        if owners != bytes([link.code]) * (stop - first):
+            raise PagingError(f"{link.sub.host} sent pages that it does not own")
+        self._uffd.copy(self._base + first * PAGE_SIZE, address, (stop - first) * PAGE_SIZE)
+        self._table.owners[first:stop] = MAIN
+        return time.monotonic_ns()
+
+    def _guest_goes_on(self, first: int, stop: int, at_ns: int) -> None:
+        for page in [page for page in self._missed if first <= page < stop]:
+            self.latencies_ns.append(max(0, at_ns - self._missed.pop(page)))
+            self._table.ticks[page] = self._now()
 
     def link_ready(self, link: Link) -> None:
         """Ask again for what was missed while the link was down."""
         for page in sorted(self._waiting.pop(link.code, set())):
             if self._missed.pop(page, 0):
-                self._page_in(page, link.code)
+                self._fault(page)
 
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Page-ins on a link that broke: ask again, when it is back, for what was missed."""
         for request in requests:
-            pages = pages_of_extents(request.extents).tolist()
-            self._fetching.difference_update(pages)
+            # The hot path may have put pages in place whose frame nobody reads any more. Their
+            # copies are leftovers that the link releases when it is back.
+            here = request.pages[self._table.owners[request.pages] == MAIN]
+            for first, stop in extents_of_pages(here).tolist():
+                self._is_here(first, stop, time.monotonic_ns(), brought=first in self._brought)
+            pages = np.setdiff1d(request.pages, here).tolist()
+            self.asked[pages] = 0
+            self._fetching -= len(pages)
             self._brought.difference_update(pages)
+            for page in pages:
+                self._later.pop(page, None)
             missed = self._missed.keys() & pages
             self._waiting.setdefault(link.code, set()).update(missed)

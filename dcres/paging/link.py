@@ -18,9 +18,8 @@ import secrets
 import socket
 import time
 from collections import deque
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -31,9 +30,10 @@ from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
 from dcres.model.pages import (
     Extents,
     Mask,
+    Pages,
     count_pages,
     extents_of_mask,
-    extents_of_pages,
+    join,
     pages_of_extents,
 )
 from dcres.model.wire import Endpoint, Frame, Kind
@@ -70,8 +70,8 @@ class LinkUser(Protocol):
     def link_down(self, link: Link, unanswered: list[Request]) -> None:
         """The connection ended; these requests were not answered and will not be."""
 
-    def pages_arrived(self, link: Link, extents: Extents, address: int) -> None:
-        """The data of `extents`, one after the other in memory at `address`."""
+    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
+        """The data of `runs`, which were asked for, one after the other in memory at `address`."""
 
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """The server holds these pages."""
@@ -83,13 +83,20 @@ class LinkUser(Protocol):
         """Pages are gone: the VM cannot go on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+Runs: TypeAlias = list[tuple[int, int]]
+
+
+class Request(NamedTuple):
     """A request that waits for its answer."""
 
     number: int
     kind: Kind
-    extents: Extents
+    extents: Extents | Runs  # runs for a page-in, which is in a hurry
+
+    @property
+    def pages(self) -> Pages:
+        """Every page of it."""
+        return pages_of_extents(np.asarray(self.extents, dtype=np.int64).reshape(-1, 2))
 
 
 class Link:
@@ -123,9 +130,8 @@ class Link:
         self._handshake: ClientHandshake | None = None
         self._unanswered: deque[Request] = deque()
         self._fetches: dict[int, Request] = {}  # answered when they are done, in any order
-        self._releases: list[Extents] = []
+        self._releases: Runs = []
         self._release_pages = 0
-        self._number = 0
         self._retry_at = 0.0
         self._silence = Silence(ANSWER_TIMEOUT_S)
 
@@ -175,14 +181,28 @@ class Link:
             why = f"it has not answered for {ANSWER_TIMEOUT_S:g} s"
             self._stream.close(PagingError(f"{why}; see whether it and the network are well"))
 
-    def page_in(self, extents: Extents) -> None:
-        """Ask for pages that this host holds; at most `wire.MAX_PAGES`."""
-        self._request(Kind.PAGE_IN, extents, [wire.pack_extents(extents)])
+    @property
+    def put_at_ns(self) -> int:
+        """When the hot path last put pages of this host in place (monotonic)."""
+        return 0 if self._stream is None else self._stream.shared[wire.PUT_AT]
 
-    def page_in_run(self, first: int, stop: int) -> None:
-        """The same for one run of pages, faster."""
-        extents = np.array([[first, stop]])
-        self._request(Kind.PAGE_IN, extents, [wire.pack_run(first, stop)])
+    @property
+    def next_number(self) -> int:
+        """The number of the next request; 0 while there is no connection."""
+        if self._stream is None:
+            return 0
+        return self._stream.shared[wire.NUMBER] % 0xFFFFFFFF + 1
+
+    def page_in(self, runs: Runs) -> None:
+        """Ask for pages that this host holds, at most `wire.MAX_PAGES`."""
+        self._request(Kind.PAGE_IN, runs, [wire.pack_runs(runs)])
+
+    def asked(self, page: int, number: int, sent_bytes: int) -> None:
+        """The hot path has asked for a page, and sent so much of the frame."""
+        self._unanswered.append(Request(number, Kind.PAGE_IN, [(page, page + 1)]))
+        if sent_bytes < wire.RUN_FRAME_BYTES and self._stream is not None:
+            frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
+            self._stream.send([memoryview(frame)[sent_bytes:]])
 
     def page_out(self, extents: Extents, data: list[bytes]) -> None:
         """Hand pages over; releases go first, so that the server has their room."""
@@ -203,10 +223,15 @@ class Link:
 
     def release(self, extents: Extents) -> None:
         """Pages that the server need not keep any more; told in batches."""
+        self.release_runs(extents.tolist())
+
+    def release_runs(self, runs: Runs) -> None:
+        """The same for runs."""
         if self.source:
             return
-        self._releases.append(extents)
-        self._release_pages += count_pages(extents)
+        self._releases += runs
+        for first, stop in runs:
+            self._release_pages += stop - first
         if self._release_pages >= RELEASE_PAGES:
             self.flush_releases()
 
@@ -214,8 +239,8 @@ class Link:
         """Send the releases that wait."""
         if not self._releases or self.state is not LinkState.READY:
             return
-        pages = np.sort(np.concatenate([pages_of_extents(each) for each in self._releases]))
-        extents = extents_of_pages(pages)
+        runs = np.array(self._releases, dtype=np.int64)
+        extents = join(runs[np.argsort(runs[:, 0])])
         self._releases, self._release_pages = [], 0
         for at in range(0, len(extents), wire.MAX_RELEASE_EXTENTS):
             part = extents[at : at + wire.MAX_RELEASE_EXTENTS]
@@ -227,15 +252,20 @@ class Link:
         if self._stream is not None:
             self._stream.close(ConnectionAbortedError("it is not needed any more"))
 
-    def _request(self, kind: Kind, extents: Extents, payload: list[bytes]) -> Request:
+    def _request(self, kind: Kind, extents: Extents | Runs, payload: list[bytes]) -> Request:
         if self._stream is None:
             raise PagingError(f"{self.sub.host} is not connected")
-        self._number = self._number % 0xFFFFFFFF + 1
-        request = Request(self._number, kind, extents)
+        number = self._stream.shared[wire.NUMBER] = self.next_number
+        request = Request(number, kind, extents)
         self._unanswered.append(request)
         length = sum(map(len, payload))
-        self._stream.send([wire.header(kind, self._number, length), *payload])
+        self._stream.send([wire.header(kind, number, length), *payload])
         return request
+
+    def _let_hot_path_use_it(self) -> None:
+        stream, hot = self._stream, self._loop.hot
+        if hot is not None and stream is not None:
+            hot.client(stream.fd, self.code, stream.buffer, stream.shared)
 
     def _closed(self, why: PagingError | OSError) -> None:
         was, self.state, self._stream = self.state, LinkState.DOWN, None
@@ -285,17 +315,16 @@ class Link:
     def _answered(self, request: Request, frame: Frame) -> None:
         match request.kind, frame.kind:
             case Kind.PAGE_IN, Kind.PAGES:
-                extents, at = wire.unpack_pages(frame.payload, self._page_count)
-                if extents.tobytes() != request.extents.tobytes():
-                    raise ProtocolError(f"{self.sub.host} sent pages that were not asked for")
+                runs = cast(Runs, request.extents)
+                at = wire.skip_runs(frame.payload, runs, self.sub.host)
                 address = self._buffer_address + frame.offset + at
-                self._user.pages_arrived(self, extents, address)
+                self._user.pages_arrived(self, runs, address)
             case Kind.PAGE_OUT, Kind.STORED:
-                self._user.pages_stored(self, request.extents)
+                self._user.pages_stored(self, cast(Extents, request.extents))
             case Kind.RELEASE, Kind.RELEASED:
                 pass
             case Kind.EXISTENCE, Kind.EXISTENCE_MAP:
-                self._reconcile(request.extents, frame)
+                self._reconcile(cast(Extents, request.extents), frame)
             case asked, got:
                 raise ProtocolError(f"{self.sub.host} answered {asked.name} with {got.name}")
 
@@ -304,8 +333,9 @@ class Link:
         if request is None:
             raise ProtocolError(f"{self.sub.host} answered a fetch that was not ordered")
         stored = wire.unpack_only_extents(frame.payload, self._page_count, may_be_none=True)
-        self.held_pages -= count_pages(request.extents) - count_pages(stored)
-        self._user.pages_fetched(self, request.extents, stored)
+        asked = cast(Extents, request.extents)
+        self.held_pages -= count_pages(asked) - count_pages(stored)
+        self._user.pages_fetched(self, asked, stored)
 
     def _reconcile(self, extents: Extents, frame: Frame) -> None:
         first, stop = extents[0].tolist()
@@ -320,5 +350,6 @@ class Link:
             self.release(leftover)
         if stop == self._page_count:
             self.state, self.trouble = LinkState.READY, ""
+            self._let_hot_path_use_it()
             self.flush_releases()
             self._user.link_ready(self)

@@ -2,17 +2,42 @@
 
 asyncio costs more than the page-fault path can spend (30 µs a turn against 5), and one thread
 that never blocks is all that a pager or a memory server is.
+
+What a guest waits for is done by `dcres/paging/hot.c` before any Python runs, where that module
+was built and `DCRES_PLAIN_PAGING` is not set; see docs/decisions/page-fault-path.md.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import select
 from collections.abc import Callable
+from typing import Any
+
+try:
+    from dcres.paging._hot import Hot
+except ImportError:  # no compiler when dcres was installed
+    HOT: type[Hot] | None = None
+else:
+    HOT = Hot
+
+log = logging.getLogger("dcres.paging")
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 
-Callback = Callable[[int], None]
+RECEIVED = 1 << 24  # what the hot path tells when data is in the buffer already
+PLAIN = "DCRES_PLAIN_PAGING"
+
+# With the events that are ready, or with what the hot path has already done.
+Callback = Callable[[Any], None]
+
+
+def _hot_path(epoll_fd: int) -> Hot | None:
+    if HOT is None:
+        log.warning("page faults are served by Python alone: dcres was installed without gcc")
+    return None if HOT is None or os.environ.get(PLAIN) else HOT(epoll_fd)
 
 
 class Loop:
@@ -21,6 +46,10 @@ class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
+        self._removed: set[int] = set()
+        self.hot = _hot_path(self._epoll.fileno())
+        """What does simple work without us, if anything."""
+        self._poll = self._epoll.poll if self.hot is None else self.hot.turn
 
     def add(self, fd: int, callback: Callback, events: int = READ) -> None:
         """Call ``callback(events)`` whenever `fd` is ready."""
@@ -34,15 +63,20 @@ class Loop:
     def remove(self, fd: int) -> None:
         """Forget `fd`; before it is closed."""
         del self._callbacks[fd]
+        self._removed.add(fd)
+        if self.hot is not None:
+            self.hot.forget(fd)
         self._epoll.unregister(fd)
 
     def turn(self, timeout_s: float) -> bool:
         """Wait, call whoever is ready, and say whether anyone was."""
-        ready = self._epoll.poll(timeout_s)
+        self._removed.clear()
+        ready = self._poll(timeout_s)
         for fd, events in ready:
-            callback = self._callbacks.get(fd)  # an earlier callback may have removed it
-            if callback is not None:
-                callback(events)
+            # An earlier callback may have removed it, and a new connection have its number now:
+            # that one must not get what is the old one's.
+            if fd not in self._removed:
+                self._callbacks[fd](events)
         return bool(ready)
 
     def close(self) -> None:

@@ -193,4 +193,5 @@ class Mover:
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Fetches on a link that broke: nothing was moved; what did arrive is released there."""
         for request in requests:
-            self.fetched(link, request.extents, request.extents[:0])
+            asked = np.asarray(request.extents)
+            self.fetched(link, asked, asked[:0])

@@ -43,8 +43,8 @@ from dcres.paging.attach import Attached, attach, keep_owners, lock_of, open_tab
 from dcres.paging.changes import ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply, failure
 from dcres.paging.evictor import NOBODY_LOOKS, Evictor
-from dcres.paging.faults import FaultHandler
-from dcres.paging.link import Link, Request
+from dcres.paging.faults import FaultHandler, HotFault
+from dcres.paging.link import Link, Request, Runs
 from dcres.paging.loop import READ, Loop
 from dcres.paging.mover import Mover
 from dcres.paging.settings import PagerSettings, SubAddress
@@ -118,6 +118,9 @@ class Pager:
         self._pidfd = os.pidfd_open(settings.qemu_pid)
         stack.callback(os.close, self._pidfd)
         self._loop.add(self._attached.uffd.fd, self._fault_ready)
+        if self._loop.hot is not None:
+            owners, asked = self._table.owners, self._faults.asked
+            self._loop.hot.watch(self._attached.uffd.fd, self._attached.base, owners, asked)
         self._loop.add(self._pidfd, self._qemu_ended)
         self._control = ControlServer(self._loop, Path(settings.control), self._order)
 
@@ -185,9 +188,12 @@ class Pager:
             self._listening = wanted
             self._loop.want(self._attached.uffd.fd, READ if wanted else 0)
 
-    def _fault_ready(self, _: int) -> None:
+    def _fault_ready(self, told: int | list[HotFault]) -> None:
         try:
-            self._faults.read()
+            if isinstance(told, list):
+                self._faults.told(told)
+            else:
+                self._faults.read()
         except PagesLost as error:
             self.memory_lost(error)
         except (ProcessLookupError, FileNotFoundError):
@@ -215,9 +221,9 @@ class Pager:
         self._mover.unanswered(link, [r for r in unanswered if r.kind is Kind.FETCH])
         self._evictor.unanswered([r for r in unanswered if r.kind is Kind.PAGE_OUT])
 
-    def pages_arrived(self, link: Link, extents: Extents, address: int) -> None:
+    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
         """Page-in."""
-        self._faults.arrived(link, extents, address)
+        self._faults.arrived(link, runs, address)
 
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """Page-out is acknowledged."""
@@ -401,6 +407,7 @@ class Pager:
             "pid": os.getpid(),
             "adopted": self._attached.adopted,
             "tracking": bool(self._tracking),
+            "native": self._loop.hot is not None,
             "limit_pages": self._table.limit_pages,
             "pages": self._pages_by_host(),
             "leaving": self._evictor.leaving,

@@ -39,7 +39,9 @@ class MemoryServer:
         self._pages = SubTable(Path(settings.store), page_count, settings.capacity_pages)
         self._table = FetchingTable(loop, identity, self._pages)
         at = Endpoint(settings.address, settings.port)
-        self._service = PageService(loop, identity, page_count, at, self._table)
+        self._service = PageService(
+            loop, identity, page_count, at, self._table, store=self._pages.store
+        )
         self._control = ControlServer(loop, Path(settings.control), self._order)
         self._tracking = ""
 
@@ -95,7 +97,7 @@ class MemoryServer:
             "tracking": bool(self._tracking),
             "held_pages": self._pages.held_pages,
             "capacity_pages": self._pages.capacity_pages,
-            "pages_in": self._service.pages_in,
+            "pages_in": self._service.pages_served,
             "pages_out": self._service.pages_out,
             "pages_peeked": self._service.pages_peeked,
             "pages_fetched": self._table.pages_fetched,

@@ -86,6 +86,13 @@ class Connection:
         """Whether a request waits that may be answered now."""
         return bool(self._waiting) and self.stream.open and self.stream.idle
 
+    def use_hot_path(self, fd: int, here: Mask) -> None:
+        """Have page-ins answered without Python where that is possible."""
+        if self._service.loop.hot is not None:
+            self._service.loop.hot.server(
+                self.stream.fd, fd, self.stream.buffer, self.stream.shared, here
+            )
+
     def refuse(self, why: PagingError) -> None:
         """Say REFUSED without the reason, log the reason, close."""
         self.stream.send([wire.frame(Kind.REFUSED, 0)])
@@ -137,6 +144,7 @@ class PageService:
         table: Table,
         *,
         many_pagers: bool = False,
+        store: tuple[int, Mask] | None = None,
     ) -> None:
         self.loop = loop
         self.identity = identity
@@ -144,6 +152,7 @@ class PageService:
         self.pages_in = self.pages_out = self.pages_peeked = self.refused = 0
         self._table = table
         self._many_pagers = many_pagers
+        self._store = store  # a file of pages and who is in it, which the hot path may serve from
         self._strangers: list[Connection] = []
         self._members: dict[Role, list[Connection]] = {role: [] for role in Role}
         family = socket.AF_INET6 if ":" in at.address else socket.AF_INET
@@ -169,6 +178,12 @@ class PageService:
         for each in [*self._strangers, *(one for some in self._members.values() for one in some)]:
             each.stream.close(ConnectionAbortedError("the server ends"))
 
+    @property
+    def pages_served(self) -> int:
+        """Pages that pagers asked for and were sent."""
+        members = self._members[Role.PAGER]
+        return self.pages_in + sum(each.stream.shared[wire.SERVED] for each in members)
+
     def connected(self, role: Role) -> int:
         """How many of `role` are connected."""
         return len(self._members[role])
@@ -186,6 +201,8 @@ class PageService:
             for previous in list(members):
                 previous.stream.close(Refused("a newer connection of the pager took its place"))
         members.append(connection)
+        if connection.role is Role.PAGER and self._store is not None:
+            connection.use_hot_path(*self._store)
         log.info("%s connected from %s", connection.role.name.lower(), connection.peer)
 
     def closed(self, connection: Connection, why: PagingError | OSError) -> None:
@@ -196,6 +213,7 @@ class PageService:
             log.warning("refused %s: %s", connection.peer, why)
             return
         self._members[connection.role].remove(connection)
+        self.pages_in += connection.stream.shared[wire.SERVED]
         if connection.role is Role.PAGER:
             self._table.gone(connection.stream)
         role = connection.role.name.lower()

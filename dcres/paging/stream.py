@@ -11,7 +11,7 @@ from typing import TypeAlias
 from dcres.errors import PagingError
 from dcres.linux.network import watch_peer
 from dcres.model import wire
-from dcres.paging.loop import READ, WRITE, Loop
+from dcres.paging.loop import READ, RECEIVED, WRITE, Loop
 
 _BUFFER_BYTES = 2 << 20
 _MAX_PARTS = 256  # below IOV_MAX
@@ -38,6 +38,8 @@ class FrameStream:
         self._on_close = on_close
         self.buffer = mmap.mmap(-1, _BUFFER_BYTES)
         self._decoder = wire.Decoder(memoryview(self.buffer))
+        self.shared = self._decoder.shared
+        self.shared[wire.MAY_SEND] = 1
         self._unsent: deque[Part] = deque()
         self._blocked = False  # epoll waits for room to write
         self.open = True
@@ -49,8 +51,14 @@ class FrameStream:
             return
         waiting = bool(self._unsent)
         self._unsent.extend(parts)
+        self.shared[wire.MAY_SEND] = 0
         if not waiting:
             self._flush()
+
+    @property
+    def fd(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
 
     @property
     def idle(self) -> bool:
@@ -67,11 +75,16 @@ class FrameStream:
         self._unsent.clear()
         self._on_close(why)
 
-    def _ready(self, events: int) -> None:
-        if events & WRITE:
-            self._flush()
-        if events & ~WRITE and self.open:
-            self._receive()
+    def _ready(self, events: int | bytes) -> None:
+        if isinstance(events, bytes):  # the rest of an answer that the hot path has begun
+            self.send([events])
+        elif events == RECEIVED:
+            self._take_frames()
+        else:
+            if events & WRITE:
+                self._flush()
+            if events & ~WRITE and self.open:
+                self._receive()
 
     def _receive(self) -> None:
         try:
@@ -85,6 +98,9 @@ class FrameStream:
             self.close(ConnectionResetError("the peer closed the connection"))
             return
         self._decoder.received(length)
+        self._take_frames()
+
+    def _take_frames(self) -> None:
         try:
             for frame in self._decoder.frames():
                 self._on_frame(frame)
@@ -105,6 +121,7 @@ class FrameStream:
         except OSError as error:
             self.close(error)
             return
+        self.shared[wire.MAY_SEND] = 1
         if self._blocked:
             self._loop.want(self._sock.fileno(), READ)
             self._blocked = False

@@ -46,6 +46,11 @@ class SubTable:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
+    @property
+    def store(self) -> tuple[int, Mask]:
+        """The file's descriptor, and which pages are in it; both as they are at any time."""
+        return self._fd, self._here
+
     def existence(self, first: int, count: int) -> Mask:
         """Which of `count` pages from `first` are here."""
         return self._here[first : first + count]

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dcres import bench
-from dcres.bench import page
+from dcres.bench import page, paging
 from dcres.bench.command import bench_command, view
 from dcres.bench.machine import machine, versions
 from dcres.bench.result import (
@@ -137,6 +137,15 @@ def test_every_aim_ratio_and_figure_has_a_unit_or_is_measured() -> None:
 def test_a_benchmark_that_is_not_known() -> None:
     with pytest.raises(ConfigError, match="no benchmark is called figure99; there are paging"):
         bench.run("figure99")
+
+
+def test_the_ratios_of_paging_that_scripts_read_are_there() -> None:
+    assert {
+        "page_in_over_c_handler",
+        "page_in_over_link",
+        "half_remote_over_local",
+        "half_remote_over_cgroup_swap",
+    } <= paging.BENCH.ratios.keys()
 
 
 def test_a_quick_run_has_the_ratios_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:

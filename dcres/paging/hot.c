@@ -1,0 +1,430 @@
+/* The page-fault path: what a guest waits for, and nothing else. See docs/decisions/page-fault-path.md.
+ *
+ * `Hot.turn` is select.epoll.poll, except that it does at once what would wait for Python:
+ *
+ *   a fault for a page that a connected host holds   -> PAGE_IN of that page, sent
+ *   PAGES that came                                  -> UFFDIO_COPY, owner MAIN
+ *   PAGE_IN that came to a memory server             -> the pages, read and sent
+ *
+ * each only in its simple form: one run of pages, asked for under that very number, everything
+ * where it should be, the socket with room. Whatever else comes is left for Python exactly as it
+ * came, and what was done is told to Python, which keeps all the books. Python alone does the
+ * same without this module (dcres/paging/{faults,link,service}.py); the tests hold both to it.
+ *
+ * Shared with Python: `owners` (a byte a page), `asked` (a page's request number or 0), `here`
+ * (a memory server's existence map), and for each connection `shared`, six uint64: start and
+ * stop of what the buffer holds, the number of the last request, whether C may send (nothing
+ * waits to be sent before it), pages served, when a page was last put in place (monotonic ns).
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 2, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
+enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
+enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
+enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) };
+enum { START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED };
+enum { RECEIVED = 1 << 24 }; /* beside epoll's event bits: the data is in the buffer already */
+
+/* A frame that carries one run; x86-64 is little-endian as the protocol is. */
+typedef struct __attribute__((packed)) {
+    char magic[4];
+    uint8_t version, kind;
+    uint16_t zero;
+    uint32_t number, length, count;
+    uint64_t first, stop;
+} Frame;
+
+typedef struct {
+    int fd, code, store; /* store: -1 for a client */
+    Py_buffer buffer, shared, here;
+} Peer;
+
+typedef struct {
+    PyObject_HEAD
+    int epoll, uffd, all_asked, put_some; /* of the last events */
+    uint64_t base, pages;
+    Py_buffer owners, asked;
+    int used; /* peers, vacant places among them */
+    Peer peers[PEERS];
+    char *page_data;
+} Hot;
+
+static uint64_t *shared(Peer *peer) { return peer->shared.buf; }
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+static Peer *peer_of(Hot *hot, int fd) {
+    for (int n = 0; n < hot->used; n++)
+        if (hot->peers[n].fd == fd) return &hot->peers[n];
+    return NULL;
+}
+
+static Peer *holder(Hot *hot, int code) {
+    for (int n = 0; n < hot->used; n++)
+        if (hot->peers[n].fd >= 0 && hot->peers[n].store < 0 && hot->peers[n].code == code)
+            return &hot->peers[n];
+    return NULL;
+}
+
+static void put_head(Frame *frame, int kind, uint32_t number, uint64_t first, uint64_t stop,
+                     size_t data_bytes) {
+    *frame = (Frame){"DCRP", VERSION, kind, 0, number, RUN + data_bytes, 1, first, stop};
+    memcpy(frame->magic, "DCRP", 4);
+}
+
+/* Ask for a page that was missed. Sent bytes; 0 when Python has to see to it. */
+static ssize_t ask(Hot *hot, uint64_t page, int code, uint32_t *number) {
+    uint32_t *asked = hot->asked.buf;
+    Peer *peer = holder(hot, code);
+    Frame frame;
+    if (!peer || !shared(peer)[MAY_SEND] || asked[page]) return 0;
+    *number = shared(peer)[NUMBER] % 0xFFFFFFFF + 1;
+    put_head(&frame, PAGE_IN, *number, page, page + 1, 0);
+    ssize_t sent = send(peer->fd, &frame, sizeof frame, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent <= 0) return 0;
+    shared(peer)[NUMBER] = asked[page] = *number;
+    shared(peer)[MAY_SEND] = sent == sizeof frame;
+    return sent;
+}
+
+static int append(PyObject *list, PyObject *item) {
+    int failed = item ? PyList_Append(list, item) : -1;
+    Py_XDECREF(item);
+    return failed;
+}
+
+/* Adds (page, number or 0, bytes sent, owner code, when) of each to `list`. */
+static int answer_faults(Hot *hot, PyObject *list, PyObject *told) {
+    struct uffd_msg faults[FAULTS];
+    ssize_t got = read(hot->uffd, faults, sizeof faults);
+    if (got < 0 && errno != EAGAIN)  /* Python meets the same error, and knows what it means */
+        return append(told, Py_BuildValue("iI", hot->uffd, (unsigned)EPOLLIN));
+    int64_t at_ns = now_ns();
+    hot->all_asked = got > 0;
+    for (int n = 0; n < (int)(got / (ssize_t)sizeof *faults); n++) {
+        uint64_t page = (faults[n].arg.pagefault.address - hot->base) / PAGE;
+        uint32_t number = 0;
+        if (faults[n].event != UFFD_EVENT_PAGEFAULT || page >= hot->pages) continue;
+        int code = ((uint8_t *)hot->owners.buf)[page];
+        ssize_t sent = ask(hot, page, code, &number);
+        if (!sent) hot->all_asked = 0;
+        PyObject *entry = Py_BuildValue("KIniL", page, sent ? number : 0, sent, code,
+                                        (long long)at_ns);
+        if (append(list, entry)) return -1;
+    }
+    return 0;
+}
+
+/* Receive behind what is there. 0: nothing came, or Python has to look. */
+static ssize_t receive(Peer *peer) {
+    uint64_t *at = shared(peer), size = peer->buffer.len;
+    char *buffer = peer->buffer.buf;
+    if (at[START] == at[STOP]) {
+        at[START] = at[STOP] = 0;
+    } else if (size - at[START] < FRAME) {
+        memmove(buffer, buffer + at[START], at[STOP] - at[START]);
+        at[STOP] -= at[START], at[START] = 0;
+    }
+    ssize_t got = recv(peer->fd, buffer + at[STOP], size - at[STOP], MSG_DONTWAIT);
+    if (got <= 0) return 0;
+    at[STOP] += got;
+    return got;
+}
+
+/* The whole frame at `at` if there is one of ours, else NULL. */
+static Frame *whole(Peer *peer, uint64_t at) {
+    Frame *frame = (Frame *)((char *)peer->buffer.buf + at);
+    uint64_t have = shared(peer)[STOP] - at;
+    if (have < sizeof *frame || memcmp(frame->magic, "DCRP", 4) || frame->version != VERSION ||
+        frame->zero || frame->length > FRAME - HEADER || have - HEADER < frame->length)
+        return NULL;
+    return frame;
+}
+
+/* Whether all that is left is the beginning of a frame, or nothing. */
+static int unfinished(Peer *peer) {
+    uint64_t have = shared(peer)[STOP] - shared(peer)[START];
+    Frame *frame = (Frame *)((char *)peer->buffer.buf + shared(peer)[START]);
+    return have < HEADER || (!memcmp(frame->magic, "DCRP", 4) && frame->version == VERSION &&
+                             !frame->zero && frame->length <= FRAME - HEADER &&
+                             have - HEADER < frame->length);
+}
+
+static int one_run(Frame *frame, int kind, uint64_t pages) {
+    return frame->kind == kind && frame->length >= RUN && frame->count == 1 &&
+           frame->first < frame->stop && frame->stop <= pages &&
+           frame->stop - frame->first <= MAX_PAGES;
+}
+
+/* Pages that were asked for under this number, and that the table has with this host. */
+static int wanted(Hot *hot, Peer *peer, Frame *frame) {
+    uint8_t *owners = hot->owners.buf;
+    uint32_t *asked = hot->asked.buf;
+    if (frame->length != RUN + (frame->stop - frame->first) * PAGE) return 0;
+    for (uint64_t page = frame->first; page < frame->stop; page++)
+        if (owners[page] != peer->code || asked[page] != frame->number) return 0;
+    return 1;
+}
+
+/* First the guest's memory, then the table. What fails in the middle, Python does once more. */
+static void put(Hot *hot, Peer *peer, Frame *frame) {
+    uint64_t bytes = (frame->stop - frame->first) * PAGE, done = 0;
+    while (done < bytes) {
+        struct uffdio_copy copy = {.dst = hot->base + frame->first * PAGE + done,
+                                   .src = (uint64_t)(frame + 1) + done, .len = bytes - done,
+                                   .mode = UFFDIO_COPY_MODE_WP};
+        if (!ioctl(hot->uffd, UFFDIO_COPY, &copy)) break;
+        if (errno != EAGAIN) return;
+        if (copy.copy > 0) done += copy.copy;
+    }
+    hot->put_some = 1;
+    shared(peer)[PUT_AT] = now_ns();
+    memset((uint8_t *)hot->owners.buf + frame->first, MAIN, frame->stop - frame->first);
+}
+
+static void put_arrived(Hot *hot, Peer *peer) {
+    uint64_t at = shared(peer)[START];
+    for (Frame *frame; (frame = whole(peer, at)); at += HEADER + frame->length)
+        if (one_run(frame, PAGES, hot->pages) && wanted(hot, peer, frame))
+            put(hot, peer, frame);
+}
+
+/* Sends what of the parts was not sent yet into *rest (a new bytes, or NULL if all was). */
+static int send_parts(int fd, struct iovec *parts, PyObject **rest) {
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    size_t bytes = parts[0].iov_len + parts[1].iov_len;
+    ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    *rest = NULL;
+    if (sent < 0) sent = 0; /* Python tries again and meets the same error */
+    if ((size_t)sent == bytes) return 0;
+    *rest = PyBytes_FromStringAndSize(NULL, bytes - sent);
+    if (!*rest) return -1;
+    char *to = PyBytes_AS_STRING(*rest);
+    for (int n = 0; n < 2; n++) {
+        size_t skip = (size_t)sent < parts[n].iov_len ? (size_t)sent : parts[n].iov_len;
+        memcpy(to, (char *)parts[n].iov_base + skip, parts[n].iov_len - skip);
+        to += parts[n].iov_len - skip, sent -= skip;
+    }
+    return 0;
+}
+
+/* Answers PAGE_INs until one is not simple. Tells (fd, rest) if the socket is full. */
+static int serve(Hot *hot, Peer *peer, PyObject *told) {
+    uint64_t *at = shared(peer), pages = peer->here.len;
+    Frame *asked, head;
+    while (at[MAY_SEND] && (asked = whole(peer, at[START])) &&
+           one_run(asked, PAGE_IN, pages) && asked->length == RUN) {
+        uint64_t count = asked->stop - asked->first, bytes = count * PAGE;
+        if (memchr((char *)peer->here.buf + asked->first, 0, count) ||
+            pread(peer->store, hot->page_data, bytes, asked->first * PAGE) != (ssize_t)bytes)
+            break;
+        put_head(&head, PAGES, asked->number, asked->first, asked->stop, bytes);
+        struct iovec parts[] = {{&head, sizeof head}, {hot->page_data, bytes}};
+        PyObject *rest;
+        if (send_parts(peer->fd, parts, &rest)) return -1;
+        at[START] += HEADER + RUN;
+        at[SERVED] += count;
+        if (rest) {
+            at[MAY_SEND] = 0;
+            return append(told, Py_BuildValue("iN", peer->fd, rest));
+        }
+    }
+    return 0;
+}
+
+/* What is left of an event for Python goes to `told`. */
+static int handle(Hot *hot, struct epoll_event *event, PyObject *faults, PyObject *told) {
+    int fd = event->data.fd;
+    Peer *peer = peer_of(hot, fd);
+    if (fd == hot->uffd && event->events == EPOLLIN) return answer_faults(hot, faults, told);
+    if (!peer || event->events != EPOLLIN || !receive(peer))
+        return append(told, Py_BuildValue("iI", fd, event->events));
+    if (peer->store < 0)
+        put_arrived(hot, peer);
+    else if (serve(hot, peer, told))
+        return -1;
+    if (unfinished(peer)) return 0;
+    return append(told, Py_BuildValue("iI", fd, (unsigned)RECEIVED));
+}
+
+static int wait_ns(Hot *hot, struct epoll_event *events, int64_t ns) {
+    struct timespec timeout = {ns / 1000000000, ns % 1000000000};
+    int ready;
+    Py_BEGIN_ALLOW_THREADS /* epoll_pwait2, which glibc names from 2.35 on: Linux 5.11 */
+    ready = syscall(SYS_epoll_pwait2, hot->epoll, events, EVENTS, &timeout, NULL, 0);
+    Py_END_ALLOW_THREADS
+    return ready;
+}
+
+/* How long Python need not hear of it yet; 0: at once.
+ *
+ * Its bookkeeping for a fault takes as long as the memory server's answer, and for a page that is
+ * put in place longer than the guest's next step, which the kernel may want to make on this very
+ * processor: it goes on when we sleep. So we wait for the answer, and then for the guest. */
+static int64_t hold_ns(Hot *hot, PyObject *told, int *stage) {
+    if (*stage == 0 && hot->all_asked && !PyList_GET_SIZE(told))
+        return *stage = 1, ANSWER_NS;
+    if (*stage < 2 && hot->put_some) return *stage = 2, GUEST_NS;
+    return 0;
+}
+
+static PyObject *turn(Hot *hot, PyObject *arguments) {
+    double timeout_s;
+    if (!PyArg_ParseTuple(arguments, "d", &timeout_s)) return NULL;
+    PyObject *told = PyList_New(0), *faults = PyList_New(0);
+    int64_t timeout_ns = timeout_s * 1e9;
+    int stage = 0;
+    for (int n = 0; told && n < BY_ITSELF; n++) {
+        struct epoll_event events[EVENTS];
+        int ready = wait_ns(hot, events, timeout_ns);
+        if (ready < 0) {
+            if (errno == EINTR && !PyErr_CheckSignals()) break;
+            if (!PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
+            Py_CLEAR(told);
+            break;
+        }
+        hot->put_some = hot->all_asked = 0;
+        for (int k = 0; told && k < ready; k++)
+            if (!faults || handle(hot, &events[k], faults, told)) Py_CLEAR(told);
+        if (!ready || !told) break;
+        if (PyList_GET_SIZE(told) + PyList_GET_SIZE(faults) && !(timeout_ns = hold_ns(hot, told, &stage))) break;
+    }
+    /* Faults first: Python counts requests in the order in which they were sent, and may send some
+     * for whatever else it is told. */
+    if (told && faults && PyList_GET_SIZE(faults)) {
+        PyObject *entry = Py_BuildValue("iO", hot->uffd, faults);
+        if (!entry || PyList_Insert(told, 0, entry)) Py_CLEAR(told);
+        Py_XDECREF(entry);
+    }
+    Py_XDECREF(faults);
+    return told;
+}
+
+static PyObject *watch(Hot *hot, PyObject *arguments) {
+    int uffd;
+    if (!PyArg_ParseTuple(arguments, "iKw*w*", &uffd, &hot->base, &hot->owners, &hot->asked))
+        return NULL;
+    hot->pages = hot->owners.len, hot->uffd = uffd;
+    if (hot->asked.len != (Py_ssize_t)hot->pages * 4) {
+        hot->uffd = -1;
+        PyErr_SetString(PyExc_ValueError, "four bytes of `asked` for each page are needed");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static void forget_peer(Peer *peer) {
+    PyBuffer_Release(&peer->buffer);
+    PyBuffer_Release(&peer->shared);
+    PyBuffer_Release(&peer->here);
+    *peer = (Peer){.fd = -1};
+}
+
+static PyObject *enlist(Hot *hot, Peer *made) {
+    Peer *place = peer_of(hot, -1);
+    if (!place && hot->used < PEERS) place = &hot->peers[hot->used++];
+    /* Of a buffer only where and how long it is outlives the copy, and that is all we use. */
+    if (place && made->shared.len == SHARED * 8 && made->buffer.len >= FRAME) {
+        *place = *made;
+        Py_RETURN_NONE;
+    }
+    forget_peer(made);
+    PyErr_SetString(PyExc_ValueError, "too many connections, or too little memory for one");
+    return NULL;
+}
+
+static PyObject *client(Hot *hot, PyObject *arguments) {
+    Peer made = {.store = -1};
+    if (!PyArg_ParseTuple(arguments, "iiw*w*", &made.fd, &made.code, &made.buffer, &made.shared))
+        return NULL;
+    return enlist(hot, &made);
+}
+
+static PyObject *server(Hot *hot, PyObject *arguments) {
+    Peer made = {0};
+    if (!PyArg_ParseTuple(arguments, "iiw*w*y*", &made.fd, &made.store, &made.buffer,
+                          &made.shared, &made.here))
+        return NULL;
+    return enlist(hot, &made);
+}
+
+static PyObject *forget(Hot *hot, PyObject *arguments) {
+    int fd;
+    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
+    Peer *peer = fd < 0 ? NULL : peer_of(hot, fd);
+    if (peer) forget_peer(peer);
+    Py_RETURN_NONE;
+}
+
+static PyObject *hot_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
+    int epoll;
+    if (!PyArg_ParseTuple(arguments, "i", &epoll)) return NULL;
+    Hot *hot = (Hot *)type->tp_alloc(type, 0); /* zeroed */
+    if (!hot) return NULL;
+    hot->epoll = epoll, hot->uffd = -1;
+    prctl(PR_SET_TIMERSLACK, 1000ul, 0, 0, 0); /* 50 µs else: longer than we mean to wait */
+    for (int n = 0; n < PEERS; n++) hot->peers[n].fd = -1;
+    hot->page_data = PyMem_Malloc(MAX_PAGES * PAGE);
+    if (!hot->page_data) {
+        Py_DECREF(hot);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)hot;
+}
+
+static void hot_free(Hot *hot) {
+    for (int n = 0; n < PEERS; n++) forget_peer(&hot->peers[n]);
+    PyBuffer_Release(&hot->owners);
+    PyBuffer_Release(&hot->asked);
+    PyMem_Free(hot->page_data);
+    Py_TYPE(hot)->tp_free(hot);
+}
+
+static PyMethodDef methods[] = {
+    {"turn", (PyCFunction)turn, METH_VARARGS, "turn(timeout_s): wait, do what is simple, tell."},
+    {"watch", (PyCFunction)watch, METH_VARARGS, "watch(uffd, base, owners, asked)"},
+    {"client", (PyCFunction)client, METH_VARARGS, "client(fd, code, buffer, shared)"},
+    {"server", (PyCFunction)server, METH_VARARGS, "server(fd, store, buffer, shared, here)"},
+    {"forget", (PyCFunction)forget, METH_VARARGS, "forget(fd)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyTypeObject hot_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "dcres.paging._hot.Hot",
+    .tp_basicsize = sizeof(Hot),
+    .tp_dealloc = (destructor)hot_free,
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_methods = methods,
+    .tp_new = hot_new,
+};
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "dcres.paging._hot", .m_size = -1};
+
+PyMODINIT_FUNC PyInit__hot(void) {
+    PyObject *made = PyModule_Create(&module);
+    if (!made) return NULL;
+    if (PyModule_AddType(made, &hot_type) || PyModule_AddIntConstant(made, "RECEIVED", RECEIVED) ||
+        PyModule_AddIntConstant(made, "VERSION", VERSION)) {
+        Py_DECREF(made);
+        return NULL;
+    }
+    return made;
+}

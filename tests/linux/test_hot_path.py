@@ -1,0 +1,201 @@
+"""The page-fault path in C and its plain twin in Python: the same answers, and nothing lost."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dcres.linux.pipe import address_of
+from dcres.linux.userfaultfd import Userfaultfd
+from dcres.model import wire
+from dcres.model.pages import PAGE_SIZE
+from dcres.model.placement import FIRST_SUB, MAIN
+from dcres.model.wire import Kind
+from dcres.paging import loop
+from tests.support.paging import rig
+from tests.support.servers import Client, data_of, extents, memory_server
+from tests.support.wait import until
+
+pytestmark = pytest.mark.linux
+
+PAGES = 2048
+HELD = range(0, 1500)
+
+
+def test_this_installation_has_the_hot_path() -> None:
+    assert loop.HOT is not None, "dcres/paging/hot.c was not compiled: gcc and Python's headers"
+
+
+def answers(folder: Path, name: str, requests: bytes, count: int) -> list[tuple[Kind, int, bytes]]:
+    """The first `count` answers of a memory server with the pages of `HELD`; 0: all there are."""
+    with memory_server(folder, name, PAGES) as server, Client(server) as client:
+        for first in range(HELD.start, HELD.stop, 250):
+            client.page_out(extents(*range(first, first + 250)))
+        client.sock.sendall(requests)
+        if not count:
+            client.sock.shutdown(socket.SHUT_WR)
+        found: list[tuple[Kind, int, bytes]] = []
+        while not count or len(found) < count:
+            try:
+                frame = client.next()
+            except (EOFError, ConnectionResetError):
+                break
+            found.append((frame.kind, frame.request, bytes(frame.payload)))
+    return found
+
+
+def random_request(rng: random.Random, number: int) -> bytes:
+    first = rng.randrange(HELD.stop - 256)
+    stop = first + rng.choice((1, 1, 2, 16, 64, 256))
+    match rng.randrange(12):
+        case 0:
+            two = np.array([[first, first + 1], [first + 3, first + 5]])
+            return wire.frame(Kind.PAGE_IN, number, wire.pack_extents(two))
+        case 2:
+            return wire.frame(Kind.EXISTENCE, number, wire.pack_range(first, stop - first))
+        case 3:
+            packed = wire.pack_run(first, stop) + data_of(np.array([[first, stop]]), number)
+            return wire.frame(Kind.PAGE_OUT, number, packed)
+        case 4:
+            return wire.frame(Kind.RELEASE, number, wire.pack_run(1500, 1600))
+        case _:
+            return wire.frame(Kind.PAGE_IN, number, wire.pack_run(first, stop))
+
+
+WRONG = {
+    "a page that is not here": wire.frame(Kind.PAGE_IN, 7, wire.pack_run(1499, 1501)),
+    "too many pages": wire.frame(Kind.PAGE_IN, 7, wire.pack_run(0, 257)),
+    "outside of memory": wire.frame(Kind.PAGE_IN, 7, wire.pack_run(PAGES, PAGES + 1)),
+    "an empty run": wire.frame(Kind.PAGE_IN, 7, wire.pack_run(5, 5)),
+    "bytes behind the run": wire.frame(Kind.PAGE_IN, 7, wire.pack_run(5, 6) + b"x"),
+    "fewer runs than announced": wire.frame(Kind.PAGE_IN, 7, b"\2" + wire.pack_run(5, 6)[1:]),
+    "another version": b"DCRP\x01" + wire.frame(Kind.PAGE_IN, 7, wire.pack_run(5, 6))[5:],
+    "half a frame": wire.frame(Kind.PAGE_IN, 7, wire.pack_run(5, 6))[:20],
+}
+
+
+def test_memory_servers_with_and_without_it_answer_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(1)
+    count = 400  # so many that a socket's buffers do not hold the answers
+    requests = b"".join(random_request(rng, number) for number in range(count))
+    hot = answers(tmp_path, "hot", requests, count)
+    monkeypatch.setenv(loop.PLAIN, "1")
+    assert hot == answers(tmp_path, "plain", requests, count)
+    assert sum(len(payload) for _, _, payload in hot) > 30 << 20
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_they_refuse_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    requests = wire.frame(Kind.PAGE_IN, 6, wire.pack_run(3, 5)) + WRONG[wrong]
+    hot = answers(tmp_path, "hot", requests, 0)
+    monkeypatch.setenv(loop.PLAIN, "1")
+    assert hot == answers(tmp_path, "plain", requests, 0)
+    assert hot[0] == (Kind.PAGES, 6, wire.pack_run(3, 5) + data_of(extents(3, 4)))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_storms_and_kills_lose_nothing(
+    tmp_path: Path, writer_program: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    if plain:
+        monkeypatch.setenv(loop.PLAIN, "1")
+    rng = random.Random(9)
+    with rig(tmp_path, writer_program, PAGES, 512, (1024, 1024)) as made:
+        made.writer.ask("fill")
+        made.writer.tell("run 5")
+        for turn in range(8):
+            assert made.status()["native"] is not plain
+            made.order("resize", limit_pages=rng.choice([64, 256, 1024]))
+            goal = made.status()["pages_in"] + rng.randrange(100, 800)
+            until(lambda goal=goal: made.status()["pages_in"] >= goal, 5, "page-in")  # type: ignore[misc]
+            victim = ("pager", "sub0", "sub1")[turn % 3]
+            made.kill(victim)
+            if victim == "pager":
+                made.start_pager()
+            else:
+                made.start_server(int(victim[3:]))
+        words = made.writer.answer()
+        assert words[0] == "ops"
+        assert words[3] == "0", f"{words[3]} pages are damaged"
+
+
+@pytest.fixture
+def linked() -> Iterator[SimpleNamespace]:
+    """A hot path with four pages of this process's memory and a link to the test."""
+    if loop.HOT is None:
+        pytest.skip("not compiled")
+    with ExitStack() as stack:
+        fd = os.memfd_create("guest")
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, 4 * PAGE_SIZE)
+        memory = mmap.mmap(fd, 4 * PAGE_SIZE)
+        uffd = stack.enter_context(Userfaultfd.create())
+        uffd.enable()
+        uffd.register(address_of(memory), 4 * PAGE_SIZE, missing=True)
+        epoll = stack.enter_context(select.epoll())
+        ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
+        epoll.register(ours, select.EPOLLIN)
+        hot = loop.HOT(epoll.fileno())
+        decoder = wire.Decoder(memoryview(mmap.mmap(-1, 2 << 20)))
+        owners = np.full(4, FIRST_SUB, dtype=np.uint8)
+        asked = np.array([0, 7, 7, 9], dtype=np.uint32)
+        hot.watch(uffd.fd, address_of(memory), owners, asked)
+        buffer = decoder._buffer
+        hot.client(ours.fileno(), FIRST_SUB, buffer, decoder.shared)
+        yield SimpleNamespace(hot=hot, owners=owners, asked=asked, far=theirs, fd=fd, near=ours)
+        hot.forget(ours.fileno())
+
+
+def pages(number: int, first: int, stop: int, data: bytes | None = None) -> bytes:
+    data = data_of(np.array([[first, stop]])) if data is None else data
+    return wire.frame(Kind.PAGES, number, wire.pack_run(first, stop) + data)
+
+
+def test_pages_that_were_asked_for_are_put_in_place(linked: SimpleNamespace) -> None:
+    linked.far.sendall(pages(7, 1, 3))
+    assert linked.hot.turn(1.0) == [(linked.near.fileno(), loop.RECEIVED)]
+    assert linked.owners.tolist() == [FIRST_SUB, MAIN, MAIN, FIRST_SUB]
+    assert os.pread(linked.fd, 2 * PAGE_SIZE, PAGE_SIZE) == data_of(np.array([[1, 3]]))
+
+
+@pytest.mark.parametrize(
+    ("what", "frame"),
+    [
+        ("nobody asked for", pages(7, 0, 2)),
+        ("asked for under two numbers", pages(7, 2, 4)),
+        ("asked for under another number", pages(8, 1, 3)),
+        ("outside of memory", pages(9, 3, 5)),
+        ("with too little data", pages(7, 1, 3, b"x" * PAGE_SIZE)),
+        ("of another kind", wire.frame(Kind.STORED, 7, pages(7, 1, 3)[wire.HEADER.size :])),
+        ("of another version", b"DCRP\1" + pages(7, 1, 3)[5:]),
+    ],
+)
+def test_other_pages_are_left_to_python(linked: SimpleNamespace, what: str, frame: bytes) -> None:
+    linked.far.sendall(frame)
+    assert linked.hot.turn(1.0) == [(linked.near.fileno(), loop.RECEIVED)], what
+    assert (linked.owners == FIRST_SUB).all(), what
+    assert os.fstat(linked.fd).st_blocks == 0, what
+
+
+def test_pages_of_another_host_are_left_to_python(linked: SimpleNamespace) -> None:
+    linked.owners[2] = FIRST_SUB + 1
+    linked.far.sendall(pages(7, 1, 3))
+    assert linked.hot.turn(1.0) == [(linked.near.fileno(), loop.RECEIVED)]
+    assert linked.owners.tolist() == [FIRST_SUB, FIRST_SUB, FIRST_SUB + 1, FIRST_SUB]
+
+
+def test_both_speak_of_the_same_things() -> None:
+    module = pytest.importorskip("dcres.paging._hot")
+    assert (module.RECEIVED, module.VERSION) == (loop.RECEIVED, wire.VERSION)
