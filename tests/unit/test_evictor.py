@@ -80,14 +80,14 @@ class Sub:
     def asked_to_keep(self) -> list[int]:
         """The pages of all page-outs that it has not answered."""
         asked = [each.extents for each, _ in self.requests if each.kind is Kind.PAGE_OUT]
-        return [page for extents in asked for page in pages_of_extents(extents).tolist()]
+        return [page for extents in asked for page in pages_of_extents(np.array(extents)).tolist()]
 
     def serve(self) -> Request | None:
         """Do the oldest request; its acknowledgement, if there was one to do."""
         if not self.requests:
             return None
         request, data = self.requests.popleft()
-        pages = pages_of_extents(request.extents).tolist()
+        pages = request.pages.tolist()
         if request.kind is Kind.RELEASE:
             for page in pages:
                 self.pages.pop(page, None)

@@ -17,7 +17,7 @@ from dcres.model.pages import PAGE_SIZE, Extents, Mask
 from dcres.model.wire import Endpoint, Kind
 from dcres.paging import link as link_module
 from dcres.paging.fetcher import FetchingTable
-from dcres.paging.link import Link, LinkState, Request
+from dcres.paging.link import Link, LinkState, Request, Runs
 from dcres.paging.loop import Loop
 from dcres.paging.service import PageService
 from dcres.paging.settings import SubAddress
@@ -46,7 +46,7 @@ class User:
     def link_down(self, link: Link, unanswered: list[Request]) -> None:
         self.unanswered += [request.kind for request in unanswered]
 
-    def pages_arrived(self, link: Link, extents: Extents, address: int) -> None:
+    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
         raise AssertionError("nothing was asked for")
 
     def pages_stored(self, link: Link, extents: Extents) -> None:
