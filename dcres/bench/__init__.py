@@ -6,7 +6,17 @@ import os
 import tempfile
 from pathlib import Path
 
-from dcres.bench import checkpoint, live, paging, plan, policy, restore
+from dcres.bench import (
+    checkpoint,
+    figure7,
+    figure9,
+    figure10,
+    live,
+    paging,
+    plan,
+    policy,
+    restore,
+)
 from dcres.bench.machine import machine, versions
 from dcres.bench.result import (
     Aim,
@@ -34,6 +44,9 @@ _BENCHES: dict[str, Bench] = {
         live.BENCH,
         plan.BENCH,
         restore.BENCH,
+        figure7.BENCH,
+        figure9.BENCH,
+        figure10.BENCH,
     )
 }
 

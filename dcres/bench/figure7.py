@@ -1,0 +1,208 @@
+"""The report's figure 7: checkpoint and restore of a 1 GiB VM that is split 512/512 over two hosts.
+
+Three ways, in each round one after the other, on hosts with disks and links of their own
+(`dcres.bench.testbed`):
+
+* ``dcres``: every host saves and loads what it holds, the VM stands still (``--mode stop``);
+* ``traditional``: QEMU's own migration of the same split VM into one file on the main host
+  (`dcres.bench.traditional`). Everything the sub host holds comes in through remote paging, and
+  for each page that comes another has to leave. Its restore starts QEMU under a pager with the
+  same share and loads the file: what exceeds the share is paged out to the sub host meanwhile;
+* ``ordinary``: QEMU's own migration of a VM that has all its memory on one host and no pager.
+
+The guest's memory is full of noise. Times are those of the whole order, as its caller sees it: a
+checkpoint's from the order to the answer, with everything durable; a restore's until the guest
+may run. That of dcres and the traditional one begin with Ray setting memory aside on both hosts
+and starting actors there; the ordinary one only starts QEMU.
+
+Each host's disk reads and writes `DISK_BYTES_PER_S`, and the link has 1 Gbit, as the report's;
+``disk_of_a_host`` and ``link`` are what they really did.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from dcres.actors.local_cluster import LocalCluster
+from dcres.bench import traditional
+from dcres.bench.apart import await_word
+from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
+from dcres.bench.split import (
+    MIB,
+    SplitVm,
+    checkpoint_details,
+    guest_spec,
+    layout_of,
+    restore_details,
+)
+from dcres.bench.testbed import Testbed, machines
+from dcres.config import Accel, VmSpec
+from dcres.model.pages import PAGE_SIZE
+from dcres.storage.manifest import Manifest
+from dcres.vm import process
+from dcres.vm.command import QEMU, VmFiles
+from dcres.vm.monitor import Monitor, RunState
+
+MEMORY_MIB = 1024
+DISK_BYTES_PER_S = 150_000_000
+ROUNDS, QUICK_ROUNDS = 5, 1
+_LEAST_BYTES = MEMORY_MIB * MIB * 85 // 100  # of a stream that has memory in it
+
+
+def measure(setup: Setup) -> list[Row]:
+    """Every round's rows."""
+    rounds = QUICK_ROUNDS if setup.quick else ROUNDS
+    rows: list[Row] = []
+    with ExitStack() as held:
+        hosts, cluster = held.enter_context(machines(setup.folder, 2, MEMORY_MIB * MIB))
+        setup.say(f"guests of {MEMORY_MIB} MiB fill their memory, split over two hosts and on one")
+        ordinary = held.enter_context(Ordinary(setup.folder, hosts))
+        split = Split(held, setup.folder, cluster)
+        hosts.limit(DISK_BYTES_PER_S)
+        for at in range(rounds):
+            setup.say(f"round {at + 1} of {rounds}: an ordinary VM")
+            rows += [*hosts.rates(at), *ordinary.round(at)]
+            setup.say(f"round {at + 1} of {rounds}: the split VM")
+            rows += split.round(at)
+    return rows
+
+
+class Split:
+    """The VM over both hosts; `round` saves it in two ways and brings it back from both."""
+
+    def __init__(self, held: ExitStack, folder: Path, cluster: LocalCluster) -> None:
+        self._monitor = folder / "second.sock"
+        self._image = folder / "split.image"
+        self._layout = layout_of(MEMORY_MIB // 2, MEMORY_MIB // 2)
+        # dcres keeps its own connection to QEMU's monitor, which serves one client.
+        self._extra = ("-qmp", f"unix:{self._monitor},server=on,wait=off")
+        self._vm = SplitVm(held, cluster, guest_spec(folder, "figure7", MEMORY_MIB))
+        self._vm.start(self._layout, self._extra)
+        self._vm.await_filled()
+
+    def round(self, at: int) -> Iterator[Row]:
+        """The same VM, saved both ways, and then restored both ways."""
+        saved, manifest = self._vm.checkpoint()
+        yield Row("checkpoint_dcres", at, saved.seconds, "s", checkpoint_details(saved))
+        yield self._save(at, manifest)
+        self._vm.stop()
+        yield self._load(at)
+        self._vm.stop()
+        restored = self._vm.restore(manifest, self._layout)
+        yield Row("restore_dcres", at, restored.seconds, "s", restore_details(restored))
+        self._vm.forget(manifest)
+
+    def _save(self, at: int, manifest: Manifest) -> Row:
+        before = self._paged()
+        with Monitor.connect(self._monitor) as monitor:
+            seconds = traditional.save(monitor, self._image, manifest.pages * PAGE_SIZE)
+            monitor.cont()
+        return Row("checkpoint_traditional", at, seconds, "s", self._since(before))
+
+    def _load(self, at: int) -> Row:
+        """`start` lets the guest run, which a QEMU that waits does once it has all."""
+        began = time.monotonic()
+        self._vm.start(self._layout, (*self._extra, "-incoming", "defer"))
+        ready = time.monotonic() - began
+        with Monitor.connect(self._monitor) as monitor:
+            traditional.load(monitor, self._image, RunState.RUNNING)
+        seconds = time.monotonic() - began
+        details = {"ready_seconds": ready, **self._since({"pages_in": 0, "pages_out": 0})}
+        self._vm.await_life()
+        return Row("restore_traditional", at, seconds, "s", details)
+
+    def _paged(self) -> dict[str, int]:
+        main = self._vm.port.call("status")["hosts"][0]
+        return {key: main[key] for key in ("pages_in", "pages_out")}
+
+    def _since(self, before: dict[str, int]) -> dict[str, Any]:
+        return {key: value - before[key] for key, value in self._paged().items()}
+
+
+class Ordinary:
+    """The same guest in a plain QEMU on the first host; it runs only in its own `round`."""
+
+    def __init__(self, folder: Path, hosts: Testbed) -> None:
+        self._image = folder / "ordinary.image"
+        self._folder = folder
+        layout = {"main": f"{MEMORY_MIB}MiB"}
+        spec = {**guest_spec(folder, "ordinary", MEMORY_MIB), "layout": layout}
+        self._spec = VmSpec.model_validate(spec)
+        self._qemu = str(hosts.program("h0", QEMU))
+        self._ended = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._monitor = self._start(incoming=False)
+        self._monitor.cont()
+        self._await_life()
+        self._monitor.stop()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.close()
+
+    def _start(self, *, incoming: bool) -> Monitor:
+        """A QEMU in place of the one before."""
+        self._ended.close()
+        ram = tempfile.TemporaryDirectory(prefix="dcres-bench-", dir="/dev/shm")
+        self._ended.callback(ram.cleanup)
+        self._console.unlink(missing_ok=True)
+        folder = self._folder
+        files = VmFiles(Path(ram.name) / "ram", folder / "o.sock", self._console, folder / "o.log")
+        qemu, monitor = process.start(
+            self._spec, files, Accel.TCG, incoming=incoming, qemu=self._qemu
+        )
+        self._ended.callback(qemu.end)
+        self._ended.callback(monitor.close)
+        return monitor
+
+    @property
+    def _console(self) -> Path:
+        return self._folder / "ordinary.log"
+
+    def _await_life(self) -> None:
+        await_word(self._console, "WROTE")
+
+    def round(self, at: int) -> Iterator[Row]:
+        """Saved, and brought back; it stands still in the end."""
+        self._monitor.cont()
+        seconds = traditional.save(self._monitor, self._image, _LEAST_BYTES)
+        image_bytes = {"image_bytes": self._image.stat().st_size}
+        yield Row("checkpoint_ordinary", at, seconds, "s", image_bytes)
+        began = time.monotonic()
+        self._monitor = self._start(incoming=True)
+        ready = time.monotonic() - began
+        traditional.load(self._monitor, self._image, RunState.PAUSED)
+        self._monitor.cont()
+        seconds = time.monotonic() - began
+        yield Row("restore_ordinary", at, seconds, "s", {"ready_seconds": ready})
+        self._await_life()
+        self._monitor.stop()
+
+
+_WAYS = ("dcres", "ordinary", "traditional")
+
+BENCH = Bench(
+    name="figure7",
+    about="checkpoint and restore of a VM split over two hosts: dcres, QEMU's own way, one host",
+    measure=measure,
+    ratios={
+        "checkpoint_dcres_over_ordinary": Ratio("checkpoint_dcres", "checkpoint_ordinary"),
+        "checkpoint_dcres_over_traditional": Ratio("checkpoint_dcres", "checkpoint_traditional"),
+        "restore_dcres_over_ordinary": Ratio("restore_dcres", "restore_ordinary"),
+        "restore_dcres_over_traditional": Ratio("restore_dcres", "restore_traditional"),
+    },
+    aims=(
+        Aim("checkpoint_dcres_over_ordinary", Direction.AT_MOST, 0.55),
+        Aim("checkpoint_dcres_over_traditional", Direction.AT_MOST, 0.2),
+    ),
+    figures=(
+        Figure("Checkpoint", "s", tuple(f"checkpoint_{way}" for way in _WAYS)),
+        Figure("Restore", "s", tuple(f"restore_{way}" for way in _WAYS), "tab:orange"),
+    ),
+)
