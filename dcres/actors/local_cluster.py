@@ -356,7 +356,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _new_state(
-    tmpfs: Path, store: Path, memory_per_host: int, dashboard: bool, places: Places | None
+    tmpfs: Path, store: Path, memory_per_host: int, dashboard: bool, places: Places | None = None
 ) -> _State:
     mark = secrets.token_hex(4)
     if places is None:

@@ -1,7 +1,7 @@
 """The report's figure 7: checkpoint and restore of a 1 GiB VM that is split 512/512 over two hosts.
 
 Three ways, in each round one after the other, on hosts with disks and links of their own
-(`dcres.bench.testbed`):
+(`dcres.bench.hosts`):
 
 * ``dcres``: every host saves and loads what it holds, the VM stands still (``--mode stop``);
 * ``traditional``: QEMU's own migration of the same split VM into one file on the main host
@@ -31,6 +31,7 @@ from typing import Any, Self
 from dcres.actors.local_cluster import LocalCluster
 from dcres.bench import traditional
 from dcres.bench.apart import await_word
+from dcres.bench.hosts import Hosts, slow_cluster
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.split import (
     MIB,
@@ -40,7 +41,6 @@ from dcres.bench.split import (
     layout_of,
     restore_details,
 )
-from dcres.bench.testbed import Testbed, machines
 from dcres.config import Accel, VmSpec
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import Manifest
@@ -59,7 +59,7 @@ def measure(setup: Setup) -> list[Row]:
     rounds = QUICK_ROUNDS if setup.quick else ROUNDS
     rows: list[Row] = []
     with ExitStack() as held:
-        hosts, cluster = held.enter_context(machines(setup.folder, 2, MEMORY_MIB * MIB))
+        hosts, cluster = held.enter_context(slow_cluster(setup.folder, 2, MEMORY_MIB * MIB))
         setup.say(f"guests of {MEMORY_MIB} MiB fill their memory, split over two hosts and on one")
         ordinary = held.enter_context(Ordinary(setup.folder, hosts))
         split = Split(held, setup.folder, cluster)
@@ -127,7 +127,7 @@ class Split:
 class Ordinary:
     """The same guest in a plain QEMU on the first host; it runs only in its own `round`."""
 
-    def __init__(self, folder: Path, hosts: Testbed) -> None:
+    def __init__(self, folder: Path, hosts: Hosts) -> None:
         self._image = folder / "ordinary.image"
         self._folder = folder
         layout = {"main": f"{MEMORY_MIB}MiB"}

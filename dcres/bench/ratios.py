@@ -1,6 +1,6 @@
 """Main host to sub host, from 1:7 to 7:1: what figures 9 and 10 have in common.
 
-One VM on two hosts with disks and links of their own (`dcres.bench.testbed`). Its shares add up
+One VM on two hosts with disks and links of their own (`dcres.bench.hosts`). Its shares add up
 to its memory, so each host holds about what the ratio says, less what the guest never touched,
 which is the sub host's to miss.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from dcres.bench.hosts import Hosts, slow_cluster
 from dcres.bench.result import Figure, Ratio, Setup
 from dcres.bench.split import MIB, SplitVm, guest_spec, layout_of
-from dcres.bench.testbed import Testbed, machines
 from dcres.config import Layout
 
 PARTS = 8
@@ -47,11 +47,11 @@ def order(at: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def filled(setup: Setup, name: str) -> Iterator[tuple[Testbed, SplitVm]]:
+def filled(setup: Setup, name: str) -> Iterator[tuple[Hosts, SplitVm]]:
     """The VM `name` with its memory full, at the first ratio of `order`; disks without limit."""
     memory = memory_mib(setup)
     with ExitStack() as held:
-        hosts, cluster = held.enter_context(machines(setup.folder, 2, memory * MIB))
+        hosts, cluster = held.enter_context(slow_cluster(setup.folder, 2, memory * MIB))
         setup.say(f"a guest of {memory} MiB fills its memory")
         vm = SplitVm(held, cluster, guest_spec(setup.folder, name, memory))
         vm.start(layout_at(order(0)[0], memory))

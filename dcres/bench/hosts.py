@@ -46,8 +46,8 @@ _PROBE_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
-class Testbed:
-    """Hosts h0, h1, … as `testbed` made them; nothing runs on them yet."""
+class Hosts:
+    """Hosts h0, h1, … as `slow_hosts` made them; nothing runs on them yet."""
 
     folder: Path  # on the disk that is limited
     token: str
@@ -109,8 +109,8 @@ def _launcher(entrance: Path, namespace: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def testbed(folder: Path, hosts: int) -> Iterator[Testbed]:
-    """`hosts` hosts with a link of 1 Gbit each and, once `Testbed.limit` was called, a slow disk.
+def slow_hosts(folder: Path, hosts: int) -> Iterator[Hosts]:
+    """`hosts` hosts with a link of 1 Gbit each and, once `Hosts.limit` was called, a slow disk.
 
     All of it is gone afterwards, and so is every process that is still on one of them. Raises
     UnsupportedHost where namespaces, tc(8) or control groups cannot be had.
@@ -125,7 +125,7 @@ def testbed(folder: Path, hosts: int) -> Iterator[Testbed]:
             name: made.enter_context(disk_group(f"dcres-{token}-{name}", disk)) for name in names
         }
         _switch(made, token, network)
-        found = Testbed(folder, token, network, groups)
+        found = Hosts(folder, token, network, groups)
         for name in names:
             _plug_in(made, found.place(name), name, f"dcres-{token}-switch")
         yield found
@@ -179,12 +179,12 @@ def _plug_in(made: ExitStack, place: Place, name: str, switch: str) -> None:
 
 
 @contextmanager
-def machines(
+def slow_cluster(
     folder: Path, hosts: int, memory_per_host: int
-) -> Iterator[tuple[Testbed, LocalCluster]]:
-    """A testbed and a cluster on it, with a store for each host; this process is connected."""
+) -> Iterator[tuple[Hosts, LocalCluster]]:
+    """Such hosts and a cluster on them, with a store for each host; this process is connected."""
     with (
-        testbed(folder, hosts) as found,
+        slow_hosts(folder, hosts) as found,
         apart(folder / "c", hosts, memory_per_host, found.places) as cluster,
     ):
         yield found, cluster

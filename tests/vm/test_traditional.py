@@ -1,0 +1,54 @@
+"""QEMU's own way, as benchmarks use it: all of memory is in the file, and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dcres.bench import traditional
+from dcres.errors import MonitorError
+from dcres.vm.command import VmFiles
+from dcres.vm.monitor import RunState
+from tests.support.guest import folders, guest, witness_spec
+
+pytestmark = pytest.mark.vm
+
+FILL_MIB = 32
+
+
+@pytest.fixture
+def files() -> Iterator[VmFiles]:
+    with folders() as made:
+        yield made
+
+
+def test_a_vm_is_saved_and_goes_on_from_the_file(files: VmFiles, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with guest(witness_spec(fill_mib=FILL_MIB), files) as vm:
+        vm.monitor.cont()
+        vm.await_checks()
+        with pytest.raises(MonitorError, match="it left memory out"):
+            traditional.save(vm.monitor, image, least_bytes=1 << 40)
+        vm.monitor.cont()
+        # As a checkpoint of dcres leaves it, whose VM cores are without memory.
+        ignore_shared = {"capability": "x-ignore-shared", "state": True}
+        vm.monitor.execute("migrate-set-capabilities", {"capabilities": [ignore_shared]})
+        assert traditional.save(vm.monitor, image, least_bytes=FILL_MIB << 20) > 0
+        checks = vm.report().checks
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+    files.ram.unlink()
+    with guest(witness_spec(fill_mib=FILL_MIB), files, incoming=True) as vm:
+        traditional.load(vm.monitor, image, RunState.PAUSED)
+        vm.monitor.cont()
+        vm.await_checks()
+        assert vm.report().checks > checks
+        assert vm.report().failures == 0
+
+
+def test_a_file_that_cannot_be_written(files: VmFiles, tmp_path: Path) -> None:
+    with guest(witness_spec(fill_mib="off"), files) as vm:
+        vm.monitor.cont()
+        with pytest.raises(MonitorError, match="failed before this: QEMU has saved the VM"):
+            traditional.save(vm.monitor, tmp_path / "no" / "image", least_bytes=1)
