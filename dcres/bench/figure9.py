@@ -12,7 +12,7 @@ from dcres.bench import ratios
 from dcres.bench.result import Aim, Bench, Direction, Row, Setup
 from dcres.bench.split import checkpoint_details
 
-ROUNDS, QUICK_ROUNDS = 4, 2
+ROUNDS, QUICK_ROUNDS = 4, 1
 _CHECKPOINT = "checkpoint"
 
 

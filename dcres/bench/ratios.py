@@ -1,8 +1,7 @@
 """Main host to sub host, from 1:7 to 7:1: what figures 9 and 10 have in common.
 
 One VM on two hosts with disks and links of their own (`dcres.bench.hosts`). Its shares add up
-to its memory, so each host holds about what the ratio says, less what the guest never touched,
-which is the sub host's to miss.
+to its memory, and the guest has touched nearly all of it, so each host holds what the ratio says.
 """
 
 from __future__ import annotations
