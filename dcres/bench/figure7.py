@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from dcres.actors.local_cluster import LocalCluster
-from dcres.bench import traditional
 from dcres.bench.apart import await_word
 from dcres.bench.hosts import Hosts, slow_cluster
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
@@ -41,9 +40,8 @@ from dcres.bench.split import (
     layout_of,
     restore_details,
 )
+from dcres.bench.traditional import Image
 from dcres.config import Accel, VmSpec
-from dcres.model.pages import PAGE_SIZE
-from dcres.storage.manifest import Manifest
 from dcres.vm import process
 from dcres.vm.command import QEMU, VmFiles
 from dcres.vm.monitor import Monitor, RunState
@@ -62,7 +60,7 @@ def measure(setup: Setup) -> list[Row]:
         hosts, cluster = held.enter_context(slow_cluster(setup.folder, 2, MEMORY_MIB * MIB))
         setup.say(f"guests of {MEMORY_MIB} MiB fill their memory, split over two hosts and on one")
         ordinary = held.enter_context(Ordinary(setup.folder, hosts))
-        split = Split(held, setup.folder, cluster)
+        split = Split(held, setup.folder, hosts, cluster)
         hosts.limit(DISK_BYTES_PER_S)
         for at in range(rounds):
             setup.say(f"round {at + 1} of {rounds}: an ordinary VM")
@@ -75,9 +73,9 @@ def measure(setup: Setup) -> list[Row]:
 class Split:
     """The VM over both hosts; `round` saves it in two ways and brings it back from both."""
 
-    def __init__(self, held: ExitStack, folder: Path, cluster: LocalCluster) -> None:
+    def __init__(self, held: ExitStack, folder: Path, hosts: Hosts, cluster: LocalCluster) -> None:
         self._monitor = folder / "second.sock"
-        self._image = folder / "split.image"
+        self._image = Image(folder / "split.image", hosts.argv("h0"))
         self._layout = layout_of(MEMORY_MIB // 2, MEMORY_MIB // 2)
         # dcres keeps its own connection to QEMU's monitor, which serves one client.
         self._extra = ("-qmp", f"unix:{self._monitor},server=on,wait=off")
@@ -89,7 +87,7 @@ class Split:
         """The same VM, saved both ways, and then restored both ways."""
         saved, manifest = self._vm.checkpoint()
         yield Row("checkpoint_dcres", at, saved.seconds, "s", checkpoint_details(saved))
-        yield self._save(at, manifest)
+        yield self._save(at)
         self._vm.stop()
         yield self._load(at)
         self._vm.stop()
@@ -97,12 +95,13 @@ class Split:
         yield Row("restore_dcres", at, restored.seconds, "s", restore_details(restored))
         self._vm.forget(manifest)
 
-    def _save(self, at: int, manifest: Manifest) -> Row:
+    def _save(self, at: int) -> Row:
         before = self._paged()
         with Monitor.connect(self._monitor) as monitor:
-            seconds = traditional.save(monitor, self._image, manifest.pages * PAGE_SIZE)
+            seconds = self._image.save(monitor, _LEAST_BYTES)
             monitor.cont()
-        return Row("checkpoint_traditional", at, seconds, "s", self._since(before))
+        details = {"image_bytes": self._image.length_bytes, **self._since(before)}
+        return Row("checkpoint_traditional", at, seconds, "s", details)
 
     def _load(self, at: int) -> Row:
         """`start` lets the guest run, which a QEMU that waits does once it has all."""
@@ -110,7 +109,7 @@ class Split:
         self._vm.start(self._layout, (*self._extra, "-incoming", "defer"))
         ready = time.monotonic() - began
         with Monitor.connect(self._monitor) as monitor:
-            traditional.load(monitor, self._image, RunState.RUNNING)
+            self._image.load(monitor, RunState.RUNNING)
         seconds = time.monotonic() - began
         details = {"ready_seconds": ready, **self._since({"pages_in": 0, "pages_out": 0})}
         self._vm.await_life()
@@ -128,7 +127,7 @@ class Ordinary:
     """The same guest in a plain QEMU on the first host; it runs only in its own `round`."""
 
     def __init__(self, folder: Path, hosts: Hosts) -> None:
-        self._image = folder / "ordinary.image"
+        self._image = Image(folder / "ordinary.image", hosts.argv("h0"))
         self._folder = folder
         layout = {"main": f"{MEMORY_MIB}MiB"}
         spec = {**guest_spec(folder, "ordinary", MEMORY_MIB), "layout": layout}
@@ -171,13 +170,13 @@ class Ordinary:
     def round(self, at: int) -> Iterator[Row]:
         """Saved, and brought back; it stands still in the end."""
         self._monitor.cont()
-        seconds = traditional.save(self._monitor, self._image, _LEAST_BYTES)
-        image_bytes = {"image_bytes": self._image.stat().st_size}
-        yield Row("checkpoint_ordinary", at, seconds, "s", image_bytes)
+        seconds = self._image.save(self._monitor, _LEAST_BYTES)
+        details = {"image_bytes": self._image.length_bytes}
+        yield Row("checkpoint_ordinary", at, seconds, "s", details)
         began = time.monotonic()
         self._monitor = self._start(incoming=True)
         ready = time.monotonic() - began
-        traditional.load(self._monitor, self._image, RunState.PAUSED)
+        self._image.load(self._monitor, RunState.PAUSED)
         self._monitor.cont()
         seconds = time.monotonic() - began
         yield Row("restore_ordinary", at, seconds, "s", {"ready_seconds": ready})

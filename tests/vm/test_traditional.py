@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcres.bench import traditional
+from dcres.bench.traditional import Image
 from dcres.errors import MonitorError
 from dcres.vm.command import VmFiles
 from dcres.vm.monitor import RunState
@@ -25,22 +25,22 @@ def files() -> Iterator[VmFiles]:
 
 
 def test_a_vm_is_saved_and_goes_on_from_the_file(files: VmFiles, tmp_path: Path) -> None:
-    image = tmp_path / "image"
+    image = Image(tmp_path / "image")
     with guest(witness_spec(fill_mib=FILL_MIB), files) as vm:
         vm.monitor.cont()
         vm.await_checks()
         with pytest.raises(MonitorError, match="it left memory out"):
-            traditional.save(vm.monitor, image, least_bytes=1 << 40)
+            image.save(vm.monitor, least_bytes=1 << 40)
         vm.monitor.cont()
         # As a checkpoint of dcres leaves it, whose VM cores are without memory.
         ignore_shared = {"capability": "x-ignore-shared", "state": True}
         vm.monitor.execute("migrate-set-capabilities", {"capabilities": [ignore_shared]})
-        assert traditional.save(vm.monitor, image, least_bytes=FILL_MIB << 20) > 0
+        assert image.save(vm.monitor, least_bytes=FILL_MIB << 20) > 0
         checks = vm.report().checks
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
     files.ram.unlink()
     with guest(witness_spec(fill_mib=FILL_MIB), files, incoming=True) as vm:
-        traditional.load(vm.monitor, image, RunState.PAUSED)
+        image.load(vm.monitor, RunState.PAUSED)
         vm.monitor.cont()
         vm.await_checks()
         assert vm.report().checks > checks
@@ -50,5 +50,5 @@ def test_a_vm_is_saved_and_goes_on_from_the_file(files: VmFiles, tmp_path: Path)
 def test_a_file_that_cannot_be_written(files: VmFiles, tmp_path: Path) -> None:
     with guest(witness_spec(fill_mib="off"), files) as vm:
         vm.monitor.cont()
-        with pytest.raises(MonitorError, match="failed before this: QEMU has saved the VM"):
-            traditional.save(vm.monitor, tmp_path / "no" / "image", least_bytes=1)
+        with pytest.raises(MonitorError, match=r"dd ended with 1: .*No such file or directory"):
+            Image(tmp_path / "no" / "image").save(vm.monitor, least_bytes=1)
