@@ -29,7 +29,7 @@ def measure(setup: Setup) -> list[Row]:
     rows: list[Row] = []
     with ratios.filled(setup, "figure10") as (hosts, vm):
         manifests = _save(setup, vm)
-        hosts.limit(ratios.DISK_BYTES_PER_S)
+        hosts.limit(ratios.DISK_MB_PER_S)
         for at in range(rounds):
             rows += hosts.rates(at)
             for parts in ratios.order(at):

@@ -22,7 +22,7 @@ def measure(setup: Setup) -> list[Row]:
     memory = ratios.memory_mib(setup)
     rows: list[Row] = []
     with ratios.filled(setup, "figure9") as (hosts, vm):
-        hosts.limit(ratios.DISK_BYTES_PER_S)
+        hosts.limit(ratios.DISK_MB_PER_S)
         for at in range(rounds):
             rows += hosts.rates(at)
             for parts in ratios.order(at):

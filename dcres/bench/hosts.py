@@ -80,10 +80,13 @@ class Hosts:
         number = int(host.removeprefix("h"))
         return Place(f"{self.network}.{10 + number}", f"dcres-{self.token}-{host}")
 
-    def limit(self, bytes_per_s: int | None) -> None:
-        """From now on every host's disk reads, and writes, so fast; None: without limit."""
+    def limit(self, mb_per_s: int | None) -> None:
+        """From now on every host's disk reads, and writes, so fast; None: without limit.
+
+        The kernel lets each begin up to a tenth of a second ahead of that.
+        """
         for group in self.groups.values():
-            group.limit(bytes_per_s)
+            group.limit(None if mb_per_s is None else mb_per_s * 1_000_000)
 
     def rates(self, at: int) -> list[Row]:
         """What disks and links really do now: every host's disk at once, then a plain copy."""

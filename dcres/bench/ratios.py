@@ -1,7 +1,7 @@
 """Main host to sub host, from 1:7 to 7:1: what figures 9 and 10 have in common.
 
-One VM on two hosts with disks and links of their own (`dcres.bench.hosts`). Its shares add up
-to its memory. Each host holds what the ratio says, less the 5 to 8 % that the guest never touched: it
+One VM on two hosts with disks and links of their own (`dcres.bench.hosts`). Its shares add up to
+its memory. Each host holds what the ratio says, less the 5 to 8 % that the guest never touched: it
 is missing on the sub host when the main host's share shrinks to its size, else on both.
 """
 
@@ -18,7 +18,7 @@ from dcres.config import Layout
 PARTS = 8
 EVEN = PARTS // 2
 MAIN_PARTS = tuple(range(1, PARTS))
-DISK_BYTES_PER_S = 150_000_000  # see `dcres.bench.figure7`
+DISK_MB_PER_S = 200  # see `dcres.bench.figure7`
 MEMORY_MIB, QUICK_MEMORY_MIB = 1024, 512
 
 

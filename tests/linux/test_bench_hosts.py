@@ -20,7 +20,7 @@ from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
 
-SLOW_BYTES_PER_S = 60_000_000
+SLOW_MB_PER_S = 60
 
 if shutil.which("tc") is None:
     pytest.skip("needs iproute2", allow_module_level=True)
@@ -59,11 +59,11 @@ def sleeper(hosts: Hosts, host: str) -> subprocess.Popen[bytes]:
 
 
 def test_disks_and_links_are_as_slow_as_they_should_be(hosts: Hosts) -> None:
-    hosts.limit(SLOW_BYTES_PER_S)
+    hosts.limit(SLOW_MB_PER_S)
     disk, link = hosts.rates(0)
     assert (disk.what, link.what) == ("disk_of_a_host", "link")
     # The kernel lets the first slices pass.
-    assert 0 < disk.value < SLOW_BYTES_PER_S / 1e6 * 1.15
+    assert 0 < disk.value < SLOW_MB_PER_S * 1.15
     assert 0 < link.value < 126
     hosts.limit(None)
     assert hosts.rates(0)[0].value > disk.value * 1.3
