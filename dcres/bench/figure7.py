@@ -49,7 +49,7 @@ from dcres.config import Accel, VmSpec
 from dcres.storage.manifest import Manifest
 from dcres.vm import process
 from dcres.vm.command import QEMU, VmFiles
-from dcres.vm.monitor import Monitor, RunState
+from dcres.vm.monitor import Monitor
 
 MEMORY_MIB = 1024
 DISK_MB_PER_S, OTHER_DISKS_MB_PER_S = 200, (100, 400)
@@ -118,12 +118,11 @@ class Split:
             yield Row("restore_dcres", at, restored.seconds, "s", restore_details(restored))
 
     def _load(self, at: int) -> Row:
-        """`start` lets the guest run, which a QEMU that waits does once it has all."""
         began = time.monotonic()
         self._vm.start(self._layout, (*self._extra, "-incoming", "defer"))
         ready = time.monotonic() - began
         with Monitor.connect(self._monitor) as monitor:
-            self._image.load(monitor, RunState.RUNNING)
+            self._image.load(monitor)
         seconds = time.monotonic() - began
         details = {"ready_seconds": ready, **self._since({"pages_in": 0, "pages_out": 0})}
         self._vm.await_life()
@@ -193,8 +192,7 @@ class Ordinary:
         began = time.monotonic()
         self._monitor = self._start(incoming=True)
         ready = time.monotonic() - began
-        self._image.load(self._monitor, RunState.PAUSED)
-        self._monitor.cont()
+        self._image.load(self._monitor)
         seconds = time.monotonic() - began
         self._await_life()
         self._monitor.stop()

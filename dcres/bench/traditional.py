@@ -66,14 +66,18 @@ class Image:
         """Of the file."""
         return self.path.stat().st_size
 
-    def load(self, monitor: Monitor, then: RunState) -> None:
-        """Load it into a QEMU that waits; returns when that is in the state `then`."""
+    def load(self, monitor: Monitor) -> None:
+        """Load it into a QEMU that waits, and let the guest run.
+
+        The stream says that the VM stood still when it was saved, so it does afterwards.
+        """
         _prepare(monitor)
         spread = [*self.launcher, *_DD]
         with _piped(self._reading(), spread, monitor, towards_qemu=True) as done:
             monitor.execute("migrate-incoming", {"uri": f"fd:{_FD}"})
-            _await(monitor, lambda: monitor.status() is then, f"the VM is {then}")
+            _await(monitor, lambda: monitor.status() is RunState.PAUSED, "QEMU has loaded the VM")
             _await(monitor, done, "all of the file was read")
+        monitor.cont()
 
 
 def _prepare(monitor: Monitor) -> None:

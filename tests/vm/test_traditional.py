@@ -10,7 +10,6 @@ import pytest
 from dcres.bench.traditional import Image
 from dcres.errors import MonitorError
 from dcres.vm.command import VmFiles
-from dcres.vm.monitor import RunState
 from tests.support.guest import folders, guest, witness_spec
 
 pytestmark = pytest.mark.vm
@@ -40,8 +39,7 @@ def test_a_vm_is_saved_and_goes_on_from_the_file(files: VmFiles, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
     files.ram.unlink()
     with guest(witness_spec(fill_mib=FILL_MIB), files, incoming=True) as vm:
-        image.load(vm.monitor, RunState.PAUSED)
-        vm.monitor.cont()
+        image.load(vm.monitor)
         vm.await_checks()
         assert vm.report().checks > checks
         assert vm.report().failures == 0
