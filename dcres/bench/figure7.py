@@ -67,18 +67,23 @@ def measure(setup: Setup) -> list[Row]:
         ordinary = held.enter_context(Ordinary(setup.folder, hosts))
         split = Split(held, setup.folder, hosts, cluster)
         for at in range(rounds):
-            which = f"round {at + 1} of {rounds}"
-            for disk in () if setup.quick else OTHER_DISKS_MB_PER_S:
-                setup.say(f"{which}: checkpoints, disks of {disk} MB/s")
-                hosts.limit(disk)
-                rows += [ordinary.save(at, f"_at_{disk}"), *split.save(at, f"_at_{disk}")]
-            hosts.limit(DISK_MB_PER_S)
-            rows += hosts.rates(at)
-            setup.say(f"{which}: checkpoints")
-            rows += [ordinary.save(at), *split.save(at)]
-            setup.say(f"{which}: restores")
-            rows += [ordinary.restore(at), *split.restore(at)]
+            for row in _round(setup, hosts, ordinary, split, at):
+                setup.say(f"round {at + 1} of {rounds}: {row.what} {row.value:.3g} {row.unit}")
+                rows.append(row)
     return rows
+
+
+def _round(setup: Setup, hosts: Hosts, ordinary: Ordinary, split: Split, at: int) -> Iterator[Row]:
+    for disk in () if setup.quick else OTHER_DISKS_MB_PER_S:
+        hosts.limit(disk)
+        yield ordinary.save(at, f"_at_{disk}")
+        yield from split.save(at, f"_at_{disk}")
+    hosts.limit(DISK_MB_PER_S)
+    yield from hosts.rates(at)
+    yield ordinary.save(at)
+    yield from split.save(at)
+    yield ordinary.restore(at)
+    yield from split.restore(at)
 
 
 class Split:
