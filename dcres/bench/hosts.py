@@ -90,13 +90,19 @@ class Hosts:
 
     def rates(self, at: int) -> list[Row]:
         """What disks and links really do now: every host's disk at once, then a plain copy."""
-        started = time.perf_counter()
         with ThreadPoolExecutor(len(self.groups)) as pool:
-            list(pool.map(self._write, self.groups))
-        disk = _PROBE_BYTES / 1e6 / (time.perf_counter() - started)
+            seconds = list(pool.map(self._seconds_to_write, self.groups))
+        disk = _PROBE_BYTES / 1e6 / max(seconds)
         one, other = list(self.groups)[:2]
         link = copy(self.place(one), self.place(other), _PROBE_BYTES, "link", at)
         return [Row("disk_of_a_host", at, disk, "MB/s"), link]
+
+    def _seconds_to_write(self, host: str) -> float:
+        """For `_PROBE_BYTES`, once the start that the kernel gives is used up."""
+        self._write(host)
+        started = time.perf_counter()
+        self._write(host)
+        return time.perf_counter() - started
 
     def _write(self, host: str) -> None:
         probe = self.folder / f"probe-{host}"

@@ -90,6 +90,7 @@ def test_a_program_runs_on_its_host(hosts: Hosts) -> None:
     assert f"{hosts.place('h1').address}/24" in said
 
 
+@pytest.mark.cluster
 def test_a_cluster_on_it(hosts: Hosts, folder: Path) -> None:
     """Every process of a host is in the host's namespace and group, and the head in neither."""
     with LocalCluster.start(folder / "c", 0, 64 << 20, places=hosts.places) as cluster:
