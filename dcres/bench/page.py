@@ -112,6 +112,7 @@ def plot(result: Result, panels: Sequence[Figure], figures: Path) -> bool:
     except ImportError:
         return False
     found = spreads(result.rows)
+    panels = [panel for panel in panels if any(what in found for what in panel.whats)]
     canvas = Canvas(figsize=(6 * len(panels), 4), layout="constrained")
     for place, panel in enumerate(panels, start=1):
         axes = canvas.add_subplot(1, len(panels), place)
