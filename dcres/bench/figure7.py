@@ -64,8 +64,9 @@ def measure(setup: Setup) -> list[Row]:
     with ExitStack() as held:
         hosts, cluster = held.enter_context(slow_cluster(setup.folder, 2, MEMORY_MIB * MIB))
         setup.say(f"guests of {MEMORY_MIB} MiB fill their memory, split over two hosts and on one")
-        ordinary = held.enter_context(Ordinary(setup.folder, hosts))
         split = Split(held, setup.folder, hosts, cluster)
+        ordinary = held.enter_context(Ordinary(setup.folder, hosts))  # both fill at once
+        split.await_filled()
         for at in range(rounds):
             for row in _round(setup, hosts, ordinary, split, at):
                 setup.say(f"round {at + 1} of {rounds}: {row.what} {row.value:.3g} {row.unit}")
@@ -97,8 +98,11 @@ class Split:
         self._extra = ("-qmp", f"unix:{self._monitor},server=on,wait=off")
         self._vm = SplitVm(held, cluster, guest_spec(folder, "figure7", MEMORY_MIB))
         self._vm.start(self._layout, self._extra)
-        self._vm.await_filled()
         self._manifest: Manifest | None = None
+
+    def await_filled(self) -> None:
+        """Before it is saved."""
+        self._vm.await_filled()
 
     def save(self, at: int, suffix: str = "") -> Iterator[Row]:
         """By dcres, then by QEMU."""
