@@ -7,7 +7,8 @@ Three ways, in each round one after the other, on hosts with disks and links of 
 * ``traditional``: QEMU's own migration of the same split VM into one file on the main host
   (`dcres.bench.traditional`). Everything the sub host holds comes in through remote paging, and
   for each page that comes another has to leave. Its restore starts QEMU under a pager with the
-  same share and loads the file: what exceeds the share is paged out to the sub host meanwhile;
+  same share and loads the file: what exceeds the share is paged out to the sub host meanwhile.
+  The paging is dcres's own, so how fast that is counts for these times;
 * ``ordinary``: QEMU's own migration of a VM that has all its memory on one host and no pager.
 
 The guest's memory is full of noise. Times are those of the whole order, as its caller sees it: a
