@@ -1,8 +1,8 @@
 """Main host to sub host, from 1:7 to 7:1: what figures 9 and 10 have in common.
 
 One VM on two hosts with disks and links of their own (`dcres.bench.hosts`). Its shares add up to
-its memory. Each host holds what the ratio says, less the 5 to 8 % that the guest never touched: it
-is missing on the sub host when the main host's share shrinks to its size, else on both.
+its memory. Each host holds what the ratio says, less the few percent that the guest never touched:
+the sub host lacks them after the main host's share became smaller, after it grew both do.
 """
 
 from __future__ import annotations
