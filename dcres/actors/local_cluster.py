@@ -30,6 +30,7 @@ from dcres.actors.local_node import (
     HeadRole,
     HostRole,
     LocalNode,
+    Places,
     end_all,
     free_port,
     marked,
@@ -64,6 +65,7 @@ class _State:
     dashboard_port: int | None
     next_host: int
     hosts: dict[str, str]  # name → address
+    launcher: tuple[str, ...] = ()  # see `Places`
 
 
 class LocalCluster:
@@ -82,21 +84,25 @@ class LocalCluster:
         store: Path | None = None,
         *,
         dashboard: bool = False,
+        places: Places | None = None,
     ) -> Self:
         """Start a head node and `hosts` host nodes, h0, h1, …; takes about 7 s for three.
 
         All hosts have the folder `store` in common, unless ``{host}`` stands in its path: then
         each has one of its own, as machines with disks of their own do.
         `memory_per_host` is what VMs may use on each, in bytes; by default an equal part of
-        most of the free memory. Raises Conflict if one runs in `home` already, NoRoom, and
-        ClusterError with the end of the log if a node does not come up; nothing is left then.
+        most of the free memory. With `places` the nodes are in a network that is there already
+        and that this process reaches, instead of on loopback. Raises Conflict if one runs in
+        `home` already, NoRoom, and ClusterError with the end of the log if a node does not come
+        up; nothing is left then.
         """
         home = home.absolute()
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         tmpfs = Path(os.environ.get("DCRES_RAM", "/dev/shm"))
         tmpfs.mkdir(parents=True, exist_ok=True)
         memory = _memory_for(hosts, memory_per_host, tmpfs)
-        cluster = cls(home, _new_state(tmpfs, store or home / "store", memory, dashboard))
+        state = _new_state(tmpfs, store or home / "store", memory, dashboard, places)
+        cluster = cls(home, state)
         cluster._claim()
         try:
             cluster._bring_up(hosts)
@@ -283,7 +289,11 @@ class LocalCluster:
             role=HeadRole(self._state.dashboard_port)
             if is_head
             else HostRole(self.memory_per_host),
+            launcher=() if is_head else self._launcher(name),
         )
+
+    def _launcher(self, name: str) -> tuple[str, ...]:
+        return tuple(word.replace(HOST_FIELD, name) for word in self._state.launcher)
 
     def _await_port(self, head: LocalNode, process: ProcessId) -> None:
         address, _, port = self.address.rpartition(":")
@@ -345,9 +355,13 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _new_state(tmpfs: Path, store: Path, memory_per_host: int, dashboard: bool) -> _State:
+def _new_state(
+    tmpfs: Path, store: Path, memory_per_host: int, dashboard: bool, places: Places | None = None
+) -> _State:
     mark = secrets.token_hex(4)
-    network = f"127.{1 + int(mark[:2], 16) % 254}.{int(mark[2:4], 16)}"
+    if places is None:
+        places = Places(f"127.{1 + int(mark[:2], 16) % 254}.{int(mark[2:4], 16)}")
+    network = places.network
     myself = ProcessId.of(os.getpid())
     return _State(
         id=mark,
@@ -362,4 +376,5 @@ def _new_state(tmpfs: Path, store: Path, memory_per_host: int, dashboard: bool) 
         dashboard_port=free_port() if dashboard else None,
         next_host=0,
         hosts={},
+        launcher=places.launcher,
     )

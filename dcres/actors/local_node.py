@@ -65,6 +65,20 @@ class HostRole:
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Where a cluster's nodes are, when it is not this machine's loopback.
+
+    `network` is the first three numbers of a /24 network: the head node has the address .1 in it
+    and host hN the address .(10+N). `launcher` stands before the command of every host node, and
+    with it before all that ever runs there: ``ip netns exec {host}``, say; ``{host}`` in it is
+    the host's name.
+    """
+
+    network: str
+    launcher: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LocalNode:
     """All that it takes to start one node; `address` is the cluster's, not the node's."""
 
@@ -74,6 +88,7 @@ class LocalNode:
     settings: HostSettings
     temp: Path
     role: HeadRole | HostRole
+    launcher: tuple[str, ...] = ()  # what `ray start` is started by; see `Places`
 
     @property
     def log(self) -> Path:
@@ -87,9 +102,12 @@ class LocalNode:
         self.temp.mkdir(mode=0o700)
         if isinstance(self.role, HostRole):
             self.settings.store.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         return spawn_detached(
-            [*argv, *self.arguments()], log=self.log, env=self.environ(), cwd=self.temp
+            [*self.launcher, *ray, *self.arguments()],
+            log=self.log,
+            env=self.environ(),
+            cwd=self.temp,
         )
 
     def is_ready(self) -> bool:

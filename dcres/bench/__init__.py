@@ -6,7 +6,19 @@ import os
 import tempfile
 from pathlib import Path
 
-from dcres.bench import checkpoint, figure8, live, paging, peers, plan, policy, restore
+from dcres.bench import (
+    checkpoint,
+    figure7,
+    figure8,
+    figure9,
+    figure10,
+    live,
+    paging,
+    peers,
+    plan,
+    policy,
+    restore,
+)
 from dcres.bench.machine import machine, versions
 from dcres.bench.result import (
     Aim,
@@ -28,14 +40,17 @@ __all__ = ["NAMES", "Result", "about", "aims", "figures", "run"]
 _BENCHES: dict[str, Bench] = {
     each.name: each
     for each in (
+        figure7.BENCH,
+        figure8.BENCH,
+        figure9.BENCH,
+        figure10.BENCH,
+        peers.BENCH,
         paging.BENCH,
+        live.BENCH,
+        restore.BENCH,
+        plan.BENCH,
         policy.BENCH,
         checkpoint.BENCH,
-        figure8.BENCH,
-        peers.BENCH,
-        live.BENCH,
-        plan.BENCH,
-        restore.BENCH,
     )
 }
 

@@ -10,6 +10,7 @@ from dcres.actors import _ray
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name
 from dcres.actors.local_cluster import HOST_FIELD, LocalCluster
+from dcres.actors.local_node import Places
 from dcres.actors.ports import Port
 from dcres.bench.rig import wait_for
 from dcres.errors import VmError
@@ -21,10 +22,12 @@ _READY_TIMEOUT_S = 60.0
 
 
 @contextmanager
-def apart(folder: Path, hosts: int, memory_per_host: int) -> Iterator[LocalCluster]:
+def apart(
+    folder: Path, hosts: int, memory_per_host: int, places: Places | None = None
+) -> Iterator[LocalCluster]:
     """Such a cluster, and this process connected to it."""
     store = folder / "stores" / HOST_FIELD
-    with LocalCluster.start(folder, hosts, memory_per_host, store) as cluster:
+    with LocalCluster.start(folder, hosts, memory_per_host, store, places=places) as cluster:
         _ray.connect(cluster.address, cluster.token_path)
         try:
             yield cluster

@@ -53,6 +53,7 @@ RATIOS = {
     "move_over_loopback": Ratio("move_loopback", "copy_loopback"),
 }
 AIMS = (Aim("move_over_link", Direction.AT_LEAST, 0.9),)
+ONE_GBIT = "tbf rate 1gbit burst 256kb latency 50ms"  # for tc(8)
 _PIECE_BYTES = 1 << 20
 _START_TIMEOUT_S = 10.0
 _HOST, _CHECKPOINT = "source", "move-20260101-000000-0000"
@@ -122,27 +123,32 @@ def measure(setup: Setup, rounds: int) -> list[Row]:
 @contextlib.contextmanager
 def one_gbit() -> Iterator[tuple[Place, Place]]:
     """Two namespaces with a link of 1 Gbit between them; gone afterwards."""
-    for program in ("ip", "tc"):
-        if shutil.which(program) is None:
-            raise UnsupportedHost(f"this needs {program}; apt install iproute2")
+    require_iproute()
     token = secrets.token_hex(3)
     left, right = (Place(f"10.77.0.{n}", f"dcres-{token}-{n}") for n in (1, 2))
     with contextlib.ExitStack() as made:
         for place in (left, right):
-            _run("ip", "netns", "add", str(place.namespace))
-            made.callback(_run, "ip", "netns", "delete", str(place.namespace))
-        _run(*f"ip -n {left.namespace} link add link0 type veth peer link0".split(),
+            run_command("ip", "netns", "add", str(place.namespace))
+            made.callback(run_command, "ip", "netns", "delete", str(place.namespace))
+        run_command(*f"ip -n {left.namespace} link add link0 type veth peer link0".split(),
              "netns", str(right.namespace))  # fmt: skip
         for place in (left, right):
             inside = f"-n {place.namespace}"
-            _run(*f"ip {inside} address add {place.address}/24 dev link0".split())
-            _run(*f"ip {inside} link set link0 up".split())
-            shape = "tbf rate 1gbit burst 256kb latency 50ms"
-            _run(*f"tc {inside} qdisc add dev link0 root {shape}".split())
+            run_command(*f"ip {inside} address add {place.address}/24 dev link0".split())
+            run_command(*f"ip {inside} link set link0 up".split())
+            run_command(*f"tc {inside} qdisc add dev link0 root {ONE_GBIT}".split())
         yield left, right
 
 
-def _run(*argv: str) -> None:
+def require_iproute() -> None:
+    """UnsupportedHost without the programs that networks are made with."""
+    for program in ("ip", "tc"):
+        if shutil.which(program) is None:
+            raise UnsupportedHost(f"this needs {program}; apt install iproute2")
+
+
+def run_command(*argv: str) -> None:
+    """Run a program to its end. Raises UnsupportedHost with what it said when it fails."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UnsupportedHost(f"{' '.join(argv)} failed: {done.stderr.strip()}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dcres import bench
 from dcres.bench.result import Aim, Figure, Result, Spread, spreads
@@ -111,18 +112,47 @@ def plot(result: Result, panels: Sequence[Figure], figures: Path) -> bool:
     except ImportError:
         return False
     found = spreads(result.rows)
+    panels = [panel for panel in panels if any(what in found for what in panel.whats)]
     canvas = Canvas(figsize=(6 * len(panels), 4), layout="constrained")
     for place, panel in enumerate(panels, start=1):
         axes = canvas.add_subplot(1, len(panels), place)
-        whats = [what for what in panel.whats if what in found]  # --quick leaves some out
-        bars = [found[what] for what in whats]
-        medians = [bar.median for bar in bars]
-        below = [bar.median - bar.min for bar in bars]
-        above = [bar.max - bar.median for bar in bars]
-        axes.barh(range(len(bars)), medians, xerr=[below, above], capsize=3, color=panel.color)
-        axes.set_yticks(range(len(bars)), whats)
-        axes.invert_yaxis()
-        axes.set_xlabel(f"{panel.unit} (median; whiskers: least and greatest)")
+        (_curve if panel.labels else _bars)(axes, panel, found)
         axes.set_title(panel.title)
     canvas.savefig(figures / f"{result.bench}.png", dpi=100)
     return True
+
+
+_WHISKERS = "(median; whiskers: least and greatest)"
+
+
+def _measured(panel: Figure, found: dict[str, Spread]) -> list[tuple[str, Spread]]:
+    """Label and spread of what the panel shows; --quick leaves some out."""
+    pairs = zip(panel.labels or panel.whats, panel.whats, strict=True)
+    return [(label, found[what]) for label, what in pairs if what in found]
+
+
+def _whiskers(bars: list[tuple[str, Spread]]) -> list[list[float]]:
+    below = [bar.median - bar.min for _, bar in bars]
+    above = [bar.max - bar.median for _, bar in bars]
+    return [below, above]
+
+
+def _bars(axes: Any, panel: Figure, found: dict[str, Spread]) -> None:
+    bars = _measured(panel, found)
+    medians = [bar.median for _, bar in bars]
+    axes.barh(range(len(bars)), medians, xerr=_whiskers(bars), capsize=3, color=panel.color)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{panel.unit} {_WHISKERS}")
+
+
+def _curve(axes: Any, panel: Figure, found: dict[str, Spread]) -> None:
+    points = _measured(panel, found)
+    medians = [point.median for _, point in points]
+    axes.errorbar(
+        range(len(points)), medians, _whiskers(points), marker="o", capsize=3, color=panel.color
+    )
+    axes.set_xticks(range(len(points)), [label for label, _ in points])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(panel.along)
+    axes.set_ylabel(f"{panel.unit} {_WHISKERS}")

@@ -145,12 +145,18 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One panel of a benchmark's plot: bars of measured things that share a unit."""
+    """One panel of a benchmark's plot: bars of measured things that share a unit.
+
+    With `labels`, one for each thing, it is a curve over them instead, and `along` says what they
+    are.
+    """
 
     title: str
     unit: str
     whats: tuple[str, ...]
     color: str = "tab:blue"
+    labels: tuple[str, ...] = ()
+    along: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,21 @@ def test_a_plot_leaves_out_what_a_quick_run_did_not_measure(tmp_path: Path) -> N
     assert page.plot(few, bench.figures("restore"), tmp_path)
 
 
+def test_a_panel_with_nothing_in_it_is_left_out(tmp_path: Path) -> None:
+    few = result("figure7")
+    few = replace(few, rows=tuple(row for row in few.rows if "_at_" not in row.what))
+    assert page.plot(few, bench.figures("figure7"), tmp_path)
+    with_all = tmp_path / "all"
+    with_all.mkdir()
+    assert page.plot(result("figure7"), bench.figures("figure7"), with_all)
+    widths = [png_width(folder / "figure7.png") for folder in (tmp_path, with_all)]
+    assert widths[0] * 3 == widths[1] * 2, "two panels of three"
+
+
+def png_width(path: Path) -> int:
+    return int.from_bytes(path.read_bytes()[16:20], "big")
+
+
 def test_the_machine_is_described() -> None:
     described = machine(Path("/tmp"))
     assert described["cpus"] >= 1
