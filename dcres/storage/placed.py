@@ -279,7 +279,6 @@ class PackedPlaces:
             read_fully(self._file.fd, batch.piece(low, high), int(sources[low]) * PAGE_SIZE)
         self._file.write(batch, targets, cached=True)
         self._page[targets] = pages
-        self._place[pages] = targets
 
     def check(self) -> int:
         """See `Placed`."""

@@ -395,6 +395,36 @@ def test_a_sealed_file_and_its_name_are_durable(
     assert done[-2:] == [f"fsync {path}", f"fsync {tmp_path}"]
 
 
+@both
+def test_zeros_among_new_pages_keep_no_blocks(tmp_path: Path, memory_format: MemoryFormat) -> None:
+    """Blocks are taken for long runs before it is known what is in them."""
+    count = 3000
+    source = memory(tmp_path / "ram", np.arange(count) < 200)
+    saved = save(tmp_path / "m", source, np.ones(count, dtype=np.bool_), memory_format)
+    assert saved.pages == count
+    assert saved.bytes_written == 200 * PAGE_SIZE
+    assert saved.allocated_bytes <= (200 + 16) * PAGE_SIZE
+    assert load_into(tmp_path / "back", saved) == source.read_bytes()
+
+
+def test_new_pages_fill_free_places_and_the_rest_is_one_long_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = memory(tmp_path / "ram", np.ones(3000, dtype=np.bool_))
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", 3000, threads=1, memory_format=PACKED) as writer,
+    ):
+        writer.save(fd, np.array([[0, 1000]]))
+        writer.discard(np.array([[at, at + 1] for at in range(0, 1000, 10)]))
+        seen = watch_writes(monkeypatch)
+        writer.save(fd, np.array([[1000, 2000]]))
+        assert seen == [(True, 900)] + [(False, 1)] * 100
+        saved = writer.seal()
+    assert (tmp_path / "m").stat().st_size == 1900 * PAGE_SIZE
+    assert verify(saved.file) == 1900
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["save", "discard", "stage", "zero"]),
