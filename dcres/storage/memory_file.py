@@ -142,10 +142,11 @@ class MemoryFileWriter:
         self._whole = True
 
     def discard(self, extents: Extents) -> None:
-        """These pages are not here any more. Raises OSError."""
+        """These pages are not here any more. Raises OSError, StoreFull: a hole may take a block."""
         self._require_unsealed()
         here = extents_of_mask(self._mask & mask_of_extents(extents, len(self._mask)))
-        self._places.clear(pages_of_extents(here))
+        with store_full(self.path):
+            self._places.clear(pages_of_extents(here))
         for first, stop in extents.tolist():
             self._mask[first:stop] = False
 

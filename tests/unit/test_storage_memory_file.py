@@ -425,6 +425,24 @@ def test_new_pages_fill_free_places_and_the_rest_is_one_long_run(
     assert verify(saved.file) == 1900
 
 
+def test_a_disk_that_is_full_is_told_when_a_hole_takes_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    mask = np.ones(PAGES, dtype=np.bool_)
+    source = memory(tmp_path / "ram", mask)
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=SPARSE) as writer,
+    ):
+        writer.save(fd, extents_of_mask(mask))
+        monkeypatch.setattr(placed, "punch_hole", full)
+        with pytest.raises(StoreFull, match="no room to write"):
+            writer.discard(np.array([[3, 4]]))
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["save", "discard", "stage", "zero"]),
