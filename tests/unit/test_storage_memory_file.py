@@ -237,7 +237,7 @@ def watch_writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
 def test_direct_and_cached_writes_take_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_format: MemoryFormat
 ) -> None:
-    """A cached write into a folio that a direct one drops makes fsync fail, or reads grow old."""
+    """Each kind would wait for the other, on file systems where they agree at all."""
     whole = np.ones(8000, dtype=np.bool_)
     mixed = np.arange(8000) % 2 == 0
     mixed[np.arange(8000) % 1000 < 300] = True
