@@ -7,6 +7,7 @@ folder together with those libraries that the system lacks. It is run from there
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -51,16 +52,20 @@ class QemuProgram:
     def knows(self, capability: str) -> bool:
         """Whether it has this migration capability, by asking it."""
         # -M none: nothing is emulated, and the answer is the same.
-        said = subprocess.run(
-            [self.path, *self.arguments, "-M", "none", "-display", "none", "-qmp", "stdio"],
-            input='{"execute":"qmp_capabilities"}{"execute":"query-migrate-capabilities"}'
-            '{"execute":"quit"}',
-            env={**os.environ, **self.env},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-        )
+        argv = [self.path, *self.arguments, "-M", "none", "-display", "none", "-qmp", "stdio"]
+        asked = "qmp_capabilities", "query-migrate-capabilities", "quit"
+        try:
+            said = subprocess.run(
+                argv,
+                input="".join(json.dumps({"execute": each}) + "\n" for each in asked),
+                env={**os.environ, **self.env},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_TIMEOUT_S,
+            )
+        except OSError:  # no such program
+            return False
         return f'"{capability}"' in said.stdout
 
 

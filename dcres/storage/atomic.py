@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dcres.errors import StoreFull
@@ -64,14 +64,27 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     An existing file is replaced. Two writers of one path need a lock. Raises StoreFull.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_all_durably(path.parent, {path.name: data}, mode)
+
+
+def write_all_durably(folder: Path, files: Mapping[str, bytes], mode: int = 0o600) -> None:
+    """The same for several files of one folder, which is made durable once for all of them.
+
+    After a crash each file has its old content or the new, and any of them may have either.
+    """
+    temporaries = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
-        with store_full(path):
-            _write_new(temporary, data, mode)
-            os.rename(temporary, path)
-            sync_folder(path.parent)
+        for name, data in files.items():
+            with store_full(folder / name):
+                _write_new(temporaries[name], data, mode)
+        for name, temporary in temporaries.items():
+            with store_full(folder / name):
+                os.rename(temporary, folder / name)
+        with store_full(folder):
+            sync_folder(folder)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
         raise
 
 

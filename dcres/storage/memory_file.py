@@ -13,7 +13,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -53,6 +53,7 @@ from dcres.storage.transfer import (
     Batch,
     EndOfFile,
     Progress,
+    Run,
     Transfer,
     read_fully,
     write_fully,
@@ -141,10 +142,11 @@ class MemoryFileWriter:
         self._whole = True
 
     def discard(self, extents: Extents) -> None:
-        """These pages are not here any more. Raises OSError."""
+        """These pages are not here any more. Raises OSError, StoreFull: a hole may take a block."""
         self._require_unsealed()
         here = extents_of_mask(self._mask & mask_of_extents(extents, len(self._mask)))
-        self._places.clear(pages_of_extents(here))
+        with store_full(self.path):
+            self._places.clear(pages_of_extents(here))
         for first, stop in extents.tolist():
             self._mask[first:stop] = False
 
@@ -292,20 +294,20 @@ def load(
     if length_bytes != len(memory.mask) * PAGE_SIZE:
         raise ValueError(f"the target has {length_bytes} bytes, not {len(memory.mask)} pages")
 
-    def write(first: int, data: memoryview) -> None:
-        _write_target(target_fd, first, data)
+    def write(runs: Iterable[Run]) -> None:
+        _write_target(target_fd, runs)
 
     return _read_pages(memory, write, progress, threads, wanted)
 
 
 def verify(memory: MemoryFile, progress: Progress | None = None, threads: int = THREADS) -> int:
     """Check all that `load` checks, and write nothing. Raises CheckpointCorrupt."""
-    return _read_pages(memory, lambda first, data: None, progress, threads, None)
+    return _read_pages(memory, lambda runs: None, progress, threads, None)
 
 
 def _read_pages(
     memory: MemoryFile,
-    write: Callable[[int, memoryview], None],
+    write: Callable[[Iterable[Run]], None],
     progress: Progress | None,
     threads: int,
     wanted: Mask | None,
@@ -314,8 +316,7 @@ def _read_pages(
 
     def put(batch: Batch) -> None:
         require_sums(memory, batch.pages, batch.sums)
-        for first, data in batch.runs():
-            write(first, data)
+        write(batch.runs())
 
     with _opened(memory) as fd:
 
@@ -335,13 +336,13 @@ def _read_pages(
 def _write_zeros(
     memory: MemoryFile,
     mask: Mask,
-    write: Callable[[int, memoryview], None],
+    write: Callable[[Iterable[Run]], None],
     progress: Progress | None,
 ) -> None:
     """The pages of `mask` that have no place, which `_opened` found to be pages of zeros."""
     zeros = memoryview(bytes(BATCH_PAGES * PAGE_SIZE))
     for first, stop in split(extents_of_mask(mask & ~placed(memory)), BATCH_PAGES):
-        write(first, zeros[: (stop - first) * PAGE_SIZE])
+        write([(first, zeros[: (stop - first) * PAGE_SIZE])])
         if progress is not None:
             progress(stop - first)
 
@@ -372,9 +373,13 @@ def _read_source(fd: int, buffer: memoryview, offset_bytes: int) -> None:
         raise ValueError(f"the source ends at byte {end}, before the pages to save") from None
 
 
-def _write_target(fd: int, first: int, data: memoryview) -> None:
+def _write_target(fd: int, runs: Iterable[Run]) -> None:
+    pwrite = os.pwrite
     try:
-        write_fully(fd, data, first * PAGE_SIZE)
+        # Most runs may be single pages, and then the calls cost as much as the copying.
+        for first, data in runs:
+            if pwrite(fd, data, first * PAGE_SIZE) != len(data):
+                write_fully(fd, data, first * PAGE_SIZE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -13,11 +13,10 @@ For short runs it is the other way round, since ext4 fills a hole under the inod
 write at a time: runs of 16 pages 500 against 1,000 MB/s, single pages 70 against 285, with
 writeback started after every batch.
 
-Both touch one file, but never at the same time. The kernel writes back and drops what is cached
-of the range of a direct write; it cannot while another thread writes into the same folio, which
-may hold several pages, and then keeps the old content cached and makes the next fsync(2) fail. So
-`Placed.prepare` sorts pages into those to write directly, and those to write through the cache
-when that is done.
+Both touch one file, but never at the same time: `Placed.prepare` sorts pages into those to write
+directly, and those to write through the cache when that is done. ext4 and XFS make a cached write
+wait until no direct one is under way, and the other way round; and open(2) warns of file systems
+where the two do not agree about neighbours that share a folio of the cache.
 """
 
 from __future__ import annotations
@@ -282,7 +281,6 @@ class PackedPlaces:
             read_fully(self._file.fd, batch.piece(low, high), int(sources[low]) * PAGE_SIZE)
         self._file.write(batch, targets, cached=True)
         self._page[targets] = pages
-        self._place[pages] = targets
 
     def check(self) -> int:
         """See `Placed`."""

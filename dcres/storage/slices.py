@@ -11,9 +11,10 @@ from dcres.errors import NotFound
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import Mask, Pages
 from dcres.storage import layout, tables
+from dcres.storage.atomic import write_all_durably
 from dcres.storage.contents import MemoryFile
 from dcres.storage.damage import corrupt
-from dcres.storage.digest import Sums
+from dcres.storage.digest import Sums, bytes_sum
 from dcres.storage.manifest import FileSum, HostSlice, Manifest, Role
 from dcres.storage.memory_file import SavedMemory
 
@@ -75,10 +76,11 @@ def read_memory(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryFile
 def write_memory_tables(folder: Path, saved: SavedMemory) -> tuple[FileSum, ...]:
     """Write what `read_memory` reads: durable on return. Raises StoreFull."""
     file = saved.file
-    sums = tables.write_sums(folder / layout.SUMS, file.mask, file.sums)
-    if file.order is None:
-        return (sums,)
-    return sums, tables.write_index(folder / layout.INDEX, file.order, len(file.mask))
+    made = {layout.SUMS: tables.encode_sums(file.mask, file.sums)}
+    if file.order is not None:
+        made[layout.INDEX] = tables.encode_index(file.order, len(file.mask))
+    write_all_durably(folder, made)
+    return tuple(bytes_sum(name, data) for name, data in made.items())
 
 
 def read_here(folder: Path, manifest: Manifest, part: HostSlice) -> Mask:

@@ -21,6 +21,7 @@ from dcres.model.pages import PAGE_SIZE, Extents, Pages, pages_of_extents
 from dcres.storage.digest import Sums, page_sums
 
 Runs = list[tuple[int, int]]
+Run = tuple[int, memoryview]  # the first page, and the data of neighbours from there on
 Progress = Callable[[int], None]
 
 BATCH_PAGES = 1024
@@ -102,7 +103,7 @@ class Batch:
         first = int(self.slots[low])
         return self.data[first * PAGE_SIZE : (first + high - low) * PAGE_SIZE]
 
-    def runs(self) -> Iterator[tuple[int, memoryview]]:
+    def runs(self) -> Iterator[Run]:
         """Neighbours in memory and in `data`: the first one's page number, and their data."""
         at = stretches(self.pages, self.slots)
         lows = [low for low, _ in at]

@@ -237,7 +237,7 @@ def watch_writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
 def test_direct_and_cached_writes_take_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_format: MemoryFormat
 ) -> None:
-    """A cached write into a folio that a direct one drops makes fsync fail, or reads grow old."""
+    """Each kind would wait for the other, on file systems where they agree at all."""
     whole = np.ones(8000, dtype=np.bool_)
     mixed = np.arange(8000) % 2 == 0
     mixed[np.arange(8000) % 1000 < 300] = True
@@ -393,6 +393,54 @@ def test_a_sealed_file_and_its_name_are_durable(
         writer.seal()
     assert f"fsync {path}" not in done[:-2]
     assert done[-2:] == [f"fsync {path}", f"fsync {tmp_path}"]
+
+
+@both
+def test_zeros_among_new_pages_keep_no_blocks(tmp_path: Path, memory_format: MemoryFormat) -> None:
+    """Blocks are taken for long runs before it is known what is in them."""
+    count = 3000
+    source = memory(tmp_path / "ram", np.arange(count) < 200)
+    saved = save(tmp_path / "m", source, np.ones(count, dtype=np.bool_), memory_format)
+    assert saved.pages == count
+    assert saved.bytes_written == 200 * PAGE_SIZE
+    assert saved.allocated_bytes <= (200 + 16) * PAGE_SIZE
+    assert load_into(tmp_path / "back", saved) == source.read_bytes()
+
+
+def test_new_pages_fill_free_places_and_the_rest_is_one_long_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = memory(tmp_path / "ram", np.ones(3000, dtype=np.bool_))
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", 3000, threads=1, memory_format=PACKED) as writer,
+    ):
+        writer.save(fd, np.array([[0, 1000]]))
+        writer.discard(np.array([[at, at + 1] for at in range(0, 1000, 10)]))
+        seen = watch_writes(monkeypatch)
+        writer.save(fd, np.array([[1000, 2000]]))
+        assert seen == [(True, 900)] + [(False, 1)] * 100
+        saved = writer.seal()
+    assert (tmp_path / "m").stat().st_size == 1900 * PAGE_SIZE
+    assert verify(saved.file) == 1900
+
+
+def test_a_disk_that_is_full_is_told_when_a_hole_takes_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    mask = np.ones(PAGES, dtype=np.bool_)
+    source = memory(tmp_path / "ram", mask)
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=SPARSE) as writer,
+    ):
+        writer.save(fd, extents_of_mask(mask))
+        monkeypatch.setattr(placed, "punch_hole", full)
+        with pytest.raises(StoreFull, match="no room to write"):
+            writer.discard(np.array([[3, 4]]))
 
 
 steps = st.lists(

@@ -13,7 +13,7 @@ import pytest
 
 from dcres.errors import CheckpointCorrupt
 from dcres.storage import tables
-from dcres.storage.digest import file_sum
+from dcres.storage.digest import bytes_sum, file_sum
 from dcres.storage.manifest import FileSum
 
 COUNT = 50
@@ -22,15 +22,25 @@ SUMS = np.arange(COUNT, dtype=np.uint64) * np.uint64(2**58) * MASK
 PLACEMENT = np.where(MASK, 0, np.where(np.arange(COUNT) % 2, 1, tables.NOWHERE)).astype(np.uint8)
 HISTORY = np.arange(COUNT, dtype=np.uint32)[::-1] * 80_000_000
 
+ORDER = np.flatnonzero(MASK)[::-1]
+
 Write = Callable[[Path], FileSum]
 Read = Callable[..., Any]
+
+
+def written(path: Path, data: bytes) -> FileSum:
+    path.write_bytes(data)
+    return bytes_sum(path.name, data)
+
+
 KINDS: dict[str, tuple[Write, Read]] = {
     "placement": (
         lambda path: tables.write_placement(path, PLACEMENT, ("h0", "h1")),
         tables.read_placement,
     ),
     "existence": (lambda path: tables.write_existence(path, MASK), tables.read_existence),
-    "sums": (lambda path: tables.write_sums(path, MASK, SUMS), tables.read_sums),
+    "sums": (lambda path: written(path, tables.encode_sums(MASK, SUMS)), tables.read_sums),
+    "index": (lambda path: written(path, tables.encode_index(ORDER, COUNT)), tables.read_index),
     "history": (lambda path: tables.write_history(path, HISTORY, 9), tables.read_history),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -50,6 +60,7 @@ def test_round_trips(tmp_path: Path) -> None:
     mask, sums = tables.read_sums(files["sums"], COUNT)
     assert mask.tolist() == MASK.tolist()
     assert sums.tolist() == SUMS.tolist()
+    assert tables.read_index(files["index"], COUNT).tolist() == ORDER.tolist()
     history, tick = tables.read_history(files["history"], COUNT)
     assert history.tolist() == HISTORY.tolist()
     assert tick == 9
@@ -57,7 +68,8 @@ def test_round_trips(tmp_path: Path) -> None:
 
 def test_a_vm_without_a_page_here(tmp_path: Path) -> None:
     nothing = np.zeros(COUNT, dtype=np.bool_)
-    tables.write_sums(tmp_path / "s", nothing, np.zeros(COUNT, dtype=np.uint64))
+    data = tables.encode_sums(nothing, np.zeros(COUNT, dtype=np.uint64))
+    (tmp_path / "s").write_bytes(data)
     assert not tables.read_sums(tmp_path / "s", COUNT)[0].any()
 
 
@@ -130,6 +142,9 @@ def u64(*values: int) -> Any:
         ("sums", {"page": u64(COUNT), "xxh3_64": u64(0)}, {}, "leave the VM's memory"),
         ("sums", {"page": u64(1), "sum": u64(0)}, {}, "other names or types"),
         ("sums", {"page": pa.array([1]), "xxh3_64": u64(0)}, {}, "other names or types"),
+        ("index", {"page": pa.array([3, 9, 3], pa.uint32())}, {}, "it has page 3 twice"),
+        ("index", {"page": pa.array([COUNT], pa.uint32())}, {}, "page 50, which the VM does not"),
+        ("index", {"page": u64(1)}, {}, "other names or types"),
         ("existence", {"here": pa.array([True])}, {}, "1 rows instead of 50"),
         ("history", {"last_access": pa.array([1], pa.uint32())}, {"tick": "1"}, "1 rows"),
         ("history", {"last_access": pa.array(HISTORY)}, {"tick": "-1"}, "not a number"),
