@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from dcres.actors import coordinator
+from dcres.actors import asking
 from dcres.config import Layout
 from dcres.errors import Conflict, DcresError, NotFound
 from dcres.linux.process import find_marked
@@ -244,7 +244,7 @@ def test_a_sub_host_that_dies_in_a_restore(
     saved: tuple[Rig, Manifest], lazy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of loading, or while its pages still come: told, and tried again elsewhere."""
-    monkeypatch.setattr(coordinator, "_ASK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(asking, "_STATUS_TIMEOUT_S", 1.0)
     vm, manifest = saved
     vm.coordinator.stop()
     layout, failures = layout_of("64MiB", "128MiB"), []
