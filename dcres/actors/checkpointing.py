@@ -6,14 +6,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 from dcres.actors.messages import Finished, Saved
-from dcres.actors.ports import Port
-from dcres.config import VmSpec
+from dcres.actors.publishing import Subject, Taken, manifest_of
 from dcres.errors import ActorGone, ClusterError, DcresError, OperationFailed
 from dcres.model.commit import (
     AnotherRound,
@@ -32,15 +30,9 @@ from dcres.model.commit import (
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import HostRound, Judgement, Target, Verdict, estimates_s, judge
-from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
-    DiskSnapshot,
-    FileSum,
-    HostSlice,
     Manifest,
     Mode,
-    PagingDuring,
-    Role,
     dumps,
 )
 
@@ -55,25 +47,6 @@ _DISCARD_TIMEOUT_S = 10.0
 _TRIES = 3
 # 256 MiB a host: what a round leaves when the guest writes about as fast as the disk.
 STAGE_PAGES = 65536
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is checkpointed: a VM, and where it runs."""
-
-    vm: str
-    generation: int
-    spec: VmSpec
-    accel: str
-    qemu_version: str
-    machine: str
-    hosts: tuple[str, ...]  # the main host first
-    ports: Mapping[str, Port]
-
-    @property
-    def main(self) -> str:
-        """The main host's name."""
-        return self.hosts[0]
 
 
 class Checkpointing:
@@ -259,18 +232,6 @@ class Checkpointing:
             raise OperationFailed("the main host did not finish", {})
         return self._finished
 
-    def _require_agreement(self) -> None:
-        """Existence on every sub host and placement on the main host name the same pages."""
-        placed = self._saved[self._subject.main].placed
-        for host, expected in zip(self._subject.hosts[1:], placed, strict=True):
-            saved = self._saved[host]
-            if (saved.pages, saved.digest) != (expected.pages, expected.digest):
-                raise OperationFailed(
-                    f"{host} saved {saved.pages} pages, not the {expected.pages} pages that the "
-                    "network page table places there",
-                    {},
-                )
-
     def _resume(self) -> None:
         """Let the VM go on, through a restart of the main host's actor if need be."""
         try:
@@ -306,7 +267,7 @@ class Checkpointing:
 
     def _publish(self) -> None:
         try:
-            self._manifest = self._make_manifest()
+            self._manifest = manifest_of(self._subject, self._taken())
             self._persist(self._subject.main, "publish", dumps(self._manifest))
         except Exception as error:
             self._events.put(self._after_publishing_failed(str(error)))
@@ -358,85 +319,16 @@ class Checkpointing:
         thread.start()
         return thread
 
-    def _make_manifest(self) -> Manifest:
-        finished, subject = self._require_finished(), self._subject
-        self._require_agreement()
-        disks = tuple(
-            DiskSnapshot(path=str(each.path), format=each.format, snapshot=self.checkpoint)
-            for each in subject.spec.disks
-        )
-        return Manifest(
+    def _taken(self) -> Taken:
+        return Taken(
             checkpoint=self.checkpoint,
-            vm=subject.vm,
-            created=self._created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=self._created,
             mode=self._mode,
             memory_format=self._format,
-            memory_bytes=subject.spec.memory,
-            generation=subject.generation,
-            vm_spec=subject.spec.model_dump(mode="json", by_alias=True),
-            qemu_version=subject.qemu_version,
-            accel=subject.accel,
-            machine={"type": subject.machine},
-            tick=finished.tick,
-            hosts=tuple(self._slice(index) for index in range(len(subject.hosts))),
-            vmcore=self._core_sum(),
+            paging_before=self._before,
+            finished=self._require_finished(),
+            saved=self._saved,
             rounds=len(self.rounds),
-            disks=disks,
             seconds=time.monotonic() - self._began,
-            downtime_seconds=self._downtime_s,
-            pages_moved_for_checkpoint=finished.moved,
-            paging_during=PagingDuring(
-                # A pager that was started again meanwhile counts from 0.
-                pages_in=max(0, finished.pages_in - self._before["pages_in"]),
-                pages_out=max(0, finished.pages_out - self._before["pages_out"]),
-            ),
+            downtime_s=self._downtime_s,
         )
-
-    def _core_sum(self) -> FileSum:
-        files = [FileSum(**each) for each in self._saved[self._subject.main].files]
-        return next(each for each in files if each.name == VMCORE)
-
-    def _slice(self, index: int) -> HostSlice:
-        host = self._subject.hosts[index]
-        saved = self._saved[host]
-        return HostSlice(
-            host=host,
-            role=Role.MAIN if index == 0 else Role.SUB,
-            share_bytes=self._subject.spec.layout.shares[index],
-            pages=saved.pages,
-            bytes_written=saved.bytes_written,
-            file_bytes_allocated=saved.allocated_bytes,
-            seconds=saved.seconds,
-            memory_file=MEMORY_FILES[self._format],
-            files=tuple(FileSum(**each) for each in saved.files),
-        )
-
-
-def checkpoint_facts(manifest: Manifest, seconds: float | None = None) -> dict[str, Any]:
-    """A checkpoint as `dcres checkpoint --json` prints it."""
-    return {
-        "checkpoint": manifest.checkpoint,
-        "vm": manifest.vm,
-        "mode": str(manifest.mode),
-        "format": str(manifest.memory_format),
-        "seconds": manifest.seconds if seconds is None else seconds,
-        "downtime_seconds": manifest.downtime_seconds,
-        "pages": manifest.pages,
-        "hosts": [
-            {
-                "host": part.host,
-                "role": str(part.role),
-                "pages": part.pages,
-                "bytes_written": part.bytes_written,
-                "file_bytes_allocated": part.file_bytes_allocated,
-                "seconds": part.seconds,
-            }
-            for part in manifest.hosts
-        ],
-        "paging_during": {
-            "pages_in": manifest.paging_during.pages_in,
-            "pages_out": manifest.paging_during.pages_out,
-        },
-        "pages_moved_for_checkpoint": manifest.pages_moved_for_checkpoint,
-        "rounds": manifest.rounds,
-    }

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dcres.actors.bringing_up import BringingUp
-from dcres.actors.checkpointing import Checkpointing, Subject, checkpoint_facts
+from dcres.actors.checkpointing import Checkpointing
 from dcres.actors.coordination import Coordination, VmPhase
 from dcres.actors.messages import Status
 from dcres.actors.ports import Port
+from dcres.actors.publishing import Subject, checkpoint_facts
 from dcres.actors.replacing import Replacing, settle_shape
 from dcres.actors.restoring import Restoring, spec_for
 from dcres.config import Layout, VmSpec, vm_spec

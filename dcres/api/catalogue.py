@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dcres.actors import _ray
-from dcres.actors.checkpointing import checkpoint_facts
+from dcres.actors.publishing import checkpoint_facts
 from dcres.api.operation import HostProgress, OperationProgress, ProgressOption, shown_progress
 from dcres.config import HostSettings
 from dcres.errors import ClusterError, NotFound

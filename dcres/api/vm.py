@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dcres.actors import _ray
-from dcres.actors.checkpointing import checkpoint_facts
 from dcres.actors.fleet import RayFleet
+from dcres.actors.publishing import checkpoint_facts
 from dcres.api.catalogue import verify
 from dcres.api.choosing import choose_hosts, look_around, obstacles, phase_of, wish_of
 from dcres.api.defaults import (
