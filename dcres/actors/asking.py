@@ -14,6 +14,13 @@ _STATUS_TIMEOUT_S = 10.0
 _PROGRESS_TIMEOUT_S = 5.0
 
 
+def describe(port: Port) -> Status:
+    """What a host knows of the VM; waits for an actor that is being started again."""
+    port.wait_ready(_STATUS_TIMEOUT_S)
+    description: Status = port.call("describe", timeout_s=_STATUS_TIMEOUT_S)
+    return description
+
+
 def ask_all(vm: str, ports: Mapping[str, Port]) -> list[Status]:
     """The status of every host of `vm`. Raises VmLost for one that is gone or has lost pages."""
     return [_ask(vm, host, port) for host, port in ports.items()]

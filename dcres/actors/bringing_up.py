@@ -2,18 +2,21 @@
 
 ::
 
-    reserve ──▶ plan ──▶ boot (main host)     ──▶ run ──▶ go
-                         serve (sub hosts)
-    memory      parts    QEMU, pages, servers     pager,   the guest runs
-    and actors           all at the same time     VM core
+    reserve ──▶ clear ──▶ plan ──▶ boot (main host)     ──▶ run ──▶ go
+                                   serve (sub hosts)
+    memory      what an   parts    QEMU, pages, servers     pager,   the guest runs
+    and actors  earlier            all at the same time     VM core
+                life left
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from typing import Any
 
 from dcres.actors import restoring as restoring_
 from dcres.actors.messages import Incarnation, LoadOrder, RunOrder, ServeOrder
@@ -22,7 +25,6 @@ from dcres.actors.restoring import Restoring
 from dcres.config import VmSpec
 from dcres.errors import ClusterError, OperationFailed
 from dcres.model.pages import pages_of
-from dcres.paging.settings import SubAddress
 from dcres.storage.manifest import Manifest
 
 _START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
@@ -61,6 +63,7 @@ class BringingUp:
         """The VM's hosts, the main host first. Raises NoRoom, NotFound, Conflict."""
         names = self._fleet.reserve(self._vm, self._spec.layout.shares, hosts)
         self._ports = dict(zip(names, self._fleet.find(self._vm), strict=True))
+        _first_failure({name: port.submit("clear") for name, port in self._ports.items()})
         self.laps.end("reserve")
         self._require_wanted()
         return tuple(names)
@@ -96,17 +99,15 @@ class BringingUp:
         """Every host starts what it runs and loads its pages at the same time."""
         main, *subs = self._ports
         order = RunOrder(incarnation, self._spec, tuple(self._ports), (), load_order(main))
-        booting = self._main.submit("boot", order)
-        serving: dict[str, Pending] = {}
+        under_way: dict[str, Pending] = {main: self._main.submit("boot", order)}
         for host, share in zip(subs, self._spec.layout.subs, strict=True):
             pages = pages_of(self._spec.memory), pages_of(share)
             serve = ServeOrder(incarnation, *pages, load_order(host))
-            serving[host] = self._ports[host].submit("serve", serve)
-        addresses = tuple(_address(host, pending) for host, pending in serving.items())
-        booting.result(_START_TIMEOUT_S)
+            under_way[host] = self._ports[host].submit("serve", serve)
+        answers = _first_failure(under_way)
         self.laps.end("boot")
         self._require_wanted()
-        return replace(order, subs=addresses, load=None)
+        return replace(order, subs=tuple(answers[host] for host in subs), load=None)
 
     def _go(self, order: RunOrder) -> None:
         self._main.call("run", order, timeout_s=_START_TIMEOUT_S)
@@ -115,10 +116,27 @@ class BringingUp:
         self.laps.end("run")
 
 
-def _address(host: str, pending: Pending) -> SubAddress:
-    """Where a sub host listens; its failure keeps its type and gets its name where it can."""
+def _first_failure(under_way: Mapping[str, Pending]) -> dict[str, Any]:
+    """The answers of all hosts, or the first failure, however long others still take.
+
+    A failure keeps its type and gets its host's name where it can.
+    """
+    pool = ThreadPoolExecutor(len(under_way), "bringing-up")
     try:
-        address: SubAddress = pending.result(_START_TIMEOUT_S)
+        waiting = {
+            host: pool.submit(pending.result, _START_TIMEOUT_S)
+            for host, pending in under_way.items()
+        }
+        done, _ = wait(waiting.values(), return_when=FIRST_EXCEPTION)
+        failed = [host for host, each in waiting.items() if each in done and each.exception()]
+        answers = {host: _answer(host, waiting[host]) for host in failed or waiting}
+    finally:
+        pool.shutdown(wait=False)  # who still waits learns soon that the hosts are told to end
+    return answers
+
+
+def _answer(host: str, waiting: Future[Any]) -> Any:
+    try:
+        return waiting.result()
     except ClusterError as error:
         raise OperationFailed("the start was given up", {host: str(error)}) from None
-    return address

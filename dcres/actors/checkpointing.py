@@ -28,9 +28,10 @@ from dcres.model.commit import (
     Phase,
     Published,
     PublishFailed,
+    PublishUnknown,
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.model.live import HostRound, Judgement, Target, estimates_s, judge
+from dcres.model.live import HostRound, Judgement, Target, Verdict, estimates_s, judge
 from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
     DiskSnapshot,
@@ -47,7 +48,7 @@ log = logging.getLogger("dcres.coordinator")
 
 _PREPARE_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
-_RESTART_TIMEOUT_S = 60.0
+_RESTART_TIMEOUT_S = 30.0  # of an actor whose process died; a host that died takes longer
 _PERSIST_TIMEOUT_S = 300.0
 # Ray starts an actor again in 1 to 3 s, unless its host is gone; the VM's loss is told after this.
 _DISCARD_TIMEOUT_S = 10.0
@@ -105,6 +106,9 @@ class Checkpointing:
         self._downtime_s = 0.0
         self._manifest: Manifest | None = None
         self._stuck = ""
+        self.vm_stands = False  # it was stopped, and could not be told to go on
+        self._halting: dict[str, threading.Thread] = {}
+        self._gone: set[str] = set()  # hosts that did not come back to halt
 
     @property
     def pages_left(self) -> dict[str, int]:
@@ -172,6 +176,8 @@ class Checkpointing:
                 self._tell(subject.hosts, self._save)
             case Instruction.PUBLISH:
                 self._publish()
+            case Instruction.HALT:
+                self._halt()
             case Instruction.DISCARD:
                 self._discard()
 
@@ -211,9 +217,10 @@ class Checkpointing:
         self._events.put(AnotherRound() if self.judgement.go_on else Converged())
 
     def _synchronise(self, host: str) -> Barrier:
-        live = self._mode is Mode.LIVE
+        # Hosts that were done early have gathered changes since. Where rounds do not help, not.
+        once_more = self.judgement is not None and self.judgement.verdict is Verdict.FITS
         port = self._subject.ports[host]
-        port.call("synchronise", self.checkpoint, live, timeout_s=_SAVE_TIMEOUT_S)
+        port.call("synchronise", self.checkpoint, once_more, timeout_s=_SAVE_TIMEOUT_S)
         return Barrier.SYNCHRONISE
 
     @property
@@ -260,10 +267,10 @@ class Checkpointing:
     def _resume(self) -> None:
         """Let the VM go on, through a restart of the main host's actor if need be."""
         try:
-            resumed_at = self._persist(self._subject.main, "resume")
+            resumed_at = self._persist(self._subject.main, "resume", self.checkpoint)
         except DcresError as error:
             log.error("VM %s cannot go on: %s", self._subject.vm, error)
-            self._stuck = f"the VM cannot go on: {error}"
+            self._stuck, self.vm_stands = f"the VM cannot go on: {error}", True
             return
         if self._finished is not None:
             self._downtime_s = resumed_at - self._finished.stopped_at
@@ -295,27 +302,57 @@ class Checkpointing:
             self._manifest = self._make_manifest()
             self._persist(self._subject.main, "publish", dumps(self._manifest))
         except Exception as error:
-            self._manifest = None
-            self._events.put(PublishFailed(str(error)))
+            self._events.put(self._after_publishing_failed(str(error)))
         else:
             self._events.put(Published())
 
+    def _after_publishing_failed(self, why: str) -> Event:
+        """An answer may be lost on its way after the manifest was written: so ask for it."""
+        if self._manifest is None:
+            return PublishFailed(why)
+        try:
+            published = self._persist(self._subject.main, "published", self.checkpoint)
+        except DcresError as error:
+            self._stuck = (
+                "whether it was published, its main host cannot tell now (see `dcres checkpoints` "
+                "once it answers again), so its parts are kept"
+            )
+            return PublishUnknown(f"{why}; {error}")
+        return Published() if published else PublishFailed(why)
+
+    def _halt(self) -> None:
+        """Every host stops saving; returns when the main host has, for the VM waits for it."""
+        self._halting = {host: self._in_thread(host, "halt") for host in self._subject.hosts}
+        self._halting[self._subject.main].join()
+
     def _discard(self) -> None:
-        steps = [(host, step) for step in ("halt", "abandon") for host in self._subject.hosts]
-        gone: set[str] = set()
-        for host, step in steps:
-            if host in gone:
-                continue
+        # Hosts may share a store, so no part is removed before all have stopped saving. One that
+        # is gone saves nothing any more.
+        for thread in self._halting.values():
+            thread.join()
+        # A main host whose VM stands still keeps in mind why, for whoever asks it next.
+        hosts = self._subject.hosts[1:] if self.vm_stands else self._subject.hosts
+        there = [host for host in hosts if host not in self._gone]
+        discarding = [self._in_thread(host, "abandon") for host in there]
+        for thread in discarding:
+            thread.join()
+        if self._gone and not self._stuck:
+            names = ", ".join(sorted(self._gone))
+            self._stuck = f"{names} of its hosts does not answer, and the VM may be lost with it"
+
+    def _in_thread(self, host: str, step: str) -> threading.Thread:
+        def attempt() -> None:
             try:
                 self._persist(host, step, self.checkpoint, patience_s=_DISCARD_TIMEOUT_S)
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)
                 if isinstance(error, ActorGone):
-                    gone.add(host)
-        if gone and not self._stuck:
-            names = ", ".join(sorted(gone))
-            self._stuck = f"{names} of its hosts does not answer, and the VM may be lost with it"
+                    self._gone.add(host)
+
+        thread = threading.Thread(target=attempt, name=f"{step}-{host}", daemon=True)
+        thread.start()
+        return thread
 
     def _make_manifest(self) -> Manifest:
         finished, subject = self._require_finished(), self._subject

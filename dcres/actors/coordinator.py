@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dcres.actors.asking import ask_all, ask_progress
+from dcres.actors.asking import ask_all, ask_progress, describe
 from dcres.actors.bringing_up import BringingUp
 from dcres.actors.checkpointing import Checkpointing, Subject, checkpoint_facts
 from dcres.actors.fleet import RayFleet
@@ -29,6 +29,7 @@ from dcres.actors.messages import Status
 from dcres.actors.ports import Fleet, Port
 from dcres.actors.replacing import Replacing, settle_shape
 from dcres.actors.restoring import Restoring, spec_for
+from dcres.actors.taking_down import take_down
 from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import (
     ActorGone,
@@ -37,6 +38,7 @@ from dcres.errors import (
     NotFound,
     VmLost,
 )
+from dcres.linux import priority
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
 from dcres.model.pages import pages_of
@@ -69,6 +71,7 @@ class Coordinator:
     """One VM's driver; see the module."""
 
     def __init__(self, vm: str, fleet: Fleet | None = None) -> None:
+        priority.take_normal()
         self._vm = vm
         self._fleet: Fleet = fleet or RayFleet()
         self._phase = VmPhase.ABSENT
@@ -81,20 +84,24 @@ class Coordinator:
         self._last: dict[str, Any] = {}
         self._fixed_s = FIXED_S
         self._follower: Follower | None = None
+        self._recovered = self._taken_down = False
         self._recover()
 
     @contextmanager
     def _exclusively(self, phase: VmPhase, wait_s: float = 0.0) -> Iterator[None]:
-        """One operation at a time; the phase before is back if the operation fails."""
+        """One operation at a time; if it fails, the VM is what it was before, or was taken down."""
         if not self._operation.acquire(timeout=wait_s):
             raise Conflict(f"VM {self._vm} is {self._phase}; wait until that is done")
-        before, self._phase = self._phase, phase
         try:
-            yield
-        except BaseException:
-            if self._phase is phase:
-                self._phase = before
-            raise
+            if not self._recovered:
+                self._recover()
+            before, self._phase, self._taken_down = self._phase, phase, False
+            try:
+                yield
+            except BaseException:
+                if self._phase is phase:
+                    self._phase = VmPhase.ABSENT if self._taken_down else before
+                raise
         finally:
             self._operation.release()
 
@@ -111,34 +118,45 @@ class Coordinator:
     # After a restart of this actor
 
     def _recover(self) -> None:
+        """Find out what a coordinator before this one left, and bring it to an end.
+
+        A host that does not answer yet makes the VM lost for now; it is tried again before the
+        next operation and when somebody asks for the status.
+        """
         ports = self._fleet.find(self._vm)
         if not ports:
             self._fleet.release(self._vm)  # a start may have come as far as its reservation
+            self._phase, self._why, self._recovered = VmPhase.ABSENT, "", True
             return
         try:
-            descriptions = [self._describe(port) for port in ports]
+            self._settle_what_is_there(ports)
         except DcresError as error:
             self._phase, self._why = VmPhase.LOST, str(error)
-            return
+        else:
+            self._recovered = True
+
+    def _settle_what_is_there(self, ports: Sequence[Port]) -> None:
+        descriptions = [describe(port) for port in ports]
         self._hosts = tuple(each["host"] for each in descriptions)
-        if descriptions[0]["running"] and self._reshaped(descriptions[0]):
-            descriptions = [self._describe(port) for port in self._fleet.find(self._vm)]
-        if not all(each["present"] for each in descriptions):
+        if not descriptions[0]["running"]:
             log.warning("VM %s: taking down a start that was not finished", self._vm)
             self._take_down()
+            self._phase, self._why = VmPhase.ABSENT, ""
             return
-        self._phase = VmPhase.RUNNING
+        if self._reshaped(descriptions[0]):
+            ports = self._fleet.find(self._vm)
+            descriptions = [describe(port) for port in ports]
+        gone = [each["host"] for each in descriptions if not each["present"]]
+        if gone:
+            # Ray moves the actors of a dead host to a new one, where nothing of the VM is.
+            raise VmLost(f"a host of VM {self._vm} is gone ({', '.join(gone)} has nothing of it)")
         checkpoint = descriptions[0]["checkpoint"]
-        try:
-            if checkpoint is not None:
-                log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
-                self._give_up(checkpoint, ports)
-            if not descriptions[0]["running"]:
-                self._take_down()
-            elif descriptions[0]["moving"]:
-                self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
-        except DcresError as error:
-            self._phase, self._why = VmPhase.LOST, str(error)
+        if checkpoint is not None:
+            log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
+            self._give_up(checkpoint, ports)
+        self._phase, self._why = VmPhase.RUNNING, ""
+        if descriptions[0]["moving"]:
+            self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
 
     def _reshaped(self, main: Status) -> bool:
         """Whether shares were being changed; if so that is brought to an end."""
@@ -148,18 +166,17 @@ class Coordinator:
         self._hosts = settle_shape(self._vm, self._fleet)
         return True
 
-    def _describe(self, port: Port) -> Status:
-        port.wait_ready(_ASK_TIMEOUT_S)
-        description: Status = port.call("describe", timeout_s=_ASK_TIMEOUT_S)
-        return description
-
     def _give_up(self, checkpoint: str, ports: Sequence[Port]) -> None:
-        ports[0].call("resume", timeout_s=_RESUME_TIMEOUT_S)
-        if ports[0].call("published", checkpoint):
+        """As `Checkpointing` does it: the VM waits for a host that saves, so that ends first."""
+        main, *subs = ports
+        main.call("halt", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
+        main.call("resume", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
+        if main.call("published", checkpoint):
             return
-        for step in ("halt", "abandon"):
-            for port in ports:
-                port.call(step, checkpoint)
+        for port in subs:
+            port.call("halt", checkpoint)
+        for port in ports:
+            port.call("abandon", checkpoint)
 
     # Start
 
@@ -252,6 +269,7 @@ class Coordinator:
                 manifest = running.run()
             finally:
                 self._checkpointing = None
+                self._recovered = not running.vm_stands  # else the next look lets it go on
             self._phase = VmPhase.RUNNING
             self._last = checkpoint_facts(manifest, time.monotonic() - began)
             self._last["downtime_parts_seconds"] = running.downtime_parts_s
@@ -412,24 +430,43 @@ class Coordinator:
 
     def status(self) -> Status:
         """The VM as its hosts see it; a host that is gone makes it lost, and says so."""
-        status: Status = {"vm": self._vm, "phase": str(self._phase), "why": self._why, "hosts": []}
-        if self._phase in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
+        self._recover_if_due()
+        before = self._phase
+        status: Status = {"vm": self._vm, "phase": str(before), "why": self._why, "hosts": []}
+        if before in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
             return status
+        phase, why = before, self._why
         try:
             status["hosts"] = self._ask_all()
-            self._why = "" if self._follower is None else self._follower.trouble
-            if self._phase is VmPhase.LOST:
-                self._phase = VmPhase.RUNNING
+            if self._recovered:
+                why = "" if self._follower is None else self._follower.trouble
+                phase = VmPhase.RUNNING if before is VmPhase.LOST else before
         except NotFound:
-            if self._phase is not VmPhase.LOST:
-                self._phase = VmPhase.ABSENT
+            phase = before if before is VmPhase.LOST else VmPhase.ABSENT
         except DcresError as error:
-            self._why = str(error)
-            if self._phase is VmPhase.RUNNING and isinstance(error, VmLost):
-                self._phase = VmPhase.LOST
-        status["phase"], status["why"] = str(self._phase), self._why
+            why = str(error)
+            lost = before is VmPhase.RUNNING and isinstance(error, VmLost)
+            phase = VmPhase.LOST if lost else before
+        self._found(before, phase, why)
+        status["phase"], status["why"] = str(phase), why
         status["last_checkpoint"] = self._last or None
         return status
+
+    def _found(self, before: VmPhase, phase: VmPhase, why: str) -> None:
+        """What a look at the hosts showed, unless an operation has begun or ended meanwhile."""
+        if self._operation.acquire(blocking=False):
+            try:
+                if self._phase is before:
+                    self._phase, self._why = phase, why
+            finally:
+                self._operation.release()
+
+    def _recover_if_due(self) -> None:
+        if not self._recovered and self._operation.acquire(blocking=False):
+            try:
+                self._recover()
+            finally:
+                self._operation.release()
 
     def placement(self, buckets: int) -> Picture:
         """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
@@ -480,15 +517,9 @@ class Coordinator:
         return True
 
     def _take_down(self) -> None:
-        """End everything of the VM on every host that still answers; release the hosts."""
+        """End everything of the VM on every host that is still there; release the hosts."""
         if self._follower is not None:
             self._follower.stop()
             self._follower = None
-        for port in self._fleet.find(self._vm):
-            try:
-                port.wait_ready(_ASK_TIMEOUT_S)
-                port.call("destroy")
-            except DcresError as error:
-                log.warning("VM %s: %s", self._vm, error)
-        self._fleet.release(self._vm)
-        self._hosts = ()
+        take_down(self._vm, self._fleet)
+        self._hosts, self._taken_down = (), True

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from dcres.actors import _ray
+from dcres.actors.host import VmFolder, end_leftovers
 from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Pending, Port
@@ -135,6 +136,18 @@ class RayFleet:
                 _ray.release(name)
         _ray.release(_reservation_name(vm))
 
+    def hosts_of(self, vm: str, indices: Sequence[int]) -> list[str]:
+        """Where their bundles are: an actor that is not there has no better address."""
+        found = []
+        for index in indices:
+            with suppress(NotFound):
+                found.append(self._host_of(vm, index))
+        return found
+
+    def sweep(self, vm: str, host: str) -> None:
+        """By a task on the host."""
+        _ray.run_on(host, end_what_is_left, vm, timeout_s=_LOOK_TIMEOUT_S)
+
     def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
         """Asked by a task on every host; one that does not answer has nothing."""
         found = {}
@@ -184,6 +197,13 @@ def _roomiest(hosts: Sequence[HostInfo], share: int) -> str:
     if best is None or best.memory_free_bytes < share:
         raise NoRoom(f"no host that is not the VM's already has {format_size(share)} free")
     return best.name
+
+
+def end_what_is_left(vm: str) -> None:
+    """End processes and remove memory of a VM on the host that this runs on."""
+    folder = VmFolder.of(HostSettings.from_environ(os.environ), vm)
+    end_leftovers(folder)
+    folder.remove()
 
 
 def parts_in_store(manifest: str) -> tuple[str, ...]:

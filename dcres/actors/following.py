@@ -27,12 +27,14 @@ class Follower:
         self._servers = servers
         self.trouble = ""  # what keeps pages from coming
         self._over = threading.Event()
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name=f"follow-{vm}", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Wait no longer: the VM ends. Repeatable."""
-        self._over.set()
+        """Wait no longer: the VM ends. `done` is not called after this. Repeatable."""
+        with self._ending:
+            self._over.set()
 
     def _follow(self) -> None:
         while not self._over.wait(_POLL_S):
@@ -49,7 +51,9 @@ class Follower:
             except DcresError as error:
                 log.warning("VM %s, after its lazy restore: %s", self._vm, error)
                 continue
-            self._done()
+            with self._ending:  # hosts go by the VM's name: it must not end those of its next life
+                if not self._over.is_set():
+                    self._done()
             return
 
     def _look_for_trouble(self) -> None:

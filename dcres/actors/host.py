@@ -33,7 +33,10 @@ log = logging.getLogger("dcres.host")
 _START_TIMEOUT_S = 20.0
 _PATIENCE_S = 10.0
 _MOST_RESTARTS = 20
+_FIRST_DELAY_S = 0.1
+_LONGEST_DELAY_S = 5.0
 _LIVED_LONG_S = 60.0
+_LIVED_AT_ALL_S = 2.0
 _POLL_S = 0.02
 
 
@@ -124,20 +127,21 @@ class Daemon:
         self.given_up = ""  # why it is not started again
         self._needed = needed
         self._wanted = False
+        self._unwanted = threading.Event()  # wakes whoever waits before a restart
         self._spawning = threading.Lock()
         self._watcher: threading.Thread | None = None
         self._process: ProcessId | None = None
 
     def start(self) -> None:
         """Start it, or adopt the one that runs; returns when it answers."""
-        self._wanted = True
+        self._want()
         self._adopt_or_spawn()
         self._await_answer()
         self._keep_watch()
 
     def adopt(self) -> None:
         """As `start`, for an actor that was started again: what fails now is tried again."""
-        self._wanted = True
+        self._want()
         try:
             self._adopt_or_spawn()
             self._await_answer()
@@ -145,10 +149,30 @@ class Daemon:
             log.error("%s", error)
         self._keep_watch()
 
+    def _want(self) -> None:
+        self._unwanted.clear()
+        self._wanted, self.given_up = True, ""
+
     def _adopt_or_spawn(self) -> None:
-        self._process = self._read_pid()
-        if self._process is None or not self._process.alive:
-            self._spawn()
+        with self._spawning:
+            if not self._wanted:
+                raise PagingError(f"the {self.name} is being stopped")
+            process = self._read_pid()
+            if process is None or not process.alive:
+                process = self._unwritten() or self._spawn()
+                state = {"pid": process.pid, "start_time": process.start_time}
+                write_state(self._pid_file, state)
+            self._process = process
+
+    def _unwritten(self) -> ProcessId | None:
+        """The live process of this daemon that the pid file does not tell of.
+
+        An actor that was killed between starting it and writing that down left it. Of several
+        the oldest: those that came later find it at work and end.
+        """
+        marked = [each for pair in self._marker.items() for each in find_marked(*pair)]
+        ours = [each for each in marked if each.argv == self._argv]
+        return min(ours, key=lambda each: each.start_time, default=None)
 
     def _keep_watch(self) -> None:
         if self._watcher is None or not self._watcher.is_alive():
@@ -160,15 +184,21 @@ class Daemon:
         return control.call(self.control, do, timeout_s, **arguments)
 
     def call_patiently(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """`call` an order that may be repeated, through a restart if need be."""
+        """`call` an order that may be repeated, through a restart if need be.
+
+        Raises PagingError with the reason when it was given up.
+        """
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 return self.call(do, **arguments)
             except PagingError as error:
                 # A reported error has a class of its own; this one says that nobody answered.
-                hopeless = type(error) is not PagingError or self.given_up or not self._needed()
-                if hopeless or time.monotonic() > deadline:
+                if type(error) is not PagingError or not self._needed():
+                    raise
+                if self.given_up:
+                    raise PagingError(self.given_up) from error
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(_POLL_S)
 
@@ -176,6 +206,7 @@ class Daemon:
         """End it for good. Repeatable."""
         with self._spawning:
             self._wanted = False
+            self._unwanted.set()
         process = self._process or self._read_pid()
         if process is not None:
             process.end()
@@ -186,26 +217,25 @@ class Daemon:
         state = read_state(self._pid_file)
         return None if state is None else ProcessId(state["pid"], state["start_time"])
 
-    def _spawn(self) -> None:
-        with self._spawning:
-            if not self._wanted:
-                raise PagingError(f"the {self.name} is being stopped")
-            process = spawn_detached(self._argv, self._log, {**os.environ, **self._marker})
-            write_state(self._pid_file, {"pid": process.pid, "start_time": process.start_time})
-            self._process = process
+    def _spawn(self) -> ProcessId:
+        return spawn_detached(self._argv, self._log, {**os.environ, **self._marker})
 
     def _await_answer(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
+        while not self._answers():
             process = self._process
-            try:
-                if process is not None and self.call("status", 2.0)["pid"] == process.pid:
-                    return
-            except PagingError:
-                if process is None or not process.alive or time.monotonic() > deadline:
-                    why = f"the {self.name} did not start; its log ends with: {self._words()}"
-                    raise PagingError(why) from None
+            if process is None or not process.alive or time.monotonic() > deadline:
+                why = f"the {self.name} did not start; its log ends with: {self._words()}"
+                raise PagingError(why)
             time.sleep(_POLL_S)
+
+    def _answers(self) -> bool:
+        """Whether it is this process, and no other, that answers at its socket."""
+        try:
+            answer = self.call("status", 2.0)
+        except PagingError:
+            return False
+        return self._process is not None and answer["pid"] == self._process.pid
 
     def _words(self) -> str:
         try:
@@ -215,28 +245,42 @@ class Daemon:
         return lines[-1] if lines else "it said nothing"
 
     def _watch(self) -> None:
-        in_a_row, since = 0, time.monotonic()
+        in_a_row, at_once, since = 0, 0, time.monotonic()
         while self._wanted:
             process = self._process
             if process is not None and not process.wait_gone(0.5):
                 continue
             if not self._wanted or not self._needed():
                 return
-            in_a_row = 0 if time.monotonic() - since > _LIVED_LONG_S else in_a_row + 1
-            since = time.monotonic()
+            lived_s = time.monotonic() - since
+            in_a_row = 0 if lived_s > _LIVED_LONG_S else in_a_row + 1
+            at_once = 0 if lived_s > _LIVED_AT_ALL_S else at_once + 1
             if in_a_row > _MOST_RESTARTS:
                 self.given_up = f"the {self.name} does not stay up: {self._words()}"
+                log.error("%s", self.given_up)
                 return
+            # Without delay where that may help: a guest waits.
+            if self._unwanted.wait(restart_delay_s(at_once)):
+                continue
+            since = time.monotonic()
             self._restart()
 
     def _restart(self) -> None:
         self.restarts += 1
         log.warning("the %s has died; starting another", self.name)
         try:
-            self._spawn()
+            self._adopt_or_spawn()
             self._await_answer()
         except (PagingError, OSError) as error:
             log.error("%s", error)
+
+
+def restart_delay_s(at_once: int) -> float:
+    """How long to wait before a restart, after so many that died at once; 0 at first.
+
+    What keeps dying may need a moment until it is mended.
+    """
+    return 0.0 if at_once < 2 else min(_FIRST_DELAY_S * 2.0 ** (at_once - 2), _LONGEST_DELAY_S)
 
 
 class Life:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from dcres.actors.messages import (
 from dcres.actors.slice_server import SliceSettings
 from dcres.config import HostSettings
 from dcres.errors import Conflict
+from dcres.linux import priority
 from dcres.linux.files import punch_hole
 from dcres.model import plan as plan_
 from dcres.model.handshake import Identity
@@ -61,12 +62,18 @@ def identity_of(order: RunOrder | ServeOrder) -> Identity:
 
 
 def load_pages(
-    store: Store, order: LoadOrder, identity: Identity, target: Path, meter: Meter
+    store: Store,
+    order: LoadOrder,
+    identity: Identity,
+    target: Path,
+    meter: Meter,
+    require_use: Callable[[], None] = lambda: None,
 ) -> None:
     """Load the pages of `order` into the sparse file `target`, and nothing else.
 
     The file is created, or emptied first. Every page was verified, here or by the slice server
-    that sent it. Raises CheckpointCorrupt, NoRoom, PagingError.
+    that sent it. `require_use` is called as pages come, and raises when nobody needs them any
+    more. Raises CheckpointCorrupt, NoRoom, PagingError.
     """
     manifest = parse(order.manifest)
     fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -75,7 +82,12 @@ def load_pages(
         punch_hole(fd, 0, manifest.memory_bytes)
         wanted = [unpack_mask(each.pages, manifest.page_count) for each in order.readings]
         with meter.measuring("load", sum(int(mask.sum()) for mask in wanted)):
-            _load_all(store, manifest, order.readings, wanted, identity, fd, meter)
+
+            def done(pages: int) -> None:
+                require_use()
+                meter.done(pages)
+
+            _load_all(store, manifest, order.readings, wanted, identity, fd, done)
     finally:
         os.close(fd)
 
@@ -87,7 +99,7 @@ def _load_all(
     wanted: list[Mask],
     identity: Identity,
     fd: int,
-    meter: Meter,
+    done: Callable[[int], None],
 ) -> None:
     """From all places at the same time; the disk is one place."""
     pairs = list(zip(readings, wanted, strict=True))
@@ -96,14 +108,14 @@ def _load_all(
         for reading, mask in pairs:
             if reading.source is None:
                 part = store.read_slice(manifest, reading.part)
-                memory_file.load(part.memory, fd, meter.done, wanted=mask)
+                memory_file.load(part.memory, fd, done, wanted=mask)
 
     def from_afar(source: SubAddress, mask: Mask) -> None:
         def write(first: int, stop: int, data: memoryview) -> None:
             write_fully(fd, data, first * PAGE_SIZE)
 
         extents = extents_of_mask(mask)
-        puller.pull(source, identity, manifest.page_count, extents, write, meter.done)
+        puller.pull(source, identity, manifest.page_count, extents, write, done)
 
     afar = [(each.source, mask) for each, mask in pairs if each.source is not None]
     with ThreadPoolExecutor(1 + len(afar)) as pool:
@@ -143,6 +155,7 @@ class PartServing:
     """
 
     def __init__(self, settings: HostSettings, folder: VmFolder, store: Store) -> None:
+        priority.take_normal()
         self._settings = settings
         self._folder = folder
         self._store = store
@@ -211,8 +224,11 @@ class PartServing:
         self._slices_over = True
         self._slices.stop()
         with self._starting_slices:
-            self._slices.stop()
-            self._slices_path.unlink(missing_ok=True)
+            self._stop_slices()
+
+    def _stop_slices(self) -> None:
+        self._slices.stop()
+        self._slices_path.unlink(missing_ok=True)
 
 
 class SliceHost(PartServing):

@@ -59,17 +59,19 @@ class MainHost(MovingHost):
         """Sweep unfinished checkpoints, make room for this one, track changes from now on.
 
         The state file says so: an actor that is started again finds out what it left. Returns
-        the paging counters as they are. Raises StoreFull, VmLost.
+        the paging counters as they are. Raises StoreFull, VmLost, Conflict if it was given up.
         """
-        status = self.status()
-        with self._qmp() as monitor:
-            monitor.learn()  # it has, unless the connection is a new one
-        # Sub hosts that share this store may have begun their part already.
-        self._store.sweep(self._vm, keep=frozenset({checkpoint}))
-        self._store.begin(self._vm, checkpoint)
-        require_store_room(self._settings.store, status["pages"][0] * PAGE_SIZE)
-        self._remember(checkpoint=checkpoint)
-        self._begin_saving(checkpoint, memory_format, self._ram, self._pager)
+        with self._saving:  # so that what gives the checkpoint up comes before it all or after
+            self._require_wanted(checkpoint)
+            status = self.status()
+            with self._qmp() as monitor:
+                monitor.learn()  # it has, unless the connection is a new one
+            # Sub hosts that share this store may have begun their part already.
+            self._store.sweep(self._vm, keep=frozenset({checkpoint}))
+            self._store.begin(self._vm, checkpoint)
+            require_store_room(self._settings.store, status["pages"][0] * PAGE_SIZE)
+            self._remember(checkpoint=checkpoint)
+            self._begin_saving(checkpoint, memory_format, self._ram, self._pager)
         return {"pages_in": status["pages_in"], "pages_out": status["pages_out"]}
 
     @property
@@ -78,9 +80,15 @@ class MainHost(MovingHost):
         return self._folder.ram / VMCORE
 
     def finish(self, checkpoint: str) -> Finished:
-        """Stop the VM, drain paging, snapshot the disks, save the core, freeze placement."""
+        """Stop the VM, drain paging, snapshot the disks, save the core, freeze placement.
+
+        Raises Conflict when the VM was told to go on, which it is only afterwards or instead.
+        """
         # `resume` waits for this: it must not thaw paging before it was frozen.
         with self._stopping_vm:
+            self._require_wanted(checkpoint)
+            if checkpoint in self._resumed:
+                raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} comes too late")
             return self._finish(checkpoint)
 
     def _finish(self, checkpoint: str) -> Finished:
@@ -148,18 +156,20 @@ class MainHost(MovingHost):
                 file_sum(folder / VMCORE),
             ]
 
-        saved = self._settle(write_tables)
+        saved = self._settle(checkpoint, write_tables)
         self._frozen = None
         masks = [owners == code for code in codes]
         placed = tuple(Placed(int(mask.sum()), digest(mask)) for mask in masks)
         return replace(saved, placed=placed)
 
-    def resume(self) -> float:
+    def resume(self, checkpoint: str) -> float:
         """Thaw paging, let the guest run; the time on this host's monotonic clock.
 
-        Also undoes a checkpoint that stopped half-way, so it is safe to call at any time.
+        Also undoes a checkpoint that stopped half-way, so it is safe to call at any time. The VM
+        is not stopped for `checkpoint` any more.
         """
         with self._stopping_vm:
+            self._resumed.append(checkpoint)
             with self._blaming_qemu(VmLost):
                 self._pager.call_patiently("thaw")
             self.go()

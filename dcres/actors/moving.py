@@ -80,22 +80,25 @@ class MovingHost(StartingHost):
         self._repage()
         return int((rows[:, 1] - rows[:, 0]).sum())
 
-    def _await_moves(self) -> None:
-        """Until a lazy restore has brought all pages: a checkpoint holds what its hosts have."""
+    def _await_moves(self, checkpoint: str) -> None:
+        """Until a lazy restore has brought all pages: a checkpoint holds what its hosts have.
+
+        Raises Conflict when the checkpoint is given up meanwhile.
+        """
         while self._state.get("sources"):
             status = self._pager.call_patiently("status")
             if not status["moving"]:
                 return
-            self._meter.done(0)  # raises when the checkpoint is cancelled
+            self._require_wanted(checkpoint)
             time.sleep(_MOVES_POLL_S)
 
     def copy(self, checkpoint: str) -> HostRound:
         """As on every host; the first round of a lazily restored VM lasts until all is here."""
         done = super().copy(checkpoint)
-        self._await_moves()
+        self._await_moves(checkpoint)
         return done
 
-    def synchronise(self, checkpoint: str, live: bool) -> None:
+    def synchronise(self, checkpoint: str, once_more: bool) -> None:
         """As on every host."""
-        self._await_moves()
-        super().synchronise(checkpoint, live)
+        self._await_moves(checkpoint)
+        super().synchronise(checkpoint, once_more)

@@ -54,6 +54,12 @@ class Fleet(Protocol):
     def indices(self, vm: str) -> list[int]:
         """The indices of the VM's hosts, in the order of `find`; 0 is the main host."""
 
+    def hosts_of(self, vm: str, indices: Sequence[int]) -> list[str]:
+        """The hosts where these of the VM's are, as far as they are there."""
+
+    def sweep(self, vm: str, host: str) -> None:
+        """End what is left of the VM on a host, past its actor, which has ended. Repeatable."""
+
     def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
         """Live hosts that have parts of a checkpoint in their store: the parts, by host."""
 

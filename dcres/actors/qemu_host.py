@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from dcres.actors.messages import (
     Status,
 )
 from dcres.actors.picturing import look
-from dcres.actors.saving import SavingHost
+from dcres.actors.saving import LATE_ORDERS, SavingHost
 from dcres.config import HostSettings, VmSpec
 from dcres.errors import (
     MonitorError,
@@ -41,7 +42,9 @@ from dcres.model.placement import (
 )
 from dcres.storage.store import Store
 from dcres.vm.monitor import Monitor
-from dcres.vm.process import QemuProcess, last_words
+from dcres.vm.process import QemuProcess
+
+_END_S = 0.3  # from a broken connection to QEMU until the kernel has ended it
 
 
 class QemuHost(SavingHost, PartServing):
@@ -60,6 +63,8 @@ class QemuHost(SavingHost, PartServing):
         self._frozen_pid = 0  # of the pager that froze
         self._orders = threading.Lock()
         self._stopping_vm = threading.Lock()
+        # Checkpoints for which the VM was told to go on.
+        self._resumed: deque[str] = deque(maxlen=LATE_ORDERS)
         self._remembering = threading.Lock()
         self._life = Life()
         self._monitor: Monitor | None = None
@@ -125,12 +130,12 @@ class QemuHost(SavingHost, PartServing):
             except MonitorError:
                 self._monitor.close()
                 self._monitor = None
-                if not qemu.alive:
+                if qemu.process.wait_gone(_END_S):
                     raise VmLost(self._obituary(qemu)) from None
                 raise
 
     def _obituary(self, qemu: QemuProcess) -> str:
-        words = last_words(qemu.files.log)
+        words = qemu.words or "it was killed, or said nothing"
         return f"QEMU of VM {self._vm} has ended ({words}); restore a checkpoint"
 
     @contextmanager
@@ -138,8 +143,8 @@ class QemuHost(SavingHost, PartServing):
         """When QEMU has ended, that is the error, and not that its pager went with it."""
         try:
             yield
-        except (PagingError, MonitorError):
-            if self._state and not self._qemu.alive:
+        except (PagingError, MonitorError, OSError):
+            if self._state and self._qemu.process.wait_gone(_END_S):
                 raise blame(self._obituary(self._qemu)) from None
             raise
 

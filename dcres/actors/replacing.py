@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dcres.actors.asking import describe
 from dcres.actors.messages import ServeOrder, Status
 from dcres.actors.ports import Fleet, Port
 from dcres.config import Layout, VmSpec
@@ -25,7 +26,6 @@ from dcres.paging.settings import SubAddress
 _POLL_S = 0.05
 _TRIES = 20
 _SERVE_TIMEOUT_S = 60.0
-_ASK_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -135,18 +135,12 @@ def settle_shape(vm: str, fleet: Fleet) -> tuple[str, ...]:
     main = ports[0].call("describe")
     hosts: tuple[str, ...] = tuple(main["hosts"])
     for index, port in zip(fleet.indices(vm), ports, strict=True):
-        if _describe(port)["host"] not in hosts:
+        if describe(port)["host"] not in hosts:
             port.call("destroy")
             fleet.dismiss(vm, index)
     if main["reshaping"]:
         _give_shares_back(fleet.find(vm), hosts, main)
     return hosts
-
-
-def _describe(port: Port) -> Status:
-    port.wait_ready(_ASK_TIMEOUT_S)
-    description: Status = port.call("describe", timeout_s=_ASK_TIMEOUT_S)
-    return description
 
 
 def _give_shares_back(ports: Sequence[Port], hosts: tuple[str, ...], described: Status) -> None:

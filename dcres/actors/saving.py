@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 from dcres.actors.host import Daemon, Meter
 from dcres.actors.messages import Progress, Saved
 from dcres.errors import Conflict, DcresError
+from dcres.linux import priority
 from dcres.linux.files import data_extents, data_extents_within
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
@@ -46,6 +48,7 @@ from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 
+LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
 
 
@@ -66,6 +69,7 @@ class PartSaver:
 
     def __init__(
         self,
+        checkpoint: str,
         source: Path,
         folder: Path,
         memory_format: MemoryFormat,
@@ -73,6 +77,7 @@ class PartSaver:
         daemon: Daemon,
         meter: Meter,
     ) -> None:
+        self.checkpoint = checkpoint
         self._daemon = daemon
         self._meter = meter
         self._folder = folder
@@ -124,22 +129,29 @@ class PartSaver:
         seconds = max(time.perf_counter() - began, 1e-6)
         return max(sample.size, 1) * PAGE_SIZE / seconds
 
+    def _scan(self) -> int:
+        """Mark what the guest wrote since the last time; how many pages are marked then."""
+        return int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
+
     def _take(self) -> Extents:
         """Marked pages that are here; those that are not vanish from the memory file."""
-        self._daemon.call("scan", changes=str(self._changes_path))
         marked = self._changes.take()
         here = data_extents_within(self._source, marked, self._pages)
         self._gone = without(marked, here)
         return here
 
     def copy(self) -> HostRound:
-        """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled."""
+        """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled.
+
+        It ends with a scan and does not begin with one: each costs a guest that writes everywhere
+        another fault for every page.
+        """
         began = time.monotonic()
         here = self._take()
-        with self._meter.measuring("copy", count_pages(here)):
+        with self._meter.measuring("copy", count_pages(here)), priority.background():
             self._writer.discard(self._gone)
             self._writer.save(self._source, here)
-        left = int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
+        left = self._scan()
         seconds = time.monotonic() - began
         return HostRound(count_pages(here), left, seconds, self._rate)
 
@@ -148,6 +160,7 @@ class PartSaver:
 
         What is more is written at once. Afterwards nothing of the host's memory is needed.
         """
+        self._scan()
         here = self._take()
         at_once, later = split_pages(here, max(0, count_pages(here) - most_pages))
         if len(at_once):
@@ -158,7 +171,7 @@ class PartSaver:
 
     def settle(self, host: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]) -> Saved:
         """Write what was staged and make the part durable, with the tables of `tables_of`."""
-        with self._meter.measuring("save", 0):
+        with self._meter.measuring("save", 0), priority.background():
             self._writer.discard(self._gone)
             self._writer.settle()
         saved = self._writer.seal()
@@ -183,7 +196,9 @@ def _changes_of(source: Path) -> Path:
 class SavingHost:
     """The part of a host's actor that saves: what main host and sub hosts do alike.
 
-    Every method may be called again after a failure, once `abandon` was.
+    Orders name the checkpoint that they are for. One that comes late, after that checkpoint was
+    halted or when another one is under way, is refused with Conflict and changes nothing. Every
+    method may be called again after a failure, once `abandon` was.
     """
 
     def __init__(self, store: Store, vm: str, host: str, meter: Meter) -> None:
@@ -191,20 +206,27 @@ class SavingHost:
         self._vm = vm
         self._host = host
         self._meter = meter
-        self._saving = threading.Lock()
+        self._saving = threading.RLock()
         self._saver: PartSaver | None = None
+        self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
+
+    def _require_wanted(self, checkpoint: str) -> None:
+        if checkpoint in self._halted:
+            raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} was given up")
 
     def _begin_saving(
         self, checkpoint: str, memory_format: MemoryFormat, source: Path, daemon: Daemon
-    ) -> Path:
+    ) -> None:
         """Make this host's folder in the checkpoint and track changes from now on."""
         with self._saving:
+            self._require_wanted(checkpoint)
             self._end_saving()
             self._meter.reset()
             folder = self._store.host_folder(self._vm, checkpoint, self._host)
             changes = _changes_of(source)
-            self._saver = PartSaver(source, folder, memory_format, changes, daemon, self._meter)
-        return folder
+            self._saver = PartSaver(
+                checkpoint, source, folder, memory_format, changes, daemon, self._meter
+            )
 
     def _end_saving(self) -> None:
         saver, self._saver = self._saver, None
@@ -212,43 +234,60 @@ class SavingHost:
             saver.close()
 
     @contextmanager
-    def _current(self) -> Iterator[PartSaver]:
+    def _current(self, checkpoint: str) -> Iterator[PartSaver]:
         with self._saving:
-            if self._saver is None:
-                raise Conflict(f"host {self._host} has no checkpoint of VM {self._vm} under way")
+            if self._saver is None or self._saver.checkpoint != checkpoint:
+                raise Conflict(
+                    f"host {self._host} has no checkpoint {checkpoint} of VM {self._vm} under way"
+                )
             yield self._saver
 
     def copy(self, checkpoint: str) -> HostRound:
         """A round of checkpoint `checkpoint` while the guest runs; see `PartSaver.copy`."""
-        with self._current() as saver:
+        with self._current(checkpoint) as saver:
             return saver.copy()
 
-    def synchronise(self, checkpoint: str, live: bool) -> None:
-        """The barrier before the stop: a last quick round, if there are rounds at all."""
-        with self._current() as saver:
-            if live:
+    def synchronise(self, checkpoint: str, once_more: bool) -> None:
+        """The barrier before the stop, with a last quick round if `once_more`."""
+        with self._current(checkpoint) as saver:
+            if once_more:
                 saver.copy()
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         """The VM stands still: take the rest; see `PartSaver.stage`."""
-        with self._current() as saver:
+        with self._current(checkpoint) as saver:
             saver.stage(most_pages)
 
-    def _settle(self, tables_of: Callable[[SavedMemory], Sequence[FileSum]]) -> Saved:
-        with self._current() as saver:
+    def _settle(
+        self, checkpoint: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]
+    ) -> Saved:
+        with self._current(checkpoint) as saver:
             saved = saver.settle(self._host, tables_of)
             self._saver = None
         return saved
 
     def halt(self, checkpoint: str) -> None:
-        """Stop saving and tracking. Repeatable.
+        """Stop saving and tracking, for good: orders that come later are refused. Repeatable.
 
         Hosts may share a store, so no part is removed before all hosts have halted.
         """
+        self._halted.append(checkpoint)
+        with self._hurrying(checkpoint), self._saving:
+            if self._saver is not None and self._saver.checkpoint == checkpoint:
+                self._end_saving()
+
+    @contextmanager
+    def _hurrying(self, checkpoint: str) -> Iterator[None]:
+        """What is being saved for `checkpoint` fails soon, and so frees the lock."""
+        saver = self._saver
+        if saver is None or saver.checkpoint != checkpoint:
+            yield
+            return
         self._meter.cancel()
-        with self._saving:
-            self._end_saving()
-        self._meter.reset()
+        try:
+            yield
+        finally:
+            self._meter.reset()
 
     def _end_tracking(self, source: Path, daemon: Daemon) -> None:
         """What an actor began that has died: its paging process tracks, and its marks are there."""

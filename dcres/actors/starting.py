@@ -40,13 +40,24 @@ from dcres.vm import accel as accel_
 from dcres.vm import disk, process, safety
 from dcres.vm.command import MACHINE, VmFiles
 from dcres.vm.monitor import RunState
-from dcres.vm.process import last_words
 
 _LINKS_TIMEOUT_S = 20.0
 
 
 class StartingHost(QemuHost):
     """The part of the main host's actor that begins and ends a VM."""
+
+    def clear(self) -> None:
+        """Before `boot`: end and remove what an earlier life of the VM left on this host.
+
+        A QEMU that nobody ended would run on over this life's memory and disks. Repeatable.
+        """
+        with self._life.beginning():
+            self._pager.stop()
+            self._stop_slices()
+            end_leftovers(self._folder)
+            self._state = {}
+            self._folder.remove()
 
     def boot(self, order: RunOrder) -> None:
         """Start QEMU, with what `order.load` names in memory; the guest is stopped.
@@ -81,7 +92,15 @@ class StartingHost(QemuHost):
         machine = MACHINE if manifest is None else manifest.machine.get("type", MACHINE)
         self._start_qemu(order, chosen, why, machine)
         if order.load is not None:
-            load_pages(self._store, order.load, identity_of(order), self._ram, self._meter)
+            identity = identity_of(order)
+            load_pages(
+                self._store, order.load, identity, self._ram, self._meter, self._require_qemu
+            )
+
+    def _require_qemu(self) -> None:
+        """QemuFailed when it has ended: what is being loaded for it is of no use then."""
+        if not self._qemu.alive:
+            raise QemuFailed(self._obituary(self._qemu))
 
     def _start_qemu(self, order: RunOrder, chosen: Accel, why: str, machine: str) -> None:
         run = self._folder.run
@@ -156,10 +175,17 @@ class StartingHost(QemuHost):
         return self._folder.run / "pager.json"
 
     def _repage(self, **changes: Any) -> None:
-        """Have the pager go on with other sub hosts, slice servers or moves."""
+        """Have the pager go on with other sub hosts, slice servers or moves.
+
+        What it refuses is taken back: another pager would have to start with it.
+        """
         settings = paging_settings.load(PagerSettings, self._pager_path)
         paging_settings.save(replace(settings, **changes), self._pager_path)
-        self._pager.call_patiently("reload")
+        try:
+            self._pager.call_patiently("reload")
+        except PagingError:
+            paging_settings.save(settings, self._pager_path)
+            raise
 
     def _await_links(self) -> None:
         deadline = time.monotonic() + _LINKS_TIMEOUT_S
@@ -189,8 +215,9 @@ class StartingHost(QemuHost):
             with self._qmp() as monitor:
                 monitor.load_core(core)
         except VmLost as error:
-            words = last_words(qemu.files.log)
-            raise CheckpointCorrupt(f"QEMU cannot load {core}: {words}") from error
+            if not qemu.words:  # it was killed; who cannot load a core says why
+                raise QemuFailed(str(error)) from None
+            raise CheckpointCorrupt(f"QEMU cannot load {core}: {qemu.words}") from error
 
     def go(self) -> None:
         """Let the guest run, from wherever it stands. Repeatable."""

@@ -33,6 +33,8 @@ from dcres.paging import settings as paging_settings
 from dcres.paging.settings import ServerSettings, SubAddress
 from dcres.storage import tables
 from dcres.storage.layout import PAGES
+from dcres.storage.manifest import FileSum
+from dcres.storage.memory_file import SavedMemory
 from dcres.storage.store import Store
 
 
@@ -65,6 +67,14 @@ class SubHost(SavingHost, PartServing):
     @property
     def _store_file(self) -> Path:
         return self._folder.ram / "store.ram"
+
+    def clear(self) -> None:
+        """Before `serve`: end and remove what an earlier life of the VM left. Repeatable."""
+        with self._life.beginning():
+            self._server.stop()
+            self._stop_slices()
+            end_leftovers(self._folder)
+            self._folder.remove()
 
     def serve(self, order: ServeOrder) -> SubAddress:
         """Load this host's part, if ordered, and start the memory server; where it listens.
@@ -123,12 +133,14 @@ class SubHost(SavingHost, PartServing):
         }
 
     def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> None:
-        """Make room for a checkpoint and track changes from now on. Raises StoreFull."""
-        self._require_serving()
-        held = int(self._server.call_patiently("status")["held_pages"])
-        self._store.begin(self._vm, checkpoint)
-        require_store_room(self._settings.store, held * PAGE_SIZE)
-        self._begin_saving(checkpoint, memory_format, self._store_file, self._server)
+        """Make room for a checkpoint and track changes from now on. Raises StoreFull, Conflict."""
+        with self._saving:  # so that what gives the checkpoint up comes before it all or after
+            self._require_wanted(checkpoint)
+            self._require_serving()
+            held = int(self._server.call_patiently("status")["held_pages"])
+            self._store.begin(self._vm, checkpoint)
+            require_store_room(self._settings.store, held * PAGE_SIZE)
+            self._begin_saving(checkpoint, memory_format, self._store_file, self._server)
 
     def save(self, checkpoint: str) -> Saved:
         """Make this host's part durable, with its page existence file: the vote.
@@ -136,7 +148,11 @@ class SubHost(SavingHost, PartServing):
         Raises StoreFull, Conflict when it was cancelled.
         """
         folder = self._store.host_folder(self._vm, checkpoint, self._host)
-        return self._settle(lambda saved: [tables.write_existence(folder / PAGES, saved.mask)])
+
+        def write_tables(saved: SavedMemory) -> list[FileSum]:
+            return [tables.write_existence(folder / PAGES, saved.mask)]
+
+        return self._settle(checkpoint, write_tables)
 
     def halt(self, checkpoint: str) -> None:
         """As on every host; also when an actor before this one began the saving. Repeatable."""

@@ -115,13 +115,23 @@ def status_of(answer: Mapping[str, Any]) -> VmStatus:
     return VmStatus(
         vm=answer["vm"],
         phase=answer["phase"],
-        why=answer["why"],
+        why=answer["why"] or _links_down(main),
         accel=str(main.get("accel", "")),
         run_state=str(main.get("run_state", "")),
         console=str(main.get("console", "")),
         hosts=tuple(_host_status(part) for part in parts),
         bringing_in=bringing_in,
         pages_to_bring=int(main["pages_to_move"]) if bringing_in else 0,
+    )
+
+
+def _links_down(main: Mapping[str, Any]) -> str:
+    """Which hosts the pager has lost the connection to, and why; the guest may wait for them."""
+    links: Mapping[str, Mapping[str, str]] = main.get("links", {})
+    return "; ".join(
+        f"{host} is not connected ({link['trouble']})"
+        for host, link in links.items()
+        if link["state"] != "ready" and link["trouble"]
     )
 
 

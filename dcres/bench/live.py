@@ -2,10 +2,14 @@
 
 A real guest over a main host (three quarters) and a sub host fills its memory and then writes
 to pages at random in half of it, at a given rate. Once that half is on the main host, each round
-has its speed before, a live checkpoint, and its speed meanwhile. QEMU's own ways save the same
-guest on one host, without dcres: ``migrate`` of the stopped VM to a file, and ``savevm`` into a
-QCOW2 disk; the VM stands still for all of it. What the first write to a protected page costs is
-measured with the native writer.
+has its speed before, a live checkpoint, and its speed meanwhile. A guest that writes at a given
+rate makes up for what it lost, so two others have none: ``busy`` reads a word of 64 pages at
+random for every page that it writes, as fast as it can, and ``flat_out`` does nothing but write a
+word of one page after the other, which dirties all its pages again within 50 ms.
+
+QEMU's own ways save the same guest on one host, without dcres: ``migrate`` of the stopped VM to a
+file, and ``savevm`` into a QCOW2 disk; the VM stands still for all of it. What the first write to
+a protected page costs is measured with the native writer.
 """
 
 from __future__ import annotations
@@ -33,26 +37,27 @@ from dcres.vm.monitor import Monitor
 
 FLAT_OUT = 100_000  # MB/s that no guest reaches
 RATES = (0, 10, 50, 200, FLAT_OUT)
+READS = 64  # of the busy guest, for each page that it writes
 _GUEST_MIB = 128
 _TIMEOUT_S = 300.0
 _BEFORE_S = 2.0
 _AT_REST_PAGES = 64
 
 
-def _name(rate: int) -> str:
-    return {0: "idle", FLAT_OUT: "flat_out"}.get(rate, f"{rate}MBps")
+def _name(rate: int, reads: int = 0) -> str:
+    return "busy" if reads else {0: "idle", FLAT_OUT: "flat_out"}.get(rate, f"{rate}MBps")
 
 
 def measure(setup: Setup) -> list[Row]:
     """Every round's rows."""
     memory_mib = 512 if setup.quick else 1024
-    rounds = 2 if setup.quick else 5
+    rounds = 3 if setup.quick else 5
     rows: list[Row] = []
     room = memory_mib << 20
     with _connected(LocalCluster.start(setup.folder / "c", 2, memory_per_host=room)) as cluster:
-        for rate in RATES:
-            setup.say(f"a guest of {memory_mib} MiB that writes {_name(rate)}")
-            rows += _Subject(cluster, setup.folder, memory_mib, rate).measure(rounds)
+        for rate, reads in (*((rate, 0) for rate in RATES), (FLAT_OUT, READS)):
+            setup.say(f"a guest of {memory_mib} MiB that writes: {_name(rate, reads)}")
+            rows += _Subject(cluster, setup.folder, memory_mib, rate, reads).measure(rounds)
     setup.say("QEMU's own ways, with an idle guest")
     rows += _qemu_rows(setup.folder, memory_mib, rounds)
     setup.say("the first write to a protected page")
@@ -71,12 +76,14 @@ def _connected(cluster: LocalCluster) -> Iterator[LocalCluster]:
             _ray.disconnect()
 
 
-def _spec(folder: Path, memory_mib: int, rate: int, **more: object) -> dict[str, object]:
+def _spec(
+    folder: Path, memory_mib: int, rate: int, reads: int = 0, **more: object
+) -> dict[str, object]:
     image = filler_image(folder)
     fill = memory_mib - _GUEST_MIB
-    words = f"fill={fill} dirty={rate} span={memory_mib // 2}"
+    words = f"fill={fill} dirty={rate} span={memory_mib // 2} reads={reads}"
     return {
-        "name": f"live-{_name(rate).lower().replace('_', '-')}",
+        "name": f"live-{_name(rate, reads).lower().replace('_', '-')}",
         "memory": f"{memory_mib}MiB",
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
@@ -88,12 +95,14 @@ def _spec(folder: Path, memory_mib: int, rate: int, **more: object) -> dict[str,
 class _Subject:
     """One VM that writes at one rate."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path, memory_mib: int, rate: int) -> None:
-        self._rate = rate
+    def __init__(
+        self, cluster: LocalCluster, folder: Path, memory_mib: int, rate: int, reads: int
+    ) -> None:
+        self._rate, self._reads = rate, reads
         self._store = Store(cluster.settings(cluster.hosts[0]).store)
         quarter = memory_mib // 4
         layout = {"main": f"{3 * quarter}MiB", "subs": [f"{quarter}MiB"]}
-        spec = _spec(folder, memory_mib, rate, layout=layout)
+        spec = _spec(folder, memory_mib, rate, reads, layout=layout)
         self._vm = str(spec["name"])
         self._port = _ray.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
@@ -135,7 +144,7 @@ class _Subject:
 
         during, seconds = self._speed(checkpoint)
         self._store.delete(str(facts["checkpoint"]))
-        name = _name(self._rate)
+        name = _name(self._rate, self._reads)
         seen = {"rounds": facts["rounds"], "verdict": facts["verdict"]}
         downtime = float(str(facts["downtime_seconds"]))
         rows = [
@@ -212,8 +221,7 @@ def _protected_rows(folder: Path, rounds: int) -> Iterator[Row]:
             yield Row("later_write", at, again / 1000, "µs")
 
 
-def _downtimes() -> tuple[str, ...]:
-    return tuple(f"downtime_{_name(rate)}" for rate in RATES)
+NAMES = (*map(_name, RATES), _name(FLAT_OUT, READS))
 
 
 BENCH = Bench(
@@ -221,7 +229,10 @@ BENCH = Bench(
     about="live checkpoints of guests that write, beside QEMU's migrate and savevm",
     measure=measure,
     ratios={
-        "guest_throughput_during": Ratio("written_during_flat_out", "written_before_flat_out"),
+        "guest_throughput_during": Ratio("written_during_busy", "written_before_busy"),
+        "guest_throughput_during_flat_out": Ratio(
+            "written_during_flat_out", "written_before_flat_out"
+        ),
         "guest_throughput_during_50MBps": Ratio("written_during_50MBps", "written_before_50MBps"),
         "downtime_idle_seconds": Ratio("downtime_idle", "second"),
         "downtime_50MBps_seconds": Ratio("downtime_50MBps", "second"),
@@ -232,21 +243,18 @@ BENCH = Bench(
         Aim("downtime_idle_seconds", Direction.AT_MOST, 0.1),
         Aim("downtime_50MBps_seconds", Direction.AT_MOST, 0.2),
         Aim("guest_throughput_during", Direction.AT_LEAST, 0.9),
+        Aim("guest_throughput_during_flat_out", Direction.AT_LEAST, 0.9),
         Aim("first_write", Direction.AT_MOST, 2.0, "µs"),
     ),
     figures=(
-        Figure("the VM stands still", "s", _downtimes()),
+        Figure("the VM stands still", "s", tuple(f"downtime_{name}" for name in NAMES)),
         Figure(
             "QEMU's own ways", "s", ("downtime_qemu_migrate", "downtime_qemu_savevm"), "tab:orange"
         ),
         Figure(
             "the guest writes",
             "MB/s",
-            tuple(
-                f"written_{when}_{_name(rate)}"
-                for rate in RATES[1:]
-                for when in ("before", "during")
-            ),
+            tuple(f"written_{when}_{name}" for name in NAMES[1:] for when in ("before", "during")),
             "tab:green",
         ),
     ),

@@ -155,7 +155,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One named measurement."""
+    """One named measurement. Ratios that are `optional` need what not every machine has."""
 
     name: str
     about: str
@@ -163,6 +163,7 @@ class Bench:
     ratios: Mapping[str, Ratio]
     aims: tuple[Aim, ...]
     figures: tuple[Figure, ...]
+    optional: frozenset[str] = frozenset()
 
 
 def spreads(rows: Sequence[Row]) -> dict[str, Spread]:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ FALLOC_FL_PUNCH_HOLE = 2
 _HUGE_PAGE_BYTES = 2 << 20
 _FORGET_EXTENTS_AT = 1 << 16
 _FEW_PAGES = 8192
+_POLL_S = 0.02
 
 
 def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:
@@ -183,6 +185,25 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive flock(2) on the file `path`, which is created and stays."""
     with opened(path, os.O_RDWR | os.O_CREAT) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def held(path: Path, timeout_s: float) -> Iterator[None]:
+    """The same, but BlockingIOError when somebody else has it for `timeout_s`.
+
+    The kernel lets go of it when the process ends, however it ends.
+    """
+    deadline = time.monotonic() + timeout_s
+    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_S)
         yield
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcres.errors import UnsupportedHost
+from dcres.errors import HostError, UnsupportedHost
 
 _PROC = Path("/proc")
 # The shell tells us its own pid and start time, which exec keeps; then it becomes the program.
@@ -62,6 +62,17 @@ class ProcessId:
         """Whether it still runs; a zombie does not."""
         stat = _read_stat(self.pid)
         return stat is not None and stat[0] == self.start_time and stat[1] not in "ZX"
+
+    @property
+    def argv(self) -> list[str]:
+        """Its command line; empty when it has ended."""
+        try:
+            words = (_PROC / str(self.pid) / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return []
+        if not self.alive:
+            return []
+        return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
 
     def _open(self) -> int | None:
         try:
@@ -133,7 +144,8 @@ def spawn_detached(
     priority where we may give it that, whatever ours is. Its output is
     appended to `log` (mode 0600); it reads `stdin`, or ``/dev/null``. When this returns the
     program has been started; whether it stays is for the caller to see. Raises UnsupportedHost
-    when the program is not installed, OSError when `log` cannot be written.
+    when the program is not installed, HostError when something ended it before it began, OSError
+    when `log` cannot be written.
     """
     path = None if env is None else env.get("PATH")
     if shutil.which(argv[0], path=path) is None:
@@ -150,13 +162,15 @@ def spawn_detached(
             stderr=log_fd,
             env=None if env is None else dict(env),
             cwd=cwd,
-            check=True,
+            check=False,
         )
     finally:
         os.close(log_fd)
         if stdin_fd is not None:
             os.close(stdin_fd)
     stat = launched.stdout.decode(errors="replace")
+    if not stat.strip():  # killed before it was the program
+        raise HostError(f"{argv[0]} could not be started: its launcher was ended; try again")
     return ProcessId(int(stat.split(" ", 1)[0]), _start_time_of_stat(stat)[0])
 
 

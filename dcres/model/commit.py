@@ -11,7 +11,8 @@
                                  │                  the VM runs again
 
     Before PUBLISHING any failure, or a cancel, leads to ABANDONED; a manifest that cannot be
-    written does, too.
+    written does, too. There HALT comes before RESUME: a host that still saves would keep the VM
+    waiting. When nobody can say whether the manifest is there, nothing is discarded.
 
 A vote (SAVED) is a promise: the host's part is durable, whatever becomes of the host. So a
 host that fails after its vote changes nothing, and once every vote is in there is no way back
@@ -98,8 +99,22 @@ class PublishFailed:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class PublishUnknown:
+    """The manifest may be there or not, and the host that knows does not answer."""
+
+    why: str
+
+
 Event: TypeAlias = (
-    Passed | Failed | Cancelled | AnotherRound | Converged | Published | PublishFailed
+    Passed
+    | Failed
+    | Cancelled
+    | AnotherRound
+    | Converged
+    | Published
+    | PublishFailed
+    | PublishUnknown
 )
 
 
@@ -115,7 +130,8 @@ class Instruction(StrEnum):
     RESUME = "resume"  # let the VM run
     SAVE = "save"  # tell every host to make its part durable and vote
     PUBLISH = "publish"  # write the manifest
-    DISCARD = "discard"  # tell every host to remove its part
+    HALT = "halt"  # tell every host to stop saving, for good; the main host has when this is done
+    DISCARD = "discard"  # tell every host to remove its part, once all have stopped saving
 
 
 # While these last the VM stands still.
@@ -173,8 +189,9 @@ class Commit:
             case Published():
                 return replace(self, phase=Phase.PUBLISHED), []
             case PublishFailed(why):
-                after = replace(self, phase=Phase.ABANDONED, failures={self.main: why})
-                return after, [Instruction.DISCARD]
+                return self._abandon({self.main: why})
+            case PublishUnknown(why):
+                return replace(self, phase=Phase.ABANDONED, failures={self.main: why}), []
             case _:
                 assert_never(event)
 
@@ -224,6 +241,5 @@ class Commit:
 
     def _abandon(self, failures: dict[str, str]) -> tuple[Commit, list[Instruction]]:
         after = replace(self, phase=Phase.ABANDONED, waiting=frozenset(), failures=failures)
-        if self.phase in _STOPPED:
-            return after, [Instruction.RESUME, Instruction.DISCARD]
-        return after, [Instruction.DISCARD]
+        resume = [Instruction.RESUME] if self.phase in _STOPPED else []
+        return after, [Instruction.HALT, *resume, Instruction.DISCARD]

@@ -82,7 +82,7 @@ def judge(target: Target, rounds: Sequence[Mapping[str, HostRound]]) -> Judgemen
         return Judgement(Verdict.FITS, estimate)
     if len(rounds) >= target.max_rounds:
         return Judgement(Verdict.BOUND, estimate)
-    if len(rounds) >= 3 and _left(rounds[-1]) > STALLED_SHRINK * _left(rounds[-2]):
+    if len(rounds) >= 2 and _left(rounds[-1]) > STALLED_SHRINK * _left(rounds[-2]):
         hopeless = target.fixed_s > target.downtime_s
         return Judgement(Verdict.TOO_SHORT if hopeless else Verdict.STALLED, estimate)
     return Judgement(Verdict.GO_ON, estimate)

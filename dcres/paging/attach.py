@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from dcres.errors import PagesLost, VmLost
+from dcres.errors import PagesLost, PagingError, VmLost
 from dcres.linux import inject
-from dcres.linux.files import data_extents
+from dcres.linux.files import data_extents, opened
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
-from dcres.model.placement import MAIN, NOWHERE, recover
+from dcres.model.placement import LEAVING, MAIN, NOWHERE, recover
 from dcres.paging.outbox import Outbox
 from dcres.paging.settings import PagerSettings
 from dcres.paging.table import PageTable
@@ -34,6 +35,40 @@ class Attached:
     ram: int
     outbox: Outbox
     adopted: bool
+
+
+def lock_of(settings: PagerSettings) -> Path:
+    """What a pager holds for its life; a file of its own, since the table is put in place."""
+    return Path(settings.table).with_suffix(".lock")
+
+
+def open_table(settings: PagerSettings) -> PageTable:
+    """The VM's page table; a new one, of what is in the RAM file, when there is none yet.
+
+    Raises PagingError when it is of another size, or has pages with a host that the settings do
+    not name: serving goes on where all pages can be had, or not at all.
+    """
+    path = Path(settings.table)
+    if not path.exists():
+        with opened(settings.ram, os.O_RDONLY) as fd:
+            # QEMU loads firmware and kernel before the guest runs.
+            owners = np.where(present(fd, settings.page_count), MAIN, NOWHERE).astype(np.uint8)
+        return PageTable.create(path, owners, settings.limit_pages)
+    table = PageTable(path, settings.page_count)
+    _require_known(table, settings)
+    return table
+
+
+def _require_known(table: PageTable, settings: PagerSettings) -> None:
+    known = {NOWHERE, MAIN, LEAVING, *(each.code for each in (*settings.subs, *settings.sources))}
+    counts = np.bincount(table.owners, minlength=256)
+    strange = [code for code in np.flatnonzero(counts).tolist() if code not in known]
+    if strange:
+        words = ", ".join(f"{counts[code]} pages with owner {code}" for code in strange)
+        raise PagingError(
+            f"the page table {settings.table} has {words}, and the pager's settings name no such "
+            "host; put the host that has these pages back into them"
+        )
 
 
 def attach(settings: PagerSettings, table: PageTable, stack: ExitStack) -> Attached:

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,15 +44,18 @@ class ControlServer:
             self._socket.bind(str(path))
         finally:
             os.umask(mask)
+        self._inode = path.stat().st_ino
         self._socket.listen(8)
         self._socket.setblocking(False)
         loop.add(self._socket.fileno(), self._accept)
 
     def close(self) -> None:
-        """Stop listening and remove the socket."""
+        """Stop listening and remove the socket, unless somebody else listens there by now."""
         self._loop.remove(self._socket.fileno())
         self._socket.close()
-        self._path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
 
     def _accept(self, _: int) -> None:
         try:

@@ -107,6 +107,7 @@ class Evictor:
         self.pages_out = 0
         self.resident = int((table.owners == MAIN).sum())
         self.leaving = int((table.owners == LEAVING).sum())
+        self.limit_changed()
         left_over = np.flatnonzero(table.owners == LEAVING)
         self._queue(extents_of_pages(left_over))
 
@@ -119,6 +120,11 @@ class Evictor:
     def recount(self) -> None:
         """The owners were written anew."""
         self.resident = int((self._table.owners == MAIN).sum())
+        self.limit_changed()
+
+    def limit_changed(self) -> None:
+        """The table has another limit: what is here beyond it leaves, and is allowed until then."""
+        self._allowed = float(self.resident + self.leaving)
 
     @property
     def headroom_pages(self) -> int:
@@ -141,9 +147,28 @@ class Evictor:
         return self.resident - (self._table.limit_pages - self.headroom_pages)
 
     @property
+    def shrinking(self) -> bool:
+        """Whether the main host is still on its way down to its limit."""
+        return self._allowed > self._table.limit_pages
+
+    @property
     def over_limit(self) -> bool:
-        """Whether faults must wait until pages have left."""
-        return self.resident + self.leaving >= self._table.limit_pages + self.slack_pages
+        """Whether faults must wait until pages have left.
+
+        After the limit was lowered by much that cannot mean until all of them have left: the
+        guest would stand still for as long as it takes.
+        """
+        allowed = max(self._allowed, self._table.limit_pages)
+        return self.resident + self.leaving >= allowed + self.slack_pages
+
+    def _come_down(self, pages: int) -> None:
+        """These have left: allow fewer from now on.
+
+        As few as there are; and if the guest brings pages as fast as they leave, one fewer for
+        every two that left, so that it never waits for long and the limit is reached all the same.
+        """
+        if self.shrinking:
+            self._allowed = min(self._allowed - pages / 2, self.resident + self.leaving)
 
     @property
     def drained(self) -> bool:
@@ -262,16 +287,22 @@ class Evictor:
                 self._unsent.append(np.array([[at, min(at + STEP_PAGES, stop)]]))
 
     def _send_unsent(self) -> bool:
+        """Send again, as far as there is room, what a broken link has left in the outbox."""
         if not self._unsent:
             return False
         pages = pages_of_extents(self._unsent[0])
         pages = pages[self._table.owners[pages] == LEAVING]
-        link = self._roomiest()
-        if pages.size and (link is None or link.room_pages < pages.size):
+        # One that was taken back and has left once more is on its way already, maybe elsewhere.
+        idle = [page not in self._in_flight for page in pages.tolist()]
+        pages = pages[np.array(idle, dtype=np.bool_)]
+        link = self._roomiest() if pages.size else None
+        if pages.size and link is None:
             return False
         self._unsent.popleft()
-        if pages.size and link is not None:
-            self._send(link, extents_of_pages(pages))
+        if link is not None:
+            if pages.size > link.room_pages:
+                self._unsent.appendleft(extents_of_pages(pages[link.room_pages :]))
+            self._send(link, extents_of_pages(pages[: link.room_pages]))
         return True
 
     def _send(self, link: Link, extents: Extents) -> None:
@@ -279,18 +310,22 @@ class Evictor:
         link.page_out(extents, self._outbox.read(extents))
 
     def stored(self, link: Link, extents: Extents) -> None:
-        """A sub host holds these pages: the table says so, then the outbox forgets them."""
+        """A sub host holds these pages: the table says so, then the outbox forgets them.
+
+        Only of what is still leaving; of what came back meanwhile the copy there is released.
+        """
         pages = pages_of_extents(extents)
         self._in_flight.difference_update(pages.tolist())
-        recalled = self.recalled[pages]
-        gone = pages[~recalled]
+        leaving = (self._table.owners[pages] == LEAVING) & ~self.recalled[pages]
+        gone = pages[leaving]
         self._table.owners[gone] = link.code
         self.leaving -= gone.size
         self.pages_out += gone.size
+        self._come_down(gone.size)
         self._outbox.drop(extents_of_pages(gone))
-        if recalled.any():
-            self.recalled[pages[recalled]] = False
-            link.release(extents_of_pages(pages[recalled]))
+        if gone.size < pages.size:
+            self.recalled[pages[~leaving]] = False
+            link.release(extents_of_pages(pages[~leaving]))
 
     def unanswered(self, requests: Sequence[Request]) -> None:
         """Page-outs on a link that broke: send again what is still leaving."""

@@ -39,12 +39,14 @@ from dcres.model.pages import (
 from dcres.model.wire import Endpoint, Frame, Kind
 from dcres.paging.loop import Loop
 from dcres.paging.settings import SubAddress
+from dcres.paging.silence import Silence
 from dcres.paging.stream import FrameStream
 
 log = logging.getLogger("dcres.pager")
 
 RETRY_S = 0.1
 RELEASE_PAGES = 512
+ANSWER_TIMEOUT_S = 10.0
 
 
 class LinkState(StrEnum):
@@ -125,6 +127,7 @@ class Link:
         self._release_pages = 0
         self._number = 0
         self._retry_at = 0.0
+        self._silence = Silence(ANSWER_TIMEOUT_S)
 
     @property
     def room_pages(self) -> int:
@@ -139,8 +142,10 @@ class Link:
         return not self._unanswered and not self._releases
 
     def connect_if_due(self) -> None:
-        """Try to connect when down, at most every `RETRY_S`."""
+        """Try to connect when down, at most every `RETRY_S`; go down when the server is silent."""
         now = time.monotonic()
+        if self._silence.too_long(self._owed, now):
+            self._end_silence()
         if self.state is not LinkState.DOWN or now < self._retry_at:
             return
         self._retry_at = now + RETRY_S
@@ -155,6 +160,20 @@ class Link:
         )
         self.state = LinkState.GREETING
         self._stream.send([self._handshake.hello()])
+
+    @property
+    def _owed(self) -> object:
+        """What the server has to do next. A fetch may take its time: it waits for others."""
+        if self._unanswered:
+            return self._unanswered[0].number
+        return self.state if self.state is LinkState.GREETING else None
+
+    def _end_silence(self) -> None:
+        # TCP would notice a host without power, but not a process that hangs, nor soon a host
+        # that was never reached. The guest waits either way, and status says for whom.
+        if self._stream is not None:
+            why = f"it has not answered for {ANSWER_TIMEOUT_S:g} s"
+            self._stream.close(PagingError(f"{why}; see whether it and the network are well"))
 
     def page_in(self, extents: Extents) -> None:
         """Ask for pages that this host holds; at most `wire.MAX_PAGES`."""

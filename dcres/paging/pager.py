@@ -34,11 +34,12 @@ from dcres.errors import DcresError, PagesLost, PagingError, ProtocolError
 from dcres.linux.files import allocated_bytes
 from dcres.linux.pagemap import WriteTracker
 from dcres.model.pages import PAGE_SIZE, Extents, Mask
-from dcres.model.placement import MAIN, NOWHERE, pages_by_host
+from dcres.model.placement import MAIN, pages_by_host
 from dcres.model.wire import Kind
 from dcres.paging import moves as moves_
 from dcres.paging import settings as settings_
-from dcres.paging.attach import Attached, attach, keep_owners, present
+from dcres.paging.alone import alone
+from dcres.paging.attach import Attached, attach, keep_owners, lock_of, open_table
 from dcres.paging.changes import ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply, failure
 from dcres.paging.evictor import NOBODY_LOOKS, Evictor
@@ -47,7 +48,6 @@ from dcres.paging.link import Link, Request
 from dcres.paging.loop import READ, Loop
 from dcres.paging.mover import Mover
 from dcres.paging.settings import PagerSettings, SubAddress
-from dcres.paging.table import PageTable
 
 log = logging.getLogger("dcres.pager")
 
@@ -80,7 +80,8 @@ class Pager:
     def __init__(self, settings_path: Path, stack: ExitStack) -> None:
         self._settings_path = settings_path
         self._settings = settings = settings_.load(PagerSettings, settings_path)
-        self._table = _open_table(settings)
+        stack.enter_context(alone(lock_of(settings), "a pager of this VM"))
+        self._table = open_table(settings)
         self._attached: Attached = attach(settings, self._table, stack)
         self._started = time.monotonic()
         self._first_tick = int(self._table.ticks.max(initial=0)) + 1
@@ -155,7 +156,11 @@ class Pager:
             return False
         # While QUIET nothing leaves, so waiting for room would be waiting for ever.
         self._listen(self._state is PagerState.QUIET or not self._evictor.over_limit)
-        if self._faults.guest_waits and not self._evictor.over_limit:
+        if (
+            self._faults.guest_waits
+            and not self._evictor.over_limit
+            and not self._evictor.shrinking
+        ):
             return False  # its answer goes first
         moved = self._evictor.step() or self._mover.step()
         if not moved and self._filling and self._state is PagerState.RUNNING:
@@ -326,6 +331,7 @@ class Pager:
         self._require_alive()
         self._filling = limit_pages > self._table.limit_pages
         self._table.limit_pages = limit_pages
+        self._evictor.limit_changed()
 
     def _reload(self) -> None:
         """Take sub hosts, slice servers and moves as the settings file has them by now.
@@ -412,19 +418,6 @@ class Pager:
             },
             **self._counters(),
         }
-
-
-def _open_table(settings: PagerSettings) -> PageTable:
-    path = Path(settings.table)
-    if path.exists():
-        return PageTable(path, settings.page_count)
-    fd = os.open(settings.ram, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # QEMU loads firmware and kernel before the guest runs.
-        owners = np.where(present(fd, settings.page_count), MAIN, NOWHERE).astype(np.uint8)
-    finally:
-        os.close(fd)
-    return PageTable.create(path, owners, settings.limit_pages)
 
 
 def main(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from dcres.model.handshake import Role
 from dcres.model.placement import digest
 from dcres.model.wire import Endpoint
 from dcres.paging import settings as settings_
+from dcres.paging.alone import alone
 from dcres.paging.changes import ChangeMap
 from dcres.paging.control import ControlServer, Reply
 from dcres.paging.fetcher import FetchingTable
@@ -107,14 +109,16 @@ class MemoryServer:
 def main(arguments: list[str]) -> NoReturn:
     """Run the memory server whose settings file is named."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    path = Path(arguments[0])
-    try:
-        server = MemoryServer(settings_.load(ServerSettings, path))
-    except (OSError, DcresError) as error:
-        log.error("cannot start: %s", error)
-        sys.exit(1)
-    log.info("serving on port %d", server.port)
-    server.run()
+    with ExitStack() as stack:
+        try:
+            settings = settings_.load(ServerSettings, Path(arguments[0]))
+            stack.enter_context(alone(Path(settings.store), "a memory server of this VM"))
+            server = MemoryServer(settings)
+        except (OSError, DcresError) as error:
+            log.error("cannot start: %s", error)
+            sys.exit(1)
+        log.info("serving on port %d", server.port)
+        server.run()
 
 
 if __name__ == "__main__":

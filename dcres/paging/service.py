@@ -162,6 +162,13 @@ class PageService:
         for stranger in [each for each in self._strangers if each.since < deadline]:
             stranger.refuse(Refused("it did not prove itself in time"))
 
+    def close(self) -> None:
+        """Stop listening and end all connections."""
+        self.loop.remove(self._listener.fileno())
+        self._listener.close()
+        for each in [*self._strangers, *(one for some in self._members.values() for one in some)]:
+            each.stream.close(ConnectionAbortedError("the server ends"))
+
     def connected(self, role: Role) -> int:
         """How many of `role` are connected."""
         return len(self._members[role])

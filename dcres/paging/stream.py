@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from dcres.errors import PagingError
+from dcres.linux.network import watch_peer
 from dcres.model import wire
 from dcres.paging.loop import READ, WRITE, Loop
 
@@ -30,6 +31,7 @@ class FrameStream:
     ) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        watch_peer(sock)
         self._loop = loop
         self._sock = sock
         self._on_frame = on_frame

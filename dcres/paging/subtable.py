@@ -20,6 +20,7 @@ from dcres.model.pages import (
     Extents,
     Mask,
     count_pages,
+    extents_of_mask,
     extents_within,
     mask_of_extents,
 )
@@ -65,7 +66,10 @@ class SubTable:
         return here, self.read(here)
 
     def write(self, extents: Extents, data: memoryview) -> None:
-        """Take pages in. Raises NoRoom before anything changed, when they do not fit."""
+        """Take pages in. Raises NoRoom before anything changed, when they do not fit.
+
+        Also when the tmpfs is full: then runs before the one that failed are here.
+        """
         added = sum(
             stop - first - int(self._here[first:stop].sum()) for first, stop in extents.tolist()
         )
@@ -81,12 +85,15 @@ class SubTable:
             at += length
 
     def _write_run(self, first: int, stop: int, data: memoryview) -> None:
+        written = 0
         try:
             written = os.pwrite(self._fd, data, first * PAGE_SIZE)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            written = 0
+        finally:
+            if written != len(data):
+                self._undo(first, stop)
         if written != len(data):
             raise NoRoom("the tmpfs that holds this sub host's pages is full; give it more room")
         self.held_pages += stop - first - int(self._here[first:stop].sum())
@@ -94,13 +101,23 @@ class SubTable:
         if self.changes is not None:
             self.changes.mark(first, stop)
 
+    def _undo(self, first: int, stop: int) -> None:
+        """Take the pages out again that a write cut short has left, and were not here before.
+
+        A full tmpfs takes what it has room for. Whoever saves this host's pages, or opens this
+        file after us, finds them in the file; so none may be there that is not here.
+        """
+        for low, high in (extents_of_mask(~self._here[first:stop]) + first).tolist():
+            files.punch_hole(self._fd, low * PAGE_SIZE, (high - low) * PAGE_SIZE)
+        if self.changes is not None:
+            self.changes.mark(first, stop)
+
     def release(self, extents: Extents | Iterable[tuple[int, int]]) -> None:
-        """Forget pages; those that are not here are passed over."""
+        """Forget pages; those that are not here are holes afterwards, too."""
         for first, stop in extents:
+            files.punch_hole(self._fd, int(first) * PAGE_SIZE, int(stop - first) * PAGE_SIZE)
             here = int(self._here[first:stop].sum())
-            if here:
-                files.punch_hole(self._fd, int(first) * PAGE_SIZE, int(stop - first) * PAGE_SIZE)
-                self._here[first:stop] = False
-                self.held_pages -= here
-                if self.changes is not None:
-                    self.changes.mark(int(first), int(stop))
+            self._here[first:stop] = False
+            self.held_pages -= here
+            if here and self.changes is not None:
+                self.changes.mark(int(first), int(stop))

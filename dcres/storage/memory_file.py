@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import threading
 import time
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
 
 from dcres.errors import Conflict, NoRoom, StorageError
 from dcres.linux.files import aligned_buffer, data_extents, fs_free_bytes, open_direct
@@ -30,13 +30,23 @@ from dcres.model.pages import (
     Pages,
     count_pages,
     extents_of_mask,
+    extents_of_pages,
     mask_of_extents,
     pages_of_extents,
     split,
 )
 from dcres.storage.atomic import store_full, sync_folder
-from dcres.storage.damage import corrupt, unreadable
-from dcres.storage.digest import Sums, page_sums
+from dcres.storage.contents import (
+    SUM_OF_ZEROS,
+    MemoryFile,
+    placed,
+    read_piece,
+    require_length,
+    require_pages,
+    require_sums,
+)
+from dcres.storage.damage import unreadable
+from dcres.storage.digest import Sums
 from dcres.storage.placed import PackedPlaces, PageFile, Placed, SparsePlaces
 from dcres.storage.transfer import (
     BATCH_PAGES,
@@ -49,30 +59,10 @@ from dcres.storage.transfer import (
 )
 
 THREADS = 4  # while some wait for the disk, others read or compute
-_SUM_OF_ZEROS = np.uint64(xxh3_64_intdigest(bytes(PAGE_SIZE)))
 _PLACES: dict[MemoryFormat, Callable[[PageFile, int], Placed]] = {
     MemoryFormat.SPARSE: SparsePlaces,
     MemoryFormat.PACKED: PackedPlaces,
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MemoryFile:
-    """A memory file as its tables describe it.
-
-    `mask` and `sums` have one entry per page of the VM; `sums` means something where `mask` is
-    true. `order` is the page at every place of a packed file, None for a sparse one.
-    """
-
-    path: Path
-    mask: Mask
-    sums: Sums
-    order: Pages | None = None
-
-    @property
-    def length_bytes(self) -> int:
-        """How long it must be."""
-        return (len(self.mask) if self.order is None else len(self.order)) * PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,13 +137,7 @@ class MemoryFileWriter:
         """
         self._require_unsealed()
         self._whole = False
-        with store_full(self.path):
-            self._places.reserve(extents)
-        transfer = Transfer(
-            read=lambda buffer, offset_bytes: _read_source(source_fd, buffer, offset_bytes),
-            put=self._put,
-        )
-        transfer.run(extents, self._threads, self._progress)
+        self._write(extents, _Source(source_fd))
         self._whole = True
 
     def discard(self, extents: Extents) -> None:
@@ -187,15 +171,17 @@ class MemoryFileWriter:
         self._require_unsealed()
         self._whole = False
         for extents, arena in self._staged:
-            with store_full(self.path):
-                self._places.reserve(extents)
-            pages = pages_of_extents(extents)
-            for start in range(0, len(pages), BATCH_PAGES):
-                self._put(_batch_of(arena, pages, start))
-                if self._progress is not None:
-                    self._progress(min(BATCH_PAGES, len(pages) - start))
+            self._write(extents, _Arena(arena, pages_of_extents(extents)))
         self._staged.clear()
         self._whole = True
+
+    def _write(self, extents: Extents, source: _Source | _Arena) -> None:
+        with store_full(self.path):
+            passes = self._places.prepare(extents)
+        for part, cached in ((passes.direct, False), (passes.cached, True)):
+            put = functools.partial(self._put, cached)
+            transfer = Transfer(source.read, put, source.pages_at)
+            transfer.run(source.extents_of(part), self._threads, self._progress)
 
     def seal(self) -> SavedMemory:
         """Make the file durable and end the writing.
@@ -230,7 +216,7 @@ class MemoryFileWriter:
         if self._sealed:
             raise Conflict(f"{self.path} is sealed; its checkpoint cannot change any more")
 
-    def _put(self, batch: Batch) -> None:
+    def _put(self, cached: bool, batch: Batch) -> None:
         """Record and write the pages of `batch`; those of zeros only the former."""
         self._sums[batch.pages] = batch.sums
         self._mask[batch.pages] = True
@@ -240,22 +226,47 @@ class MemoryFileWriter:
                 self._places.clear(batch.pages[empty])
                 batch = batch.chosen(np.flatnonzero(~empty))
             if len(batch.pages):
-                self._places.write(batch)
+                self._places.write(batch, cached)
         with self._lock:
             self._bytes_written += PAGE_SIZE * len(batch.pages)
 
 
-def _batch_of(arena: memoryview, pages: Pages, start: int) -> Batch:
-    """A batch of staged pages: `pages` from `start` on, which lie in `arena` in this order."""
-    some = pages[start : start + BATCH_PAGES]
-    data = arena[start * PAGE_SIZE : (start + len(some)) * PAGE_SIZE]
-    slots = np.arange(len(some))
-    return Batch(data, some, slots, page_sums(data, slots))
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A RAM file, where the place of a page is its number."""
+
+    fd: int
+
+    def read(self, buffer: memoryview, offset_bytes: int) -> None:
+        _read_source(self.fd, buffer, offset_bytes)
+
+    def extents_of(self, extents: Extents) -> Extents:
+        return extents
+
+    def pages_at(self, places: Pages) -> Pages:
+        return places
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arena:
+    """Staged pages: `pages`, ascending, one after the other in `data`."""
+
+    data: memoryview
+    pages: Pages
+
+    def read(self, buffer: memoryview, offset_bytes: int) -> None:
+        buffer[:] = self.data[offset_bytes : offset_bytes + len(buffer)]
+
+    def extents_of(self, extents: Extents) -> Extents:
+        return extents_of_pages(np.searchsorted(self.pages, pages_of_extents(extents)))
+
+    def pages_at(self, places: Pages) -> Pages:
+        return self.pages[places]
 
 
 def _zeros(batch: Batch) -> Mask:
     """Which pages of `batch` are nothing but zeros; a checksum alone would not be proof."""
-    likely: Mask = batch.sums == _SUM_OF_ZEROS
+    likely: Mask = batch.sums == SUM_OF_ZEROS
     for index in np.flatnonzero(likely).tolist():
         likely[index] = not np.frombuffer(batch.piece(index, index + 1), dtype=np.uint64).any()
     return likely
@@ -335,13 +346,6 @@ def _write_zeros(
             progress(stop - first)
 
 
-def placed(memory: MemoryFile) -> Mask:
-    """Which pages have a place in a packed file."""
-    found: Mask = np.zeros(len(memory.mask), dtype=np.bool_)
-    found[memory.order] = True
-    return found
-
-
 @contextlib.contextmanager
 def _opened(memory: MemoryFile) -> Iterator[int]:
     """A descriptor of a memory file, once its length and what lies where were checked."""
@@ -359,48 +363,6 @@ def _opened(memory: MemoryFile) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def require_pages(memory: MemoryFile, found: Mask) -> None:
-    """CheckpointCorrupt for a page that is there and should not be, or the other way round.
-
-    A page of zeros needs no place. Copying can also turn one into a hole: cp(1) does that to
-    copies of sparse files.
-    """
-    wrong = found != memory.mask
-    if wrong.any():
-        wrong &= ~memory.mask | (memory.sums != _SUM_OF_ZEROS)
-        for page in np.flatnonzero(wrong)[:1].tolist():
-            what = "is missing (a hole)" if memory.mask[page] else "is there and should not be"
-            raise corrupt(memory.path, f"page {page} {what}")
-
-
-def require_length(memory: MemoryFile, fd: int) -> None:
-    """CheckpointCorrupt unless `memory`, open as `fd`, is as long as it must be."""
-    length_bytes = os.fstat(fd).st_size
-    if length_bytes != memory.length_bytes:
-        what = f"it has {length_bytes} bytes instead of {memory.length_bytes}"
-        raise corrupt(memory.path, what)
-
-
-def require_sums(memory: MemoryFile, pages: Pages, found: Sums) -> None:
-    """CheckpointCorrupt for the first of `pages` whose checksum `found` is not the right one."""
-    bad = pages[found != memory.sums[pages]]
-    if bad.size:
-        raise corrupt(memory.path, f"page {bad[0]} was altered: its checksum differs")
-
-
-def read_piece(memory: MemoryFile, fd: int, buffer: memoryview, offset_bytes: int) -> None:
-    """Fill `buffer` from `memory`, open as `fd`. Raises CheckpointCorrupt."""
-    place = offset_bytes // PAGE_SIZE
-    where = f"page {place if memory.order is None else memory.order[place]}"
-    try:
-        read_fully(fd, buffer, offset_bytes)
-    except EndOfFile:
-        raise corrupt(memory.path, f"it ends at or after {where}") from None
-    except OSError as error:
-        what = f"it cannot be read from {where} on ({error.strerror})"
-        raise corrupt(memory.path, what) from None
 
 
 def _read_source(fd: int, buffer: memoryview, offset_bytes: int) -> None:

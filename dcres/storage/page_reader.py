@@ -9,9 +9,7 @@ from typing import Self
 import numpy as np
 
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
-from dcres.storage.damage import unreadable
-from dcres.storage.digest import page_sums
-from dcres.storage.memory_file import (
+from dcres.storage.contents import (
     MemoryFile,
     placed,
     read_piece,
@@ -19,6 +17,8 @@ from dcres.storage.memory_file import (
     require_pages,
     require_sums,
 )
+from dcres.storage.damage import unreadable
+from dcres.storage.digest import page_sums
 from dcres.storage.placed import NO_PLACE, Places
 from dcres.storage.transfer import stretches
 

@@ -11,10 +11,11 @@ from dcres.errors import NotFound
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import Mask, Pages
 from dcres.storage import layout, tables
+from dcres.storage.contents import MemoryFile
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import Sums
 from dcres.storage.manifest import FileSum, HostSlice, Manifest, Role
-from dcres.storage.memory_file import MemoryFile, SavedMemory
+from dcres.storage.memory_file import SavedMemory
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -87,7 +87,7 @@ def _batches(extents: Extents) -> Iterator[Extents]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Pages in memory: page number `pages[i]` lies in `data` at page `slots[i]`, ascending.
+    """Pages in memory: page number `pages[i]` lies in `data` at page `slots[i]`.
 
     `sums` are their checksums. `data` is used again as soon as the batch has been put away.
     """
@@ -116,7 +116,7 @@ class Batch:
         Copying costs a tenth of what a request of many small segments does to the disk.
         """
         count = len(self.slots)
-        if count == 0 or int(self.slots[-1]) - int(self.slots[0]) == count - 1:
+        if not (np.diff(self.slots) != 1).any():
             return self
         source = np.frombuffer(self.data, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)
         target = np.frombuffer(scratch, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)[:count]

@@ -23,6 +23,7 @@ class QemuProcess:
 
     process: ProcessId
     files: VmFiles
+    log_start: int = 0  # where in its log it began; before are other lives of the VM
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for a state file; `from_dict` reads them back."""
@@ -33,6 +34,7 @@ class QemuProcess:
             "monitor": str(self.files.monitor),
             "console": str(self.files.console),
             "log": str(self.files.log),
+            "log_start": self.log_start,
         }
 
     @classmethod
@@ -42,7 +44,13 @@ class QemuProcess:
             Path(str(state[key])) for key in ("ram", "monitor", "console", "log")
         )
         process = ProcessId(int(str(state["pid"])), int(str(state["start_time"])))
-        return cls(process, VmFiles(ram=ram, monitor=monitor, console=console, log=log))
+        files = VmFiles(ram=ram, monitor=monitor, console=console, log=log)
+        return cls(process, files, int(str(state.get("log_start", 0))))
+
+    @property
+    def words(self) -> str:
+        """What it has said last; empty if it said nothing."""
+        return last_words(self.files.log, self.log_start)
 
     @property
     def alive(self) -> bool:
@@ -56,10 +64,12 @@ class QemuProcess:
         except MonitorError:
             if self.alive:
                 raise
-            raise VmLost(
-                f"QEMU (pid {self.process.pid}) has ended: {last_words(self.files.log)}; "
-                "restore a checkpoint"
-            ) from None
+            raise VmLost(self._obituary) from None
+
+    @property
+    def _obituary(self) -> str:
+        words = self.words or "it said nothing"
+        return f"QEMU (pid {self.process.pid}) has ended: {words}; restore a checkpoint"
 
     def end(self, grace_s: float = 5.0) -> None:
         """End QEMU (SIGTERM, then SIGKILL) and remove its socket; its RAM file stays."""
@@ -68,7 +78,7 @@ class QemuProcess:
 
 
 def last_words(log: Path, offset_bytes: int = 0) -> str:
-    """The last lines of a log from `offset_bytes` on, joined into one, for an error's text."""
+    """The last lines of a log from `offset_bytes` on, joined into one; empty if there are none."""
     try:
         with log.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -77,7 +87,7 @@ def last_words(log: Path, offset_bytes: int = 0) -> str:
     except OSError as error:
         return f"its log {log} cannot be read ({error.strerror})"
     words = [line.strip() for line in lines if line.strip()][-_LAST_LINES:]
-    return " / ".join(words) or "it said nothing"
+    return " / ".join(words)
 
 
 def _prepare_ram(spec: VmSpec, ram: Path) -> None:
@@ -127,18 +137,15 @@ def start(
         ended = not process.alive
         process.end()
         if isinstance(error, MonitorError) and ended:
-            words = last_words(files.log, said_before)
+            words = last_words(files.log, said_before) or "it said nothing"
             raise QemuFailed(f"QEMU for VM {spec.name} ended at once: {words}") from None
         raise
-    return QemuProcess(process, files), monitor
+    return QemuProcess(process, files, said_before), monitor
 
 
 def adopt(state: Mapping[str, object]) -> QemuProcess:
     """The QEMU that `QemuProcess.to_dict` described. Raises VmLost when it has ended."""
     qemu = QemuProcess.from_dict(state)
     if not qemu.alive:
-        raise VmLost(
-            f"QEMU (pid {qemu.process.pid}) has ended: {last_words(qemu.files.log)}; "
-            "restore a checkpoint"
-        )
+        raise VmLost(qemu._obituary)
     return qemu

@@ -39,7 +39,7 @@ class Attacked(MainHost):
     def _finish(self, checkpoint: str) -> Finished:
         if self.moment == "stopping":  # the next coordinator resumes what the last one stops
             Attacked.moment = ""
-            self.resuming.append(threading.Thread(target=self.resume))
+            self.resuming.append(threading.Thread(target=self.resume, args=(checkpoint,)))
             self.resuming[-1].start()
         return super()._finish(checkpoint)
 
@@ -52,9 +52,9 @@ class Attacked(MainHost):
         self._attack("read")
         super()._require_frozen(pager_pid)
 
-    def resume(self) -> float:
+    def resume(self, checkpoint: str) -> float:
         self._attack("thaw")
-        return super().resume()
+        return super().resume(checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -142,6 +142,18 @@ def fcntl_flags(fd: int) -> int:
     return int(info.split("flags:")[1].split()[0], 8)
 
 
+def test_a_lock_that_another_keeps_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with files.held(lock, 0.0):
+        with pytest.raises(BlockingIOError), files.held(lock, 0.05):
+            pass
+        waiting = threading.Thread(target=files.held(lock, 10.0).__enter__, daemon=True)
+        waiting.start()
+    waiting.join(5.0)
+    assert not waiting.is_alive()
+    assert lock.stat().st_mode & 0o077 == 0
+
+
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     inside, most = 0, 0
 

@@ -6,6 +6,9 @@ import os
 import random
 import select
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +92,24 @@ def test_the_main_host_keeps_its_share(paged: Rig) -> None:
     until(lambda: paged.status()["pages"][0] <= 128, 5, "page-out after the resize")
     paged.order("resize", limit_pages=1024)
     until(lambda: paged.status()["pages"][0] >= 900, 5, "page-in after the resize")
+
+
+def test_a_guest_that_writes_is_served_while_its_main_host_shrinks(
+    tmp_path: Path, writer_program: Path
+) -> None:
+    many, few = 32768, 2048
+    with rig(tmp_path, writer_program, many, many, (many,)) as made:
+        made.writer.ask("fill")
+        begin = at = time.monotonic()
+        made.order("resize", limit_pages=few)
+        longest, batches = 0.0, 0
+        while made.status()["pages"][0] > few + few // 16:
+            made.writer.ask("write 0 16")
+            longest, at = max(longest, time.monotonic() - at), time.monotonic()
+            batches += 1
+            assert at - begin < 20, "the main host reaches its share although its guest is busy"
+    assert batches > 3
+    assert longest < (at - begin) / 3, "its longest wait is not the whole move"
 
 
 def test_pages_that_are_only_read_stay_while_others_pass(paged: Rig) -> None:
@@ -191,6 +212,35 @@ def test_a_killed_memory_server_is_replaced_and_nothing_is_lost(paged: Rig) -> N
     operations, damaged = finished(paged)
     assert (damaged, paged.status()["state"]) == (0, "running")
     assert operations > 0
+
+
+def second(paged: Rig, name: str, module: str) -> tuple[int, str]:
+    """Start ``pager`` or ``subN`` once more beside the one that runs: exit status and words."""
+    twin = subprocess.run(
+        [sys.executable, "-m", module, str(paged.folder / f"{name}.json")],
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+    return twin.returncode, twin.stderr
+
+
+def test_a_second_pager_ends_and_the_first_pages_on(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    paged.writer.tell("run 1.5")
+    code, words = second(paged, "pager", "dcres.paging.pager")
+    assert (code, "a pager of this VM is running already" in words) == (1, True), words
+    assert finished(paged)[1] == 0
+    status = paged.status()
+    assert (status["pid"], status["state"]) == (paged.processes["pager"].pid, "running")
+
+
+def test_a_second_memory_server_ends_and_the_first_serves_on(paged: Rig) -> None:
+    paged.writer.ask("fill")
+    code, words = second(paged, "sub0", "dcres.paging.server")
+    assert (code, "a memory server of this VM is running already" in words) == (1, True), words
+    assert paged.status("sub0")["pid"] == paged.processes["sub0"].pid
+    paged.writer.ask("run 0.2")
 
 
 def test_without_a_pager_the_guest_waits_and_never_reads_zeros(paged: Rig) -> None:

@@ -33,6 +33,15 @@ def environ(mark: str) -> dict[str, str]:
     return {**os.environ, MARK: mark}
 
 
+def test_a_process_is_known_by_its_command_line(tmp_path: Path, mark: str) -> None:
+    argv = ["sleep", "60 ", "0"]
+    process = spawn_detached(argv, tmp_path / "log", environ(mark))
+    until(lambda: process.argv == argv, what="the program has replaced the shell")
+    process.kill()
+    assert process.wait_gone(5.0)
+    assert process.argv == []
+
+
 def test_normal_priority_whatever_ours_is(tmp_path: Path, mark: str) -> None:
     spawn = (
         "from pathlib import Path; from dcres.linux.process import spawn_detached; import sys;"

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from dcres.actors.host import VmFolder, end_leftovers
 from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Port
@@ -173,6 +174,8 @@ class LocalFleet:
     holding: Callable[[str, str], tuple[str, ...]] = lambda host, manifest: ()
     make_visitor: Callable[[str, str], Any] | None = None
     visiting: dict[str, list[str]] = field(default_factory=dict)
+    sweeper: Callable[[str, str], None] | None = None
+    swept: list[str] = field(default_factory=list)
 
     def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
         if vm in self.reserved:
@@ -227,6 +230,15 @@ class LocalFleet:
             self.dismiss(vm, index)
         self.reserved.pop(vm, None)
 
+    def hosts_of(self, vm: str, indices: Sequence[int]) -> list[str]:
+        held = self.reserved.get(vm, {})
+        return [held[index] for index in indices if index in held]
+
+    def sweep(self, vm: str, host: str) -> None:
+        self.swept.append(host)
+        if self.sweeper is not None:
+            self.sweeper(vm, host)
+
     def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
         found = {host: self.holding(host, manifest) for host in self.hosts}
         return {host: parts for host, parts in found.items() if parts}
@@ -258,4 +270,11 @@ def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = Main
     def make_visitor(vm: str, host: str) -> SliceHost:
         return SliceHost(vm, settings[host].address, settings[host].environ())
 
-    return LocalFleet(list(settings), make, holding=holding, make_visitor=make_visitor)
+    def sweeper(vm: str, host: str) -> None:
+        folder = VmFolder.of(settings[host], vm)
+        end_leftovers(folder)
+        folder.remove()
+
+    return LocalFleet(
+        list(settings), make, holding=holding, make_visitor=make_visitor, sweeper=sweeper
+    )

@@ -103,6 +103,13 @@ class TestStatus:
         assert "running, bringing in: 2 MiB left" in status._repr_html_()
         assert status.to_dict()["pages_to_bring"] == 512
 
+    def test_names_the_hosts_that_the_guest_may_wait_for(self) -> None:
+        silent = {"state": "greeting", "trouble": "it has not answered for 10 s"}
+        links = {"h1": {"state": "ready", "trouble": ""}, "h2": silent}
+        answer = {"vm": "v", "phase": "running", "why": "", "hosts": [{**MAIN, "links": links}]}
+        assert status_of(answer).why == "h2 is not connected (it has not answered for 10 s)"
+        assert status_of({**answer, "why": "h3 is gone"}).why == "h3 is gone"
+
     def test_without_hosts(self) -> None:
         status = status_of({"vm": "v", "phase": "lost", "why": "h0 is gone", "hosts": []})
         assert repr(status) == "<VmStatus v lost: h0 is gone>"

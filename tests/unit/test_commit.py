@@ -20,6 +20,7 @@ from dcres.model.commit import (
     Phase,
     Published,
     PublishFailed,
+    PublishUnknown,
 )
 
 HOSTS = ("m", "s")
@@ -193,6 +194,23 @@ def test_a_manifest_that_cannot_be_written_discards() -> None:
     assert commit.phase is Phase.ABANDONED
     assert said[-1] is Instruction.DISCARD
     assert commit.failures == {"m": "disk full"}
+
+
+def test_what_may_be_published_is_not_discarded() -> None:
+    commit, said = run((*STOPPED[:-1], PublishUnknown("h0 is gone")), live=False)
+    assert commit.phase is Phase.ABANDONED
+    assert Instruction.DISCARD not in said
+    assert commit.failures == {"m": "h0 is gone"}
+
+
+@pytest.mark.parametrize("at", range(len(STOPPED) - 3))
+def test_saving_is_halted_before_the_vm_goes_on(at: int) -> None:
+    _, said = run((*STOPPED[:at], Cancelled("^C")), live=False)
+    last = said[said.index(Instruction.HALT) :]
+    assert last in (
+        [Instruction.HALT, Instruction.DISCARD],
+        [Instruction.HALT, Instruction.RESUME, Instruction.DISCARD],
+    )
 
 
 def test_a_barrier_passed_twice_or_early_counts_once() -> None:

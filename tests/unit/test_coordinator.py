@@ -39,6 +39,7 @@ from dcres.errors import (
     NotFound,
     OperationFailed,
     PagingError,
+    QemuFailed,
     StoreFull,
     VmLost,
 )
@@ -73,6 +74,9 @@ class World:
     moving: bool = False
     to_move: list[int] = field(default_factory=list)  # what move_into answers, last first
     capacities: dict[str, int] = field(default_factory=dict)
+    lost_answers: set[str] = field(
+        default_factory=set
+    )  # "h0.publish": done, and nobody hears of it
     trouble: str = ""
     published: dict[str, str] = field(default_factory=dict)
     unfinished: set[tuple[str, str]] = field(default_factory=set)
@@ -108,6 +112,9 @@ class FakeHost:
     def __init__(self, world: World, vm: str, host: str) -> None:
         self.world, self.vm, self.host = world, vm, host
 
+    def clear(self) -> None:
+        self.world.note(self.host, "clear")
+
     def parts_here(self, manifest: str) -> tuple[str, ...]:
         return self.world.parts(self.host, manifest)
 
@@ -138,7 +145,7 @@ class FakeHost:
         self.world.note(self.host, "copy")
         return HostRound(PAGES, 0, 0.01, 1e9)
 
-    def synchronise(self, checkpoint: str, live: bool) -> None:
+    def synchronise(self, checkpoint: str, once_more: bool) -> None:
         self.world.note(self.host, "synchronise")
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
@@ -265,7 +272,7 @@ class FakeMain(FakeHost):
         files = ["pages.arrow", "sums.arrow", "history.arrow", "vmcore"]
         return self._saved(files, (Placed(PAGES, DIGEST), Placed(PAGES, DIGEST)))
 
-    def resume(self) -> float:
+    def resume(self, checkpoint: str) -> float:
         self.world.note(self.host, "resume")
         self.world.frozen = False
         return 1.5
@@ -276,8 +283,11 @@ class FakeMain(FakeHost):
         self.world.published[name] = manifest
         self.world.unfinished = {each for each in self.world.unfinished if each[0] != name}
         self.world.state["checkpoint"] = None
+        if f"{self.host}.publish" in self.world.lost_answers:
+            raise ClusterError(f"{self.host}.publish did not answer")
 
     def published(self, checkpoint: str) -> bool:
+        self.world.note(self.host, "published")
         return checkpoint in self.world.published
 
     def abandon(self, checkpoint: str) -> None:
@@ -502,6 +512,8 @@ def test_a_checkpoint_that_fails_resumes_and_discards(
     host = step.partition(".")[0]
     ends = [each for each in world.done if each.endswith((".halt", ".abandon"))]
     assert [each.partition(".")[2] for each in ends] == ["halt"] * 3 + ["abandon"] * 3
+    if step in ("h0.finish", "h0.stage", "h1.stage"):  # else it was resumed already, or not stopped
+        assert world.done.index("h0.halt") < world.done.index("h0.resume")
     assert caught.value.failures == {host: "the disk is full"}
     assert "the VM goes on" in str(caught.value)
     assert world.runs
@@ -538,6 +550,63 @@ def test_a_vm_that_cannot_go_on_is_not_said_to_go_on(started: Coordinator, world
     with pytest.raises(OperationFailed, match="cannot go on: QEMU has ended") as caught:
         started.checkpoint("stop")
     assert "the VM goes on" not in str(caught.value)
+
+
+def test_a_checkpoint_is_published_even_if_the_answer_is_lost(
+    started: Coordinator, world: World
+) -> None:
+    world.lost_answers.add("h0.publish")
+    assert started.checkpoint("stop")["checkpoint"] in world.published
+    assert "h1.abandon" not in world.done
+
+
+def test_parts_are_kept_when_nobody_knows_whether_they_are_published(
+    started: Coordinator, world: World
+) -> None:
+    world.fail["h0.publish"] = ClusterError("h0 did not answer")
+    world.fail["h0.published"] = ActorGone("h0 is gone")
+    with pytest.raises(OperationFailed, match="its parts are kept"):
+        started.checkpoint("stop")
+    assert "h1.abandon" not in world.done
+    assert {host for _, host in world.unfinished} == {"h0", "h1", "h2"}
+
+
+def test_a_host_that_is_gone_does_not_keep_the_vm_standing(
+    started: Coordinator, world: World
+) -> None:
+    """Its actor answers nothing for long: the main host goes on without it."""
+    gone, resumed = threading.Event(), threading.Event()
+    world.fail["h1.stage"] = ActorGone("h1 is gone")
+    world.hooks["h1.halt"] = lambda: gone.wait(20)
+    world.hooks["h0.resume"] = resumed.set
+    errors: list[OperationFailed] = []
+
+    def take() -> None:
+        try:
+            started.checkpoint("stop")
+        except OperationFailed as error:
+            errors.append(error)
+
+    taking = threading.Thread(target=take)
+    taking.start()
+    assert resumed.wait(10)
+    gone.set()
+    taking.join(10)
+    assert errors[0].failures == {"h1": "h1 is gone"}
+
+
+def test_a_vm_that_was_left_standing_goes_on_when_its_host_answers(
+    started: Coordinator, world: World
+) -> None:
+    world.fail["h1.stage"] = StoreFull("full")
+    world.fail["h0.resume"] = ClusterError("h0 did not answer")
+    with pytest.raises(OperationFailed, match="cannot go on: h0 did not answer"):
+        started.checkpoint("stop")
+    assert world.frozen
+    world.fail.clear()
+    assert started.status()["phase"] == "running"
+    assert world.runs
+    assert started.checkpoint("stop")["checkpoint"] in world.published
 
 
 def test_parts_that_do_not_fit_together_are_not_published(
@@ -745,6 +814,49 @@ def test_a_restore_that_fails_leaves_nothing(
     require_nothing(world, fleet)
 
 
+def test_a_lost_vm_whose_restore_fails_is_there_no_more(
+    started: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    world.fail["h1.status"] = ActorGone("h1 is dead")
+    assert started.status()["phase"] == "lost"
+    world.fail["h0.run"] = CheckpointCorrupt("vmcore was altered")
+    with pytest.raises(CheckpointCorrupt):
+        started.restore(text)
+    assert started.status()["phase"] == "absent"
+    require_nothing(world, fleet)
+
+
+def test_a_start_fails_with_its_first_host(
+    coordinator: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    """However long another one still loads."""
+    go_on = threading.Event()
+    world.hooks["h1.serve"] = lambda: go_on.wait(20)
+    world.hooks["h1.destroy"] = go_on.set  # as a real host ends what it loads
+    world.fail["h0.boot"] = QemuFailed("QEMU ended at once")
+    with pytest.raises(QemuFailed, match="ended at once"):
+        coordinator.start(SPEC)
+    require_nothing(world, fleet)
+
+
+def test_a_host_whose_actor_does_not_answer_is_swept(
+    started: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    world.fail["h2.destroy"] = ActorGone("its actor is dead")
+    started.stop()
+    assert fleet.swept == ["h2"]
+    assert "vm" not in fleet.reserved, "after that nothing can be started there any more"
+
+
+def test_what_an_earlier_life_left_is_cleared_before_anything_starts(
+    coordinator: Coordinator, world: World
+) -> None:
+    coordinator.start(SPEC)
+    first = min(world.done.index(each) for each in ("h0.boot", "h1.serve", "h2.serve"))
+    assert all(world.done.index(f"{host}.clear") < first for host in ("h0", "h1", "h2"))
+
+
 def test_a_manifest_that_was_altered_is_refused(
     coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
 ) -> None:
@@ -945,6 +1057,40 @@ def test_it_reports_a_vm_whose_host_does_not_answer(
     assert status["phase"] == "lost"
     assert "h1" in status["why"]
     assert world.runs  # nobody took it down
+
+
+def test_it_tries_again_when_the_host_answers(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    """A VM that stood still for a checkpoint goes on, although the first look failed."""
+    found: list[Coordinator] = []
+
+    def take_over() -> None:
+        if not found:
+            world.fail["h0.describe"] = ClusterError("h0 did not answer within 10 s")
+            found.append(successor(fleet))
+
+    world.hooks["h1.stage"] = take_over
+    world.fail["h1.stage"] = world.fail["h0.resume"] = ActorGone("this coordinator is dead")
+    with pytest.raises(DcresError):
+        started.checkpoint("stop")
+    assert world.frozen
+    assert "h0.abandon" not in world.done, "the main host remembers why the VM stands still"
+    assert found[0].status()["phase"] == "lost"
+    world.fail.clear()
+    assert found[0].status()["phase"] == "running"
+    assert world.runs
+    assert found[0].checkpoint("stop")["checkpoint"] in world.published
+
+
+def test_it_tells_of_a_host_that_was_lost_meanwhile(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    world.serving.discard("h2")  # Ray has moved its actor to another host
+    status = successor(fleet).status()
+    assert status["phase"] == "lost"
+    assert "h2" in status["why"]
+    assert world.state["running"], "nobody took it down"
 
 
 def test_stop_may_be_repeated_and_ends_what_was_lost(

@@ -41,6 +41,7 @@ def test_a_busy_guest_does_not_make_it_endless() -> None:
     assert judge(Target(max_rounds=4), rounds(*left)).verdict is Verdict.BOUND
     assert judge(Target(), rounds(10**6, 9 * 10**5, 89 * 10**4)).verdict is Verdict.STALLED
     assert judge(Target(), rounds(10**6, 9 * 10**5)).go_on
+    assert judge(Target(), rounds(10**6, 95 * 10**4)).verdict is Verdict.STALLED
 
 
 def test_a_target_below_what_every_stop_takes_is_told() -> None:

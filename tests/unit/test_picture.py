@@ -140,6 +140,9 @@ class Host:
     def picture(self, buckets: int) -> Picture:
         return placement(b"mmaa", buckets=buckets).picture
 
+    def clear(self) -> None:
+        """Nothing was left."""
+
     def destroy(self) -> None:
         """Nothing runs."""
 

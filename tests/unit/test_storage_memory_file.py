@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,21 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from dcres.errors import CheckpointCorrupt, Conflict, StorageError
+from dcres.errors import CheckpointCorrupt, Conflict, StorageError, StoreFull
 from dcres.linux import files
 from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Mask, count_pages, extents_of_mask, join
 from dcres.storage import placed
+from dcres.storage.contents import MemoryFile
 from dcres.storage.memory_file import (
-    MemoryFile,
     MemoryFileWriter,
     SavedMemory,
     load,
     verify,
 )
 from dcres.storage.page_reader import PageReader
-from dcres.storage.transfer import BATCH_PAGES, WIDEST_BATCH, batches
+from dcres.storage.transfer import BATCH_PAGES, WIDEST_BATCH, batches, write_fully
 from tests.support.stored import memory, save
 
 PAGES = 40
@@ -215,6 +217,182 @@ def test_pages_of_zeros_are_pages_that_take_no_place(
         assert files.data_extents(fd, 600).tolist() == [[0, 600]], "loaded as pages, not as holes"
     with PageReader(saved.file) as reader:
         assert bytes(reader.read(5, 460)) == expected[5 * PAGE_SIZE : 460 * PAGE_SIZE]
+
+
+def watch_writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """Every write to memory files from now on: whether past the page cache, and its pages."""
+    seen: list[tuple[bool, int]] = []
+    write = write_fully
+
+    def watched(fd: int, data: memoryview, offset_bytes: int) -> None:
+        direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        seen.append((direct, len(data) // PAGE_SIZE))
+        write(fd, data, offset_bytes)
+
+    monkeypatch.setattr(placed, "write_fully", watched)
+    return seen
+
+
+@both
+def test_direct_and_cached_writes_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_format: MemoryFormat
+) -> None:
+    """A cached write into a folio that a direct one drops makes fsync fail, or reads grow old."""
+    whole = np.ones(8000, dtype=np.bool_)
+    mixed = np.arange(8000) % 2 == 0
+    mixed[np.arange(8000) % 1000 < 300] = True
+    old, new = memory(tmp_path / "old", whole, 1), memory(tmp_path / "new", whole, 2)
+    with MemoryFileWriter(tmp_path / "m", 8000, memory_format=memory_format) as writer:
+        with opened(old, os.O_RDONLY) as fd:
+            writer.save(fd, extents_of_mask(whole))
+        seen = watch_writes(monkeypatch)
+        with opened(new, os.O_RDONLY) as fd:
+            writer.save(fd, extents_of_mask(mixed))
+        saved = writer.seal()
+    assert {direct for direct, _ in seen} == {True, False}
+    assert seen == sorted(seen, key=lambda each: not each[0])
+    pages = [np.frombuffer(path.read_bytes(), np.uint8).reshape(8000, -1) for path in (old, new)]
+    expected = np.where(mixed[:, None], pages[1], pages[0]).tobytes()
+    assert load_into(tmp_path / "back", saved) == expected
+
+
+def test_new_pages_between_old_ones_are_written_in_long_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = np.ones(4096, dtype=np.bool_)
+    even = np.arange(4096) % 2 == 0
+    source = memory(tmp_path / "ram", whole)
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", 4096, threads=1, memory_format=PACKED) as writer,
+    ):
+        writer.save(fd, extents_of_mask(even))
+        seen = watch_writes(monkeypatch)
+        writer.save(fd, extents_of_mask(whole))
+        saved = writer.seal()
+    assert seen == [(True, 512)] * 8
+    assert load_into(tmp_path / "back", saved) == source.read_bytes()
+
+
+def test_a_packed_file_never_has_more_places_than_memory_has_pages(tmp_path: Path) -> None:
+    """Pages come, leave, and are cleared, round after round."""
+    count = 600
+    random = np.random.default_rng(4)
+    source = memory(tmp_path / "ram", np.ones(count, dtype=np.bool_))
+    half = memory(tmp_path / "half", np.arange(count) % 3 > 0)
+    with MemoryFileWriter(tmp_path / "m", count, memory_format=PACKED) as writer:
+        for turn in range(40):
+            with opened(half if turn % 2 else source, os.O_RDONLY) as fd:
+                writer.save(fd, extents_of_mask(random.random(count) < 0.6))
+            writer.discard(extents_of_mask(random.random(count) < 0.5))
+            assert (tmp_path / "m").stat().st_size <= count * PAGE_SIZE
+        with opened(source, os.O_RDONLY) as fd:
+            writer.save(fd, np.array([[0, count]]))
+        saved = writer.seal()
+    assert (tmp_path / "m").stat().st_size == count * PAGE_SIZE
+    assert load_into(tmp_path / "back", saved) == source.read_bytes()
+
+
+def test_only_sparse_files_care_how_the_file_system_takes_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = random_mask()
+    source = memory(tmp_path / "ram", mask)
+    monkeypatch.setattr(placed, "allocated_bytes", lambda fd: 1 << 30)
+    assert save(tmp_path / "packed", source, mask, PACKED).allocated_bytes == 1 << 30
+    with pytest.raises(StorageError, match="does not keep holes page by page"):
+        save(tmp_path / "sparse", source, mask, SPARSE)
+
+
+@both
+def test_a_disk_that_is_full_is_told_at_any_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_format: MemoryFormat
+) -> None:
+    mask = random_mask(3000)
+    mask[500:1500] = True
+    source = memory(tmp_path / "ram", mask)
+    write, left = write_fully, 0
+
+    def fill(fd: int, data: memoryview, offset_bytes: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "no space")
+        write(fd, data, offset_bytes)
+
+    monkeypatch.setattr(placed, "write_fully", fill)
+    for writes in range(3):
+        left = writes
+        with pytest.raises(StoreFull, match="no room to write"):
+            save(tmp_path / "m", source, mask, memory_format)
+        assert not (tmp_path / "m").exists()
+
+
+@both
+def test_what_is_staged_comes_last_and_only_once(
+    tmp_path: Path, memory_format: MemoryFormat
+) -> None:
+    """Staged pages are those of the stop: newer than all that was saved, zeros among them."""
+    whole = np.ones(3000, dtype=np.bool_)
+    old, new = memory(tmp_path / "old", whole, 1), memory(tmp_path / "new", whole, 2)
+    staged = np.random.default_rng(9).random(3000) < 0.4
+    staged[1000:1400] = True
+    with opened(new, os.O_RDWR) as fd:
+        os.pwrite(fd, bytes(50 * PAGE_SIZE), 1100 * PAGE_SIZE)
+    done: list[int] = []
+    with MemoryFileWriter(tmp_path / "m", 3000, done.append, memory_format=memory_format) as writer:
+        with opened(old, os.O_RDONLY) as fd:
+            writer.save(fd, np.array([[0, 3000]]))
+        with opened(new, os.O_RDONLY) as fd:
+            writer.stage(fd, extents_of_mask(staged))
+        with pytest.raises(StorageError):
+            writer.seal()
+        done.clear()
+        writer.settle()
+        assert sum(done) == staged.sum()
+        writer.settle()
+        assert sum(done) == staged.sum()
+        saved = writer.seal()
+    pages = [np.frombuffer(path.read_bytes(), np.uint8).reshape(3000, -1) for path in (old, new)]
+    expected = np.where(staged[:, None], pages[1], pages[0]).tobytes()
+    assert load_into(tmp_path / "back", saved) == expected
+
+
+@both
+def test_a_sealed_file_and_its_name_are_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_format: MemoryFormat
+) -> None:
+    """Its last change, fsync of the file, fsync of the folder, in this order."""
+    done: list[str] = []
+
+    def watch(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def watched(fd: int, *args: object) -> object:
+            done.append(f"{name} {os.readlink(f'/proc/self/fd/{fd}')}")
+            return real(fd, *args)
+
+        monkeypatch.setattr(module, name, watched)
+
+    mask = random_mask(600)
+    source = memory(tmp_path / "ram", mask)
+    for module, name in (
+        (placed, "write_fully"),
+        (placed, "punch_hole"),
+        (os, "ftruncate"),
+        (os, "fsync"),
+    ):
+        watch(module, name)
+    path = tmp_path / "m"
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(path, 600, memory_format=memory_format) as writer,
+    ):
+        writer.save(fd, extents_of_mask(mask))
+        writer.discard(np.array([[0, 200]]))
+        writer.seal()
+    assert f"fsync {path}" not in done[:-2]
+    assert done[-2:] == [f"fsync {path}", f"fsync {tmp_path}"]
 
 
 steps = st.lists(
@@ -416,8 +594,9 @@ def test_an_existing_or_sealed_file_is_not_written(
             writer.discard(np.array([[0, 1]]))
 
 
+@both
 def test_without_direct_io_the_result_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_format: MemoryFormat
 ) -> None:
     def plain(path: Path, flags: int, mode: int = 0o600) -> tuple[int, bool]:
         return os.open(path, flags, mode), False
@@ -425,9 +604,9 @@ def test_without_direct_io_the_result_is_the_same(
     mask = random_mask(600)
     mask[100:400] = True
     source = memory(tmp_path / "ram", mask)
-    direct = save(tmp_path / "direct", source, mask, SPARSE)
+    direct = save(tmp_path / "direct", source, mask, memory_format)
     monkeypatch.setattr(placed, "open_direct", plain)
-    saved = save(tmp_path / "plain", source, mask, SPARSE)
+    saved = save(tmp_path / "plain", source, mask, memory_format)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "direct").read_bytes()
     assert saved.file.sums.tolist() == direct.file.sums.tolist()
     assert load_into(tmp_path / "back", saved) == source.read_bytes()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +117,56 @@ def test_what_comes_and_goes_is_marked(path: Path, tmp_path: Path) -> None:
         assert marks.count() == 0
 
 
+@contextmanager
+def room_for(pages: int) -> Iterator[None]:
+    """The kernel takes no more than the first `pages` of a file, as when a tmpfs is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (pages * PAGE_SIZE, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def data_in(path: Path) -> list[int]:
+    with opened(path, os.O_RDONLY) as fd:
+        return pages_of_extents(data_extents(fd, PAGES)).tolist()
+
+
+def test_a_write_cut_short_is_no_room_and_leaves_nothing_behind(path: Path, tmp_path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, CAPACITY) as table:
+        table.write(extents({10}), data_of({10}, 1))
+        table.changes = ChangeMap(tmp_path / "changes", PAGES)
+        run = set(range(8, 16))
+        with room_for(12), pytest.raises(NoRoom, match="tmpfs"):
+            table.write(extents({2} | run), data_of({2} | run, 2))
+        assert np.flatnonzero(table.existence(0, PAGES)).tolist() == [2, 10]
+        assert table.held_pages == 2
+        assert data_in(path) == [2, 10], "a checkpoint would save what is in the file"
+        assert pages_of_extents(table.changes.take()).tolist() == [2, *sorted(run)]
+
+
 def test_a_full_tmpfs_is_no_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: memoryview, at: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     path.unlink(missing_ok=True)
     with SubTable(path, PAGES, CAPACITY) as table:
         with monkeypatch.context() as patched:
-            patched.setattr(os, "pwrite", lambda fd, data, at: len(data) // 2)
+            patched.setattr(os, "pwrite", full)
             with pytest.raises(NoRoom, match="tmpfs"):
                 table.write(extents({1}), data_of({1}, 1))
         assert table.held_pages == 0
+
+
+def test_what_is_released_is_not_in_the_file_whatever_came_before(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with SubTable(path, PAGES, CAPACITY) as table:
+        with opened(path, os.O_RDWR) as fd:
+            os.pwrite(fd, bytes(data_of({4, 5}, 1)), 4 * PAGE_SIZE)
+        table.release(extents({4, 5}))
+        assert data_in(path) == []
 
 
 @given(sets, sets)

@@ -19,7 +19,7 @@ from dcres.actors.main_host import MainHost
 from dcres.actors.messages import Incarnation, LoadOrder, PlanOrder, Reading, Resumption, RunOrder
 from dcres.actors.restoring import spec_for
 from dcres.config import Layout
-from dcres.errors import CheckpointCorrupt, OperationFailed, PagingError
+from dcres.errors import CheckpointCorrupt, Conflict, OperationFailed, PagingError
 from dcres.model.formats import MemoryFormat
 from dcres.storage import tables
 from dcres.storage.manifest import Manifest, dumps
@@ -48,10 +48,10 @@ class Watched(MainHost):
     rams: ClassVar[dict[str, Path]] = {}
     seen: ClassVar[list[PlainMemory]] = []
 
-    def resume(self) -> float:
+    def resume(self, checkpoint: str) -> float:
         if self._state.get("checkpoint") is not None:
             self.seen.append(self._read_all())
-        return super().resume()
+        return super().resume(checkpoint)
 
     def _read_all(self) -> PlainMemory:
         memory = PlainMemory(self._spec.memory)
@@ -187,6 +187,18 @@ def _mapping(pid: int, ram: Path) -> int:
     raise AssertionError(f"QEMU does not map {ram}")
 
 
+def require_refused_when_late(vm: Rig, checkpoint: str) -> None:
+    """Orders of a checkpoint that is over, delivered now, do nothing to the VM."""
+    main = vm.main()
+    with pytest.raises(Conflict, match="too late"):
+        main.finish(checkpoint)
+    main.halt("vm-20260101-000000-0000")
+    with pytest.raises(Conflict, match="given up"):
+        main.prepare("vm-20260101-000000-0000", MemoryFormat.PACKED)
+    assert vm.coordinator.status()["hosts"][0]["run_state"] == "running"
+    await_checks(vm.console)
+
+
 def test_the_union_of_the_memory_files_is_the_guests_memory(tmp_path: Path) -> None:
     with watched() as vm:
         vm.boot(spec_of(main="64MiB", subs=["72MiB", "72MiB"], fill=72), checks=3)
@@ -194,6 +206,7 @@ def test_the_union_of_the_memory_files_is_the_guests_memory(tmp_path: Path) -> N
         for memory_format in MemoryFormat:
             manifests.append(vm.checkpoint(memory_format))
             await_checks(vm.console, 2)
+        require_refused_when_late(vm, manifests[0].checkpoint)
         vm.coordinator.stop()
         for manifest, seen in zip(manifests, Watched.seen, strict=True):
             saved = saved_memory(vm, manifest)

@@ -1,0 +1,208 @@
+"""One host, one disk: dcres beside QEMU's own ways to save a VM, and fio as the limit.
+
+The same guest, its memory filled with noise, in four VMs: one that dcres runs, saved as it saves
+a stopped VM (``packed`` and ``sparse``); one in the installed QEMU, saved as its migration stream
+into a file (``stream``); one in a QEMU of 9.1 or newer, saved with mapped-ram, multifd and
+direct-io (``mapped_ram``). All write to the same disk, one after the other. fio writes and reads
+as many bytes as the memory file has, from a clock that starts when the file has its blocks.
+
+Rates are the bytes of memory that were saved by the time taken, in MB/s:
+
+* ``save``: from the order until all is durable and the caller knows it: the guest's stop and the
+  VM core are included, and with dcres tables, manifest and the calls between Ray's actors;
+* ``engine``: the part of it in which memory went to the disk (`MemoryFileWriter`'s own time would
+  be a little less): from the host's first preparation until its memory file was durable;
+* ``restore``: from the order until the guest runs, every page in its place: the start of a QEMU,
+  the loading and the VM core. Without the time in which Ray sets memory aside and starts actors,
+  for which the peers have no counterpart; ``restore_whole`` includes that.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from dcres.actors import _ray
+from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.ports import Port
+from dcres.bench import fio
+from dcres.bench.apart import await_word, coordinator
+from dcres.bench.backport import QemuProgram, with_mapped_ram
+from dcres.bench.checkpoint import filler_image
+from dcres.bench.qemu_vm import QemuVm, Way
+from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
+from dcres.config import VmSpec, default_cache
+from dcres.errors import UnsupportedHost
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
+from dcres.model.live import DOWNTIME_S, MAX_ROUNDS
+from dcres.storage.manifest import dumps
+from dcres.storage.store import Store
+from dcres.vm.command import QEMU
+
+MIB = 1 << 20
+_VM = "peers"
+_MEMORY_MIB, _QUICK_MEMORY_MIB = 2048, 512
+_ROUNDS, _QUICK_ROUNDS = 5, 3
+_TIMEOUT_S = 600.0
+
+
+def measure(setup: Setup) -> list[Row]:
+    """Every round's rows."""
+    fio.require()
+    memory_mib = _QUICK_MEMORY_MIB if setup.quick else _MEMORY_MIB
+    rounds = _QUICK_ROUNDS if setup.quick else _ROUNDS
+    spec = _spec(setup.folder, memory_mib)
+    rows: list[Row] = []
+    with ExitStack() as held:
+        shm = Path(held.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        setup.say(f"guests of {memory_mib} MiB fill their memory")
+        rivals = {way: _rival(held, setup, way, spec, shm) for way in Way}
+        subject = Subject(held, setup.folder, spec)
+        present = {way: vm for way, vm in rivals.items() if vm is not None}
+        for vm in present.values():
+            vm.await_filled()
+        for at in range(rounds):
+            setup.say(f"round {at + 1} of {rounds}")
+            rows += _round(at, subject, present, setup.folder)
+    return rows
+
+
+def _spec(folder: Path, memory_mib: int) -> dict[str, Any]:
+    image = filler_image(folder)
+    # The guest's kernel keeps more for itself the more memory there is.
+    fill = memory_mib - 112 - memory_mib // 16
+    return {
+        "name": _VM,
+        "memory": f"{memory_mib}MiB",
+        "kernel": str(image.kernel),
+        "initrd": str(image.initrd),
+        "append": f"console=ttyS0 quiet panic=-1 fill={fill}",
+        "accel": "tcg",
+        "layout": {"main": f"{memory_mib}MiB"},
+    }
+
+
+def _rival(
+    held: ExitStack, setup: Setup, way: Way, spec: dict[str, Any], shm: Path
+) -> QemuVm | None:
+    """A VM of the plain QEMU that knows `way`, or None where there is no such QEMU."""
+    try:
+        program = QemuProgram(QEMU) if way is Way.STREAM else with_mapped_ram(default_cache())
+    except UnsupportedHost as error:
+        setup.say(f"without {way}: {error}")
+        return None
+    vm = QemuVm(program, way, VmSpec.model_validate(spec), shm, setup.folder)
+    held.callback(vm.end)
+    return vm
+
+
+class Subject:
+    """The VM that dcres runs, on a cluster of one host; it has filled its memory."""
+
+    def __init__(self, held: ExitStack, folder: Path, spec: dict[str, Any]) -> None:
+        self._cluster = held.enter_context(_cluster(folder / "c", int(spec["memory"][:-3])))
+        self._store = Store(self._cluster.settings(self._cluster.hosts[0]).store)
+        self._port: Port = held.enter_context(coordinator(_VM))
+        self._port.call("start", spec, timeout_s=_TIMEOUT_S)
+        await_word(Path(self._port.call("status")["hosts"][0]["console"]), "FILLED")
+
+    def round(self, at: int, memory_format: MemoryFormat) -> list[Row]:
+        """A checkpoint and a restore from it; the checkpoint is deleted in the end."""
+        order = ("stop", None, DOWNTIME_S, MAX_ROUNDS, memory_format)
+        facts = self._port.call("checkpoint", *order, timeout_s=_TIMEOUT_S)
+        self._port.call("stop")
+        manifest = dumps(self._store.get(facts["checkpoint"]))
+        restored = self._port.call("restore", manifest, timeout_s=_TIMEOUT_S)
+        self._store.delete(facts["checkpoint"])
+        (host,) = facts["hosts"]
+        length = host["bytes_written"]
+        parts = restored["parts_seconds"]
+        return [
+            _row(f"save_{memory_format}", at, length, facts["seconds"], facts["downtime_seconds"]),
+            _row(f"engine_{memory_format}", at, length, host["seconds"]),
+            _row(f"restore_{memory_format}", at, length, restored["seconds"] - parts["reserve"]),
+            _row(f"restore_whole_{memory_format}", at, length, restored["seconds"]),
+        ]
+
+
+@contextmanager
+def _cluster(folder: Path, memory_mib: int) -> Iterator[LocalCluster]:
+    with LocalCluster.start(folder, 1, memory_per_host=memory_mib * MIB) as cluster:
+        _ray.connect(cluster.address, cluster.token_path)
+        try:
+            yield cluster
+        finally:
+            _ray.disconnect()
+
+
+def _row(what: str, at: int, length: int, seconds: float, downtime: float | None = None) -> Row:
+    details = {"seconds": seconds, "bytes": length}
+    if downtime is not None:
+        details["downtime_seconds"] = downtime
+    return Row(what, at, length / 1e6 / seconds, "MB/s", details)
+
+
+def _round(at: int, subject: Subject, rivals: dict[Way, QemuVm], folder: Path) -> list[Row]:
+    rows = subject.round(at, MemoryFormat.PACKED)
+    length = int(rows[0].details["bytes"])
+    rows.append(Row("fio_write", at, fio.write(folder / "fio", length) / 1e6, "MB/s"))
+    rows.append(Row("fio_read", at, fio.read(folder / "fio", length) / 1e6, "MB/s"))
+    (folder / "fio").unlink()
+    rows += subject.round(at, MemoryFormat.SPARSE)
+    for way, vm in rivals.items():
+        saved, restored = vm.save(), vm.restore()
+        rows.append(_row(f"save_{way}", at, saved.length_bytes, saved.seconds))
+        rows.append(_row(f"restore_{way}", at, restored.length_bytes, restored.seconds))
+    return rows
+
+
+_MAPPED_RAM = {
+    "save_over_mapped_ram": Ratio(f"save_{DEFAULT_FORMAT}", "save_mapped_ram"),
+    "restore_over_mapped_ram": Ratio(f"restore_{DEFAULT_FORMAT}", "restore_mapped_ram"),
+    "restore_whole_over_mapped_ram": Ratio(f"restore_whole_{DEFAULT_FORMAT}", "restore_mapped_ram"),
+}
+
+BENCH = Bench(
+    name="peers",
+    about="one host: dcres beside QEMU's stream and mapped-ram, and the disk's rate by fio",
+    measure=measure,
+    ratios={
+        "save_packed_over_fio": Ratio("save_packed", "fio_write"),
+        "save_sparse_over_fio": Ratio("save_sparse", "fio_write"),
+        "engine_packed_over_fio": Ratio("engine_packed", "fio_write"),
+        "engine_sparse_over_fio": Ratio("engine_sparse", "fio_write"),
+        "restore_packed_over_fio": Ratio("restore_packed", "fio_read"),
+        **_MAPPED_RAM,
+        "save_over_qemu_stream": Ratio(f"save_{DEFAULT_FORMAT}", "save_stream"),
+        "restore_over_qemu_stream": Ratio(f"restore_{DEFAULT_FORMAT}", "restore_stream"),
+    },
+    aims=(
+        Aim("save_packed_over_fio", Direction.AT_LEAST, 0.85),
+        Aim("save_sparse_over_fio", Direction.AT_LEAST, 0.8),
+        Aim("save_over_mapped_ram", Direction.AT_LEAST, 1.3),
+        Aim("restore_over_mapped_ram", Direction.AT_LEAST, 1.5),
+    ),
+    figures=(
+        Figure(
+            "Saving a stopped VM",
+            "MB/s",
+            ("fio_write", "save_packed", "save_sparse", "save_mapped_ram", "save_stream"),
+        ),
+        Figure(
+            "Restoring it",
+            "MB/s",
+            (
+                "fio_read",
+                "restore_packed",
+                "restore_sparse",
+                "restore_mapped_ram",
+                "restore_stream",
+            ),
+            color="tab:orange",
+        ),
+    ),
+    optional=frozenset(_MAPPED_RAM),
+)

@@ -1,0 +1,155 @@
+"""A paging process is kept running: one of it, whatever its actor did before it died."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dcres.actors import host
+from dcres.actors.host import Daemon, VmFolder, restart_delay_s
+from dcres.errors import PagingError
+from dcres.paging import settings
+from dcres.paging.settings import ServerSettings
+from tests.support.servers import SECRET, VM
+from tests.support.wait import until
+
+pytestmark = pytest.mark.linux
+
+DIES_AT_ONCE = "keyword"  # a module that says nothing and does nothing
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[VmFolder]:
+    """With the settings of a memory server; whatever runs for it is ended."""
+    made = VmFolder(tmp_path / "run", tmp_path / "mem")
+    made.make()
+    chosen = ServerSettings(
+        vm=VM,
+        generation=1,
+        secret=SECRET,
+        page_count=64,
+        capacity_pages=64,
+        address="127.0.0.1",
+        port=0,
+        store=str(made.ram / "store.ram"),
+        control=str(made.run / "server.sock"),
+    )
+    settings.save(chosen, made.run / "server.json")
+    yield made
+    host.end_leftovers(made)
+
+
+def server(folder: VmFolder) -> Daemon:
+    return Daemon("dcres.paging.server", folder, "server")
+
+
+def test_a_process_that_no_pid_file_tells_of_is_adopted(folder: VmFolder) -> None:
+    """Its actor was killed between starting it and writing that down."""
+    first, second = server(folder), server(folder)
+    first.start()
+    pid = first.call("status")["pid"]
+    pid_file = folder.run / "server.pid"
+    written = pid_file.read_text()
+    pid_file.unlink()
+    second.start()
+    try:
+        assert second.call("status")["pid"] == pid
+        assert pid_file.read_text() == written
+    finally:
+        first.stop()
+        second.stop()
+
+
+def test_a_restart_takes_over_what_a_dead_actor_started(folder: VmFolder) -> None:
+    """The pid file names a process that is dead; its successor runs already."""
+    first, second = server(folder), server(folder)
+    first.start()
+    pid_file = folder.run / "server.pid"
+    pid_file.write_text(json.dumps({"pid": os.getpid(), "start_time": 1}))
+    second.adopt()
+    try:
+        assert second.call("status")["pid"] == first.call("status")["pid"]
+        assert json.loads(pid_file.read_text())["pid"] != os.getpid()
+        assert second.restarts == 0
+    finally:
+        first.stop()
+        second.stop()
+
+
+def test_a_memory_server_that_dies_is_started_again_at_once(folder: VmFolder) -> None:
+    daemon = server(folder)
+    daemon.start()
+    try:
+        os.kill(daemon.call("status")["pid"], signal.SIGKILL)
+        until(lambda: daemon.restarts == 1, 1.0, "it is started again")
+        assert daemon.call_patiently("status")["held_pages"] == 0
+    finally:
+        daemon.stop()
+
+
+def answering_for_another(path: Path) -> socket.socket:
+    """Somebody at a control socket who answers every order, and has another pid."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def answer() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b'{"ok": true, "pid": 1}\n')
+
+    threading.Thread(target=answer, daemon=True).start()
+    return listener
+
+
+def test_a_start_fails_when_the_process_is_dead_and_another_answers(folder: VmFolder) -> None:
+    daemon = Daemon(DIES_AT_ONCE, folder, "server")
+    errors: list[PagingError] = []
+
+    def start() -> None:
+        try:
+            daemon.start()
+        except PagingError as error:
+            errors.append(error)
+
+    with answering_for_another(folder.run / "server.sock") as listener:
+        threading.Thread(target=start, daemon=True).start()
+        until(lambda: errors, 8.0, "the start fails")
+        listener.shutdown(socket.SHUT_RDWR)
+    assert "did not start" in str(errors[0])
+    daemon.stop()
+
+
+def test_what_never_stays_up_is_given_up_and_says_why(
+    folder: VmFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "_MOST_RESTARTS", 2)
+    monkeypatch.setattr(host, "_FIRST_DELAY_S", 0.01)
+    daemon = Daemon(DIES_AT_ONCE, folder, "server")
+    daemon.adopt()
+    try:
+        until(lambda: daemon.given_up, what="it is given up")
+        assert daemon.restarts == 2
+        with pytest.raises(PagingError, match="the server does not stay up: it said nothing"):
+            daemon.call_patiently("status")
+    finally:
+        daemon.stop()
+
+
+def test_restarts_come_at_once_and_then_ever_later() -> None:
+    delays = [restart_delay_s(number) for number in range(1, 21)]
+    assert delays[:4] == [0.0, 0.1, 0.2, 0.4]
+    assert max(delays) == delays[-1] == 5.0
+    assert 60 < sum(delays) < 120, "what mends itself within a minute is not given up"

@@ -1,0 +1,154 @@
+"""A link whose server falls silent is noticed, named and tried again: real sockets, one thread."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcres.errors import PagingError
+from dcres.linux import network
+from dcres.model.handshake import Identity
+from dcres.model.pages import PAGE_SIZE, Extents, Mask
+from dcres.model.wire import Endpoint, Kind
+from dcres.paging import link as link_module
+from dcres.paging.fetcher import FetchingTable
+from dcres.paging.link import Link, LinkState, Request
+from dcres.paging.loop import Loop
+from dcres.paging.service import PageService
+from dcres.paging.settings import SubAddress
+from dcres.paging.silence import Silence
+from dcres.paging.stream import FrameStream
+from dcres.paging.subtable import SubTable
+
+ME = Identity(b"v" * 16, 1, b"s" * 32)
+PAGES = 16
+SILENT_S = 0.3
+
+
+class User:
+    """A pager that places no page on the server, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.stored = 0
+        self.unanswered: list[Kind] = []
+
+    def expected(self, link: Link, first: int, count: int) -> Mask:
+        return np.zeros(count, dtype=np.bool_)
+
+    def link_ready(self, link: Link) -> None:
+        return
+
+    def link_down(self, link: Link, unanswered: list[Request]) -> None:
+        self.unanswered += [request.kind for request in unanswered]
+
+    def pages_arrived(self, link: Link, extents: Extents, address: int) -> None:
+        raise AssertionError("nothing was asked for")
+
+    def pages_stored(self, link: Link, extents: Extents) -> None:
+        self.stored += 1
+
+    def pages_fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
+        raise AssertionError("nothing was to be fetched")
+
+    def memory_lost(self, why: PagingError) -> None:
+        raise AssertionError(str(why))
+
+
+class Wire:
+    """A link and a memory server, each in a loop that turns when it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server_loop, self.link_loop = Loop(), Loop()
+        self.pages = SubTable(folder / "s.ram", PAGES, PAGES)
+        table = FetchingTable(self.server_loop, ME, self.pages)
+        at = Endpoint("127.0.0.1", 0)
+        self.service = PageService(self.server_loop, ME, PAGES, at, table)
+        self.user = User()
+        address = SubAddress("h1", "127.0.0.1", self.service.port, PAGES, 16)
+        self.link = Link(self.link_loop, address, ME, PAGES, self.user)
+
+    def close(self) -> None:
+        self.link.close()
+        self.service.close()
+        self.pages.__exit__()
+        self.link_loop.close()
+        self.server_loop.close()
+
+    def turn_until(self, done: Callable[[], object], *, server: bool) -> None:
+        """Let the link run, and the server if it is not to hang, until `done`."""
+        deadline = time.monotonic() + 5.0
+        while not done():
+            assert time.monotonic() < deadline
+            if server:
+                self.service.turn(0)
+            self.link_loop.turn(0.005)
+            self.link.connect_if_due()
+
+    def ready(self) -> bool:
+        return self.link.state is LinkState.READY
+
+
+@pytest.fixture
+def wire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    monkeypatch.setattr(link_module, "ANSWER_TIMEOUT_S", SILENT_S)
+    made = Wire(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_server_that_hangs_is_named_and_comes_back(wire: Wire) -> None:
+    wire.turn_until(wire.ready, server=True)
+    wire.link.page_out(np.array([[3, 4]]), [b"x" * PAGE_SIZE])
+    asked_at = time.monotonic()
+    wire.turn_until(lambda: not wire.ready(), server=False)
+    assert time.monotonic() - asked_at >= SILENT_S
+    assert "it has not answered for 0.3 s" in wire.link.trouble
+    assert wire.user.unanswered == [Kind.PAGE_OUT]
+    wire.turn_until(wire.ready, server=True)
+    assert (wire.link.trouble, wire.user.stored) == ("", 0)
+    wire.link.page_out(np.array([[3, 4]]), [b"x" * PAGE_SIZE])
+    wire.turn_until(lambda: wire.user.stored, server=True)
+
+
+def test_a_server_that_accepts_and_does_not_greet_is_named(wire: Wire) -> None:
+    """The kernel accepts for a process that hangs."""
+    wire.turn_until(lambda: wire.link.trouble, server=False)
+    assert "it has not answered" in wire.link.trouble
+    wire.turn_until(wire.ready, server=True)
+
+
+def test_a_link_on_which_nothing_is_asked_stays(wire: Wire) -> None:
+    wire.turn_until(wire.ready, server=True)
+    until = time.monotonic() + 2 * SILENT_S
+    wire.turn_until(lambda: time.monotonic() > until, server=False)
+    assert wire.ready()
+
+
+def test_who_answers_slowly_one_by_one_is_not_silent() -> None:
+    silence = Silence(10.0)
+    assert not any(silence.too_long(number, 9.0 * number) for number in range(1, 20))
+    assert not silence.too_long(19, 9.0 * 19 + 10.0)
+    assert silence.too_long(19, 9.0 * 19 + 10.1)
+    assert not silence.too_long(None, 1000.0)
+    assert not silence.too_long(19, 2000.0)
+
+
+def test_the_kernel_watches_the_peer_of_every_connection() -> None:
+    loop = Loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        stream = FrameStream(loop, sock, lambda frame: None, lambda why: None)
+        option = {
+            name: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        }
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        asked_s = option["TCP_KEEPIDLE"] + option["TCP_KEEPCNT"] * option["TCP_KEEPINTVL"]
+        assert asked_s == network.PEER_TIMEOUT_S == option["TCP_USER_TIMEOUT"] / 1000
+        stream.close(ConnectionAbortedError("done"))
+    loop.close()

@@ -1,0 +1,138 @@
+"""A host that saves: orders that come late, for another checkpoint or one that was given up."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcres.actors.host import Meter
+from dcres.actors.messages import Saved
+from dcres.actors.saving import SavingHost
+from dcres.errors import Conflict
+from dcres.model.formats import MemoryFormat
+from dcres.storage.store import Store
+from tests.support.wait import until
+
+PAGES = 64
+FIRST, SECOND = "vm-20260101-000000-0001", "vm-20260101-000000-0002"
+
+
+class Daemon:
+    """A paging process in which nothing moves."""
+
+    def __init__(self) -> None:
+        self.tracking: str | None = None
+
+    def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        match do:
+            case "track":
+                self.tracking = arguments["changes"]
+            case "untrack":
+                self.tracking = None
+        return {"written": 0}
+
+
+class HeldMeter(Meter):
+    """`hook` runs whenever pages have been saved."""
+
+    hook: Callable[[], object] = staticmethod(lambda: None)
+
+    def done(self, pages: int) -> None:
+        self.hook()
+        super().done(pages)
+
+
+class Host(SavingHost):
+    def __init__(self, folder: Path) -> None:
+        self.meter = HeldMeter()
+        super().__init__(Store(folder / "store"), "vm", "h1", self.meter)
+        self.daemon = Daemon()
+        self.memory = folder / "store.ram"
+        self.memory.write_bytes(os.urandom(PAGES * 4096))
+
+    def prepare(self, checkpoint: str) -> None:
+        self._store.begin("vm", checkpoint)
+        self._begin_saving(checkpoint, MemoryFormat.PACKED, self.memory, self.daemon)  # type: ignore[arg-type]
+
+    def save(self, checkpoint: str) -> Saved:
+        return self._settle(checkpoint, lambda saved: [])
+
+    def files(self, checkpoint: str) -> set[str]:
+        folder = self._store.root / "vm" / checkpoint
+        return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_orders_for_another_checkpoint_are_refused(host: Host) -> None:
+    host.prepare(SECOND)
+    for order in (
+        lambda: host.copy(FIRST),
+        lambda: host.synchronise(FIRST, True),
+        lambda: host.stage(FIRST, 0),
+        lambda: host.save(FIRST),
+    ):
+        with pytest.raises(Conflict, match=FIRST):
+            order()
+    host.stage(SECOND, 0)
+    assert host.save(SECOND).pages == PAGES
+
+
+def test_a_prepare_that_comes_late_does_not_take_the_place_of_the_next(host: Host) -> None:
+    host.halt(FIRST)  # given up before its prepare had come
+    host.prepare(SECOND)
+    with pytest.raises(Conflict, match="was given up"):
+        host.prepare(FIRST)
+    host.stage(SECOND, 0)
+    host.save(SECOND)
+    assert host.files(SECOND) == {"memory.pack", "index.arrow", "sums.arrow"}
+    assert host.files(FIRST) == set()
+
+
+def test_a_halt_that_comes_late_ends_nothing_else(host: Host) -> None:
+    host.prepare(FIRST)
+    host.abandon(FIRST)
+    host.prepare(SECOND)
+    host.halt(FIRST)
+    assert host.daemon.tracking is not None
+    assert host.copy(SECOND).saved_pages == PAGES
+
+
+def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
+    host.prepare(FIRST)
+    saving, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        saving.set()
+        go_on.wait(20)
+
+    host.meter.hook = hold
+    errors: list[Conflict] = []
+
+    def copy() -> None:
+        try:
+            host.copy(FIRST)
+        except Conflict as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=copy), threading.Thread(target=host.halt, args=(FIRST,))]
+    threads[0].start()
+    assert saving.wait(10)
+    threads[1].start()
+    until(lambda: FIRST in host._halted, 10, "the halt has come")
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert "cancelled" in str(errors[0])
+    assert host.daemon.tracking is None
+    host.meter.hook = lambda: None
+    host.prepare(SECOND)  # and the next one is not hurried any more
+    assert host.copy(SECOND).saved_pages == PAGES
