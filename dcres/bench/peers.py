@@ -1,6 +1,6 @@
 """One host, one disk: dcres beside QEMU's own ways to save a VM, and fio as the limit.
 
-The same guest, its memory filled with noise, in four VMs: one that dcres runs, saved as it saves
+The same guest, its memory filled with noise, in three VMs: one that dcres runs, saved as it saves
 a stopped VM (``packed`` and ``sparse``); one in the installed QEMU, saved as its migration stream
 into a file (``stream``); one in a QEMU of 9.1 or newer, saved with mapped-ram, multifd and
 direct-io (``mapped_ram``). All write to the same disk, one after the other. fio writes and reads
