@@ -1,6 +1,6 @@
 """One host, one disk: dcres beside QEMU's own ways to save a VM, and fio as the limit.
 
-The same guest, its memory filled with noise, in four VMs: one that dcres runs, saved as it saves
+The same guest, its memory filled with noise, in three VMs: one that dcres runs, saved as it saves
 a stopped VM (``packed`` and ``sparse``); one in the installed QEMU, saved as its migration stream
 into a file (``stream``); one in a QEMU of 9.1 or newer, saved with mapped-ram, multifd and
 direct-io (``mapped_ram``). All write to the same disk, one after the other. fio writes and reads
@@ -10,8 +10,7 @@ Rates are the bytes of memory that were saved by the time taken, in MB/s:
 
 * ``save``: from the order until all is durable and the caller knows it: the guest's stop and the
   VM core are included, and with dcres tables, manifest and the calls between Ray's actors;
-* ``engine``: the part of it in which memory went to the disk (`MemoryFileWriter`'s own time would
-  be a little less): from the host's first preparation until its memory file was durable;
+* ``engine``: the host's share of that, from its first preparation until its part was durable;
 * ``restore``: from the order until the guest runs, every page in its place: the start of a QEMU,
   the loading and the VM core. Without the time in which Ray sets memory aside and starts actors,
   for which the peers have no counterpart; ``restore_whole`` includes that.
@@ -44,7 +43,7 @@ from dcres.vm.command import QEMU
 
 MIB = 1 << 20
 _VM = "peers"
-_MEMORY_MIB, _QUICK_MEMORY_MIB = 2048, 512
+_MEMORY_MIB, _QUICK_MEMORY_MIB = 2048, 1024
 _ROUNDS, _QUICK_ROUNDS = 5, 3
 _TIMEOUT_S = 600.0
 
