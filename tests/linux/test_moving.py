@@ -37,6 +37,7 @@ from tests.support.servers import (
     ended,
     extents,
     memory_server,
+    packed_pages,
 )
 from tests.support.wait import until
 
@@ -249,7 +250,7 @@ def test_a_source_that_ends_halfway(two: Server) -> None:
         wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(5)) + bytes(PAGE_SIZE)),
         wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(0, 1)) + bytes(2 * PAGE_SIZE)),
         wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(1)) + bytes(100)),
-        wire.frame(Kind.PAGES, 2, wire.pack_extents(extents(1)) + bytes(PAGE_SIZE)),
+        wire.frame(Kind.PAGES, 2, packed_pages(extents(1))),
         wire.frame(Kind.STORED, 1),
         wire.frame(Kind.ERROR, 1, b"CheckpointCorrupt: page 1 was altered"),
         b"x" * 100,
