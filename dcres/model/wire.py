@@ -167,7 +167,7 @@ def pack_data(pieces: Sequence[Part]) -> list[Part]:
     `pieces` are whole pages each; what is returned refers to them.
     """
     if not pieces:
-        return [b""]
+        return []
     masks = [_zeros_of(piece) for piece in pieces]
     parts: list[Part] = [np.packbits(np.concatenate(masks), bitorder="little").tobytes()]
     for piece, zeros in zip(pieces, masks, strict=True):
