@@ -10,15 +10,17 @@
       EXISTENCE {first, count}             ──▶
                                            ◀──    EXISTENCE_MAP {bits}
       PAGE_IN {extents}                    ──▶
-                                           ◀──    PAGES {extents, data}     the server keeps them
+                                           ◀──    PAGES {extents, pages}    the server keeps them
       RELEASE {extents}                    ──▶                              until released
                                            ◀──    RELEASED
-      PAGE_OUT {extents, data}             ──▶
+      PAGE_OUT {extents, pages}            ──▶
                                            ◀──    STORED
       PEEK {extents}                       ──▶
-                                           ◀──    PAGES {what of them is here, data}
+                                           ◀──    PAGES {what of them is here}
       FETCH {source, extents}              ──▶    PEEKs at the source, writes
                                            ◀──    FETCHED {what of them it stored}
+
+Pages are one flag each, which says that a page is all zeros, and then the data of the others.
 
 The client is a PAGER, which may ask for everything, or a READER, which only looks: EXISTENCE
 and PEEK. Every request is answered with its request number, and in order but for FETCHED, which
@@ -31,9 +33,10 @@ from __future__ import annotations
 import ipaddress
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeAlias
 
 import numpy as np
 
@@ -45,13 +48,15 @@ from dcres.errors import (
     PagingError,
     ProtocolError,
 )
-from dcres.model.pages import EMPTY, PAGE_SIZE, Extents, Mask, count_pages
+from dcres.model.pages import EMPTY, PAGE_SIZE, Extents, Mask, count_pages, extents_of_mask
+
+Part: TypeAlias = bytes | memoryview
 
 MAGIC = b"DCRP"
-VERSION = 2
+VERSION = 3
 HEADER = struct.Struct("<4sBBHII")  # magic, version, kind, zero, request, payload length
 MAX_PAGES = 256  # pages of data in one frame
-MAX_PAYLOAD = 4 + MAX_PAGES * (16 + PAGE_SIZE)
+MAX_PAYLOAD = 4 + MAX_PAGES * (16 + PAGE_SIZE) + MAX_PAGES // 8
 MAX_MAP_PAGES = 1 << 22  # pages of one EXISTENCE_MAP
 MAX_RELEASE_EXTENTS = 4096
 MAX_FETCH_PAGES = 1 << 16  # so many that FETCHED fits a frame however they lie
@@ -61,6 +66,7 @@ MAX_FETCH_PAGES = 1 << 16  # so many that FETCHED fits a frame however they lie
 # how many pages were served, and when pages were last put in place (monotonic ns).
 START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED = range(7)
 
+_ZERO_PAGE = bytes(PAGE_SIZE)
 _COUNT = struct.Struct("<I")
 _RANGE = struct.Struct("<QQ")
 _RUN = struct.Struct("<IQQ")
@@ -136,13 +142,61 @@ def pack_runs(runs: list[tuple[int, int]]) -> bytes:
     return pack_extents(np.array(runs, dtype=np.int64))
 
 
-def skip_runs(payload: memoryview, runs: list[tuple[int, int]], who: str) -> int:
-    """Where the data of `runs` starts in an answer. Raises ProtocolError if it has others."""
+def data_of_runs(payload: memoryview, runs: list[tuple[int, int]], who: str) -> memoryview:
+    """The data of `runs` in an answer; see `unpack_data`. Raises ProtocolError if it has others."""
     packed = pack_runs(runs)
-    data_bytes = PAGE_SIZE * sum([stop - first for first, stop in runs])
-    if payload[: len(packed)] != packed or len(payload) != len(packed) + data_bytes:
+    if payload[: len(packed)] != packed:
         raise ProtocolError(f"{who} sent pages that were not asked for")
-    return len(packed)
+    return unpack_data(payload[len(packed) :], sum([stop - first for first, stop in runs]))
+
+
+def _zeros_of(piece: Part) -> Mask:
+    """Which pages of a piece are all zeros."""
+    if len(piece) == PAGE_SIZE:
+        return np.array([piece == _ZERO_PAGE])
+    words = np.frombuffer(piece, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)
+    zeros: Mask = (words[:, 0] | words[:, -1] | words[:, words.shape[1] // 2]) == 0
+    for page in np.flatnonzero(zeros).tolist():  # most pages show in one of those words
+        zeros[page] = not words[page].any()
+    return zeros
+
+
+def pack_data(pieces: Sequence[Part]) -> list[Part]:
+    """Pages as a frame carries them: their zero flags, then those that are not all zeros.
+
+    `pieces` are whole pages each; what is returned refers to them.
+    """
+    if not pieces:
+        return []
+    masks = [_zeros_of(piece) for piece in pieces]
+    parts: list[Part] = [np.packbits(np.concatenate(masks), bitorder="little").tobytes()]
+    for piece, zeros in zip(pieces, masks, strict=True):
+        if not zeros.any():
+            parts.append(piece)
+            continue
+        for first, stop in extents_of_mask(~zeros).tolist():
+            parts.append(memoryview(piece)[first * PAGE_SIZE : stop * PAGE_SIZE])
+    return parts
+
+
+def unpack_data(payload: memoryview, pages: int) -> memoryview:
+    """The data of `pages` pages that `pack_data` packed: the payload's own if none is flagged.
+
+    Raises ProtocolError.
+    """
+    flags_bytes = (pages + 7) // 8
+    flags, data = payload[:flags_bytes], payload[flags_bytes:]
+    if pages > MAX_PAGES or len(flags) != flags_bytes:
+        raise ProtocolError(f"a frame announces {pages} pages and holds {len(payload)} bytes")
+    zeros = unpack_mask(flags, pages) if pages else np.zeros(0, dtype=np.bool_)
+    count = int(np.count_nonzero(zeros))
+    if len(data) != (pages - count) * PAGE_SIZE:
+        raise ProtocolError(f"a frame announces {pages} pages and holds {len(payload)} bytes")
+    if not count:
+        return data
+    whole = np.zeros((pages, PAGE_SIZE), dtype=np.uint8)
+    whole[~zeros] = np.frombuffer(data, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+    return whole.reshape(-1).data
 
 
 def unpack_extents(
@@ -185,16 +239,13 @@ def unpack_only_extents(
 
 def unpack_pages(
     payload: memoryview, page_count: int, *, may_be_none: bool = False
-) -> tuple[Extents, int]:
-    """Extents of a frame that carries their data, and the offset where the data starts.
+) -> tuple[Extents, memoryview]:
+    """Extents of a frame that carries their pages, and the data of all of these.
 
     Only PAGES that answers PEEK may carry none. Raises ProtocolError.
     """
     extents, at = unpack_extents(payload, page_count, may_be_none=may_be_none)
-    pages = count_pages(extents)
-    if pages > MAX_PAGES or len(payload) - at != pages * PAGE_SIZE:
-        raise ProtocolError(f"a frame announces {pages} pages and holds {len(payload) - at} bytes")
-    return extents, at
+    return extents, unpack_data(payload[at:], count_pages(extents))
 
 
 def pack_fetch(source: Endpoint, extents: Extents) -> bytes:

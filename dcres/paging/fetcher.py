@@ -153,8 +153,8 @@ class _Source:
             raise PagingError(str(wire.unpack_error(frame.payload, "it")))
         if frame.kind is not Kind.PAGES or not self._asked or self._asked[0][0] != frame.request:
             raise ProtocolError(f"it sent {frame.kind.name}, which was not asked for")
-        extents, at = wire.unpack_pages(frame.payload, self._page_count, may_be_none=True)
-        self._arrived(self._asked[0][1], extents, frame.payload[at:])
+        extents, data = wire.unpack_pages(frame.payload, self._page_count, may_be_none=True)
+        self._arrived(self._asked[0][1], extents, data)
         self._asked.popleft()
         self._pump()
 

@@ -32,10 +32,11 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 2, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
+enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 3, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
 enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
 enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
-enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) };
+enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) + MAX_PAGES / 8 };
+enum { PARTS = 3 };
 enum { START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED };
 enum { RECEIVED = 1 << 24 }; /* beside epoll's event bits: the data is in the buffer already */
 
@@ -174,11 +175,18 @@ static int one_run(Frame *frame, int kind, uint64_t pages) {
            frame->stop - frame->first <= MAX_PAGES;
 }
 
+/* One bit a page: all zeros, and not sent. Such pages are left to Python. */
+static const char no_flags[MAX_PAGES / 8];
+static size_t flags_bytes(uint64_t pages) { return (pages + 7) / 8; }
+
 /* Pages that were asked for under this number, and that the table has with this host. */
 static int wanted(Hot *hot, Peer *peer, Frame *frame) {
     uint8_t *owners = hot->owners.buf;
     uint32_t *asked = hot->asked.buf;
-    if (frame->length != RUN + (frame->stop - frame->first) * PAGE) return 0;
+    uint64_t count = frame->stop - frame->first;
+    if (frame->length != RUN + flags_bytes(count) + count * PAGE ||
+        memcmp(frame + 1, no_flags, flags_bytes(count)))
+        return 0;
     for (uint64_t page = frame->first; page < frame->stop; page++)
         if (owners[page] != peer->code || asked[page] != frame->number) return 0;
     return 1;
@@ -186,10 +194,11 @@ static int wanted(Hot *hot, Peer *peer, Frame *frame) {
 
 /* First the guest's memory, then the table. What fails in the middle, Python does once more. */
 static void put(Hot *hot, Peer *peer, Frame *frame) {
-    uint64_t bytes = (frame->stop - frame->first) * PAGE, done = 0;
+    uint64_t count = frame->stop - frame->first, bytes = count * PAGE, done = 0;
+    char *data = (char *)(frame + 1) + flags_bytes(count);
     while (done < bytes) {
         struct uffdio_copy copy = {.dst = hot->base + frame->first * PAGE + done,
-                                   .src = (uint64_t)(frame + 1) + done, .len = bytes - done,
+                                   .src = (uint64_t)data + done, .len = bytes - done,
                                    .mode = UFFDIO_COPY_MODE_WP};
         if (!ioctl(hot->uffd, UFFDIO_COPY, &copy)) break;
         if (errno != EAGAIN) return;
@@ -207,10 +216,17 @@ static void put_arrived(Hot *hot, Peer *peer) {
             put(hot, peer, frame);
 }
 
+static int some_are_zero(const char *data, uint64_t pages) {
+    for (uint64_t n = 0; n < pages; n++, data += PAGE)
+        if (!data[0] && !memcmp(data, data + 1, PAGE - 1)) return 1;
+    return 0;
+}
+
 /* Sends what of the parts was not sent yet into *rest (a new bytes, or NULL if all was). */
 static int send_parts(int fd, struct iovec *parts, PyObject **rest) {
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
-    size_t bytes = parts[0].iov_len + parts[1].iov_len;
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = PARTS};
+    size_t bytes = 0;
+    for (int n = 0; n < PARTS; n++) bytes += parts[n].iov_len;
     ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
     *rest = NULL;
     if (sent < 0) sent = 0; /* Python tries again and meets the same error */
@@ -218,7 +234,7 @@ static int send_parts(int fd, struct iovec *parts, PyObject **rest) {
     *rest = PyBytes_FromStringAndSize(NULL, bytes - sent);
     if (!*rest) return -1;
     char *to = PyBytes_AS_STRING(*rest);
-    for (int n = 0; n < 2; n++) {
+    for (int n = 0; n < PARTS; n++) {
         size_t skip = (size_t)sent < parts[n].iov_len ? (size_t)sent : parts[n].iov_len;
         memcpy(to, (char *)parts[n].iov_base + skip, parts[n].iov_len - skip);
         to += parts[n].iov_len - skip, sent -= skip;
@@ -234,10 +250,14 @@ static int serve(Hot *hot, Peer *peer, PyObject *told) {
            one_run(asked, PAGE_IN, pages) && asked->length == RUN) {
         uint64_t count = asked->stop - asked->first, bytes = count * PAGE;
         if (memchr((char *)peer->here.buf + asked->first, 0, count) ||
-            pread(peer->store, hot->page_data, bytes, asked->first * PAGE) != (ssize_t)bytes)
+            pread(peer->store, hot->page_data, bytes, asked->first * PAGE) != (ssize_t)bytes ||
+            some_are_zero(hot->page_data, count))
             break;
-        put_head(&head, PAGES, asked->number, asked->first, asked->stop, bytes);
-        struct iovec parts[] = {{&head, sizeof head}, {hot->page_data, bytes}};
+        put_head(&head, PAGES, asked->number, asked->first, asked->stop,
+                 flags_bytes(count) + bytes);
+        struct iovec parts[PARTS] = {{&head, sizeof head},
+                                     {(char *)no_flags, flags_bytes(count)},
+                                     {hot->page_data, bytes}};
         PyObject *rest;
         if (send_parts(peer->fd, parts, &rest)) return -1;
         at[START] += HEADER + RUN;

@@ -18,7 +18,9 @@ import secrets
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from enum import StrEnum
+from mmap import mmap
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -28,6 +30,7 @@ from dcres.linux.pipe import address_of
 from dcres.model import wire
 from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
 from dcres.model.pages import (
+    PAGE_SIZE,
     Extents,
     Mask,
     Pages,
@@ -36,7 +39,7 @@ from dcres.model.pages import (
     join,
     pages_of_extents,
 )
-from dcres.model.wire import Endpoint, Frame, Kind
+from dcres.model.wire import Endpoint, Frame, Kind, Part
 from dcres.paging.loop import Loop
 from dcres.paging.settings import SubAddress
 from dcres.paging.silence import Silence
@@ -127,6 +130,8 @@ class Link:
         self._user = user
         self._stream: FrameStream | None = None
         self._buffer_address = 0
+        self._scratch = mmap(-1, wire.MAX_PAGES * PAGE_SIZE)
+        self._scratch_address = address_of(self._scratch)
         self._handshake: ClientHandshake | None = None
         self._unanswered: deque[Request] = deque()
         self._fetches: dict[int, Request] = {}  # answered when they are done, in any order
@@ -208,7 +213,7 @@ class Link:
         """Hand pages over; releases go first, so that the server has their room."""
         self.flush_releases()
         self.held_pages += count_pages(extents)
-        self._request(Kind.PAGE_OUT, extents, [wire.pack_extents(extents), *data])
+        self._request(Kind.PAGE_OUT, extents, [wire.pack_extents(extents), *wire.pack_data(data)])
 
     def fetch(self, source: SubAddress, extents: Extents) -> None:
         """Have the server fetch pages from `source`; at most `wire.MAX_PAGES`."""
@@ -252,7 +257,7 @@ class Link:
         if self._stream is not None:
             self._stream.close(ConnectionAbortedError("it is not needed any more"))
 
-    def _request(self, kind: Kind, extents: Extents | Runs, payload: list[bytes]) -> Request:
+    def _request(self, kind: Kind, extents: Extents | Runs, payload: Sequence[Part]) -> Request:
         if self._stream is None:
             raise PagingError(f"{self.sub.host} is not connected")
         number = self._stream.shared[wire.NUMBER] = self.next_number
@@ -316,9 +321,8 @@ class Link:
         match request.kind, frame.kind:
             case Kind.PAGE_IN, Kind.PAGES:
                 runs = cast(Runs, request.extents)
-                at = wire.skip_runs(frame.payload, runs, self.sub.host)
-                address = self._buffer_address + frame.offset + at
-                self._user.pages_arrived(self, runs, address)
+                data = wire.data_of_runs(frame.payload, runs, self.sub.host)
+                self._user.pages_arrived(self, runs, self._address_of(frame, data))
             case Kind.PAGE_OUT, Kind.STORED:
                 self._user.pages_stored(self, cast(Extents, request.extents))
             case Kind.RELEASE, Kind.RELEASED:
@@ -327,6 +331,13 @@ class Link:
                 self._reconcile(cast(Extents, request.extents), frame)
             case asked, got:
                 raise ProtocolError(f"{self.sub.host} answered {asked.name} with {got.name}")
+
+    def _address_of(self, frame: Frame, data: memoryview) -> int:
+        """Where `data` is: behind what else the frame holds, or, with zeros put in, copied."""
+        if data.obj is frame.payload.obj:
+            return self._buffer_address + frame.offset + len(frame.payload) - len(data)
+        self._scratch[: len(data)] = bytes(data)
+        return self._scratch_address
 
     def _fetched(self, frame: Frame) -> None:
         request = self._fetches.pop(frame.request, None)

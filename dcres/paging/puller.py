@@ -151,12 +151,13 @@ class _Pull:
         number, asked = self._asked.popleft()
         if frame.kind is not Kind.PAGES or frame.request != number:
             raise ProtocolError(f"{self._host} sent {frame.kind.name}, which was not asked for")
-        extents, at = wire.unpack_pages(frame.payload, self._page_count, may_be_none=True)
+        extents, data = wire.unpack_pages(frame.payload, self._page_count, may_be_none=True)
         if extents.tobytes() != asked.tobytes():
             self._complain(asked, extents)
+        at = 0
         for first, stop in extents.tolist():
             end = at + (stop - first) * PAGE_SIZE
-            write(first, stop, frame.payload[at:end])
+            write(first, stop, data[at:end])
             at = end
         pages = count_pages(extents)
         self._report(pages)

@@ -26,10 +26,10 @@ from dcres.errors import (
 )
 from dcres.model import wire
 from dcres.model.handshake import NONCE_BYTES, Identity, Role, ServerHandshake
-from dcres.model.pages import PAGE_SIZE, Extents, Mask, count_pages
-from dcres.model.wire import Endpoint, Frame, Kind
+from dcres.model.pages import Extents, Mask, count_pages
+from dcres.model.wire import Endpoint, Frame, Kind, Part
 from dcres.paging.loop import Loop
-from dcres.paging.stream import FrameStream, Part
+from dcres.paging.stream import FrameStream
 
 log = logging.getLogger("dcres.server")
 
@@ -233,8 +233,8 @@ class PageService:
             case Kind.PAGE_IN:
                 self._page_in(stream, frame)
             case Kind.PAGE_OUT:
-                extents, at = wire.unpack_pages(frame.payload, self.page_count)
-                self._table.write(extents, frame.payload[at:])
+                extents, data = wire.unpack_pages(frame.payload, self.page_count)
+                self._table.write(extents, data)
                 self.pages_out += count_pages(extents)
                 stream.send([wire.frame(Kind.STORED, frame.request)])
             case Kind.RELEASE:
@@ -256,18 +256,20 @@ class PageService:
 
     def _page_in(self, stream: FrameStream, frame: Frame) -> None:
         extents, pages = self._asked(frame)
-        pieces = self._table.read(extents)
-        packed = bytes(frame.payload)
-        head = wire.header(Kind.PAGES, frame.request, len(packed) + pages * PAGE_SIZE)
-        stream.send([head + packed, *pieces])
+        self._send_pages(stream, frame.request, bytes(frame.payload), self._table.read(extents))
         self.pages_in += pages
 
     def _peek(self, stream: FrameStream, frame: Frame) -> None:
         here, pieces = self._table.peek(self._asked(frame)[0])
-        pages, packed = count_pages(here), wire.pack_extents(here)
-        head = wire.header(Kind.PAGES, frame.request, len(packed) + pages * PAGE_SIZE)
-        stream.send([head + packed, *pieces])
-        self.pages_peeked += pages
+        self._send_pages(stream, frame.request, wire.pack_extents(here), pieces)
+        self.pages_peeked += count_pages(here)
+
+    @staticmethod
+    def _send_pages(
+        stream: FrameStream, request: int, packed_extents: bytes, pieces: Sequence[Part]
+    ) -> None:
+        parts = [packed_extents, *wire.pack_data(pieces)]
+        stream.send([wire.header(Kind.PAGES, request, sum(map(len, parts))), *parts])
 
     def _accept(self, _: int) -> None:
         try:

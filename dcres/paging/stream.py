@@ -6,17 +6,15 @@ import mmap
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 from dcres.errors import PagingError
 from dcres.linux.network import watch_peer
 from dcres.model import wire
+from dcres.model.wire import Part
 from dcres.paging.loop import READ, RECEIVED, WRITE, Loop
 
 _BUFFER_BYTES = 2 << 20
 _MAX_PARTS = 256  # below IOV_MAX
-
-Part: TypeAlias = bytes | memoryview
 
 
 class FrameStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -23,7 +24,7 @@ from dcres.model.placement import FIRST_SUB, MAIN
 from dcres.model.wire import Kind
 from dcres.paging import loop
 from tests.support.paging import rig
-from tests.support.servers import Client, data_of, extents, memory_server
+from tests.support.servers import Client, data_of, extents, memory_server, packed_pages
 from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
@@ -64,7 +65,7 @@ def random_request(rng: random.Random, number: int) -> bytes:
         case 2:
             return wire.frame(Kind.EXISTENCE, number, wire.pack_range(first, stop - first))
         case 3:
-            packed = wire.pack_run(first, stop) + data_of(np.array([[first, stop]]), number)
+            packed = packed_pages(np.array([[first, stop]]), number)
             return wire.frame(Kind.PAGE_OUT, number, packed)
         case 4:
             return wire.frame(Kind.RELEASE, number, wire.pack_run(1500, 1600))
@@ -102,7 +103,7 @@ def test_they_refuse_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wron
     hot = answers(tmp_path, "hot", requests, 0)
     monkeypatch.setenv(loop.PLAIN, "1")
     assert hot == answers(tmp_path, "plain", requests, 0)
-    assert hot[0] == (Kind.PAGES, 6, wire.pack_run(3, 5) + data_of(extents(3, 4)))
+    assert hot[0] == (Kind.PAGES, 6, packed_pages(extents(3, 4)))
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -114,12 +115,13 @@ def test_storms_and_kills_lose_nothing(
     rng = random.Random(9)
     with rig(tmp_path, writer_program, PAGES, 512, (1024, 1024)) as made:
         made.writer.ask("fill")
-        made.writer.tell("run 5")
+        made.writer.tell("run 6")
         for turn in range(8):
             assert made.status()["native"] is not plain
             made.order("resize", limit_pages=rng.choice([64, 256, 1024]))
             goal = made.status()["pages_in"] + rng.randrange(100, 800)
-            until(lambda goal=goal: made.status()["pages_in"] >= goal, 5, "page-in")  # type: ignore[misc]
+            with contextlib.suppress(AssertionError):  # it is a moment for a kill, no aim
+                until(lambda goal=goal: made.status()["pages_in"] >= goal, 0.4)  # type: ignore[misc]
             victim = ("pager", "sub0", "sub1")[turn % 3]
             made.kill(victim)
             if victim == "pager":
@@ -127,6 +129,7 @@ def test_storms_and_kills_lose_nothing(
             else:
                 made.start_server(int(victim[3:]))
         words = made.writer.answer()
+        assert made.status()["pages_in"] > 0
         assert words[0] == "ops"
         assert words[3] == "0", f"{words[3]} pages are damaged"
 
@@ -159,8 +162,9 @@ def linked() -> Iterator[SimpleNamespace]:
 
 
 def pages(number: int, first: int, stop: int, data: bytes | None = None) -> bytes:
-    data = data_of(np.array([[first, stop]])) if data is None else data
-    return wire.frame(Kind.PAGES, number, wire.pack_run(first, stop) + data)
+    which = np.array([[first, stop]])
+    packed = packed_pages(which) if data is None else wire.pack_extents(which) + data
+    return wire.frame(Kind.PAGES, number, packed)
 
 
 def test_pages_that_were_asked_for_are_put_in_place(linked: SimpleNamespace) -> None:
@@ -178,6 +182,9 @@ def test_pages_that_were_asked_for_are_put_in_place(linked: SimpleNamespace) -> 
         ("asked for under another number", pages(8, 1, 3)),
         ("outside of memory", pages(9, 3, 5)),
         ("with too little data", pages(7, 1, 3, b"x" * PAGE_SIZE)),
+        ("of zeros", pages(7, 1, 3, b"\3")),
+        ("with half of them zeros", pages(7, 1, 3, b"\1" + b"x" * PAGE_SIZE)),
+        ("with flags of more pages", pages(7, 1, 3, b"\4" + b"x" * 2 * PAGE_SIZE)),
         ("of another kind", wire.frame(Kind.STORED, 7, pages(7, 1, 3)[wire.HEADER.size :])),
         ("of another version", b"DCRP\1" + pages(7, 1, 3)[5:]),
     ],

@@ -37,6 +37,7 @@ from tests.support.servers import (
     ended,
     extents,
     memory_server,
+    packed_pages,
 )
 from tests.support.wait import until
 
@@ -89,7 +90,7 @@ def test_a_second_pager_ends_the_first_and_no_reader(one: Server) -> None:
 @pytest.mark.parametrize("kind", [Kind.PAGE_IN, Kind.PAGE_OUT, Kind.RELEASE, Kind.FETCH])
 def test_a_reader_changes_nothing(one: Server, kind: Kind) -> None:
     packed = {
-        Kind.PAGE_OUT: wire.pack_extents(extents(1)) + content(1, 2),
+        Kind.PAGE_OUT: packed_pages(extents(1), 2),
         Kind.FETCH: wire.pack_fetch(one.endpoint, extents(1)),
     }.get(kind, wire.pack_extents(extents(1)))
     with Client(one) as pager, Client(one, Role.READER) as reader:
@@ -135,12 +136,15 @@ def test_a_reader_that_takes_nothing_is_served_no_faster(one: Server) -> None:
         assert one.status()["pages_peeked"] == 200 * wire.MAX_PAGES
 
 
-def test_version_1_is_hung_up_on(one: Server) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions_are_hung_up_on(one: Server, version: int) -> None:
     with socket.create_connection(("127.0.0.1", one.port), timeout=10) as sock:
-        sock.sendall(wire.HEADER.pack(b"DCRP", 1, Kind.HELLO, 0, 0, 56) + bytes(56))
+        sock.sendall(wire.HEADER.pack(b"DCRP", version, Kind.HELLO, 0, 0, 56) + bytes(56))
         assert sock.recv(100) == b""
     until(
-        lambda: "speaks version 1 of the paging protocol and this is version 2" in one.log(),
+        lambda: (
+            f"speaks version {version} of the paging protocol and this is version 3" in one.log()
+        ),
         what="it is logged",
     )
 
@@ -155,7 +159,7 @@ def test_resized_below_what_it_holds(one: Server) -> None:
         assert one.status()["capacity_pages"] == 50
         pager.page_out(extents(7), version=1)  # takes no more room
         assert pager.page_in(extents(7)) == content(7, 1)
-        pager.tell(Kind.PAGE_OUT, wire.pack_extents(extents(200)) + content(200))
+        pager.tell(Kind.PAGE_OUT, packed_pages(extents(200)))
         assert b"NoRoom: this sub host holds 100 of 50" in ended(pager)
     one.order("resize", capacity_pages=101)
     with Client(one) as pager:
@@ -246,10 +250,10 @@ def test_a_source_that_ends_halfway(two: Server) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(5)) + bytes(PAGE_SIZE)),
+        wire.frame(Kind.PAGES, 1, packed_pages(extents(5))),
         wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(0, 1)) + bytes(2 * PAGE_SIZE)),
         wire.frame(Kind.PAGES, 1, wire.pack_extents(extents(1)) + bytes(100)),
-        wire.frame(Kind.PAGES, 2, wire.pack_extents(extents(1)) + bytes(PAGE_SIZE)),
+        wire.frame(Kind.PAGES, 2, packed_pages(extents(1))),
         wire.frame(Kind.STORED, 1),
         wire.frame(Kind.ERROR, 1, b"CheckpointCorrupt: page 1 was altered"),
         b"x" * 100,

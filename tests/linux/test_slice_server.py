@@ -98,7 +98,7 @@ def test_a_memory_server_fetches_from_it(
 @pytest.mark.parametrize(
     ("kind", "payload", "text"),
     [
-        (Kind.PAGE_OUT, wire.pack_run(0, 1) + bytes(PAGE_SIZE), b"takes no pages"),
+        (Kind.PAGE_OUT, wire.pack_run(0, 1) + b"\1", b"takes no pages"),
         (Kind.FETCH, wire.pack_fetch(Endpoint("::1", 1), extents(1)), b"fetches no pages"),
     ],
 )

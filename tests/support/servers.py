@@ -38,6 +38,11 @@ def content(page: int, version: int = 0) -> bytes:
     return (page * 1000 + version).to_bytes(8, "little") * (PAGE_SIZE // 8)
 
 
+def packed_pages(which: Extents, version: int = 0) -> bytes:
+    """The payload of a frame that carries them."""
+    return wire.pack_extents(which) + b"".join(wire.pack_data([data_of(which, version)]))
+
+
 def data_of(which: Extents, version: int = 0) -> bytes:
     pages = (page for first, stop in which.tolist() for page in range(first, stop))
     return b"".join(content(page, version) for page in pages)
@@ -210,8 +215,7 @@ class Client(Frames):
         return frame.kind, bytes(frame.payload)
 
     def page_out(self, which: Extents, version: int = 0) -> None:
-        packed = wire.pack_extents(which) + data_of(which, version)
-        assert self.ask(Kind.PAGE_OUT, packed)[0] is Kind.STORED
+        assert self.ask(Kind.PAGE_OUT, packed_pages(which, version))[0] is Kind.STORED
 
     def release(self, which: Extents) -> None:
         assert self.ask(Kind.RELEASE, wire.pack_extents(which))[0] is Kind.RELEASED
@@ -219,13 +223,15 @@ class Client(Frames):
     def page_in(self, which: Extents) -> bytes:
         kind, payload = self.ask(Kind.PAGE_IN, wire.pack_extents(which))
         assert kind is Kind.PAGES, payload
-        return payload[4 + 16 * len(which) :]
+        found, data = wire.unpack_pages(memoryview(payload), self.page_count)
+        assert found.tolist() == which.tolist()
+        return bytes(data)
 
     def peek(self, which: Extents) -> tuple[Extents, bytes]:
         kind, payload = self.ask(Kind.PEEK, wire.pack_extents(which))
         assert kind is Kind.PAGES, payload
-        found, at = wire.unpack_pages(memoryview(payload), self.page_count, may_be_none=True)
-        return found, payload[at:]
+        found, data = wire.unpack_pages(memoryview(payload), self.page_count, may_be_none=True)
+        return found, bytes(data)
 
     def fetch(self, source: Endpoint, which: Extents) -> int:
         """Send FETCH and do not wait; its number."""
@@ -279,7 +285,7 @@ class HeldSource:
 
     def answer(self, number: int, which: Extents, version: int = 0) -> None:
         assert self._client is not None
-        self._client.send(Kind.PAGES, number, wire.pack_extents(which) + data_of(which, version))
+        self._client.send(Kind.PAGES, number, packed_pages(which, version))
 
     def hang_up(self) -> None:
         if self._client is not None:

@@ -62,7 +62,7 @@ def test_hello_and_proof_are_the_documented_bytes() -> None:
     one = client(role=Role.READER)
     hello = VM + struct.pack("<Q", 7) + NONCE + b"\x02"
     assert frame_of(one.hello()).payload == hello
-    text = b"dcres-2 client" + hello + OTHER_NONCE
+    text = b"dcres-3 client" + hello + OTHER_NONCE
     answer = one.answer(frame_of(wire.frame(Kind.CHALLENGE, 0, OTHER_NONCE)))
     assert answer is not None
     assert frame_of(answer).payload == hmac.digest(SECRET, text, hashlib.sha256)

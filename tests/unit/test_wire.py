@@ -49,18 +49,49 @@ def test_extents_come_back(extents: Extents) -> None:
 
 
 @given(extents_)
-def test_pages_come_back_with_the_place_of_their_data(extents: Extents) -> None:
+def test_pages_come_back_with_their_data(extents: Extents) -> None:
     pages = int((extents[:, 1] - extents[:, 0]).sum())
-    data = bytes(pages * PAGE_SIZE)
-    found, at = wire.unpack_pages(memoryview(wire.pack_extents(extents) + data), PAGES)
+    data = bytes([1]) * (pages * PAGE_SIZE)
+    packed = wire.pack_extents(extents) + b"".join(wire.pack_data([data]))
+    assert len(packed) == 4 + 16 * len(extents) + (pages + 7) // 8 + len(data)
+    found, back = wire.unpack_pages(memoryview(packed), PAGES)
     assert found.tolist() == extents.tolist()
-    assert at == 4 + 16 * len(extents)
+    assert back == data
+    assert back.obj is packed, "without zeros nothing is copied"
+
+
+pieces_ = st.lists(
+    st.lists(st.sampled_from(["zeros", "first", "last", "somewhere"]), min_size=1, max_size=9),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(pieces_, st.booleans())
+def test_pages_of_zeros_are_a_bit_each(pieces: list[list[str]], views: bool) -> None:
+    at = {"first": 0, "last": PAGE_SIZE - 1, "somewhere": 1234}
+    given_: list[wire.Part] = []
+    for kinds in pieces:
+        pages = np.zeros((len(kinds), PAGE_SIZE), dtype=np.uint8)
+        for page, kind in zip(pages, kinds, strict=True):
+            if kind in at:
+                page[at[kind]] = 7
+        given_.append(memoryview(pages.tobytes()) if views else pages.tobytes())
+    count = sum(map(len, pieces))
+    others = sum(kind != "zeros" for kinds in pieces for kind in kinds)
+    packed = b"".join(wire.pack_data(given_))
+    assert len(packed) == (count + 7) // 8 + others * PAGE_SIZE
+    assert wire.unpack_data(memoryview(packed), count) == b"".join(given_)
+    for wrong in (packed + bytes(PAGE_SIZE), packed[:-1]):
+        with pytest.raises(ProtocolError):
+            wire.unpack_data(memoryview(wrong), count)
 
 
 @given(extents_, st.integers(-3, 3).filter(bool))
 def test_data_that_is_not_as_long_as_announced_is_refused(extents: Extents, off: int) -> None:
     pages = int((extents[:, 1] - extents[:, 0]).sum())
-    packed = wire.pack_extents(extents) + bytes(max(0, pages * PAGE_SIZE + off))
+    flags = bytes((pages + 7) // 8)
+    packed = wire.pack_extents(extents) + flags + bytes(max(0, pages * PAGE_SIZE + off))
     with pytest.raises(ProtocolError):
         wire.unpack_pages(memoryview(packed), PAGES)
 
@@ -152,9 +183,11 @@ def test_a_fetch_of_too_many_pages_is_refused() -> None:
 
 def test_no_extents_are_understood_only_where_they_may_be() -> None:
     none = memoryview(wire.pack_extents(EMPTY))
+    found, at = wire.unpack_extents(none, PAGES, may_be_none=True)
+    assert (len(found), at) == (0, 4)
+    pages, data = wire.unpack_pages(none, PAGES, may_be_none=True)
+    assert (len(pages), len(data)) == (0, 0)
     for unpack in (wire.unpack_extents, wire.unpack_pages):
-        found, at = unpack(none, PAGES, may_be_none=True)
-        assert (len(found), at) == (0, 4)
         with pytest.raises(ProtocolError):
             unpack(none, PAGES)
     assert len(wire.unpack_only_extents(none, PAGES, may_be_none=True)) == 0
@@ -195,7 +228,7 @@ def test_no_payload_breaks_the_parsers(payload: bytes) -> None:
         except ProtocolError:
             continue
         if not isinstance(found, int):
-            assert 0 < at <= len(payload)
+            assert isinstance(at, memoryview) or 0 < at <= len(payload)
             assert (found[:, 0] < found[:, 1]).all()
             assert (found[1:, 0] >= found[:-1, 1]).all()
             assert found.max() <= PAGES
@@ -249,7 +282,7 @@ def test_a_range_of_the_wrong_length_is_refused() -> None:
 
 def test_limits_fit_each_other() -> None:
     """Every frame that may be sent fits what a receiver accepts."""
-    assert 4 + wire.MAX_PAGES * (16 + PAGE_SIZE) <= wire.MAX_PAYLOAD
+    assert 4 + wire.MAX_PAGES * (16 + PAGE_SIZE) + wire.MAX_PAGES // 8 <= wire.MAX_PAYLOAD
     assert wire.MAX_MAP_PAGES // 8 <= wire.MAX_PAYLOAD
     assert 4 + 16 * wire.MAX_RELEASE_EXTENTS <= wire.MAX_PAYLOAD
     assert 4 + 16 * wire.MAX_FETCH_PAGES <= wire.MAX_PAYLOAD
@@ -260,7 +293,7 @@ def test_limits_fit_each_other() -> None:
 
 def test_a_header_is_16_bytes_as_documented() -> None:
     assert wire.frame(Kind.PAGE_IN, 0x01020304, b"ab") == (
-        b"DCRP" + b"\x02" + b"\x12" + b"\0\0" + b"\x04\x03\x02\x01" + b"\x02\0\0\0" + b"ab"
+        b"DCRP" + b"\x03" + b"\x12" + b"\0\0" + b"\x04\x03\x02\x01" + b"\x02\0\0\0" + b"ab"
     )
     assert {kind.name: kind.value for kind in Kind} == {
         "HELLO": 1,
@@ -328,16 +361,21 @@ def test_a_buffer_smaller_than_a_frame_is_refused() -> None:
     ("what", "header", "message"),
     [
         ("another protocol", b"GET / HTTP/1.1\r\n", "does not speak"),
-        ("magic off by a bit", HEADER.pack(b"DCRQ", 2, 1, 0, 0, 0), "does not speak"),
-        ("the zero is not", HEADER.pack(b"DCRP", 2, 1, 1, 0, 0), "does not speak"),
+        ("magic off by a bit", HEADER.pack(b"DCRQ", wire.VERSION, 1, 0, 0, 0), "does not speak"),
+        ("the zero is not", HEADER.pack(b"DCRP", wire.VERSION, 1, 1, 0, 0), "does not speak"),
         ("version 0", HEADER.pack(b"DCRP", 0, 1, 0, 0, 0), "speaks version 0"),
         ("version 1", HEADER.pack(b"DCRP", 1, 1, 0, 0, 0), "speaks version 1 .* run the same"),
-        ("version 3", HEADER.pack(b"DCRP", 3, 1, 0, 0, 0), "speaks version 3"),
-        ("kind 0", HEADER.pack(b"DCRP", 2, 0, 0, 0, 0), "frame kind 0"),
-        ("kind 27", HEADER.pack(b"DCRP", 2, 27, 0, 0, 0), "frame kind 27"),
-        ("kind 255", HEADER.pack(b"DCRP", 2, 255, 0, 0, 0), "frame kind 255"),
-        ("too long", HEADER.pack(b"DCRP", 2, 1, 0, 0, wire.MAX_PAYLOAD + 1), "longer than"),
-        ("far too long", HEADER.pack(b"DCRP", 2, 1, 0, 0, 2**32 - 1), "longer than"),
+        ("version 2", HEADER.pack(b"DCRP", 2, 1, 0, 0, 0), "speaks version 2 .* run the same"),
+        ("version 4", HEADER.pack(b"DCRP", 4, 1, 0, 0, 0), "speaks version 4"),
+        ("kind 0", HEADER.pack(b"DCRP", wire.VERSION, 0, 0, 0, 0), "frame kind 0"),
+        ("kind 27", HEADER.pack(b"DCRP", wire.VERSION, 27, 0, 0, 0), "frame kind 27"),
+        ("kind 255", HEADER.pack(b"DCRP", wire.VERSION, 255, 0, 0, 0), "frame kind 255"),
+        (
+            "too long",
+            HEADER.pack(b"DCRP", wire.VERSION, 1, 0, 0, wire.MAX_PAYLOAD + 1),
+            "longer than",
+        ),
+        ("far too long", HEADER.pack(b"DCRP", wire.VERSION, 1, 0, 0, 2**32 - 1), "longer than"),
     ],
 )
 def test_a_malformed_header_is_refused_before_its_payload_is_there(
