@@ -56,6 +56,8 @@ from dcres.storage.transfer import (
     Run,
     Transfer,
     read_fully,
+    read_gathered,
+    spanning,
     write_fully,
 )
 
@@ -163,7 +165,8 @@ class MemoryFileWriter:
             end = at + (stop - first) * PAGE_SIZE
             data = arena[at:end]
             if os.preadv(source_fd, [data], first * PAGE_SIZE) != end - at:
-                _read_source(source_fd, data, first * PAGE_SIZE)
+                with _source_ends():
+                    read_fully(source_fd, data, first * PAGE_SIZE)
             at = end
         if at:
             self._staged.append((extents, arena))
@@ -239,8 +242,9 @@ class _Source:
 
     fd: int
 
-    def read(self, buffer: memoryview, offset_bytes: int) -> None:
-        _read_source(self.fd, buffer, offset_bytes)
+    def read(self, buffer: memoryview, extents: Extents) -> Pages:
+        with _source_ends():
+            return read_gathered(self.fd, buffer, extents)
 
     def extents_of(self, extents: Extents) -> Extents:
         return extents
@@ -256,7 +260,11 @@ class _Arena:
     data: memoryview
     pages: Pages
 
-    def read(self, buffer: memoryview, offset_bytes: int) -> None:
+    @property
+    def read(self) -> Callable[[memoryview, Extents], Pages]:
+        return spanning(self._read_at)
+
+    def _read_at(self, buffer: memoryview, offset_bytes: int) -> None:
         buffer[:] = self.data[offset_bytes : offset_bytes + len(buffer)]
 
     def extents_of(self, extents: Extents) -> Extents:
@@ -320,9 +328,10 @@ def _read_pages(
 
     with _opened(memory) as fd:
 
-        def read(buffer: memoryview, offset_bytes: int) -> None:
+        def read_at(buffer: memoryview, offset_bytes: int) -> None:
             read_piece(memory, fd, buffer, offset_bytes)
 
+        read = spanning(read_at)
         if memory.order is None:
             Transfer(read, put).run(extents_of_mask(mask), threads, progress)
         else:
@@ -366,9 +375,10 @@ def _opened(memory: MemoryFile) -> Iterator[int]:
         os.close(fd)
 
 
-def _read_source(fd: int, buffer: memoryview, offset_bytes: int) -> None:
+@contextlib.contextmanager
+def _source_ends() -> Iterator[None]:
     try:
-        read_fully(fd, buffer, offset_bytes)
+        yield
     except EndOfFile as end:
         raise ValueError(f"the source ends at byte {end}, before the pages to save") from None
 

@@ -443,6 +443,34 @@ def test_a_disk_that_is_full_is_told_when_a_hole_takes_a_block(
             writer.discard(np.array([[3, 4]]))
 
 
+@pytest.mark.parametrize("short", [False, True])
+def test_alternating_pages_are_read_in_few_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
+    """And a call that is interrupted half-way loses nothing."""
+    count = 4096
+    mask = np.arange(count) % 2 == 0
+    mask[100:900] = np.arange(800) % 17 == 0
+    source = memory(tmp_path / "ram", np.ones(count, dtype=np.bool_))
+    calls = 0
+    preadv = os.preadv
+
+    def counted(fd: int, buffers: list[memoryview], offset_bytes: int) -> int:
+        nonlocal calls
+        calls += 1
+        if short and len(buffers) > 1:
+            buffers = buffers[: len(buffers) // 2]
+        return preadv(fd, buffers, offset_bytes)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    saved = save(tmp_path / "m", source, mask, PACKED)
+    monkeypatch.undo()
+    assert short or calls <= 8
+    content = np.frombuffer(source.read_bytes(), np.uint8).reshape(count, -1)
+    expected = np.where(mask[:, None], content, np.uint8(0)).tobytes()
+    assert load_into(tmp_path / "back", saved) == expected
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["save", "discard", "stage", "zero"]),
