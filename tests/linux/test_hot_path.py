@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dcres.linux import files
 from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model import wire
@@ -132,6 +133,31 @@ def test_storms_and_kills_lose_nothing(
         assert made.status()["pages_in"] > 0
         assert words[0] == "ops"
         assert words[3] == "0", f"{words[3]} pages are damaged"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_pages_of_zeros_come_back_as_such(
+    tmp_path: Path, writer_program: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    if plain:
+        monkeypatch.setenv(loop.PLAIN, "1")
+    with rig(tmp_path, writer_program, PAGES, 512, (PAGES,)) as made:
+        made.writer.ask("fill")
+        until(lambda: made.status()["leaving"] == 0, 10, "page-out has come to rest")
+        made.order("quiesce")
+        with files.opened(made.ram / "sub0.ram", os.O_RDWR) as store:
+            first, stop = files.data_extents(store, PAGES)[0].tolist()
+            assert stop - first > 8
+            emptied = (first, first + 3, first + 4)
+            for page in emptied:
+                os.pwrite(store, bytes(PAGE_SIZE), page * PAGE_SIZE)
+        made.writer.ask(f"read 1 {PAGES}")
+        assert made.status()["pages"] == [PAGES, 0]
+        with files.opened(made.ram / "guest.ram", os.O_RDONLY) as ram:
+            for page in range(first, first + 8):
+                data = os.pread(ram, PAGE_SIZE, page * PAGE_SIZE)
+                assert any(data) is (page not in emptied), page
+                assert page in emptied or int.from_bytes(data[:8], "little") == page
 
 
 @pytest.fixture
