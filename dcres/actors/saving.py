@@ -6,9 +6,9 @@
     track      a round each        the VM     durable,
     changes    while it runs       stands     the vote
 
-Every page that is here when tracking begins is marked, and from then on every page that comes,
-goes or is written. A round takes the marks and lets each page say for itself: it is in this
-host's sparse RAM file and is saved, or it is not and vanishes from the memory file.
+The first round saves every page that is here; from before its look on, every page that comes, goes
+or is written is marked. A later round takes the marks and lets each page say for itself: it is in
+this host's sparse RAM file and is saved, or it is not and vanishes from the memory file.
 A stopped checkpoint is the same with no rounds, and with everything written before the VM
 goes on rather than held in memory.
 """
@@ -84,6 +84,8 @@ class PartSaver:
         self._changes_path = changes
         self._began = time.monotonic()
         self._gone = EMPTY
+        self._rate = 0.0  # at which what is left would be staged; measured in the first round
+        self._saved_any = False
         with ExitStack() as stack:
             self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._source)
@@ -96,8 +98,6 @@ class PartSaver:
             stack.callback(changes.unlink, missing_ok=True)
             daemon.call("track", changes=str(changes))
             stack.callback(self._untrack)
-            self._mark_all()
-            self._rate = self._measure_rate()
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -110,17 +110,29 @@ class PartSaver:
         except DcresError:
             return  # it died, and its successor tracks nothing
 
-    def _mark_all(self) -> None:
-        # After tracking began: a page that comes meanwhile is marked twice, none never.
-        for first, stop in data_extents(self._source, self._pages).tolist():
-            self._changes.mark(first, stop)
+    def _scan(self) -> int:
+        """Mark what the guest wrote since the last time; how many pages are marked then."""
+        return int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
 
-    def _measure_rate(self) -> float:
-        """Bytes per second at which single pages are read into memory, from a sample of them.
+    def _take(self) -> Extents:
+        """What is to be saved now: at first all that is here, then what is marked and here.
+
+        Marks of before the first look stay, and cost a few pages one more save. Later, marked
+        pages that are not here vanish from the memory file.
+        """
+        if not self._saved_any:
+            self._saved_any = True
+            return data_extents(self._source, self._pages)
+        marked = self._changes.take()
+        here = data_extents_within(self._source, marked, self._pages)
+        self._gone = without(marked, here)
+        return here
+
+    def _measure_rate(self, here: Extents) -> float:
+        """Bytes per second at which single pages are read into memory, from a sample of `here`.
 
         What is left for the stop lies scattered, so that calls cost more than copying.
         """
-        here = data_extents(self._source, self._pages)
         sample = pages_of_extents(here)[:: max(1, count_pages(here) // _SAMPLE_PAGES)]
         buffer = [bytearray(PAGE_SIZE)]
         began = time.perf_counter()
@@ -128,17 +140,6 @@ class PartSaver:
             os.preadv(self._source, buffer, page * PAGE_SIZE)
         seconds = max(time.perf_counter() - began, 1e-6)
         return max(sample.size, 1) * PAGE_SIZE / seconds
-
-    def _scan(self) -> int:
-        """Mark what the guest wrote since the last time; how many pages are marked then."""
-        return int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
-
-    def _take(self) -> Extents:
-        """Marked pages that are here; those that are not vanish from the memory file."""
-        marked = self._changes.take()
-        here = data_extents_within(self._source, marked, self._pages)
-        self._gone = without(marked, here)
-        return here
 
     def copy(self) -> HostRound:
         """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled.
@@ -148,6 +149,7 @@ class PartSaver:
         """
         began = time.monotonic()
         here = self._take()
+        self._rate = self._rate or self._measure_rate(here)
         with self._meter.measuring("copy", count_pages(here)), priority.background():
             self._writer.discard(self._gone)
             self._writer.save(self._source, here)
