@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from dcres.actors.messages import Progress, Status
@@ -12,6 +14,24 @@ from dcres.errors import ActorGone, ClusterError, DcresError, NotFound, VmLost
 
 _STATUS_TIMEOUT_S = 10.0
 _PROGRESS_TIMEOUT_S = 5.0
+_LOOK_S = 1.0  # Ray notices a dead host within 1.5 s in a cluster of dcres, 14 s by default
+
+
+def await_ready(port: Port, alive: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until an actor answers, through a restart; no longer than its host is `alive`.
+
+    Raises ActorGone. Ray tells soon that a host is dead, and of its actors only that they are
+    being started again.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left_s = deadline - time.monotonic()
+        try:
+            port.wait_ready(max(0.01, min(_LOOK_S, left_s)))
+            return
+        except ActorGone:
+            if left_s <= _LOOK_S or not alive():
+                raise
 
 
 def describe(port: Port) -> Status:
@@ -21,15 +41,18 @@ def describe(port: Port) -> Status:
     return description
 
 
-def ask_all(vm: str, ports: Mapping[str, Port]) -> list[Status]:
-    """The status of every host of `vm`. Raises VmLost for one that is gone or has lost pages."""
-    return [_ask(vm, host, port) for host, port in ports.items()]
+def ask_all(vm: str, ports: Mapping[str, Port], alive: Callable[[str], bool]) -> list[Status]:
+    """The status of every host of `vm`. Raises VmLost for one that is gone or has lost pages.
+
+    `alive` tells of a host by name whether it is there at all.
+    """
+    return [_ask(vm, host, port, partial(alive, host)) for host, port in ports.items()]
 
 
-def _ask(vm: str, host: str, port: Port) -> Status:
+def _ask(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Status:
     gone = f"host {host} of VM {vm} is gone"
     try:
-        port.wait_ready(_STATUS_TIMEOUT_S)
+        await_ready(port, alive, _STATUS_TIMEOUT_S)
         status: Status = port.call("status", timeout_s=_STATUS_TIMEOUT_S)
     except (ActorGone, ClusterError) as error:
         raise VmLost(f"{gone} ({error}); restore a checkpoint") from None

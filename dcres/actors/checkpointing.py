@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+from dcres.actors.asking import await_ready
 from dcres.actors.messages import Finished, Saved
 from dcres.actors.publishing import Subject, Taken, manifest_of
 from dcres.errors import ActorGone, ClusterError, DcresError, OperationFailed
@@ -255,7 +257,7 @@ class Checkpointing:
         port = self._subject.ports[host]
         for tries_left in reversed(range(_TRIES)):
             try:
-                port.wait_ready(patience_s)
+                await_ready(port, partial(self._subject.alive, host), patience_s)
             except ClusterError as error:
                 raise ActorGone(f"{host} does not answer any more ({error})") from None
             try:

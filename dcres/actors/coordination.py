@@ -220,7 +220,7 @@ class Coordination:
         ports = self._ports()
         if not ports:
             raise NotFound(f"VM {self._vm} does not run")
-        return ask_all(self._vm, ports)
+        return ask_all(self._vm, ports, self._fleet.alive)
 
     def progress(self) -> dict[str, Any]:
         """How far the operation under way is: its phase, and bytes, rate and rest per host."""
@@ -280,5 +280,5 @@ class Coordination:
         if self._follower is not None:
             self._follower.stop()
             self._follower = None
-        take_down(self._vm, self._fleet)
+        take_down(self._vm, self._fleet, self._hosts)
         self._hosts, self._taken_down = (), True

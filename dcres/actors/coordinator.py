@@ -149,6 +149,7 @@ class Coordinator(Coordination):
             machine=main["machine"],
             hosts=self._hosts,
             ports=ports,
+            alive=self._fleet.alive,
         )
 
     def restore(

@@ -136,6 +136,10 @@ class RayFleet:
                 _ray.release(name)
         _ray.release(_reservation_name(vm))
 
+    def alive(self, host: str) -> bool:
+        """Ray's word: it notices within seconds that a host does not answer any more."""
+        return any(each.name == host for each in _alive())
+
     def hosts_of(self, vm: str, indices: Sequence[int]) -> list[str]:
         """Where their bundles are: an actor that is not there has no better address."""
         found = []

@@ -54,6 +54,9 @@ class Fleet(Protocol):
     def indices(self, vm: str) -> list[int]:
         """The indices of the VM's hosts, in the order of `find`; 0 is the main host."""
 
+    def alive(self, host: str) -> bool:
+        """Whether the host of that name is there, as far as is known."""
+
     def hosts_of(self, vm: str, indices: Sequence[int]) -> list[str]:
         """The hosts where these of the VM's are, as far as they are there."""
 

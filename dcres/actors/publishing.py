@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -36,6 +36,7 @@ class Subject:
     machine: str
     hosts: tuple[str, ...]  # the main host first
     ports: Mapping[str, Port]
+    alive: Callable[[str], bool] = lambda host: True  # whether a host is there at all
 
     @property
     def main(self) -> str:

@@ -176,6 +176,7 @@ class LocalFleet:
     visiting: dict[str, list[str]] = field(default_factory=dict)
     sweeper: Callable[[str, str], None] | None = None
     swept: list[str] = field(default_factory=list)
+    dead: set[str] = field(default_factory=set)
 
     def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
         if vm in self.reserved:
@@ -229,6 +230,9 @@ class LocalFleet:
         for index in self.indices(vm):
             self.dismiss(vm, index)
         self.reserved.pop(vm, None)
+
+    def alive(self, host: str) -> bool:
+        return host not in self.dead
 
     def hosts_of(self, vm: str, indices: Sequence[int]) -> list[str]:
         held = self.reserved.get(vm, {})

@@ -17,7 +17,6 @@ from rich.console import Console, RenderableType
 
 import dcres
 from dcres import doctor
-from dcres.actors import _ray
 from dcres.api import cluster as api_cluster
 from dcres.api.draining import DrainPlan
 from dcres.api.placement import Placement
@@ -149,7 +148,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DCRES_HOME", str(tmp_path))
     # Tests that ran before in this process may have joined a cluster.
-    monkeypatch.setattr(_ray, "connected_address", lambda: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     return tmp_path
 
 

@@ -226,6 +226,7 @@ def power_off(vm: Rig, host: str, index: int | None) -> None:
             if hasattr(vm.fleet.actors[actor].object, daemon):
                 getattr(vm.fleet.actors[actor].object, daemon).stop()
         vm.fleet.actors[actor].die()
+    vm.fleet.dead.add(host)
     settings = vm.settings[host]
     for folder in ("vm", "vm.parts"):
         for process in find_marked("DCRES_VM_RUN", str(settings.run / folder)):
