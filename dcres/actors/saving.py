@@ -150,7 +150,7 @@ class PartSaver:
         began = time.monotonic()
         here = self._take()
         self._rate = self._rate or self._measure_rate(here)
-        with self._meter.measuring("copy", count_pages(here)), priority.background():
+        with self._meter.measuring("copy", count_pages(here)):
             self._writer.discard(self._gone)
             self._writer.save(self._source, here)
         left = self._scan()
@@ -173,7 +173,7 @@ class PartSaver:
 
     def settle(self, host: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]) -> Saved:
         """Write what was staged and make the part durable, with the tables of `tables_of`."""
-        with self._meter.measuring("save", 0), priority.background():
+        with self._meter.measuring("save", 0):
             self._writer.discard(self._gone)
             self._writer.settle()
         saved = self._writer.seal()
@@ -246,14 +246,15 @@ class SavingHost:
 
     def copy(self, checkpoint: str) -> HostRound:
         """A round of checkpoint `checkpoint` while the guest runs; see `PartSaver.copy`."""
-        with self._current(checkpoint) as saver:
+        with self._current(checkpoint) as saver, priority.background():
             return saver.copy()
 
     def synchronise(self, checkpoint: str, once_more: bool) -> None:
         """The barrier before the stop, with a last quick round if `once_more`."""
         with self._current(checkpoint) as saver:
             if once_more:
-                saver.copy()
+                with priority.background():
+                    saver.copy()
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         """The VM stands still: take the rest; see `PartSaver.stage`."""
@@ -263,7 +264,7 @@ class SavingHost:
     def _settle(
         self, checkpoint: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]
     ) -> Saved:
-        with self._current(checkpoint) as saver:
+        with self._current(checkpoint) as saver, priority.background():
             saved = saver.settle(self._host, tables_of)
             self._saver = None
         return saved
