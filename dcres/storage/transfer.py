@@ -214,12 +214,15 @@ class Transfer:
     pages_at: Callable[[Pages], Pages] = _themselves
 
     def run(self, extents: Extents, threads: int, progress: Progress | None) -> None:
-        """Move `extents`, places in what is read.
+        """Move `extents`, places in what is read, with at most so many threads.
 
-        The first error, in their order, stops all threads and is raised. `progress` gets the
-        number of pages done since its last call, never concurrently.
+        A few pages get one: each costs a buffer that has to be cleared, and the rounds of a live
+        checkpoint are many and short. The first error, in the order of `extents`, stops all
+        threads and is raised. `progress` gets the number of pages done since its last call, never
+        concurrently.
         """
-        _Crew(self, batches(extents), progress).work(threads)
+        most = -(-count_pages(extents) // BATCH_PAGES)
+        _Crew(self, batches(extents), progress).work(min(threads, most))
 
     def step(self, extents: Extents, buffer: memoryview) -> int:
         """Move one batch through `buffer`; returns its number of pages."""
