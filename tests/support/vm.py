@@ -43,16 +43,21 @@ def spec_of(
     main: str = "96MiB",
     subs: Sequence[str] = ("64MiB", "64MiB"),
     fill: int | str = 64,
+    pause_s: float = 0,
     **more: Any,
 ) -> dict[str, Any]:
-    """A VM file's values: the witness fills `fill` MiB (or ``off``)."""
+    """A VM file's values: the witness fills `fill` MiB (or ``off``).
+
+    With a pause after each check the guest leaves cores to what is done to it.
+    """
     image = guest_image()
     return {
         "name": name,
         "memory": memory,
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
-        "append": f"console=ttyS0 quiet panic=-1 witness={fill} witness_chunk=1",
+        "append": f"console=ttyS0 quiet panic=-1 witness={fill} witness_chunk=1"
+        f" witness_pause={pause_s:g}",
         "accel": "tcg",
         "layout": {"main": main, "subs": list(subs)},
         **more,

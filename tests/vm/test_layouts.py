@@ -68,7 +68,7 @@ def restored(vm: Rig, manifest: Manifest, layout: Layout, hosts: list[str], lazy
 def saved() -> object:
     """A VM over three hosts with stores of their own, and its checkpoint."""
     with rig(hosts=4, private=True) as vm:
-        vm.boot(spec_of(memory="192MiB", main="96MiB", subs=["64MiB", "64MiB"], fill=96))
+        vm.boot(spec_of(fill=96, pause_s=0.1))
         yield vm, vm.checkpoint()
 
 
