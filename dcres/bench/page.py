@@ -16,7 +16,8 @@ _HEAD = """\
 Written by `scripts/bench`, which runs every benchmark and makes this page and its figures anew.
 Each benchmark goes in rounds; a round measures everything once, one thing after the other, so
 that the two values of a ratio are seconds apart. Shown are the median over the rounds, the least
-and the greatest value. What is measured, exactly, stands at the head of the module named.
+and the greatest value. What is measured, exactly, stands at the head of the module named. What is
+known of why an aim is missed: [decisions/missed-aims.md](decisions/missed-aims.md).
 """
 
 
