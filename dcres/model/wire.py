@@ -177,7 +177,8 @@ def pack_data(pieces: Sequence[Part]) -> list[Part]:
             continue
         for first, stop in extents_of_mask(~np.array(zeros)).tolist():
             parts.append(memoryview(piece)[first * PAGE_SIZE : stop * PAGE_SIZE])
-    return [np.packbits(flags, bitorder="little").tobytes(), *parts]
+    packed = np.packbits(np.array(flags, dtype=np.bool_), bitorder="little")
+    return [packed.tobytes(), *parts]
 
 
 def unpack_data(payload: memoryview, pages: int) -> memoryview:

@@ -400,3 +400,8 @@ def test_no_stream_breaks_the_decoder(stream: bytes) -> None:
             assert len(frame.payload) <= wire.MAX_PAYLOAD
     except ProtocolError:
         pass
+
+
+def test_no_pages_are_packed_as_nothing() -> None:
+    assert b"".join(wire.pack_data([])) == b""
+    assert b"".join(wire.pack_data([b""])) == b"", "what a read of no pages gives"
