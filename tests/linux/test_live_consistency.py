@@ -12,7 +12,7 @@ from tests.support import sabotage
 from tests.support.live import LiveCheckpoints, faults_in
 from tests.support.paging import rig
 
-pytestmark = [pytest.mark.linux, pytest.mark.alone]
+pytestmark = pytest.mark.linux
 
 PAGES = 2048
 SUBS = (1200, 1200)
