@@ -145,12 +145,14 @@ class PartSaver:
         """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled.
 
         It ends with a scan and does not begin with one: each costs a guest that writes everywhere
-        another fault for every page.
+        another fault for every page. Only the copying is left to the background. Looking for
+        pages is not: SEEK_HOLE holds the lock of the file's inode, for which page-out waits to
+        punch its hole, and with it the guest; who holds it must not wait for a processor itself.
         """
         began = time.monotonic()
         here = self._take()
         self._rate = self._rate or self._measure_rate(here)
-        with self._meter.measuring("copy", count_pages(here)):
+        with self._meter.measuring("copy", count_pages(here)), priority.background():
             self._writer.discard(self._gone)
             self._writer.save(self._source, here)
         left = self._scan()
@@ -246,15 +248,14 @@ class SavingHost:
 
     def copy(self, checkpoint: str) -> HostRound:
         """A round of checkpoint `checkpoint` while the guest runs; see `PartSaver.copy`."""
-        with self._current(checkpoint) as saver, priority.background():
+        with self._current(checkpoint) as saver:
             return saver.copy()
 
     def synchronise(self, checkpoint: str, once_more: bool) -> None:
         """The barrier before the stop, with a last quick round if `once_more`."""
         with self._current(checkpoint) as saver:
             if once_more:
-                with priority.background():
-                    saver.copy()
+                saver.copy()
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         """The VM stands still: take the rest; see `PartSaver.stage`."""

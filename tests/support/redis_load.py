@@ -173,6 +173,12 @@ class Client:
         self._unwanted = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"client-{seed}", daemon=True)
 
+    @property
+    def thread(self) -> int:
+        """What gettid(2) says in the client's thread; it has started."""
+        assert self._thread.native_id is not None
+        return self._thread.native_id
+
     def start(self) -> None:
         self._thread.start()
 

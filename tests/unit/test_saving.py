@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from dcres.actors import saving
 from dcres.actors.host import Meter
 from dcres.actors.messages import Saved
 from dcres.actors.saving import SavingHost
 from dcres.errors import Conflict
+from dcres.linux.files import data_extents
 from dcres.model.formats import MemoryFormat
+from dcres.model.pages import Extents
 from dcres.storage.store import Store
 from tests.support.wait import until
 
@@ -95,6 +98,29 @@ def test_a_prepare_that_comes_late_does_not_take_the_place_of_the_next(host: Hos
     host.save(SECOND)
     assert host.files(SECOND) == {"memory.pack", "index.arrow", "sums.arrow"}
     assert host.files(FIRST) == set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="who has left the background may not come back")
+def test_copying_is_in_the_background_and_looking_for_pages_is_not(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page-out waits for the inode's lock while somebody looks (lseek(2), fallocate(2))."""
+    priorities: dict[str, set[int]] = {"looking": set(), "copying": set()}
+
+    def note(what: str) -> None:
+        priorities[what].add(os.getpriority(os.PRIO_PROCESS, 0))
+
+    def look(fd: int, page_count: int) -> Extents:
+        note("looking")
+        return data_extents(fd, page_count)
+
+    monkeypatch.setattr(saving, "data_extents", look)
+    host.meter.hook = lambda: note("copying")
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    host.prepare(FIRST)
+    assert host.copy(FIRST).saved_pages == PAGES
+    host.halt(FIRST)
+    assert priorities == {"looking": {before}, "copying": {15}}
 
 
 def test_a_halt_that_comes_late_ends_nothing_else(host: Host) -> None:
