@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
 
 def _run(name: str, quick: bool, folder: Path | None, docs: Path, console: Console) -> None:
     figures = docs / "figures"
+    began = time.monotonic()
     result = bench.run(
         name,
         quick=quick,
@@ -43,6 +45,7 @@ def _run(name: str, quick: bool, folder: Path | None, docs: Path, console: Conso
         say=lambda text: console.print(f"{name}: {text}", markup=False),
     )
     console.print(view(result))
+    console.print(f"{name}: done in {time.monotonic() - began:.0f} s")
     page.save(result, figures)
     if not page.plot(result, bench.figures(name), figures):
         console.print("no plots without matplotlib; pip install 'dcres[bench]'", markup=False)

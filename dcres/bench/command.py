@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def _run_all(
     for number, each in enumerate(bench.NAMES, 1):
         say = _teller(console, status, f"{each} ({number} of {len(bench.NAMES)})")
         try:
+            began = time.monotonic()
             results.append(bench.run(each, quick=quick, folder=folder, say=say))
+            console.print(f"bench {each}: done in {time.monotonic() - began:.0f} s")
         except DcresError as error:
             failed[each] = str(error)
             say(f"failed: {error}")

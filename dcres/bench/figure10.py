@@ -32,7 +32,7 @@ def measure(setup: Setup) -> list[Row]:
         hosts.limit(ratios.DISK_MB_PER_S)
         for at in range(rounds):
             rows += hosts.rates(at)
-            for parts in ratios.order(at):
+            for parts in ratios.order(setup, at):
                 name = ratios.name_of(parts)
                 setup.say(f"round {at + 1} of {rounds}: {name.replace('_', ':')}")
                 layout = ratios.layout_at(parts, ratios.memory_mib(setup))
@@ -55,7 +55,7 @@ def _rows(name: str, at: int, restored: Timed) -> list[Row]:
 def _save(setup: Setup, vm: SplitVm) -> dict[int, Manifest]:
     """A checkpoint at every ratio, by the main host's parts; the VM has ended."""
     manifests = {}
-    for parts in ratios.order(0):
+    for parts in ratios.order(setup, 0):
         setup.say(f"a checkpoint at {ratios.name_of(parts).replace('_', ':')}")
         vm.resize(ratios.layout_at(parts, ratios.memory_mib(setup)))
         _, manifests[parts] = vm.checkpoint()

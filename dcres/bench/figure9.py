@@ -25,7 +25,7 @@ def measure(setup: Setup) -> list[Row]:
         hosts.limit(ratios.DISK_MB_PER_S)
         for at in range(rounds):
             rows += hosts.rates(at)
-            for parts in ratios.order(at):
+            for parts in ratios.order(setup, at):
                 name = ratios.name_of(parts)
                 setup.say(f"round {at + 1} of {rounds}: {name.replace('_', ':')}")
                 vm.resize(ratios.layout_at(parts, memory))

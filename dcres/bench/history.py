@@ -31,16 +31,17 @@ AIMS = (Aim("page_ins_history_over_random", Direction.AT_MOST, 0.2),)
 _VM = "history"
 _MEMORY_MIB, _MAIN_MIB, _FILL_MIB, _HOT_MIB = 512, 256, 340, 128
 _WORK = f"dirty=20 reads=3 span={_HOT_MIB}"
-_LEARNING_S = 30.0
+_LEARNING_S, _QUICK_LEARNING_S = 30.0, 10.0
 _TIMEOUT_S = 300.0
 
 
 def measure(setup: Setup, cluster: LocalCluster, rounds: int) -> list[Row]:
     """Page-ins per second in every round."""
     seconds = 10.0 if setup.quick else 30.0
+    learning_s = _QUICK_LEARNING_S if setup.quick else _LEARNING_S
     setup.say(f"a guest that works on {_HOT_MIB} of {_MEMORY_MIB} MiB")
     with coordinator(_VM) as port:
-        subject = _Subject(cluster, port, setup.folder)
+        subject = _Subject(cluster, port, setup.folder, learning_s)
         rows = []
         for at in range(rounds):
             for what in WHATS:
@@ -52,7 +53,7 @@ def measure(setup: Setup, cluster: LocalCluster, rounds: int) -> list[Row]:
 class _Subject:
     """The guest's checkpoint."""
 
-    def __init__(self, cluster: LocalCluster, port: Port, folder: Path) -> None:
+    def __init__(self, cluster: LocalCluster, port: Port, folder: Path, learning_s: float) -> None:
         self._cluster = cluster
         self._port = port
         image = filler_image(folder)
@@ -68,7 +69,7 @@ class _Subject:
         }
         port.call("start", spec, list(cluster.hosts), timeout_s=_TIMEOUT_S)
         self._await_work()
-        time.sleep(_LEARNING_S)
+        time.sleep(learning_s)
         facts = port.call("checkpoint", "live", timeout_s=_TIMEOUT_S)
         port.call("stop")
         self._manifest = store_of(cluster, cluster.hosts[0]).get(facts["checkpoint"])

@@ -18,6 +18,7 @@ from dcres.config import Layout
 PARTS = 8
 EVEN = PARTS // 2
 MAIN_PARTS = tuple(range(1, PARTS))
+QUICK_MAIN_PARTS = (1, EVEN, PARTS - 1)
 DISK_MB_PER_S = 200  # see `dcres.bench.figure7`
 MEMORY_MIB, QUICK_MEMORY_MIB = 1024, 512
 
@@ -38,12 +39,13 @@ def layout_at(main_parts: int, memory: int) -> Layout:
     return layout_of(main, memory - main)
 
 
-def order(at: int) -> tuple[int, ...]:
+def order(setup: Setup, at: int) -> tuple[int, ...]:
     """Shares of the main host in round `at`: downwards, then upwards, and so on.
 
     A step from one to the next moves little, and what drifts hits both ends alike.
     """
-    return MAIN_PARTS[::-1] if at % 2 == 0 else MAIN_PARTS
+    parts = QUICK_MAIN_PARTS if setup.quick else MAIN_PARTS
+    return parts[::-1] if at % 2 == 0 else parts
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def filled(setup: Setup, name: str) -> Iterator[tuple[Hosts, SplitVm]]:
         hosts, cluster = held.enter_context(slow_cluster(setup.folder, 2, memory * MIB))
         setup.say(f"a guest of {memory} MiB fills its memory")
         vm = SplitVm(held, cluster, guest_spec(setup.folder, name, memory))
-        vm.start(layout_at(order(0)[0], memory))
+        vm.start(layout_at(order(setup, 0)[0], memory))
         vm.await_filled()
         yield hosts, vm
 

@@ -30,10 +30,12 @@ def test_shares_add_up_to_the_memory(parts: int, memory: int) -> None:
     assert layout.main * 8 == parts * sum(layout.shares)
 
 
-def test_rounds_go_down_and_up_again() -> None:
-    assert ratios.order(0) == (7, 6, 5, 4, 3, 2, 1)
-    assert ratios.order(1) == ratios.order(0)[::-1]
-    assert ratios.order(2) == ratios.order(0)
+@pytest.mark.parametrize(
+    ("quick", "parts"), [(False, (7, 6, 5, 4, 3, 2, 1)), (True, (7, 4, 1))], ids=["full", "quick"]
+)
+def test_rounds_go_down_and_up_again(quick: bool, parts: tuple[int, ...]) -> None:
+    setup = Setup(quick, Path(), print)
+    assert [ratios.order(setup, at) for at in range(3)] == [parts, parts[::-1], parts]
 
 
 def test_quick_is_smaller() -> None:
