@@ -115,6 +115,28 @@ def test_a_server_that_hangs_is_named_and_comes_back(wire: Wire) -> None:
     wire.turn_until(lambda: wire.user.stored, server=True)
 
 
+def test_a_host_may_go_that_has_not_confirmed_releases(wire: Wire) -> None:
+    """They are told in batches, and pages may have gone from there a moment ago."""
+    wire.turn_until(wire.ready, server=True)
+    wire.turn_until(lambda: wire.link.settled, server=True)
+    wire.link.release(np.array([[3, 4]]))
+    assert state_of(wire.link) == "not settled, not needed"
+    wire.link.flush_releases()
+    assert state_of(wire.link) == "not settled, not needed"
+    wire.link.page_out(np.array([[3, 4]]), [b"x" * PAGE_SIZE])
+    assert state_of(wire.link) == "not settled, needed"
+    wire.turn_until(lambda: wire.link.settled, server=True)
+    assert state_of(wire.link) == "settled, not needed"
+    wire.link.fetch(SubAddress("h2", "127.0.0.1", 1, PAGES, 17), np.array([[5, 6]]))
+    assert state_of(wire.link) == "settled, needed"
+
+
+def state_of(link: Link) -> str:
+    return (
+        ("" if link.settled else "not ") + "settled, " + ("" if link.needed else "not ") + "needed"
+    )
+
+
 def test_a_server_that_accepts_and_does_not_greet_is_named(wire: Wire) -> None:
     """The kernel accepts for a process that hangs."""
     wire.turn_until(lambda: wire.link.trouble, server=False)
