@@ -89,9 +89,7 @@ def test_moves_under_a_writer_lose_no_update(paged: Rig) -> None:
         paged.order("resize", limit_pages=rng.choice([64, 256, 512, 1024]))
         moved += len(rows)
         rounds += 1
-        pause_over = time.monotonic() + rng.uniform(0, 0.2)
-        while time.monotonic() < pause_over:
-            paged.status()
+        pass_time(rng.uniform(0, 0.2))
     answer = paged.writer.answer()
     assert answer[0] == "ops"
     assert int(answer[3]) == 0, f"{answer[3]} pages are damaged after {rounds} rounds of moves"
@@ -122,6 +120,12 @@ def test_kills_in_the_middle_of_moves_lose_nothing(paged: Rig, victim: str) -> N
     order(paged, everything_to(paged, 2))
     until(lambda: done(paged), 20, "the moves")
     until(lambda: held(paged, 0) + held(paged, 1) == 0, 5, "both are empty")
+
+
+def pass_time(seconds: float) -> None:
+    """Let the moves go on."""
+    over = time.monotonic() + seconds
+    until(lambda: time.monotonic() > over)
 
 
 def holds(paged: Rig, pages: list[int]) -> bool:
