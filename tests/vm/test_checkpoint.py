@@ -40,6 +40,7 @@ from tests.support.wait import until
 pytestmark = pytest.mark.vm
 
 DISK = "/machine/peripheral/virtio-disk0/virtio-backend"
+ZEROS = bytes(PAGE_BYTES)
 LEGACY = range(0xA0, 0x100)  # pages that QEMU shows as something else than RAM (PC firmware)
 
 
@@ -90,7 +91,7 @@ def saved_memory(store: Rig, manifest: Manifest) -> PlainMemory:
         folder = store.store.root / "vm" / manifest.checkpoint / part.host
         assert memory.add_saved(folder, part.host) == part.pages
         # Pages of zeros need no place; of the others, within 1 % for the file system's own.
-        written = sum(any(memory.at(number)) for number in memory.owned_by(part.host))
+        written = sum(memory.at(number) != ZEROS for number in memory.owned_by(part.host))
         blocks_bytes = (folder / part.memory_file).stat().st_blocks * 512
         assert written * PAGE_BYTES <= blocks_bytes <= written * PAGE_BYTES * 1.01
     return memory
