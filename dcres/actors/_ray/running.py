@@ -21,6 +21,7 @@ from dcres.actors._ray.nodes import hosts
 from dcres.actors._ray.placing import spawn
 from dcres.actors.room import host_named
 from dcres.errors import ActorGone, Conflict
+from dcres.linux import priority
 
 RUNNERS = "dcres-runner/"
 
@@ -29,6 +30,9 @@ _T = TypeVar("_T")
 
 class Runner:
     """Runs functions, several at once, on the host where it is."""
+
+    def __init__(self) -> None:
+        priority.take_normal()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Its result; raises what it raises."""
