@@ -43,12 +43,13 @@ def spec_of(
     main: str = "96MiB",
     subs: Sequence[str] = ("64MiB", "64MiB"),
     fill: int | str = 64,
-    pause_s: float = 0,
+    pause_s: float = 0.05,
     **more: Any,
 ) -> dict[str, Any]:
     """A VM file's values: the witness fills `fill` MiB (or ``off``).
 
-    With a pause after each check the guest leaves cores to what is done to it.
+    With a pause after each check, which takes about as long, the guest leaves cores to what is
+    done to it and to other tests.
     """
     image = guest_image()
     return {

@@ -268,7 +268,7 @@ def moved_in(vm: Rig, seconds: float) -> dict[str, int]:
 def test_a_guest_with_a_quarter_of_its_memory_here_passes_its_own_checks() -> None:
     """For two minutes without a break; a short one of the guest's after each of its checks."""
     times, seconds = 12, 10
-    spec = spec_of(memory="192MiB", main="48MiB", subs=["80MiB", "80MiB"], fill=80, pause_s=0.05)
+    spec = spec_of(memory="192MiB", main="48MiB", subs=["80MiB", "80MiB"], fill=80)
     with rig() as vm:
         vm.boot(spec)
         moved = [moved_in(vm, seconds) for _ in range(times)]
