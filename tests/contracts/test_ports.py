@@ -153,7 +153,7 @@ def test_a_call_under_way_is_lost_with_the_actor_and_it_comes_back(
     world: World, port: Port
 ) -> None:
     port.call("set", "changed")
-    lost = port.submit("hold", 60)
+    lost = port.submit("hold", 10)
     world.kill(port)
     with pytest.raises(ActorGone):
         lost.result(30)
