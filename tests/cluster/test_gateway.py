@@ -94,7 +94,7 @@ class TestHosts:
         runner = gateway.run_on(name, os.getpid)
         assert gateway.run_on(name, os.getpid) == runner
         os.kill(runner, signal.SIGKILL)
-        until(lambda: gone(name), 20, "Ray knows that it is gone")
+        until(lambda: gone(name), 30, "Ray knows that it is gone")
         assert gateway.run_on(name, os.getpid) != runner
 
     def test_what_takes_long_is_a_process_of_its_own(self, cluster: LocalCluster) -> None:
@@ -295,7 +295,7 @@ class TestDeaths:
         assert not process.alive
         with pytest.raises(ActorGone):
             under_way.result(10)
-        until(lambda: lost not in _alive(), 5, "Ray to notice the loss of a host")
+        until(lambda: lost not in _alive(), 10, "Ray to notice the loss of a host")
         with pytest.raises(NotFound, match="on no live host"):
             until(lambda: gateway.Reservation(unique).host_of(0) != lost, 5)
         gateway.release(unique)

@@ -158,4 +158,4 @@ def test_a_call_under_way_is_lost_with_the_actor_and_it_comes_back(
     with pytest.raises(ActorGone):
         lost.result(30)
     port.wait_ready(30)
-    until(lambda: port.call("get") == "value", 10, "it begins anew")
+    until(lambda: port.call("get") == "value", 30, "it begins anew")

@@ -96,13 +96,13 @@ def with_deadline(predicate: object, timeout_s: float) -> None:
 def test_the_main_host_keeps_its_share(paged: Rig) -> None:
     paged.writer.ask("fill")
     paged.writer.ask("run 1")
-    until(lambda: paged.status()["pages"][0] <= 512, 5, "page-out")
+    until(lambda: paged.status()["pages"][0] <= 512, 30, "page-out")
     allocated = os.stat(paged.ram / "guest.ram").st_blocks * 512
     assert allocated <= (512 + 64) * PAGE_SIZE
     paged.order("resize", limit_pages=128)
-    until(lambda: paged.status()["pages"][0] <= 128, 5, "page-out after the resize")
+    until(lambda: paged.status()["pages"][0] <= 128, 30, "page-out after the resize")
     paged.order("resize", limit_pages=1024)
-    until(lambda: paged.status()["pages"][0] >= 900, 5, "page-in after the resize")
+    until(lambda: paged.status()["pages"][0] >= 900, 30, "page-in after the resize")
 
 
 def test_a_guest_that_writes_is_served_while_its_main_host_shrinks(
@@ -155,7 +155,7 @@ def test_the_history_knows_who_is_read_though_nobody_has_to_leave(paged: Rig) ->
         paged.writer.ask("read 1 100")
         return bool(table.ticks[:100].min() > table.ticks[100:].max())
 
-    until(told_apart, 10, "the pages that are read are the last touched")
+    until(told_apart, 30, "the pages that are read are the last touched")
     assert paged.status()["pages"] == [PAGES, 0, 0]
     assert os.stat(paged.ram / "outbox.ram").st_blocks == 0
 
@@ -163,14 +163,14 @@ def test_the_history_knows_who_is_read_though_nobody_has_to_leave(paged: Rig) ->
 def test_nobody_is_put_on_standby_while_a_checkpoint_is_taken(paged: Rig, tmp_path: Path) -> None:
     paged.order("resize", limit_pages=2 * PAGES)
     paged.writer.ask("fill")
-    until(lambda: mapped(paged) == 0, 10, "all pages are on standby")
+    until(lambda: mapped(paged) == 0, 30, "all pages are on standby")
     paged.order("track", changes=str(tmp_path / "changes"))
     paged.writer.ask(f"read 1 {PAGES}")
     paged.writer.ask("time 1 5 100000")  # half a second
     assert mapped(paged) == PAGES
     assert paged.order("scan", changes=str(tmp_path / "changes"))["written"] == 0
     paged.order("untrack")
-    until(lambda: mapped(paged) < PAGES, 15, "standby again")
+    until(lambda: mapped(paged) < PAGES, 30, "standby again")
 
 
 def test_frozen_placement_is_whole_and_agrees_everywhere(paged: Rig) -> None:
@@ -267,14 +267,14 @@ def test_without_a_pager_the_guest_waits_and_never_reads_zeros(paged: Rig) -> No
 
 def test_a_page_gone_from_a_sub_host_is_reported_and_never_read_as_zeros(paged: Rig) -> None:
     paged.writer.ask("fill")
-    until(lambda: paged.status()["leaving"] == 0, 5, "drained")
+    until(lambda: paged.status()["leaving"] == 0, 30, "drained")
     paged.kill("sub0")
     store = os.open(paged.ram / "sub0.ram", os.O_RDWR)
     first = int(files.data_extents(store, PAGES)[0, 0])
     files.punch_hole(store, first * PAGE_SIZE, PAGE_SIZE)
     os.close(store)
     paged.start_server(0)
-    until(lambda: paged.status()["state"] == "lost", 5, "the loss is noticed")
+    until(lambda: paged.status()["state"] == "lost", 30, "the loss is noticed")
     assert "lacks 1 pages" in paged.status()["lost_why"]
     with pytest.raises(PagesLost):
         paged.order("quiesce")

@@ -176,7 +176,7 @@ def rig(
         yield made
         made.coordinator.stop()
         made.require_nothing_left()
-        until(lambda: descriptors() <= before, 10, f"{before} descriptors, as before")
+        until(lambda: descriptors() <= before, 30, f"{before} descriptors, as before")
     finally:
         with suppress(DcresError):
             made.coordinator.stop()

@@ -10,7 +10,7 @@ _SELDOM_S = 0.05
 _PATIENCE_S = 1.0
 
 
-def until(predicate: Callable[[], object], timeout_s: float = 10.0, what: str = "it") -> None:
+def until(predicate: Callable[[], object], timeout_s: float = 30.0, what: str = "it") -> None:
     """Poll `predicate` until it is true; AssertionError after `timeout_s`.
 
     Every 10 ms at first. What takes long is what others are busy with, and to ask them keeps them

@@ -256,7 +256,7 @@ def moved_in(vm: Rig, seconds: float) -> dict[str, int]:
     before = vm.coordinator.status()["hosts"][0]
     report = keeps_checking(vm.console, seconds)
     after = vm.coordinator.status()["hosts"][0]
-    until(lambda: keeps_a_quarter(vm), 10, "the main host has no more than its share")
+    until(lambda: keeps_a_quarter(vm), 30, "the main host has no more than its share")
     return {
         "checks": report.checks,
         **{key: after[key] - before[key] for key in ("pages_in", "pages_out")},

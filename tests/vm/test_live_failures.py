@@ -74,7 +74,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def goes_on(vm: Rig) -> Iterator[None]:
     """Afterwards nothing is tracked or listed, the guest runs, and a checkpoint is taken."""
     yield
-    until(lambda: tracking(vm) == [False] * 3, 20, "nobody tracks changes any more")
+    until(lambda: tracking(vm) == [False] * 3, 30, "nobody tracks changes any more")
     assert vm.listed() == []
     assert [path for path in (vm.store.root / "vm").iterdir() if path.is_dir()] == []
     assert list(vm.ram.rglob("changes")) == []
@@ -124,7 +124,7 @@ def test_a_paging_process_that_dies_in_the_middle_of_a_round(
     pending = begin(vm, pool, held)
     pid = vm.coordinator.status()["hosts"][index]["pid"]
     os.kill(pid, signal.SIGKILL)
-    until(lambda: vm.coordinator.status()["hosts"][index]["pid"] != pid, 20, "its successor")
+    until(lambda: vm.coordinator.status()["hosts"][index]["pid"] != pid, 30, "its successor")
     held.let_go.set()
     with pytest.raises(OperationFailed, match="the VM goes on") as caught:
         pending.result(60)
@@ -159,7 +159,7 @@ def test_an_actor_that_dies_in_the_middle_of_a_round(
         with pytest.raises(OperationFailed, match="the VM goes on") as caught:
             pending.result(60)
         assert list(caught.value.failures) == [f"h{index}"]
-        until(lambda: tracking(vm) == [False] * 3, 20, "nobody tracks changes any more")
+        until(lambda: tracking(vm) == [False] * 3, 30, "nobody tracks changes any more")
         assert list(vm.ram.rglob("changes")) == []
     finally:
         held.end()
