@@ -271,8 +271,7 @@ class _Play:
 
     def _replace_hosts(self, local: LocalCluster) -> None:
         step = self._begin("add two hosts")
-        added = [local.add_host() for _ in range(2)]
-        self._end(step, ", ".join(added))
+        self._end(step, ", ".join(local.add_hosts(2)))
 
     def _restore(self, checkpoint: Checkpoint, *, single: bool) -> Vm:
         step = self._begin("restore on one host" if single else "restore on three hosts")
