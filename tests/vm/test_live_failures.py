@@ -60,7 +60,8 @@ class Held:
 def vm() -> Iterator[Rig]:
     """One VM that pages, for all failures: it survives them."""
     with rig() as made:
-        made.boot(spec_of(main="72MiB", subs=["64MiB", "64MiB"], fill=72), 2)
+        # Without a pause, so that a second round always finds pages that changed on every host.
+        made.boot(spec_of(main="72MiB", subs=["64MiB", "64MiB"], fill=72, pause_s=0), 2)
         yield made
 
 
