@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from dcres.errors import DcresError
@@ -60,7 +59,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("dcres")
+        # A tenth of what a pager takes to start, and no pager asks for it.
+        from importlib.metadata import version
+
+        return version("dcres")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dcres' has no attribute {name!r}")

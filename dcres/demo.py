@@ -26,7 +26,7 @@ from dcres.vm.witness import WitnessReport
 
 NAME = "demo"
 LEAST_MEMORY_BYTES = 512 << 20
-_FILL = 0.68  # of the guest's memory
+_FILL = 0.6  # of the guest's memory; its kernel and what it boots from take a fifth more
 _CHUNK_BYTES = 4 << 20  # of the witness's files
 _CHECKS = 25  # that the guest passes before the checkpoint
 _ROUND_TIMEOUT_S = 20.0  # a slow machine need not check every file after a restore
@@ -271,8 +271,7 @@ class _Play:
 
     def _replace_hosts(self, local: LocalCluster) -> None:
         step = self._begin("add two hosts")
-        added = [local.add_host() for _ in range(2)]
-        self._end(step, ", ".join(added))
+        self._end(step, ", ".join(local.add_hosts(2)))
 
     def _restore(self, checkpoint: Checkpoint, *, single: bool) -> Vm:
         step = self._begin("restore on one host" if single else "restore on three hosts")

@@ -186,14 +186,19 @@ class LocalCluster:
 
     def add_host(self) -> str:
         """Start one more host node and return its name; names are never used twice."""
-        name = self._new_host()
-        node = self._node(name)
+        return self.add_hosts(1)[0]
+
+    def add_hosts(self, count: int) -> tuple[str, ...]:
+        """As `add_host`, for several that start at the same time; all of them, or none."""
+        names: list[str] = []
         try:
-            self._await_ready({node: node.launch()})
+            names.extend(self._new_host() for _ in range(count))
+            self._await_ready({node: node.launch() for node in map(self._node, names)})
         except BaseException:
-            self.kill_host(name)
+            for name in names:
+                self.kill_host(name)
             raise
-        return name
+        return tuple(names)
 
     def kill_host(self, name: str) -> None:
         """Lose host `name` as if its machine had failed: its processes, memory and run folder.

@@ -88,7 +88,7 @@ class StoresOfHosts:
         """See `Catalogue`; the hosts read at the same time, and `done` is called at the end."""
         host, manifest = self._find(checkpoint)
         if _ray.run_on(host, _has_all_parts, manifest):
-            report = _ray.run_on(host, _verify, checkpoint, timeout_s=_READ_ALL_TIMEOUT_S)
+            report = _ray.run_apart(host, _verify, checkpoint, timeout_s=_READ_ALL_TIMEOUT_S)
         else:
             report = self._verify_apart(manifest)
         if done is not None:
@@ -112,7 +112,7 @@ class StoresOfHosts:
 
     def _verify_apart(self, manifest: Manifest) -> VerifyReport:
         def part(host: str) -> VerifyReport:
-            return _ray.run_on(host, _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S)
+            return _ray.run_apart(host, _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S)
 
         reports = _at_once(part, [each.host for each in manifest.hosts])
         return VerifyReport(
@@ -175,7 +175,7 @@ def _verifying(
         yield done
 
 
-# What follows runs on a host, as a Ray task.
+# What follows runs on a host.
 
 
 def _store() -> Store:

@@ -152,6 +152,12 @@ class Link:
         """Whether nothing is waiting to be sent or answered."""
         return not self._unanswered and not self._releases
 
+    @property
+    def needed(self) -> bool:
+        """Whether pages are under way on it. A host that is let go need not confirm releases."""
+        waiting = (request.kind is not Kind.RELEASE for request in self._unanswered)
+        return bool(self._fetches) or any(waiting)
+
     def connect_if_due(self) -> None:
         """Try to connect when down, at most every `RETRY_S`; go down when the server is silent."""
         now = time.monotonic()
@@ -253,7 +259,7 @@ class Link:
             self._request(Kind.RELEASE, part, [wire.pack_extents(part)])
 
     def close(self) -> None:
-        """End the connection for good; nothing may be under way on it."""
+        """End the connection for good; it must not be `needed`."""
         if self._stream is not None:
             self._stream.close(ConnectionAbortedError("it is not needed any more"))
 

@@ -349,7 +349,7 @@ class Pager:
         staying = {each.code for each in (*fresh.subs, *fresh.sources)}
         counts = np.bincount(self._table.owners, minlength=256)
         for link in self._all_links:
-            if link.code not in staying and (counts[link.code] or not link.settled):
+            if link.code not in staying and (counts[link.code] or link.needed):
                 raise PagingError(f"{link.sub.host} still has pages of this VM")
         known = {link.code: link for link in self._all_links}
         if not known and staying:

@@ -15,7 +15,7 @@ from dcres.actors import _ray as gateway
 from dcres.actors._ray import ActorPort, connection
 from dcres.actors.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
-from tests.support.actors import Probe, host_of_task, task_that_fails
+from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
 from tests.support.errors import ALL_ERRORS, example
 from tests.support.wait import until
 
@@ -89,6 +89,20 @@ class TestHosts:
         for name in cluster.hosts:
             assert gateway.run_on(name, host_of_task) == name
 
+    def test_one_process_of_a_host_answers_all_and_is_replaced(self, cluster: LocalCluster) -> None:
+        name = cluster.hosts[1]
+        runner = gateway.run_on(name, os.getpid)
+        assert gateway.run_on(name, os.getpid) == runner
+        os.kill(runner, signal.SIGKILL)
+        until(lambda: gone(name), 30, "Ray knows that it is gone")
+        assert gateway.run_on(name, os.getpid) != runner
+
+    def test_what_takes_long_is_a_process_of_its_own(self, cluster: LocalCluster) -> None:
+        name = cluster.hosts[1]
+        apart = gateway.run_apart(name, host_and_pid, timeout_s=30)
+        assert apart[0] == name
+        assert apart[1] != gateway.run_on(name, os.getpid)
+
     def test_a_functions_error_comes_back(self, cluster: LocalCluster) -> None:
         with pytest.raises(NoRoom):
             gateway.run_on(cluster.hosts[0], task_that_fails, NoRoom)
@@ -96,6 +110,12 @@ class TestHosts:
     def test_an_unknown_host(self, cluster: LocalCluster) -> None:
         with pytest.raises(NotFound, match=f"no host h99 .*{cluster.hosts[0]}"):
             gateway.run_on("h99", host_of_task)
+
+
+def gone(host: str) -> bool:
+    """Whether the host's runner is."""
+    node_id = next(each.node_id for each in gateway.hosts() if each.name == host)
+    return gateway.find(f"dcres-runner/{node_id}") is None
 
 
 class TestReservations:
@@ -275,7 +295,7 @@ class TestDeaths:
         assert not process.alive
         with pytest.raises(ActorGone):
             under_way.result(10)
-        until(lambda: lost not in _alive(), 5, "Ray to notice the loss of a host")
+        until(lambda: lost not in _alive(), 10, "Ray to notice the loss of a host")
         with pytest.raises(NotFound, match="on no live host"):
             until(lambda: gateway.Reservation(unique).host_of(0) != lost, 5)
         gateway.release(unique)

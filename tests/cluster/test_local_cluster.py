@@ -131,6 +131,18 @@ class TestFailing:
         assert not find_marked(CLUSTER_MARK, ids[0])
         assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
+    def test_hosts_that_do_not_start_are_none(
+        self, small: LocalCluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before, first = small.hosts, small._state.next_host
+        monkeypatch.setattr(local_node, "_OBJECT_STORE_BYTES", -1)
+        with pytest.raises(ClusterError, match="ended; the end of its log"):
+            small.add_hosts(2)
+        assert small.hosts == before
+        for number in (first, first + 1):
+            assert not local_node.marked(marks(small, f"h{number}"))
+            assert not list(small.home.glob(f"hosts/h{number}/run"))
+
     def test_hosts_larger_than_the_machine(self, tmp_path: Path) -> None:
         with pytest.raises(NoRoom, match="3 hosts of 1 TiB do not fit into /dev/shm"):
             LocalCluster.start(tmp_path, 3, 1 << 40)

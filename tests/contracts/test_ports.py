@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -127,10 +126,10 @@ def test_time_over_is_a_cluster_error_and_the_call_goes_on(port: Port) -> None:
 
 
 def test_calls_run_side_by_side(port: Port) -> None:
-    slow = port.submit("hold", 1.0)
-    began = time.monotonic()
+    slow = port.submit("hold", 3.0)
     assert port.call("get") == "value"
-    assert time.monotonic() - began < 0.9
+    with pytest.raises(ClusterError, match="did not answer"):
+        slow.result(0.01)
     slow.result(10)
 
 
@@ -154,9 +153,9 @@ def test_a_call_under_way_is_lost_with_the_actor_and_it_comes_back(
     world: World, port: Port
 ) -> None:
     port.call("set", "changed")
-    lost = port.submit("hold", 60)
+    lost = port.submit("hold", 10)
     world.kill(port)
     with pytest.raises(ActorGone):
         lost.result(30)
     port.wait_ready(30)
-    until(lambda: port.call("get") == "value", 10, "it begins anew")
+    until(lambda: port.call("get") == "value", 30, "it begins anew")

@@ -153,7 +153,7 @@ class Campaign:
 
     def clean(self) -> None:
         retrying(lambda: self.coordinator.call("stop", timeout_s=60))
-        until(lambda: self.leftovers() == [], 20, f"nothing is left: {self.leftovers()}")
+        until(lambda: self.leftovers() == [], 30, f"nothing is left: {self.leftovers()}")
         assert gateway.list_actors(f"dcres-host/{VM}/") == []
         assert gateway.reservation(f"dcres/{VM}") is None
 
@@ -339,7 +339,7 @@ def test_a_kill_during_start_or_restore(running: Campaign, name: str, what: str)
     status = running.status()
     assert (status["phase"] == "running") <= (how == "done")
     if status["phase"] == "absent":
-        until(lambda: running.leftovers() == [], 20, f"nothing is left: {running.leftovers()}")
+        until(lambda: running.leftovers() == [], 30, f"nothing is left: {running.leftovers()}")
     if status["phase"] != "running" or what == "start":
         running.coordinator.call("stop", timeout_s=60)
         running.coordinator.call("restore", dumps(newest), timeout_s=100)
@@ -408,7 +408,7 @@ def test_a_host_that_is_lost_in_the_middle_of_a_restore(running: Campaign) -> No
         pending.result(100)
     print(f"\n  {name} lost: {time.monotonic() - began:.1f} s until {caught.value}")
     assert running.status()["phase"] == "absent"
-    until(lambda: running.leftovers() == [], 20, f"nothing is left: {running.leftovers()}")
+    until(lambda: running.leftovers() == [], 30, f"nothing is left: {running.leftovers()}")
     assert running.store.verify(newest.checkpoint).ok
     running.cluster.add_host()
     running.coordinator.call("restore", dumps(newest), timeout_s=100)

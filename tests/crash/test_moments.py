@@ -34,7 +34,7 @@ class Attacked(MainHost):
         pid = self._pager.call("status")["pid"]
         os.kill(pid, signal.SIGKILL)
         if moment != "thaw":  # there `resume` itself has to wait for the next pager
-            until(lambda: self._pager.call_patiently("status")["pid"] != pid, 20, "the next pager")
+            until(lambda: self._pager.call_patiently("status")["pid"] != pid, 30, "the next pager")
 
     def _finish(self, checkpoint: str) -> Finished:
         if self.moment == "stopping":  # the next coordinator resumes what the last one stops
@@ -121,7 +121,7 @@ class Ended(MainHost):
             thread = threading.Thread(target=self.destroy)
             thread.start()
             self.ending.append(thread)
-            until(lambda: self._life._over, 10, "the end has come")
+            until(lambda: self._life._over, 30, "the end has come")
 
     def _boot(self, order: RunOrder) -> None:
         self._end("begin")

@@ -104,7 +104,7 @@ def test_a_cluster_on_it(hosts: Hosts, folder: Path) -> None:
         assert network_of("self") not in {network_of(str(pid)) for pid in inside}
         for process in marked(marks(cluster, "head")):
             assert network_of(str(process.pid)) == network_of("self")
-    until(lambda: not hosts.groups["h0"].entrance.read_text(), 10, "what was killed is gone")
+    until(lambda: not hosts.groups["h0"].entrance.read_text(), 30, "what was killed is gone")
 
 
 def marks(cluster: LocalCluster, host: str) -> dict[str, str]:

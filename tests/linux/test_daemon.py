@@ -88,7 +88,7 @@ def test_a_memory_server_that_dies_is_started_again_at_once(folder: VmFolder) ->
     daemon.start()
     try:
         os.kill(daemon.call("status")["pid"], signal.SIGKILL)
-        until(lambda: daemon.restarts == 1, 1.0, "it is started again")
+        until(lambda: daemon.restarts == 1, what="it is started again")
         assert daemon.call_patiently("status")["held_pages"] == 0
     finally:
         daemon.stop()
@@ -126,7 +126,7 @@ def test_a_start_fails_when_the_process_is_dead_and_another_answers(folder: VmFo
 
     with answering_for_another(folder.run / "server.sock") as listener:
         threading.Thread(target=start, daemon=True).start()
-        until(lambda: errors, 8.0, "the start fails")
+        until(lambda: errors, 30.0, "the start fails")
         listener.shutdown(socket.SHUT_RDWR)
     assert "did not start" in str(errors[0])
     daemon.stop()

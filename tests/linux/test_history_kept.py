@@ -33,7 +33,7 @@ def test_what_was_loaded_is_no_younger_than_it_was_saved(
             table = PageTable.create(made.ram / "table", owners, KEPT)
             table.ticks[:HOT], table.ticks[HOT:] = 1000, 10
             made.start(KEPT, (PAGES,))
-            until(lambda: made.status()["pages"][0] <= KEPT, 10, "as many pages left as must")
+            until(lambda: made.status()["pages"][0] <= KEPT, 30, "as many pages left as must")
             assert (table.owners[:HOT] == MAIN).all()
         finally:
             made.close()

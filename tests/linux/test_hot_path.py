@@ -143,7 +143,7 @@ def test_pages_of_zeros_come_back_as_such(
         monkeypatch.setenv(loop.PLAIN, "1")
     with rig(tmp_path, writer_program, PAGES, 512, (PAGES,)) as made:
         made.writer.ask("fill")
-        until(lambda: made.status()["leaving"] == 0, 10, "page-out has come to rest")
+        until(lambda: made.status()["leaving"] == 0, 30, "page-out has come to rest")
         made.order("quiesce")
         with files.opened(made.ram / "sub0.ram", os.O_RDWR) as store:
             first, stop = files.data_extents(store, PAGES)[0].tolist()

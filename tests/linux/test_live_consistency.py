@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dcres.storage.store import Store
 from tests.support import sabotage
-from tests.support.live import LiveCheckpoints, faults_in
+from tests.support.live import LiveCheckpoints, Writes, faults_in, pages_of_writes
 from tests.support.paging import rig
 
 pytestmark = pytest.mark.linux
@@ -25,12 +26,14 @@ def test_200_live_checkpoints_under_paging_are_points_in_time(
     with rig(tmp_path, writer_program, PAGES, 600, SUBS) as paged:
         paged.writer.tell("causal 600")
         checkpoints = LiveCheckpoints(paged, store)
+        writes = Writes(PAGES)
         before = paged.status()
         for number in range(200):
             manifest = checkpoints.take(number)
-            assert faults_in(checkpoints.memory(manifest)) == []
+            memory = checkpoints.memory(manifest)
+            assert faults_in(memory, writes) == []
             assert store.verify(manifest.checkpoint).ok
-            checkpoints.require_size(manifest)
+            checkpoints.require_size(manifest, memory)
             store.delete(manifest.checkpoint)
         after = paged.status()
     assert after["pages_in"] - before["pages_in"] > 2000
@@ -48,10 +51,20 @@ def test_without_one_guard_the_fault_is_seen(
     with rig(tmp_path, writer_program, PAGES, 600, SUBS) as paged:
         paged.writer.tell("causal 600")
         checkpoints = LiveCheckpoints(paged, store, without=guard)
+        writes = Writes(PAGES)
         for number in range(60):
             manifest = checkpoints.take(number)
-            found = faults_in(checkpoints.memory(manifest))
+            found = faults_in(checkpoints.memory(manifest), writes)
             shutil.rmtree(tmp_path / "store")
             if found:
                 return
     pytest.fail(f"60 checkpoints without {guard} showed no fault")
+
+
+def test_what_is_expected_of_pages_does_not_depend_on_what_was_asked_before() -> None:
+    writes = Writes(PAGES)
+    for latest in (1, 5000, 5001, 20_000, 300):
+        expected = np.zeros(PAGES, dtype=np.uint64)
+        numbers = np.arange(1, latest + 1, dtype=np.uint64)
+        expected[pages_of_writes(numbers, PAGES)] = numbers  # of equal places the last counts
+        assert (writes.expected_at(latest) == expected).all()

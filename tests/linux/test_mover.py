@@ -6,7 +6,9 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +33,13 @@ def paged(tmp_path: Path, writer_program: Path) -> Iterator[Rig]:
     """2048 pages, of which the main host may keep 512; every sub host has room for all others."""
     with rig(tmp_path, writer_program, PAGES, 512, (1600,) * SUBS) as made:
         made.writer.ask("fill")
-        until(lambda: made.status()["pages"][0] <= 512 - 32, 5, "page-out has come to rest")
+        until(lambda: at_rest(made.status()), 30, "page-out has come to rest")
         yield made
+
+
+def at_rest(status: dict[str, Any]) -> bool:
+    """Whether nothing leaves any more; what is on its way is in no sub host's row yet."""
+    return status["pages"][0] <= 512 - 32 and not status["leaving"]
 
 
 def table(paged: Rig) -> PageTable:
@@ -59,9 +66,11 @@ def done(paged: Rig) -> bool:
 def test_all_pages_of_the_sub_hosts_go_to_one(paged: Rig) -> None:
     for sub in range(SUBS):
         order(paged, everything_to(paged, sub))
-        until(lambda: done(paged), 10, "the moves")
-        assert held(paged, sub) == sum(held(paged, index) for index in range(SUBS)) > 1000
-        assert paged.status()["pages"][1 + sub] == held(paged, sub)
+        until(lambda: done(paged), 30, "the moves")
+        pages = paged.status()["pages"]
+        assert pages[1 + sub] == sum(pages[1:]) > 1000
+        # The table is right at once; those that pages left are told so in batches.
+        until(partial(holds, paged, pages[1:]), 30, "the sub hosts hold as much")
     paged.order("quiesce")
     paged.order("freeze")
     memory = np.frombuffer(paged.memory(), np.uint64).reshape(PAGES, -1)
@@ -80,9 +89,7 @@ def test_moves_under_a_writer_lose_no_update(paged: Rig) -> None:
         paged.order("resize", limit_pages=rng.choice([64, 256, 512, 1024]))
         moved += len(rows)
         rounds += 1
-        pause_over = time.monotonic() + rng.uniform(0, 0.2)
-        while time.monotonic() < pause_over:
-            paged.status()
+        pass_time(rng.uniform(0, 0.2))
     answer = paged.writer.answer()
     assert answer[0] == "ops"
     assert int(answer[3]) == 0, f"{answer[3]} pages are damaged after {rounds} rounds of moves"
@@ -109,10 +116,20 @@ def test_kills_in_the_middle_of_moves_lose_nothing(paged: Rig, victim: str) -> N
     subs = paged.pager_settings.subs
     page_with(paged, tuple(replace(sub, capacity_pages=0) for sub in subs[:2]) + subs[2:])
     # What is on its way there is in no sub host's row yet.
-    until(lambda: paged.status()["leaving"] == 0, 5, "page-out has come to rest")
+    until(lambda: paged.status()["leaving"] == 0, 30, "page-out has come to rest")
     order(paged, everything_to(paged, 2))
-    until(lambda: done(paged), 20, "the moves")
-    until(lambda: held(paged, 0) + held(paged, 1) == 0, 5, "both are empty")
+    until(lambda: done(paged), 30, "the moves")
+    until(lambda: held(paged, 0) + held(paged, 1) == 0, 30, "both are empty")
+
+
+def pass_time(seconds: float) -> None:
+    """Let the moves go on."""
+    over = time.monotonic() + seconds
+    until(lambda: time.monotonic() > over)
+
+
+def holds(paged: Rig, pages: list[int]) -> bool:
+    return [held(paged, sub) for sub in range(SUBS)] == pages
 
 
 def held(paged: Rig, sub: int) -> int:
@@ -125,14 +142,14 @@ def test_an_empty_sub_host_may_leave_and_come_back(paged: Rig) -> None:
         page_with(paged, all_subs[1:])
     page_with(paged, (replace(all_subs[0], capacity_pages=0), *all_subs[1:]))
     order(paged, everything_to(paged, 2))
-    until(lambda: done(paged), 10, "the moves")
+    until(lambda: done(paged), 30, "the moves")
     page_with(paged, all_subs[1:])
     paged.writer.ask("run 1")
     assert len(paged.status()["pages"]) == SUBS
     page_with(paged, all_subs)
     order(paged, everything_to(paged, 0))
-    until(lambda: done(paged), 10, "the moves")
-    assert held(paged, 0) > 1000
+    until(lambda: done(paged), 30, "the moves")
+    assert held(paged, 0) > 1000  # by fetches that FETCHED has answered
 
 
 def page_with(paged: Rig, subs: tuple[settings.SubAddress, ...]) -> None:

@@ -119,7 +119,7 @@ def faults(target: Target) -> list[int]:
         found.extend((a - target.base) // PAGE_SIZE for a in target.uffd.read_faults())
         return bool(found)
 
-    until(some, 5, "a page fault")
+    until(some, 30, "a page fault")
     return found
 
 
@@ -384,7 +384,7 @@ def test_no_update_is_lost_while_pages_are_put_on_standby_under_load(
         assert stdout is not None
         return bool(select.select([stdout.fileno()], [], [], 0)[0])
 
-    until(answered, 10, "the writer ends")
+    until(answered, 30, "the writer ends")
     assert target.writer.answer()[3] == "0"
     assert unmapped > 1000
 

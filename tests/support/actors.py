@@ -64,3 +64,7 @@ def settings_of_task() -> HostSettings:
 
 def task_that_fails(cls: type[DcresError]) -> None:
     raise example(cls)
+
+
+def host_and_pid() -> tuple[str, int]:
+    return os.environ["DCRES_HOST"], os.getpid()

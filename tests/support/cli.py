@@ -83,6 +83,6 @@ def ended(process: Forked, timeout_s: float = TIMEOUT_S) -> Ran:
 
 def require_nothing_left(cluster_id: str) -> None:
     """Neither a process nor a folder of the cluster with that id."""
-    until(lambda: not find_marked("DCRES_CLUSTER", cluster_id), 10, "its processes are gone")
+    until(lambda: not find_marked("DCRES_CLUSTER", cluster_id), 30, "its processes are gone")
     places = (Path("/tmp"), Path("/dev/shm"))
     assert [path for place in places for path in place.glob(f"*{cluster_id}*")] == []

@@ -1,4 +1,4 @@
-"""One local cluster for all tests that need one, and what is left behind by a test."""
+"""A local cluster for the tests of a module that need one, and what is left behind by a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from dcres.actors.local_cluster import LocalCluster
 HOSTS = 3
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: a cluster that nobody uses costs a tenth of a core, for minutes, and to
+# start one nine seconds of one.
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """Three hosts, and this process connected to them; whoever loses one adds one."""
     with LocalCluster.start(tmp_path_factory.mktemp("cluster"), HOSTS) as running:

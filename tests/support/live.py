@@ -181,14 +181,14 @@ class LiveCheckpoints:
             for part in manifest.hosts
         ]
 
-    def require_size(self, manifest: Manifest) -> None:
+    def require_size(self, manifest: Manifest, memory: list[npt.NDArray[np.uint64]]) -> None:
         """However many rounds there were, a memory file takes its pages' blocks and no more.
 
         Within 1 %, and a block: ext4 has one of its own for a file of more than four runs. Pages
         of zeros need no place (docs/format.md).
         """
         folder = self._store.root / VM / manifest.checkpoint
-        for part, words in zip(manifest.hosts, self.memory(manifest), strict=True):
+        for part, words in zip(manifest.hosts, memory, strict=True):
             held_bytes = int((words != 0).any(axis=1).sum()) * PAGE_SIZE
             taken_bytes = (folder / part.host / part.memory_file).stat().st_blocks * 512
             assert taken_bytes == part.file_bytes_allocated
@@ -211,7 +211,24 @@ def pages_of_writes(numbers: npt.NDArray[np.uint64], pages: int) -> npt.NDArray[
     return ((hashes >> np.uint64(20)) % span).astype(np.int64)
 
 
-def faults_in(parts: list[npt.NDArray[np.uint64]]) -> list[str]:
+class Writes:
+    """What every page holds after some number of writes; only what is new is worked out."""
+
+    def __init__(self, pages: int) -> None:
+        self._latest = 0
+        self._last = np.zeros(pages, dtype=np.uint64)  # per page, its last write up to `_latest`
+
+    def expected_at(self, latest: int) -> npt.NDArray[np.uint64]:
+        """Each page's last write when `latest` was the last of all; not to be changed."""
+        if latest < self._latest:
+            self._latest, self._last = 0, np.zeros_like(self._last)
+        numbers = np.arange(self._latest + 1, latest + 1, dtype=np.uint64)
+        np.maximum.at(self._last, pages_of_writes(numbers, self._last.size), numbers)
+        self._latest = latest
+        return self._last
+
+
+def faults_in(parts: list[npt.NDArray[np.uint64]], writes: Writes) -> list[str]:
     """What is wrong with the memory of a checkpoint, given its hosts' pages; empty if nothing.
 
     The latest write that shows anywhere fixes the moment of the checkpoint. From the known
@@ -225,10 +242,7 @@ def faults_in(parts: list[npt.NDArray[np.uint64]]) -> list[str]:
         found.append(f"{twice} pages are in two files")
     memory = np.maximum.reduce(parts)
     latest = int(memory[:, 1].max())
-    expected = np.zeros(pages, dtype=np.uint64)
-    numbers = np.arange(1, latest + 1, dtype=np.uint64)
-    np.maximum.at(expected, pages_of_writes(numbers, pages), numbers)
-    stale = (memory[:, 1] != expected).nonzero()[0]
+    stale = (memory[:, 1] != writes.expected_at(latest)).nonzero()[0]
     if stale.size:
         found.append(f"{stale.size} pages are not as they were at write {latest}")
     half = memory.shape[1] // 2

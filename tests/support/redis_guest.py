@@ -278,7 +278,7 @@ def redis_here(packages: Path, folder: Path) -> Iterator[Redis]:
         stdout=subprocess.DEVNULL,
     )
     try:
-        until(lambda: answers(path), 10, "Redis answers on this host")
+        until(lambda: answers(path), 30, "Redis answers on this host")
         with Redis(path) as redis:
             yield redis
     finally:

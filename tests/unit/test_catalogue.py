@@ -32,6 +32,7 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Store]:
     monkeypatch.setattr(catalogue, "_alive", lambda: list(HOSTS))
     monkeypatch.setattr(catalogue, "_store", lambda: found[here.host])
     monkeypatch.setattr(_ray, "run_on", run_on)
+    monkeypatch.setattr(_ray, "run_apart", run_on)
     return found
 
 

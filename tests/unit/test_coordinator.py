@@ -468,7 +468,7 @@ def test_a_cancelled_start_takes_all_down(
 
     def stop_meanwhile() -> None:
         stopping.start()
-        until(lambda: world.count("h0.destroy") > 0, 5, "the hosts are told to end")
+        until(lambda: world.count("h0.destroy") > 0, 30, "the hosts are told to end")
 
     world.hooks["h0.run"] = stop_meanwhile
     with pytest.raises(Conflict, match="cancelled"):
@@ -627,7 +627,7 @@ def test_one_operation_at_a_time(started: Coordinator, world: World) -> None:
     result: list[Any] = []
     working = threading.Thread(target=lambda: result.append(started.checkpoint("stop")))
     working.start()
-    until(lambda: world.count("h1.save") == 2, 10, "it saves")
+    until(lambda: world.count("h1.save") == 2, 30, "it saves")
     refusals: list[Callable[[], object]] = [
         lambda: started.checkpoint("stop"),
         lambda: started.start(SPEC),
@@ -779,9 +779,9 @@ def test_a_lazy_restore_serves_parts_until_every_page_is_there(
     with pytest.raises(Conflict, match="still being restored"):
         coordinator.resize(16 << 20)
     world.trouble = "h0/memory.img: page 7 was altered"
-    until(lambda: "page 7" in coordinator.status()["why"], 5, "the trouble is told")
+    until(lambda: "page 7" in coordinator.status()["why"], 30, "the trouble is told")
     world.moving = False
-    until(lambda: not world.serving_parts, 5, "the slice server is ended")
+    until(lambda: not world.serving_parts, 30, "the slice server is ended")
     assert "h0.settle_moves" in world.done
 
 
@@ -975,7 +975,7 @@ def test_a_drain_can_be_cancelled(started: Coordinator, world: World) -> None:
 
     thread = threading.Thread(target=drain)
     thread.start()
-    until(lambda: "h0.move_into [0, 4096]" in world.done, 5, "pages move")
+    until(lambda: "h0.move_into [0, 4096]" in world.done, 30, "pages move")
     assert started.cancel()
     thread.join(5)
     assert "was cancelled" in str(failures[0])

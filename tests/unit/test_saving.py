@@ -153,7 +153,7 @@ def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
     threads[0].start()
     assert saving.wait(10)
     threads[1].start()
-    until(lambda: FIRST in host._halted, 10, "the halt has come")
+    until(lambda: FIRST in host._halted, 30, "the halt has come")
     go_on.set()
     for thread in threads:
         thread.join(10)

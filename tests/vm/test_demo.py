@@ -106,5 +106,5 @@ def test_interrupted_it_leaves_nothing() -> None:
     ran = ended(running)
     assert ran.status == 130
     assert json.loads(ran.out)["error"] == "Interrupted"
-    until(lambda: not find_marked("DCRES_TEST_DEMO", mark), 10, "all its processes are gone")
+    until(lambda: not find_marked("DCRES_TEST_DEMO", mark), 30, "all its processes are gone")
     assert not {folder for folder in mine if folder.exists()}

@@ -65,5 +65,5 @@ def test_placed_by_history_the_guest_misses_a_fifth_at_most(
         monkeypatch.setattr(plan_module, "plan", by_chance)
         at_random = page_ins(vm, manifest)
     print(f"{by_history} pages brought by history, {at_random} at random")
-    assert at_random > 5000, "the guest works on what is elsewhere"
+    assert at_random > 1000, "the guest works on what is elsewhere"
     assert by_history <= at_random / 5

@@ -31,7 +31,7 @@ from dcres.actors._ray.connection import (
     own_node_address,
 )
 from dcres.actors._ray.nodes import hosts
-from dcres.actors._ray.placing import run_on, spawn, start_on
+from dcres.actors._ray.placing import spawn
 from dcres.actors._ray.reservations import (
     Reservation,
     list_reservations,
@@ -39,6 +39,7 @@ from dcres.actors._ray.reservations import (
     reservation,
     reserve,
 )
+from dcres.actors._ray.running import run_apart, run_on, start_on
 
 __all__ = [
     "ActorPort",
@@ -58,6 +59,7 @@ __all__ = [
     "release",
     "reservation",
     "reserve",
+    "run_apart",
     "run_on",
     "spawn",
     "start_on",

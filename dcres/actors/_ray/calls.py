@@ -20,6 +20,10 @@ class Pending:
     what: str
     _reference: Any
 
+    def named(self, what: str) -> Pending:
+        """The same call under another name."""
+        return Pending(what, self._reference)
+
     def result(self, timeout_s: float) -> Any:
         """Wait for the answer. Raises what the call raised; see `ActorPort.call`."""
         try:

@@ -1,9 +1,9 @@
-"""Where code runs: actors in a bundle, on a host or on the head node; functions on a host."""
+"""Where actors run: in a bundle of a reservation, on a host, or on the head node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -13,7 +13,6 @@ from ray.util.scheduling_strategies import (
 )
 
 from dcres.actors._ray.actors import ActorPort
-from dcres.actors._ray.calls import Pending
 from dcres.actors._ray.connection import NAMESPACE
 from dcres.actors._ray.nodes import hosts
 from dcres.actors._ray.reservations import Reservation, group_named
@@ -22,8 +21,6 @@ from dcres.errors import Conflict
 
 _THREADS = 16
 _HEAD_RESOURCE = {"node:__internal_head__": 0.001}
-
-_T = TypeVar("_T")
 
 
 def spawn(
@@ -64,20 +61,3 @@ def spawn(
     except (ValueError, ray.exceptions.ActorAlreadyExistsError) as error:
         raise Conflict(f"an actor {actor_name} exists already; stop it first") from error
     return ActorPort(actor_name)
-
-
-def run_on(host: str, function: Callable[..., _T], *args: Any, timeout_s: float = 60.0) -> _T:
-    """Run a plain function once on `host` and return its result.
-
-    Raises NotFound, what the function raises (as `ActorPort.call` does), and ClusterError.
-    """
-    answer: _T = start_on(host, function, *args).result(timeout_s)
-    return answer
-
-
-def start_on(host: str, function: Callable[..., Any], *args: Any) -> Pending:
-    """As `run_on`, but for waiting: a host's first worker takes a second to come up."""
-    strategy = NodeAffinitySchedulingStrategy(host_named(host, hosts()).node_id, soft=False)
-    remote = ray.remote(num_cpus=0, max_retries=0)(function)
-    what = f"{function.__name__} on {host}"
-    return Pending(what, remote.options(scheduling_strategy=strategy).remote(*args))
