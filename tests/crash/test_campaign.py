@@ -46,6 +46,7 @@ SPEC = {
     "main": "72MiB",
     "subs": ["72MiB", "72MiB"],
     "fill": FILES,
+    "pause_s": 0,  # its last test waits for every file
 }
 
 
