@@ -17,6 +17,7 @@ pytestmark = pytest.mark.linux
 
 PAGES = 2048
 SUBS = (1200, 1200)
+MOST = 250  # a handful is enough, unless others keep the writer from writing at the right moment
 
 
 def test_200_live_checkpoints_under_paging_are_points_in_time(
@@ -40,6 +41,7 @@ def test_200_live_checkpoints_under_paging_are_points_in_time(
     assert after["pages_out"] - before["pages_out"] > 2000
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("guard", ["arrivals", "departures", "last scan", "drain"])
 def test_without_one_guard_the_fault_is_seen(
     guard: str, tmp_path: Path, writer_program: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,13 +54,13 @@ def test_without_one_guard_the_fault_is_seen(
         paged.writer.tell("causal 600")
         checkpoints = LiveCheckpoints(paged, store, without=guard)
         writes = Writes(PAGES)
-        for number in range(60):
+        for number in range(MOST):
             manifest = checkpoints.take(number)
             found = faults_in(checkpoints.memory(manifest), writes)
             shutil.rmtree(tmp_path / "store")
             if found:
                 return
-    pytest.fail(f"60 checkpoints without {guard} showed no fault")
+    pytest.fail(f"{MOST} checkpoints without {guard} showed no fault")
 
 
 def test_what_is_expected_of_pages_does_not_depend_on_what_was_asked_before() -> None:

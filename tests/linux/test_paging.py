@@ -54,12 +54,12 @@ def test_untouched_pages_live_nowhere(paged: Rig) -> None:
         assert os.stat(paged.ram / name).st_blocks * 512 <= 100 * PAGE_SIZE
 
 
-def test_600_storms_lose_no_update(paged: Rig) -> None:
+def test_400_storms_lose_no_update(paged: Rig) -> None:
     """In lots, so that the writer writes for as long as the storms take and not much longer."""
     rng = random.Random(7)
     paged.writer.ask("fill")
     before, operations = paged.status(), 0
-    storms = iter(range(600))
+    storms = iter(range(400))
     while (first := next(storms, None)) is not None:
         paged.writer.tell("run 2")
         over = time.monotonic() + 1.8
@@ -71,7 +71,7 @@ def test_600_storms_lose_no_update(paged: Rig) -> None:
         operations += written
     after = paged.status()
     moved = {key: after[key] - before[key] for key in ("pages_out", "pages_in")}
-    print(f"{operations} operations in 600 storms; {moved}")
+    print(f"{operations} operations in 400 storms; {moved}")
     assert operations > 0
     assert min(moved.values()) > 10_000
 
