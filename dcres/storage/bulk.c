@@ -11,13 +11,13 @@
 #include <Python.h>
 
 #include <errno.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #include <stdint.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 enum { PAGE = 4096, PIECES = 1024 /* IOV_MAX */ };
 
@@ -114,12 +114,13 @@ AVX2 static void accumulate_page_avx2(uint64_t *acc, const uint8_t *page) {
 }
 #endif
 
-static void (*best_accumulate_page)(uint64_t *, const uint8_t *) = accumulate_page;
+typedef void (*Accumulate)(uint64_t *, const uint8_t *);
 
-static void choose(void) {
+static Accumulate fastest(void) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2")) best_accumulate_page = accumulate_page_avx2;
+    if (__builtin_cpu_supports("avx2")) return accumulate_page_avx2;
 #endif
+    return accumulate_page;
 }
 
 static uint64_t folded(uint64_t a, uint64_t b) {
@@ -127,10 +128,10 @@ static uint64_t folded(uint64_t a, uint64_t b) {
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-static uint64_t xxh3_of_page(const uint8_t *page) {
+static uint64_t xxh3_of_page(const uint8_t *page, Accumulate add_page) {
     uint64_t acc[LANES] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
                            PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
-    best_accumulate_page(acc, page);
+    add_page(acc, page);
     uint64_t hash = PAGE * PRIME64_1;
     for (int n = 0; n < LANES; n += 2) {
         const uint8_t *key = secret + 11 + 8 * n;
@@ -147,7 +148,7 @@ static int within(const int64_t *slots, Py_ssize_t count, const Py_buffer *data)
     return 1;
 }
 
-static PyObject *sums(PyObject *self, PyObject *arguments) {
+static PyObject *sums_by(PyObject *arguments, Accumulate add_page) {
     Py_buffer data, slots, found;
     if (!PyArg_ParseTuple(arguments, "y*y*w*", &data, &slots, &found)) return NULL;
     Py_ssize_t count = slots.len / sizeof(int64_t);
@@ -157,7 +158,7 @@ static PyObject *sums(PyObject *self, PyObject *arguments) {
     if (good) {
         Py_BEGIN_ALLOW_THREADS
         for (Py_ssize_t n = 0; n < count; n++)
-            sum[n] = xxh3_of_page((const uint8_t *)data.buf + slot[n] * PAGE);
+            sum[n] = xxh3_of_page((const uint8_t *)data.buf + slot[n] * PAGE, add_page);
         Py_END_ALLOW_THREADS
     } else {
         PyErr_SetString(PyExc_ValueError, "a slot for every sum, and its page in the data");
@@ -165,6 +166,14 @@ static PyObject *sums(PyObject *self, PyObject *arguments) {
     PyBuffer_Release(&data), PyBuffer_Release(&slots), PyBuffer_Release(&found);
     if (!good) return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *sums(PyObject *self, PyObject *arguments) {
+    return sums_by(arguments, fastest());
+}
+
+static PyObject *sums_portable(PyObject *self, PyObject *arguments) {
+    return sums_by(arguments, accumulate_page);
 }
 
 /* Pages of `runs`, and room for the widest gap between two; -1 if they are no ascending runs. */
@@ -266,6 +275,7 @@ static PyObject *scatter(PyObject *self, PyObject *arguments) {
 
 static PyMethodDef methods[] = {
     {"sums", sums, METH_VARARGS, "sums(data, slots, found): XXH3 of the pages at `slots`."},
+    {"sums_portable", sums_portable, METH_VARARGS, "The same as on processors without AVX2."},
     {"gather", gather, METH_VARARGS, "gather(fd, buffer, extents): whether all could be read."},
     {"scatter", scatter, METH_VARARGS, "scatter(fd, data, pages, slots)"},
     {NULL, NULL, 0, NULL},
@@ -275,7 +285,4 @@ static PyModuleDef module = {
     PyModuleDef_HEAD_INIT, .m_name = "dcres.storage._bulk", .m_size = -1, .m_methods = methods,
 };
 
-PyMODINIT_FUNC PyInit__bulk(void) {
-    choose();
-    return PyModule_Create(&module);
-}
+PyMODINIT_FUNC PyInit__bulk(void) { return PyModule_Create(&module); }
