@@ -1,7 +1,7 @@
 /* What is done to every page of a batch, with the interpreter's lock released.
  *
  *   sums     XXH3 of each page
- *   gather   runs of pages of a file, one after the other, into memory
+ *   gather   runs of pages of a file, one after the other, into memory, and their sums
  *   scatter  pages in memory to their places in a file
  *
  * dcres/storage/bulk.py does the same in Python without this module, and the tests hold both to
@@ -19,7 +19,8 @@
 #include <immintrin.h>
 #endif
 
-enum { PAGE = 4096, PIECES = 1024 /* IOV_MAX */ };
+/* Pages are summed after so many calls' worth at most: while they are in the processor's cache. */
+enum { PAGE = 4096, PIECES = 256, AT_ONCE = 128 * PAGE };
 
 /* XXH3 with 64 bits and seed 0, for inputs of exactly one page: three blocks of 16 stripes, 15
  * stripes more, and the last 64 bytes again. Names are those of its specification,
@@ -177,15 +178,16 @@ static PyObject *sums_portable(PyObject *self, PyObject *arguments) {
 }
 
 /* Pages of `runs`, and room for the widest gap between two; -1 if they are no ascending runs. */
-static int64_t room_for(const int64_t (*runs)[2], Py_ssize_t count) {
-    int64_t pages = 0, gap = 0;
+static int64_t room_for(const int64_t (*runs)[2], Py_ssize_t count, int64_t *pages) {
+    int64_t gap = 0;
+    *pages = 0;
     for (Py_ssize_t n = 0; n < count; n++) {
         int64_t before = n ? runs[n][0] - runs[n - 1][1] : 0;
         if (runs[n][0] < 0 || runs[n][1] <= runs[n][0] || before < 0) return -1;
-        pages += runs[n][1] - runs[n][0];
+        *pages += runs[n][1] - runs[n][0];
         gap = before > gap ? before : gap;
     }
-    return pages + gap;
+    return *pages + gap;
 }
 
 /* 1: all was read; 0: not all, because of a signal or the end of the file; -1: see errno. */
@@ -197,41 +199,61 @@ static int read_pieces(int fd, const struct iovec *pieces, int count, int64_t *o
     return got < 0 && errno != EINTR ? -1 : got == wanted;
 }
 
-static int read_runs(int fd, const Py_buffer *buffer, const int64_t (*runs)[2], Py_ssize_t count) {
+typedef struct {
+    int fd, used;
     struct iovec pieces[PIECES];
-    char *to = buffer->buf, *end = to + buffer->len;
-    int used = 0, whole = 1;
-    int64_t offset = runs[0][0] * PAGE;
-    for (Py_ssize_t n = 0; n < count && whole == 1; n++) {
+    int64_t offset;
+    char *to, *summed; /* where the next page goes, and the first without its sum */
+    uint64_t *sum;
+    Accumulate add_page;
+} Reading;
+
+/* Read what was collected and sum it. As `read_pieces`. */
+static int flush(Reading *reading) {
+    int whole = read_pieces(reading->fd, reading->pieces, reading->used, &reading->offset);
+    if (whole != 1) return whole;
+    for (; reading->summed < reading->to; reading->summed += PAGE)
+        *reading->sum++ = xxh3_of_page((const uint8_t *)reading->summed, reading->add_page);
+    reading->used = 0;
+    return 1;
+}
+
+static int read_runs(Reading *reading, char *end, const int64_t (*runs)[2], Py_ssize_t count) {
+    reading->offset = runs[0][0] * PAGE;
+    for (Py_ssize_t n = 0; n < count; n++) {
         size_t gap = n ? (runs[n][0] - runs[n - 1][1]) * PAGE : 0;
-        size_t length = (runs[n][1] - runs[n][0]) * PAGE;
-        if (gap) pieces[used++] = (struct iovec){end - gap, gap};
-        pieces[used++] = (struct iovec){to, length};
-        to += length;
-        if (used > PIECES - 2 || n == count - 1) {
-            whole = read_pieces(fd, pieces, used, &offset);
-            used = 0;
+        if (gap) reading->pieces[reading->used++] = (struct iovec){end - gap, gap};
+        for (size_t left = (runs[n][1] - runs[n][0]) * PAGE, length; left; left -= length) {
+            length = left < AT_ONCE ? left : AT_ONCE;
+            reading->pieces[reading->used++] = (struct iovec){reading->to, length};
+            reading->to += length;
+            if (reading->used < PIECES - 1 && reading->to - reading->summed < AT_ONCE) continue;
+            int whole = flush(reading);
+            if (whole != 1) return whole;
         }
     }
-    return whole;
+    return reading->used ? flush(reading) : 1;
 }
 
 static PyObject *gather(PyObject *self, PyObject *arguments) {
     int fd, whole = -1;
-    Py_buffer buffer, extents;
-    if (!PyArg_ParseTuple(arguments, "iw*y*", &fd, &buffer, &extents)) return NULL;
+    Py_buffer buffer, extents, found;
+    if (!PyArg_ParseTuple(arguments, "iw*y*w*", &fd, &buffer, &extents, &found)) return NULL;
     Py_ssize_t count = extents.len / (2 * sizeof(int64_t));
-    int64_t room = room_for(extents.buf, count);
-    int good = count && room >= 0 && room <= buffer.len / PAGE;
+    int64_t pages, room = room_for(extents.buf, count, &pages);
+    int good = count && room >= 0 && room <= buffer.len / PAGE &&
+               pages == found.len / (Py_ssize_t)sizeof(uint64_t);
     if (good) {
         Py_BEGIN_ALLOW_THREADS
-        whole = read_runs(fd, &buffer, extents.buf, count);
+        Reading reading = {.fd = fd, .to = buffer.buf, .summed = buffer.buf, .sum = found.buf,
+                           .add_page = fastest()};
+        whole = read_runs(&reading, reading.to + buffer.len, extents.buf, count);
         Py_END_ALLOW_THREADS
         if (whole < 0) PyErr_SetFromErrno(PyExc_OSError);
     } else {
-        PyErr_SetString(PyExc_ValueError, "ascending runs, and a buffer for them and a gap");
+        PyErr_SetString(PyExc_ValueError, "ascending runs, a buffer for them and a gap, and a sum for each page");
     }
-    PyBuffer_Release(&buffer), PyBuffer_Release(&extents);
+    PyBuffer_Release(&buffer), PyBuffer_Release(&extents), PyBuffer_Release(&found);
     return whole < 0 ? NULL : PyBool_FromLong(whole);
 }
 
@@ -276,7 +298,7 @@ static PyObject *scatter(PyObject *self, PyObject *arguments) {
 static PyMethodDef methods[] = {
     {"sums", sums, METH_VARARGS, "sums(data, slots, found): XXH3 of the pages at `slots`."},
     {"sums_portable", sums_portable, METH_VARARGS, "The same as on processors without AVX2."},
-    {"gather", gather, METH_VARARGS, "gather(fd, buffer, extents): whether all could be read."},
+    {"gather", gather, METH_VARARGS, "gather(fd, buffer, extents, found): whether all could be read."},
     {"scatter", scatter, METH_VARARGS, "scatter(fd, data, pages, slots)"},
     {NULL, NULL, 0, NULL},
 };

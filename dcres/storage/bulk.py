@@ -68,21 +68,23 @@ def page_sums_plain(data: memoryview, slots: Pages) -> Sums:
     return np.array(digests, dtype=np.uint64)
 
 
-def read_gathered(fd: int, buffer: memoryview, extents: Extents) -> Pages:
-    """Read the pages of a batch to the start of `buffer`, one after the other; their slots there.
+def read_gathered(fd: int, buffer: memoryview, extents: Extents) -> tuple[Pages, Sums]:
+    """Read the pages of a batch to the start of `buffer`, one after the other: slots and sums.
 
     preadv(2) puts every run where it belongs and what lies between runs into one small place, at
     the end of `buffer`, so nothing is copied afterwards and little is read for nothing: of pages
     that alternate with others, half the processor time of reading all and picking. For tmpfs: a
     request to a disk would be cut at every piece. Raises EndOfFile and OSError.
     """
-    if NATIVE is None:
-        whole = gather_plain(fd, buffer, extents)
-    else:
-        whole = NATIVE.gather(fd, buffer, np.ascontiguousarray(extents, dtype=np.int64))
-    if not whole:
-        _read_apart(fd, buffer, extents)
-    return np.arange(count_pages(extents))
+    slots = np.arange(count_pages(extents))
+    if NATIVE is not None:
+        sums: Sums = np.empty(len(slots), dtype=np.uint64)
+        if NATIVE.gather(fd, buffer, np.ascontiguousarray(extents, dtype=np.int64), sums):
+            return slots, sums
+    elif gather_plain(fd, buffer, extents):
+        return slots, page_sums(buffer, slots)
+    _read_apart(fd, buffer, extents)
+    return slots, page_sums(buffer, slots)
 
 
 def gather_plain(fd: int, buffer: memoryview, extents: Extents) -> bool:

@@ -49,7 +49,7 @@ from dcres.storage.contents import (
 from dcres.storage.damage import unreadable
 from dcres.storage.digest import Sums
 from dcres.storage.placed import PackedPlaces, PageFile, Placed, SparsePlaces
-from dcres.storage.transfer import BATCH_PAGES, Batch, Progress, Transfer, spanning
+from dcres.storage.transfer import BATCH_PAGES, Batch, Progress, Read, Transfer, spanning
 
 Write = Callable[[memoryview, Pages, Pages], None]  # data, its pages, their slots in it
 
@@ -234,7 +234,7 @@ class _Source:
 
     fd: int
 
-    def read(self, buffer: memoryview, extents: Extents) -> Pages:
+    def read(self, buffer: memoryview, extents: Extents) -> tuple[Pages, Sums]:
         with _source_ends():
             return read_gathered(self.fd, buffer, extents)
 
@@ -253,7 +253,7 @@ class _Arena:
     pages: Pages
 
     @property
-    def read(self) -> Callable[[memoryview, Extents], Pages]:
+    def read(self) -> Read:
         return spanning(self._read_at)
 
     def _read_at(self, buffer: memoryview, offset_bytes: int) -> None:

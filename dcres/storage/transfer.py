@@ -20,6 +20,7 @@ from dcres.storage.bulk import WIDEST_GAP, page_sums
 from dcres.storage.digest import Sums
 
 Progress = Callable[[int], None]
+Read = Callable[[memoryview, Extents], tuple[Pages, Sums]]
 
 BATCH_PAGES = 1024
 WIDEST_BATCH = 2 * BATCH_PAGES
@@ -96,13 +97,14 @@ class Batch:
         return Batch(self.data, self.pages[which], self.slots[which], self.sums[which])
 
 
-def spanning(read_at: Callable[[memoryview, int], None]) -> Callable[[memoryview, Extents], Pages]:
+def spanning(read_at: Callable[[memoryview, int], None]) -> Read:
     """A `Transfer.read` by one call of ``read_at(buffer, offset_bytes)``, gaps included."""
 
-    def read(buffer: memoryview, extents: Extents) -> Pages:
+    def read(buffer: memoryview, extents: Extents) -> tuple[Pages, Sums]:
         base, stop = int(extents[0, 0]), int(extents[-1, 1])
         read_at(buffer[: (stop - base) * PAGE_SIZE], base * PAGE_SIZE)
-        return pages_of_extents(extents) - base
+        slots = pages_of_extents(extents) - base
+        return slots, page_sums(buffer, slots)
 
     return read
 
@@ -115,13 +117,13 @@ def _themselves(places: Pages) -> Pages:
 class Transfer:
     """What to do with each batch; every function is called from several threads at once.
 
-    ``read(buffer, extents)`` reads places and says which page of the buffer has each of them,
+    ``read(buffer, extents)`` reads places: which page of the buffer has each, and its checksum.
     ``put(batch)`` checks it, records it and puts it away. What is read may hold the pages in
     another order than that of their numbers: ``pages_at(places)`` then says which page each place
     has.
     """
 
-    read: Callable[[memoryview, Extents], Pages]
+    read: Read
     put: Callable[[Batch], None]
     pages_at: Callable[[Pages], Pages] = _themselves
 
@@ -138,9 +140,9 @@ class Transfer:
 
     def step(self, extents: Extents, buffer: memoryview) -> int:
         """Move one batch through `buffer`; returns its number of pages."""
-        slots = self.read(buffer, extents)
+        slots, sums = self.read(buffer, extents)
         pages = self.pages_at(pages_of_extents(extents))
-        self.put(Batch(buffer, pages, slots, page_sums(buffer, slots)))
+        self.put(Batch(buffer, pages, slots, sums))
         return len(pages)
 
 

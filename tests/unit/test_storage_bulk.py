@@ -98,7 +98,8 @@ def test_runs_are_gathered_one_after_the_other(source: int, runs: list[tuple[int
     for extents in batches(extents_of(runs)):
         pages = pages_of_extents(extents)
         buffer = memoryview(bytearray((len(pages) + 16) * PAGE_SIZE))
-        slots = bulk.read_gathered(source, buffer, extents)
+        slots, sums = bulk.read_gathered(source, buffer, extents)
+        assert np.array_equal(sums, bulk.page_sums_plain(buffer, slots))
         assert slots.tolist() == list(range(len(pages)))
         assert buffer[: len(pages) * PAGE_SIZE] == content(source, pages)
 
@@ -126,15 +127,24 @@ def test_what_cannot_be_read_is_an_error_with_its_number(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("extents", "pages"),
-    [([[0, 4], [6, 8]], 7), ([[4, 4]], 9), ([[4, 6], [5, 8]], 20), ([[-1, 2]], 20), ([], 20)],
-    ids=["no room for the gap", "empty run", "overlap", "before the file", "no runs"],
+    ("extents", "pages", "sums"),
+    [
+        ([[0, 4], [6, 8]], 7, 6),
+        ([[0, 4], [6, 8]], 8, 5),
+        ([[4, 4]], 9, 0),
+        ([[4, 6], [5, 8]], 20, 5),
+        ([[-1, 2]], 20, 3),
+        ([], 20, 0),
+    ],
+    ids=["no room for the gap", "too few sums", "empty", "overlap", "before the file", "none"],
 )
-def test_runs_that_are_none_are_refused(source: int, extents: list[list[int]], pages: int) -> None:
+def test_runs_that_are_none_are_refused(
+    source: int, extents: list[list[int]], pages: int, sums: int
+) -> None:
     assert bulk.NATIVE is not None
     runs = np.array(extents, dtype=np.int64).reshape(-1, 2)
     with pytest.raises(ValueError, match="runs"):
-        bulk.NATIVE.gather(source, bytearray(pages * PAGE_SIZE), runs)
+        bulk.NATIVE.gather(source, bytearray(pages * PAGE_SIZE), runs, np.zeros(sums, np.uint64))
 
 
 @both
