@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dcres.actors.messages import Progress
+from dcres.actors.prepared import Prepared
 from dcres.config import HostSettings
 from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
 from dcres.linux.files import fs_free_bytes
@@ -131,6 +132,14 @@ class Daemon:
         self._spawning = threading.Lock()
         self._watcher: threading.Thread | None = None
         self._process: ProcessId | None = None
+        self._prepared: Prepared | None = None
+
+    def prepare(self) -> None:
+        """Have a process loaded for `start`; it needs no settings yet, and ends with us."""
+        with self._spawning:
+            if self._prepared is None:
+                environ = {**os.environ, **self._marker}
+                self._prepared = Prepared.start(self._argv, self._log, environ)
 
     def start(self) -> None:
         """Start it, or adopt the one that runs; returns when it answers."""
@@ -163,6 +172,7 @@ class Daemon:
                 state = {"pid": process.pid, "start_time": process.start_time}
                 write_state(self._pid_file, state)
             self._process = process
+            self._end_preparing(process)
 
     def _unwritten(self) -> ProcessId | None:
         """The live process of this daemon that the pid file does not tell of.
@@ -207,6 +217,7 @@ class Daemon:
         with self._spawning:
             self._wanted = False
             self._unwanted.set()
+            self._end_preparing(None)
         process = self._process or self._read_pid()
         if process is not None:
             process.end()
@@ -217,7 +228,15 @@ class Daemon:
         state = read_state(self._pid_file)
         return None if state is None else ProcessId(state["pid"], state["start_time"])
 
+    def _end_preparing(self, chosen: ProcessId | None) -> None:
+        """The prepared process begins if it is `chosen`, now that the pid file tells of it."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.release_if(prepared.process == chosen)
+
     def _spawn(self) -> ProcessId:
+        if self._prepared is not None and self._prepared.process.alive:
+            return self._prepared.process
         return spawn_detached(self._argv, self._log, {**os.environ, **self._marker})
 
     def _await_answer(self) -> None:

@@ -43,9 +43,9 @@ from dcres.paging import puller
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import SubAddress
 from dcres.storage import memory_file
+from dcres.storage.bulk import write_fully
 from dcres.storage.manifest import Manifest, loads
 from dcres.storage.store import Store
-from dcres.storage.transfer import write_fully
 
 NAME = Path("manifest.json")  # for errors: the text came in a message
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from dcres.actors.host import (
 from dcres.actors.loading import identity_of, load_pages, parse
 from dcres.actors.messages import (
     Incarnation,
+    LoadOrder,
     Resumption,
     RunOrder,
 )
@@ -39,7 +44,7 @@ from dcres.paging.table import PageTable
 from dcres.vm import accel as accel_
 from dcres.vm import disk, process, safety
 from dcres.vm.command import MACHINE, VmFiles
-from dcres.vm.monitor import RunState
+from dcres.vm.monitor import Monitor, RunState
 
 _LINKS_TIMEOUT_S = 20.0
 
@@ -90,23 +95,42 @@ class StartingHost(QemuHost):
             disk.require_snapshot(Path(each.path), each.snapshot)
         self._folder.make()
         machine = MACHINE if manifest is None else manifest.machine.get("type", MACHINE)
-        self._start_qemu(order, chosen, why, machine)
-        if order.load is not None:
-            identity = identity_of(order)
-            load_pages(
-                self._store, order.load, identity, self._ram, self._meter, self._require_qemu
-            )
+        monitor = self._start_qemu(order, chosen, why, machine)
+        # QEMU has put its firmware into memory by now, and touches none of it until it has a core.
+        with self._loading(order):
+            self._pager.prepare()
+            safety.require_safe(monitor, self._qemu.process.pid, self._ram)
+            monitor.learn()
 
-    def _require_qemu(self) -> None:
-        """QemuFailed when it has ended: what is being loaded for it is of no use then."""
-        if not self._qemu.alive:
-            raise QemuFailed(self._obituary(self._qemu))
+    @contextmanager
+    def _loading(self, order: RunOrder) -> Iterator[None]:
+        """Pages are loaded while the block runs, and are there when it ends, unless it fails."""
+        if order.load is None:
+            yield
+            return
+        refused = threading.Event()
+        with ThreadPoolExecutor(1, "loading") as pool:
+            under_way = pool.submit(self._load, order, order.load, refused)
+            try:
+                yield
+            except BaseException:
+                refused.set()
+                raise
+            under_way.result()
 
-    def _start_qemu(self, order: RunOrder, chosen: Accel, why: str, machine: str) -> None:
+    def _load(self, order: RunOrder, load: LoadOrder, refused: threading.Event) -> None:
+        def require_use() -> None:
+            if refused.is_set() or not self._qemu.alive:
+                raise QemuFailed(self._obituary(self._qemu))
+
+        identity = identity_of(order)
+        load_pages(self._store, load, identity, self._ram, self._meter, require_use)
+
+    def _start_qemu(self, order: RunOrder, chosen: Accel, why: str, machine: str) -> Monitor:
         run = self._folder.run
         vm_files = VmFiles(self._ram, run / "qmp.sock", run / "console.log", run / "qemu.log")
         vm_files.console.unlink(missing_ok=True)
-        qemu, self._monitor = process.start(
+        qemu, monitor = process.start(
             order.spec,
             vm_files,
             chosen,
@@ -114,8 +138,9 @@ class StartingHost(QemuHost):
             env={**os.environ, **marker(self._folder)},
             machine=machine,
         )
+        self._monitor = monitor
         self._remember(
-            machine=self._monitor.machine_type(machine),
+            machine=monitor.machine_type(machine),
             vm=self._vm,
             generation=order.incarnation.generation,
             spec=order.spec.model_dump(mode="json", by_alias=True),
@@ -126,13 +151,12 @@ class StartingHost(QemuHost):
             qemu=qemu.to_dict(),
             accel=str(chosen),
             accel_why=why,
-            qemu_version=self._monitor.version,
+            qemu_version=monitor.version,
             reserved=order.spec.layout.main,
             running=False,
             checkpoint=None,
         )
-        safety.require_safe(self._monitor, qemu.process.pid, self._ram)
-        self._monitor.learn()
+        return monitor
 
     def _begin_from(self, resumption: Resumption, limit_pages: int) -> None:
         """The network page table as the plan has it, before the pager looks."""

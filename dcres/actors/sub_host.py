@@ -89,6 +89,7 @@ class SubHost(SavingHost, PartServing):
         self._folder.make()
         if order.load is not None:
             identity = identity_of(order)
+            self._server.prepare()
             load_pages(self._store, order.load, identity, self._store_file, self._meter)
         settings = ServerSettings(
             vm=order.incarnation.identity,

@@ -38,12 +38,12 @@ from dcres.paging.puller import pull
 from dcres.paging.settings import SubAddress
 from dcres.storage import layout
 from dcres.storage.atomic import write_durably
+from dcres.storage.bulk import write_fully
 from dcres.storage.digest import file_sum
 from dcres.storage.manifest import HostSlice, Manifest, Mode, Role, dumps
 from dcres.storage.memory_file import MemoryFileWriter
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
-from dcres.storage.transfer import write_fully
 
 T = TypeVar("T")
 

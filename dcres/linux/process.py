@@ -117,8 +117,12 @@ class ProcessId:
             self.wait_gone(grace_s)
 
 
-def _stdin_of(data: bytes) -> int:
-    """A descriptor at the start of `data`, which never touches a disk."""
+def _stdin_of(data: bytes | int | None) -> int:
+    """A descriptor of our own for what `spawn_detached` names; bytes never touch a disk."""
+    if data is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    if isinstance(data, int):
+        return os.dup(data)
     fd = os.memfd_create("stdin")
     try:
         view = memoryview(data)
@@ -136,16 +140,16 @@ def spawn_detached(
     log: Path,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    stdin: bytes | None = None,
+    stdin: bytes | int | None = None,
 ) -> ProcessId:
     """Start `argv` in a session of its own, as a child of init rather than of us.
 
     It outlives us, gets none of our descriptors, leaves no zombie of ours, and runs at normal
     priority where we may give it that, whatever ours is. Its output is
-    appended to `log` (mode 0600); it reads `stdin`, or ``/dev/null``. When this returns the
-    program has been started; whether it stays is for the caller to see. Raises UnsupportedHost
-    when the program is not installed, HostError when something ended it before it began, OSError
-    when `log` cannot be written.
+    appended to `log` (mode 0600); it reads `stdin`, bytes or a descriptor, or ``/dev/null``. When
+    this returns the program has been started; whether it stays is for the caller to see. Raises
+    UnsupportedHost when the program is not installed, HostError when something ended it before it
+    began, OSError when `log` cannot be written.
     """
     path = None if env is None else env.get("PATH")
     if shutil.which(argv[0], path=path) is None:
@@ -153,7 +157,7 @@ def spawn_detached(
     log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     stdin_fd = None
     try:
-        stdin_fd = os.open(os.devnull, os.O_RDONLY) if stdin is None else _stdin_of(stdin)
+        stdin_fd = _stdin_of(stdin)
         # Reading to the end of the pipe waits until exec has replaced the shell's output.
         launched = subprocess.run(
             ["setsid", "--fork", "sh", "-c", _LAUNCHER, "dcres-launch", *argv],

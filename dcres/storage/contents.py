@@ -10,9 +10,9 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
+from dcres.storage.bulk import EndOfFile, read_fully
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import Sums
-from dcres.storage.transfer import EndOfFile, read_fully
 
 SUM_OF_ZEROS = np.uint64(xxh3_64_intdigest(bytes(PAGE_SIZE)))
 

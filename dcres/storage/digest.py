@@ -7,22 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_64_intdigest
 
-from dcres.model.pages import PAGE_SIZE, Pages
 from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.manifest import FileSum
 
 Sums = npt.NDArray[np.uint64]
-
-
-def page_sums(data: memoryview, places: Pages) -> Sums:
-    """XXH3 of the pages of `data` at `places` (page numbers within `data`), same shape."""
-    digests = [
-        xxh3_64_intdigest(data[start : start + PAGE_SIZE])
-        for start in (places * PAGE_SIZE).tolist()
-    ]
-    return np.array(digests, dtype=np.uint64)
 
 
 def bytes_sum(name: str, data: bytes) -> FileSum:

@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
+from dcres.storage.bulk import page_sums, stretches
 from dcres.storage.contents import (
     MemoryFile,
     placed,
@@ -18,9 +19,7 @@ from dcres.storage.contents import (
     require_sums,
 )
 from dcres.storage.damage import unreadable
-from dcres.storage.digest import page_sums
 from dcres.storage.placed import NO_PLACE, Places
-from dcres.storage.transfer import stretches
 
 
 class PageReader:

@@ -48,13 +48,8 @@ from dcres.model.pages import (
     extents_of_pages,
     pages_of_extents,
 )
-from dcres.storage.transfer import (
-    BATCH_PAGES,
-    Batch,
-    read_fully,
-    stretches,
-    write_fully,
-)
+from dcres.storage.bulk import read_fully, stretches, write_fully
+from dcres.storage.transfer import BATCH_PAGES, Batch
 
 Places = npt.NDArray[np.uint32]
 

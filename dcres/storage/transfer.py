@@ -8,90 +8,23 @@ A batch is cut by how much has to be read, so no thread is left with the long en
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from dcres.linux.files import aligned_buffer
 from dcres.model.pages import PAGE_SIZE, Extents, Pages, count_pages, pages_of_extents
-from dcres.storage.digest import Sums, page_sums
+from dcres.storage.bulk import WIDEST_GAP, page_sums
+from dcres.storage.digest import Sums
 
-Runs = list[tuple[int, int]]
-Run = tuple[int, memoryview]  # the first page, and the data of neighbours from there on
 Progress = Callable[[int], None]
+Read = Callable[[memoryview, Extents], tuple[Pages, Sums]]
 
 BATCH_PAGES = 1024
 WIDEST_BATCH = 2 * BATCH_PAGES
-_WIDEST_GAP = 16
-_MOST_PIECES = os.sysconf("SC_IOV_MAX")
 _ROWS_AT_ONCE = 1 << 16
-
-
-class EndOfFile(Exception):
-    """A read met the end of the file."""
-
-
-def read_fully(fd: int, buffer: memoryview, offset_bytes: int) -> None:
-    """Fill `buffer` from `offset_bytes` on. Raises EndOfFile and OSError."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset_bytes + done)
-        if count == 0:
-            raise EndOfFile(offset_bytes + done)
-        done += count
-
-
-def read_gathered(fd: int, buffer: memoryview, extents: Extents) -> Pages:
-    """Read the pages of a batch to the start of `buffer`, one after the other; their slots there.
-
-    preadv(2) puts every run where it belongs and what lies between runs into one small place, so
-    nothing is copied afterwards and little is read for nothing: of pages that alternate with
-    others, half the processor time of reading all and picking. For tmpfs: a request to a disk
-    would be cut at every piece. Raises EndOfFile and OSError.
-    """
-    pieces = _pieces(buffer, extents)
-    offset_bytes = int(extents[0, 0]) * PAGE_SIZE
-    for at in range(0, len(pieces), _MOST_PIECES):
-        some = pieces[at : at + _MOST_PIECES]
-        length_bytes = sum(map(len, some))
-        if os.preadv(fd, some, offset_bytes) != length_bytes:  # interrupted, or at the end
-            _read_apart(fd, buffer, extents)
-            break
-        offset_bytes += length_bytes
-    return np.arange(count_pages(extents))
-
-
-def _pieces(buffer: memoryview, extents: Extents) -> list[memoryview]:
-    """Where the extents of a batch go, and the gaps between them."""
-    gap = buffer[-_WIDEST_GAP * PAGE_SIZE :]
-    pieces, done = [], 0
-    position = int(extents[0, 0])
-    for first, stop in extents.tolist():
-        if first != position:
-            pieces.append(gap[: (first - position) * PAGE_SIZE])
-        end = done + (stop - first) * PAGE_SIZE
-        pieces.append(buffer[done:end])
-        position, done = stop, end
-    return pieces
-
-
-def _read_apart(fd: int, buffer: memoryview, extents: Extents) -> None:
-    done = 0
-    for first, stop in extents.tolist():
-        end = done + (stop - first) * PAGE_SIZE
-        read_fully(fd, buffer[done:end], first * PAGE_SIZE)
-        done = end
-
-
-def write_fully(fd: int, data: memoryview, offset_bytes: int) -> None:
-    """Write all of `data` at `offset_bytes`. Raises OSError."""
-    done = os.pwrite(fd, data, offset_bytes)
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset_bytes + done)
 
 
 def batches(extents: Extents) -> Iterator[Extents]:
@@ -108,7 +41,7 @@ def batches(extents: Extents) -> Iterator[Extents]:
 def _batches(extents: Extents) -> Iterator[Extents]:
     firsts, stops = extents[:, 0], extents[:, 1]
     before = np.concatenate(([0], np.cumsum(stops - firsts)))  # pages before each extent
-    far = np.append(np.flatnonzero(firsts[1:] - stops[:-1] > _WIDEST_GAP) + 1, len(extents))
+    far = np.append(np.flatnonzero(firsts[1:] - stops[:-1] > WIDEST_GAP) + 1, len(extents))
     row, done = 0, 0  # the next page is `done` pages into extent `row`
     while row < len(extents):
         first = int(firsts[row]) + done
@@ -146,14 +79,6 @@ class Batch:
         first = int(self.slots[low])
         return self.data[first * PAGE_SIZE : (first + high - low) * PAGE_SIZE]
 
-    def runs(self) -> Iterator[Run]:
-        """Neighbours in memory and in `data`: the first one's page number, and their data."""
-        at = stretches(self.pages, self.slots)
-        lows = [low for low, _ in at]
-        firsts, slots = self.pages[lows].tolist(), self.slots[lows].tolist()
-        for (low, high), first, slot in zip(at, firsts, slots, strict=True):
-            yield first, self.data[slot * PAGE_SIZE : (slot + high - low) * PAGE_SIZE]
-
     def together(self, scratch: memoryview) -> Batch:
         """The same with the pages one after the other, copied to `scratch` if they are not.
 
@@ -172,25 +97,14 @@ class Batch:
         return Batch(self.data, self.pages[which], self.slots[which], self.sums[which])
 
 
-def stretches(*columns: Pages) -> Runs:
-    """Longest index ranges ``[low, high)`` in which every column goes up by one each time."""
-    count = len(columns[0])
-    if count == 0:
-        return []
-    cut = np.zeros(count - 1, dtype=np.bool_)
-    for column in columns:
-        cut |= np.diff(column) != 1
-    starts = [0, *(np.flatnonzero(cut) + 1).tolist(), count]
-    return list(pairwise(starts))
-
-
-def spanning(read_at: Callable[[memoryview, int], None]) -> Callable[[memoryview, Extents], Pages]:
+def spanning(read_at: Callable[[memoryview, int], None]) -> Read:
     """A `Transfer.read` by one call of ``read_at(buffer, offset_bytes)``, gaps included."""
 
-    def read(buffer: memoryview, extents: Extents) -> Pages:
+    def read(buffer: memoryview, extents: Extents) -> tuple[Pages, Sums]:
         base, stop = int(extents[0, 0]), int(extents[-1, 1])
         read_at(buffer[: (stop - base) * PAGE_SIZE], base * PAGE_SIZE)
-        return pages_of_extents(extents) - base
+        slots = pages_of_extents(extents) - base
+        return slots, page_sums(buffer, slots)
 
     return read
 
@@ -203,13 +117,13 @@ def _themselves(places: Pages) -> Pages:
 class Transfer:
     """What to do with each batch; every function is called from several threads at once.
 
-    ``read(buffer, extents)`` reads places and says which page of the buffer has each of them,
+    ``read(buffer, extents)`` reads places: which page of the buffer has each, and its checksum.
     ``put(batch)`` checks it, records it and puts it away. What is read may hold the pages in
     another order than that of their numbers: ``pages_at(places)`` then says which page each place
     has.
     """
 
-    read: Callable[[memoryview, Extents], Pages]
+    read: Read
     put: Callable[[Batch], None]
     pages_at: Callable[[Pages], Pages] = _themselves
 
@@ -226,9 +140,9 @@ class Transfer:
 
     def step(self, extents: Extents, buffer: memoryview) -> int:
         """Move one batch through `buffer`; returns its number of pages."""
-        slots = self.read(buffer, extents)
+        slots, sums = self.read(buffer, extents)
         pages = self.pages_at(pages_of_extents(extents))
-        self.put(Batch(buffer, pages, slots, page_sums(buffer, slots)))
+        self.put(Batch(buffer, pages, slots, sums))
         return len(pages)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 
 from dcres.actors import host
 from dcres.actors.host import Daemon, VmFolder, restart_delay_s
+from dcres.actors.prepared import Prepared
 from dcres.errors import PagingError
+from dcres.linux.process import ProcessId, find_marked
 from dcres.paging import settings
 from dcres.paging.settings import ServerSettings
 from tests.support.servers import SECRET, VM
@@ -92,6 +95,61 @@ def test_a_memory_server_that_dies_is_started_again_at_once(folder: VmFolder) ->
         assert daemon.call_patiently("status")["held_pages"] == 0
     finally:
         daemon.stop()
+
+
+def waiting_for(folder: VmFolder) -> list[ProcessId]:
+    """What was prepared, or started, for the VM of `folder`."""
+    return [each for pair in host.marker(folder).items() for each in find_marked(*pair)]
+
+
+def test_what_was_prepared_is_what_starts(folder: VmFolder) -> None:
+    daemon = server(folder)
+    (folder.run / "server.json").rename(folder.run / "later.json")
+    daemon.prepare()
+    daemon.prepare()
+    (ready,) = waiting_for(folder)
+    (folder.run / "later.json").rename(folder.run / "server.json")
+    daemon.start()
+    try:
+        assert daemon.call("status")["pid"] == ready.pid
+        assert json.loads((folder.run / "server.pid").read_text())["pid"] == ready.pid
+        os.kill(ready.pid, signal.SIGKILL)
+        until(lambda: daemon.restarts == 1, 1.0, "it is started again")
+        assert daemon.call_patiently("status")["pid"] != ready.pid
+    finally:
+        daemon.stop()
+    assert waiting_for(folder) == []
+
+
+def test_what_was_prepared_in_vain_ends(folder: VmFolder) -> None:
+    daemon = server(folder)
+    daemon.prepare()
+    daemon.stop()
+    assert waiting_for(folder) == []
+
+
+def test_what_died_before_it_was_needed_is_replaced(folder: VmFolder) -> None:
+    daemon = server(folder)
+    daemon.prepare()
+    (ready,) = waiting_for(folder)
+    ready.end()
+    daemon.start()
+    try:
+        assert daemon.call("status")["pid"] != ready.pid
+    finally:
+        daemon.stop()
+
+
+def test_what_was_prepared_ends_with_its_actor(folder: VmFolder) -> None:
+    """An actor that is killed closes its end of the pipe."""
+    prepared = Prepared.start(
+        [sys.executable, "-m", "dcres.paging.server", str(folder.run / "server.json")],
+        folder.run / "server.log",
+        {**os.environ, **host.marker(folder)},
+    )
+    os.close(prepared._word_fd)
+    assert prepared.process.wait_gone(10.0)
+    assert not (folder.run / "server.sock").exists(), "it served nothing"
 
 
 def answering_for_another(path: Path) -> socket.socket:

@@ -21,6 +21,7 @@ from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Mask, count_pages, extents_of_mask, join
 from dcres.storage import placed
+from dcres.storage.bulk import write_fully
 from dcres.storage.contents import MemoryFile
 from dcres.storage.memory_file import (
     MemoryFileWriter,
@@ -29,7 +30,7 @@ from dcres.storage.memory_file import (
     verify,
 )
 from dcres.storage.page_reader import PageReader
-from dcres.storage.transfer import BATCH_PAGES, WIDEST_BATCH, batches, write_fully
+from dcres.storage.transfer import BATCH_PAGES, WIDEST_BATCH, batches
 from tests.support.stored import memory, save
 
 PAGES = 40
