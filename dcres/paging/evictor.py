@@ -101,6 +101,7 @@ class Evictor:
         self._policy = policy or SegmentedFifo(table.ticks)
         self._watcher = Watcher(self._policy, outbox, tracker, self._may_leave, now)
         self._unsent: deque[Extents] = deque()
+        self._taken: tuple[Link, Pages] | None = None
         self._in_flight: set[int] = set()
         self.enabled = True
         self.changes: Changes = NOBODY_LOOKS
@@ -180,13 +181,18 @@ class Evictor:
 
         Some pages are watched in passing, whatever the pressure: it then pays most.
         """
-        if self._send_unsent():
+        if self._send_taken() or self._send_unsent():
             return True
         if not self.enabled:
             return False
-        watched = self._watch()
+        # Nothing is sent behind `take` or `unmap`: faults are answered in them.
+        took = self._take()
+        return self._watch() or took
+
+    def _take(self) -> bool:
+        """Move a batch to the outbox; the next step sends it, after faults that came meanwhile."""
         if self.excess_pages < self.batch_pages or self.leaving >= MOST_IN_FLIGHT_PAGES:
-            return watched
+            return False
         roomiest = self._roomiest()
         if roomiest is None:
             return False
@@ -199,7 +205,20 @@ class Evictor:
         self.changes.mark_pages(pages)
         self.resident -= pages.size
         self.leaving += pages.size
-        self._send(link, extents_of_pages(pages))
+        self._taken = (link, pages)
+        return True
+
+    def _send_taken(self) -> bool:
+        """Send what the last step took, unless the guest has missed it since."""
+        if self._taken is None:
+            return False
+        link, pages = self._taken
+        self._taken = None
+        pages = pages[self._table.owners[pages] == LEAVING]
+        if link.room_pages < pages.size:
+            self._unsent.append(extents_of_pages(pages))
+        elif pages.size:
+            self._send(link, extents_of_pages(pages))
         return True
 
     def _watch(self) -> bool:

@@ -13,14 +13,17 @@ import logging
 import os
 import select
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcres.paging._hot import Hot
 
 try:
-    from dcres.paging._hot import Hot
+    from dcres.paging import _hot
 except ImportError:  # no compiler when dcres was installed
     HOT: type[Hot] | None = None
 else:
-    HOT = Hot
+    HOT = _hot.Hot
 
 log = logging.getLogger("dcres.paging")
 
@@ -29,6 +32,7 @@ WRITE = select.EPOLLOUT
 
 RECEIVED = 1 << 24  # what the hot path tells when data is in the buffer already
 PLAIN = "DCRES_PLAIN_PAGING"
+FILL, PUNCH, EMPTY = range(3)  # ways to carry pages: file to pipe, a hole, pipe to file
 
 # With the events that are ready, or with what the hot path has already done.
 Callback = Callable[[Any], None]

@@ -118,6 +118,7 @@ class Pager:
         self._pidfd = os.pidfd_open(settings.qemu_pid)
         stack.callback(os.close, self._pidfd)
         self._loop.add(self._attached.uffd.fd, self._fault_ready)
+        outbox.hot = self._loop.hot
         if self._loop.hot is not None:
             owners, asked = self._table.owners, self._faults.asked
             self._loop.hot.watch(self._attached.uffd.fd, self._attached.base, owners, asked)
@@ -143,10 +144,10 @@ class Pager:
             idle = not self._loop.turn(0 if busy else IDLE_S)
             for link in self._all_links:
                 link.connect_if_due()
-            busy = self._work()
+            self._keep_promises()
+            busy = self._work()  # faults may be answered in it, and are told of in the next turn
             if idle and not busy:
                 self._settle()
-            self._keep_promises()
         self._control.close()
 
     def stop(self) -> None:
