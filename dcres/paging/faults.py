@@ -234,8 +234,18 @@ class FaultHandler:
             address += length
             self._is_here(first, stop, at_ns, brought=brought)
         link.release_runs(runs)
+        self._go_around(link, runs[0][0])
+
+    def put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        """The same, of one run that is in place since `at_ns`."""
+        self._is_here(first, stop, at_ns, brought=first in self._brought)
+        link.release_runs([(first, stop)])
+        self._go_around(link, first)
+
+    def _go_around(self, link: Link, page: int) -> None:
+        """The guest goes on with `page`: bring its neighbours if they were left for later."""
         if self._later:
-            window = self._later.pop(runs[0][0], None)
+            window = self._later.pop(page, None)
             if window is not None:
                 self._ask_window(link, *window)
 

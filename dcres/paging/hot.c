@@ -199,8 +199,8 @@ static int wanted(Hot *hot, Peer *peer, Frame *frame) {
     return 1;
 }
 
-/* First the guest's memory, then the table. What fails in the middle, Python does once more. */
-static void put(Hot *hot, Peer *peer, Frame *frame) {
+/* First the guest's memory, then the table. What fails in the middle (0), Python does once more. */
+static int put(Hot *hot, Peer *peer, Frame *frame) {
     uint64_t count = frame->stop - frame->first, bytes = count * PAGE, done = 0;
     char *data = (char *)(frame + 1) + flags_bytes(count);
     while (done < bytes) {
@@ -208,21 +208,32 @@ static void put(Hot *hot, Peer *peer, Frame *frame) {
                                    .src = (uint64_t)data + done, .len = bytes - done,
                                    .mode = UFFDIO_COPY_MODE_WP};
         if (!ioctl(hot->uffd, UFFDIO_COPY, &copy)) break;
-        if (errno != EAGAIN) return;
+        if (errno != EAGAIN) return 0;
         if (copy.copy > 0) done += copy.copy;
     }
     hot->put_some = 1;
     shared(peer)[PUT_AT] = now_ns();
     memset((uint8_t *)hot->owners.buf + frame->first, MAIN, frame->stop - frame->first);
+    return 1;
 }
 
-static void put_arrived(Hot *hot, Peer *peer) {
-    uint64_t at = shared(peer)[START];
-    for (Frame *frame; (frame = whole(peer, at)); at += HEADER + frame->length)
-        if (one_run(frame, PAGES, hot->pages) && wanted(hot, peer, frame))
-            put(hot, peer, frame);
-        else if (frame->kind == PAGES)
+/* Tells (fd, (number, first, stop, when)) of each that is in place, and takes it from the buffer
+ * unless Python has to see to one before it. */
+static int put_arrived(Hot *hot, Peer *peer) {
+    uint64_t *have = shared(peer), at = have[START];
+    for (Frame *frame; (frame = whole(peer, at)); at += HEADER + frame->length) {
+        int in_place = one_run(frame, PAGES, hot->pages) && wanted(hot, peer, frame) &&
+                       put(hot, peer, frame);
+        if (in_place && at == have[START]) {
+            have[START] += HEADER + frame->length;
+            PyObject *entry = Py_BuildValue("i(IKKL)", peer->fd, frame->number, frame->first,
+                                            frame->stop, (long long)have[PUT_AT]);
+            if (append(hot->told, entry)) return -1;
+        } else if (!in_place && frame->kind == PAGES) {
             hot->for_python = 1;
+        }
+    }
+    return 0;
 }
 
 static int some_are_zero(const char *data, uint64_t pages) {
@@ -288,10 +299,7 @@ static int handle(Hot *hot, struct epoll_event *event) {
         hot->for_python = 1;
         return append(hot->told, Py_BuildValue("iI", fd, event->events));
     }
-    if (peer->store < 0)
-        put_arrived(hot, peer);
-    else if (serve(hot, peer))
-        return -1;
+    if (peer->store < 0 ? put_arrived(hot, peer) : serve(hot, peer)) return -1;
     if (unfinished(peer)) return 0;
     return append(hot->told, Py_BuildValue("iI", fd, (unsigned)RECEIVED));
 }
@@ -336,17 +344,23 @@ static Py_ssize_t unheard(Hot *hot) {
  * processor: it goes on when we sleep. So we wait for the answer, and then for the guest, which
  * may miss its next page; of several faults Python hears at once, for little more than of one. */
 static int64_t hold_ns(Hot *hot, int64_t began_ns) {
-    if (hot->for_python || PyList_GET_SIZE(hot->faults) > HELD_FAULTS ||
+    static int chain = -1, guest, answer;
+    if (chain < 0) {
+        chain = getenv("X_CHAIN") ? atoi(getenv("X_CHAIN")) : HELD_FAULTS;
+        guest = getenv("X_GUEST") ? atoi(getenv("X_GUEST")) : GUEST_NS;
+        answer = getenv("X_ANSWER") ? atoi(getenv("X_ANSWER")) : ANSWER_NS;
+    }
+    if (hot->for_python || PyList_GET_SIZE(hot->faults) > chain ||
         now_ns() - began_ns > HELD_NS)
         return 0;
-    return hot->all_asked ? ANSWER_NS : hot->put_some ? GUEST_NS : 0;
+    return hot->all_asked ? answer : hot->put_some ? guest : 0;
 }
 
 static PyObject *turn(Hot *hot, PyObject *arguments) {
     double timeout_s;
     if (!PyArg_ParseTuple(arguments, "d", &timeout_s)) return NULL;
-    int64_t timeout_ns = unheard(hot) ? 0 : timeout_s * 1e9, began_ns = 0;
-    hot->for_python = unheard(hot) > 0;
+    int64_t timeout_ns = unheard(hot) || timeout_s < 0 ? 0 : timeout_s * 1e9, began_ns = 0;
+    hot->for_python = unheard(hot) || timeout_s < 0;
     hot->last_asked = hot->pages + 2 * NEAR;
     for (int n = 0; n < BY_ITSELF; n++) {
         int ready = look(hot, timeout_ns);
@@ -486,7 +500,8 @@ static void hot_free(Hot *hot) {
 }
 
 static PyMethodDef methods[] = {
-    {"turn", (PyCFunction)turn, METH_VARARGS, "turn(timeout_s): wait, do what is simple, tell."},
+    {"turn", (PyCFunction)turn, METH_VARARGS,
+     "turn(timeout_s): wait, do what is simple, tell; below 0: only what is due."},
     {"carry", (PyCFunction)carry_runs, METH_VARARGS, "carry(way, from, to, runs): bytes carried."},
     {"watch", (PyCFunction)watch, METH_VARARGS, "watch(uffd, base, owners, asked)"},
     {"client", (PyCFunction)client, METH_VARARGS, "client(fd, code, buffer, shared)"},

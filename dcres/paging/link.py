@@ -76,6 +76,9 @@ class LinkUser(Protocol):
     def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
         """The data of `runs`, which were asked for, one after the other in memory at `address`."""
 
+    def pages_put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        """The same, of one run that is in place and in the table since `at_ns`."""
+
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """The server holds these pages."""
 
@@ -164,7 +167,7 @@ class Link:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.setblocking(False)
         sock.connect_ex((self.sub.address, self.sub.port))
-        self._stream = FrameStream(self._loop, sock, self._frame, self._closed)
+        self._stream = FrameStream(self._loop, sock, self._frame, self._closed, self._put)
         self._buffer_address = address_of(self._stream.buffer)
         self._handshake = ClientHandshake(
             self._identity, secrets.token_bytes(NONCE_BYTES), Role.PAGER
@@ -300,6 +303,15 @@ class Link:
         if not self._unanswered or self._unanswered[0].number != frame.request:
             raise ProtocolError(f"{self.sub.host} answered a request that was not made")
         self._answered(self._unanswered.popleft(), frame)
+
+    def _put(self, number: int, first: int, stop: int, at_ns: int) -> None:
+        """The answer of `number` is in place, and its frame gone."""
+        request = self._unanswered.popleft() if self._unanswered else None
+        if request is None or request.number != number:
+            raise ProtocolError(f"{self.sub.host} answered a request that was not made")
+        if len(request.extents) != 1 or tuple(request.extents[0]) != (first, stop):
+            raise ProtocolError(f"{self.sub.host} sent pages that were not asked for")
+        self._user.pages_put(self, first, stop, at_ns)
 
     def _greet(self, frame: Frame) -> None:
         if self._handshake is None or self._stream is None:

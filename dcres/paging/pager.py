@@ -226,6 +226,10 @@ class Pager:
         """Page-in."""
         self._faults.arrived(link, runs, address)
 
+    def pages_put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        """Page-in that the hot path has done."""
+        self._faults.put(link, first, stop, at_ns)
+
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """Page-out is acknowledged."""
         self._evictor.stored(link, extents)
