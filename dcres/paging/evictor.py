@@ -27,8 +27,9 @@ from dcres.model.pages import (
 )
 from dcres.model.placement import LEAVING, MAIN
 from dcres.model.policy import Policy, SegmentedFifo
-from dcres.paging.link import Link, Request
+from dcres.paging.link import Link
 from dcres.paging.outbox import Outbox
+from dcres.paging.requests import Request
 from dcres.paging.table import PageTable
 from dcres.paging.watcher import Watcher
 

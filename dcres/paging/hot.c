@@ -32,7 +32,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 3, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
+enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 4, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
 enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
 enum { ANSWER_NS = 100000, GUEST_NS = 20000, HELD_NS = 1000000, HELD_FAULTS = 8, NEAR = 16 };
 enum { PIECE_PAGES = 16, LOOK_EVERY = 4 };
@@ -52,7 +52,7 @@ typedef struct __attribute__((packed)) {
 } Frame;
 
 typedef struct {
-    int fd, code, store; /* store: -1 for a client */
+    int fd, code, store, express; /* store: -1 for a client */
     Py_buffer buffer, shared, here;
 } Peer;
 
@@ -82,11 +82,15 @@ static Peer *peer_of(Hot *hot, int fd) {
     return NULL;
 }
 
+/* Whom to ask for pages of a host: its express connection, if there is one. */
 static Peer *holder(Hot *hot, int code) {
-    for (int n = 0; n < hot->used; n++)
-        if (hot->peers[n].fd >= 0 && hot->peers[n].store < 0 && hot->peers[n].code == code)
-            return &hot->peers[n];
-    return NULL;
+    Peer *found = NULL;
+    for (int n = 0; n < hot->used && !(found && found->express); n++) {
+        Peer *peer = &hot->peers[n];
+        if (peer->fd >= 0 && peer->store < 0 && peer->code == code && (!found || peer->express))
+            found = peer;
+    }
+    return found;
 }
 
 static void put_head(Frame *frame, int kind, uint32_t number, uint64_t first, uint64_t stop,
@@ -304,6 +308,21 @@ static int handle(Hot *hot, struct epoll_event *event) {
     return append(hot->told, Py_BuildValue("iI", fd, (unsigned)RECEIVED));
 }
 
+/* Answer express connections now. Python is in the middle of what another one wants, so nothing
+ * else is looked at; what is left for it waits for its next turn. */
+static PyObject *attend(Hot *hot, PyObject *Py_UNUSED(ignored)) {
+    if (!hot->told && !(hot->told = PyList_New(0))) return NULL;
+    for (int n = 0; n < hot->used; n++) {
+        Peer *peer = &hot->peers[n];
+        if (peer->fd < 0 || peer->store < 0 || !peer->express || !receive(peer)) continue;
+        if (serve(hot, peer)) return NULL;
+        if (!unfinished(peer) &&
+            append(hot->told, Py_BuildValue("iI", peer->fd, (unsigned)RECEIVED)))
+            return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static int wait_ns(Hot *hot, struct epoll_event *events, int64_t ns) {
     struct timespec timeout = {ns / 1000000000, ns % 1000000000};
     int ready;
@@ -452,15 +471,16 @@ static PyObject *enlist(Hot *hot, Peer *made) {
 
 static PyObject *client(Hot *hot, PyObject *arguments) {
     Peer made = {.store = -1};
-    if (!PyArg_ParseTuple(arguments, "iiw*w*", &made.fd, &made.code, &made.buffer, &made.shared))
+    if (!PyArg_ParseTuple(arguments, "iiw*w*p", &made.fd, &made.code, &made.buffer, &made.shared,
+                          &made.express))
         return NULL;
     return enlist(hot, &made);
 }
 
 static PyObject *server(Hot *hot, PyObject *arguments) {
     Peer made = {0};
-    if (!PyArg_ParseTuple(arguments, "iiw*w*y*", &made.fd, &made.store, &made.buffer,
-                          &made.shared, &made.here))
+    if (!PyArg_ParseTuple(arguments, "iiw*w*y*p", &made.fd, &made.store, &made.buffer,
+                          &made.shared, &made.here, &made.express))
         return NULL;
     return enlist(hot, &made);
 }
@@ -504,8 +524,11 @@ static PyMethodDef methods[] = {
      "turn(timeout_s): wait, do what is simple, tell; below 0: only what is due."},
     {"carry", (PyCFunction)carry_runs, METH_VARARGS, "carry(way, from, to, runs): bytes carried."},
     {"watch", (PyCFunction)watch, METH_VARARGS, "watch(uffd, base, owners, asked)"},
-    {"client", (PyCFunction)client, METH_VARARGS, "client(fd, code, buffer, shared)"},
-    {"server", (PyCFunction)server, METH_VARARGS, "server(fd, store, buffer, shared, here)"},
+    {"client", (PyCFunction)client, METH_VARARGS,
+     "client(fd, code, buffer, shared, express)"},
+    {"server", (PyCFunction)server, METH_VARARGS,
+     "server(fd, store, buffer, shared, here, express)"},
+    {"attend", (PyCFunction)attend, METH_NOARGS, "attend(): answer express connections now."},
     {"forget", (PyCFunction)forget, METH_VARARGS, "forget(fd)"},
     {NULL, NULL, 0, NULL},
 };

@@ -44,9 +44,10 @@ from dcres.paging.changes import ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply, failure
 from dcres.paging.evictor import NOBODY_LOOKS, Evictor
 from dcres.paging.faults import FaultHandler, HotFault
-from dcres.paging.link import Link, Request, Runs
+from dcres.paging.link import Link
 from dcres.paging.loop import READ, Loop
 from dcres.paging.mover import Mover
+from dcres.paging.requests import Request, Runs
 from dcres.paging.settings import PagerSettings, SubAddress
 
 log = logging.getLogger("dcres.pager")
@@ -425,6 +426,7 @@ class Pager:
                 link.sub.host + (" (parts)" if link.source else ""): {
                     "state": str(link.state),
                     "trouble": link.trouble,
+                    "express": link.express,
                 }
                 for link in self._all_links
             },

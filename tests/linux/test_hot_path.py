@@ -184,7 +184,7 @@ def linked() -> Iterator[SimpleNamespace]:
         asked = np.array([0, 7, 7, 9], dtype=np.uint32)
         hot.watch(uffd.fd, address_of(memory), owners, asked)
         buffer = decoder._buffer
-        hot.client(ours.fileno(), FIRST_SUB, buffer, decoder.shared)
+        hot.client(ours.fileno(), FIRST_SUB, buffer, decoder.shared, False)
         yield SimpleNamespace(
             hot=hot,
             owners=owners,
