@@ -178,6 +178,7 @@ def linked() -> Iterator[SimpleNamespace]:
         epoll = stack.enter_context(select.epoll())
         ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
         epoll.register(ours, select.EPOLLIN)
+        epoll.register(uffd.fd, select.EPOLLIN)
         hot = loop.HOT(epoll.fileno())
         decoder = wire.Decoder(memoryview(mmap.mmap(-1, 2 << 20)))
         owners = np.full(4, FIRST_SUB, dtype=np.uint8)
@@ -312,24 +313,32 @@ def test_a_run_that_cannot_be_carried_is_an_error(carrier: SimpleNamespace) -> N
 
 
 def test_a_fault_is_answered_between_two_system_calls_and_told_of_in_the_next_turn(
-    linked: SimpleNamespace,
+    linked: SimpleNamespace, tmp_path: Path
 ) -> None:
-    reader = threading.Thread(target=lambda: linked.memory[0])
+    linked.shared[wire.MAY_SEND] = 1
+    read_end, write_end = os.pipe()
+    # The kernel reads the page: a thread of Python's would wait for it with the GIL.
+    wanted = memoryview(linked.memory)[:8]
+    reader = threading.Thread(target=os.write, args=(write_end, wanted), daemon=True)
     reader.start()
-    with os.fdopen(os.memfd_create("other"), "w+b") as other:
-        other.truncate(PAGE_SIZE)
-        which = np.array([[0, 1]] * 4)
+    which = np.array([[0, 1]] * 4)
 
-        def asked() -> bool:
-            linked.hot.carry(loop.PUNCH, -1, other.fileno(), which)
-            return bool(linked.asked[0])
+    def asked() -> bool:
+        with files.opened(other, os.O_RDWR) as fd:
+            linked.hot.carry(loop.PUNCH, -1, fd, which)
+        return bool(linked.asked[0])
 
-        until(asked, 5, "the page is asked for")
+    other = tmp_path / "other"
+    other.write_bytes(bytes(PAGE_SIZE))
+    until(asked, 5, "the page is asked for")
     assert linked.asked.tolist() == [1, 7, 7, 9]
     assert linked.far.recv(100) == wire.frame(Kind.PAGE_IN, 1, wire.pack_run(0, 1))
-    linked.far.sendall(pages(1, 0, 1))
+    linked.far.sendall(pages(1, 0, 1, b"\0" + b"x" * PAGE_SIZE))
     told = linked.hot.turn(1.0)
     (page, number, sent_bytes, code, _), *more = told[0][1]
     assert (page, number, sent_bytes, code) == (0, 1, wire.RUN_FRAME_BYTES, FIRST_SUB)
     assert not more
     until(lambda: linked.hot.turn(0.1) is not None and not reader.is_alive(), 5, "it goes on")
+    assert os.read(read_end, 8) == b"x" * 8
+    os.close(read_end)
+    os.close(write_end)
