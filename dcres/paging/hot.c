@@ -6,7 +6,9 @@
  *   PAGES that came                                  -> UFFDIO_COPY, owner MAIN
  *   PAGE_IN that came to a memory server             -> the pages, read and sent
  *
- * each only in its simple form: one run of pages, asked for under that very number, everything
+ * and `carry` (the system calls of a page-out) and `attend` (in the middle of a memory server's
+ * work) do so between other things. What they did, the next `turn` tells. It is done
+ * only in its simple form: one run of pages, asked for under that very number, everything
  * where it should be, the socket with room. Whatever else comes is left for Python exactly as it
  * came, and what was done is told to Python, which keeps all the books. Python alone does the
  * same without this module (dcres/paging/{faults,link,service}.py); the tests hold both to it.
@@ -34,7 +36,7 @@
 
 enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 4, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
 enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
-enum { ANSWER_NS = 100000, GUEST_NS = 20000, HELD_NS = 1000000, HELD_FAULTS = 8, NEAR = 16 };
+enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
 enum { PIECE_PAGES = 16, LOOK_EVERY = 4 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) + MAX_PAGES / 8 };
 enum { PARTS = 3 };
@@ -59,8 +61,8 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int epoll, uffd;
-    int all_asked, put_some, for_python; /* of the last events */
-    uint64_t base, pages, last_asked;
+    int all_asked, put_some; /* of the last events */
+    uint64_t base, pages;
     PyObject *faults, *told; /* what Python has not heard of yet */
     Py_buffer owners, asked;
     int used; /* peers, vacant places among them */
@@ -135,9 +137,6 @@ static int answer_faults(Hot *hot) {
         int code = ((uint8_t *)hot->owners.buf)[page];
         ssize_t sent = ask(hot, page, code, &number);
         if (!sent) hot->all_asked = 0;
-        /* A walk: Python asks for what is ahead, and must hear of it. */
-        if (page - hot->last_asked + NEAR <= 2 * NEAR) hot->for_python = 1;
-        hot->last_asked = page;
         PyObject *entry = Py_BuildValue("KIniL", page, sent ? number : 0, sent, code,
                                         (long long)at_ns);
         if (append(hot->faults, entry)) return -1;
@@ -233,8 +232,6 @@ static int put_arrived(Hot *hot, Peer *peer) {
             PyObject *entry = Py_BuildValue("i(IKKL)", peer->fd, frame->number, frame->first,
                                             frame->stop, (long long)have[PUT_AT]);
             if (append(hot->told, entry)) return -1;
-        } else if (!in_place && frame->kind == PAGES) {
-            hot->for_python = 1;
         }
     }
     return 0;
@@ -299,10 +296,8 @@ static int handle(Hot *hot, struct epoll_event *event) {
     int fd = event->data.fd;
     Peer *peer = peer_of(hot, fd);
     if (fd == hot->uffd && event->events == EPOLLIN) return answer_faults(hot);
-    if (!peer || event->events != EPOLLIN || !receive(peer)) {
-        hot->for_python = 1;
+    if (!peer || event->events != EPOLLIN || !receive(peer))
         return append(hot->told, Py_BuildValue("iI", fd, event->events));
-    }
     if (peer->store < 0 ? put_arrived(hot, peer) : serve(hot, peer)) return -1;
     if (unfinished(peer)) return 0;
     return append(hot->told, Py_BuildValue("iI", fd, (unsigned)RECEIVED));
@@ -360,33 +355,23 @@ static Py_ssize_t unheard(Hot *hot) {
  *
  * Its bookkeeping for a fault takes as long as the memory server's answer, and for a page that is
  * put in place longer than the guest's next step, which the kernel may want to make on this very
- * processor: it goes on when we sleep. So we wait for the answer, and then for the guest, which
- * may miss its next page; of several faults Python hears at once, for little more than of one. */
-static int64_t hold_ns(Hot *hot, int64_t began_ns) {
-    static int chain = -1, guest, answer;
-    if (chain < 0) {
-        chain = getenv("X_CHAIN") ? atoi(getenv("X_CHAIN")) : HELD_FAULTS;
-        guest = getenv("X_GUEST") ? atoi(getenv("X_GUEST")) : GUEST_NS;
-        answer = getenv("X_ANSWER") ? atoi(getenv("X_ANSWER")) : ANSWER_NS;
-    }
-    if (hot->for_python || PyList_GET_SIZE(hot->faults) > chain ||
-        now_ns() - began_ns > HELD_NS)
-        return 0;
-    return hot->all_asked ? answer : hot->put_some ? guest : 0;
+ * processor: it goes on when we sleep. So we wait for the answer, and then for the guest. */
+static int64_t hold_ns(Hot *hot, int *stage) {
+    if (*stage == 0 && hot->all_asked && !PyList_GET_SIZE(hot->told))
+        return *stage = 1, ANSWER_NS;
+    if (*stage < 2 && hot->put_some) return *stage = 2, GUEST_NS;
+    return 0;
 }
 
 static PyObject *turn(Hot *hot, PyObject *arguments) {
     double timeout_s;
     if (!PyArg_ParseTuple(arguments, "d", &timeout_s)) return NULL;
-    int64_t timeout_ns = unheard(hot) || timeout_s < 0 ? 0 : timeout_s * 1e9, began_ns = 0;
-    hot->for_python = unheard(hot) || timeout_s < 0;
-    hot->last_asked = hot->pages + 2 * NEAR;
+    int stage = timeout_s < 0 || unheard(hot) ? 2 : 0;
+    int64_t timeout_ns = stage ? 0 : timeout_s * 1e9;
     for (int n = 0; n < BY_ITSELF; n++) {
         int ready = look(hot, timeout_ns);
         if (ready < 0) return NULL;
-        if (!ready) break;
-        if (!began_ns) began_ns = now_ns();
-        if (unheard(hot) && !(timeout_ns = hold_ns(hot, began_ns))) break;
+        if (!ready || (unheard(hot) && !(timeout_ns = hold_ns(hot, &stage)))) break;
     }
     /* Faults first: Python counts requests in the order in which they were sent, and may send some
      * for whatever else it is told. */
