@@ -165,6 +165,8 @@ def test_both_connections_end_together_and_are_made_again(wire: Wire, role: Role
     wire.link.page_in([(5, 6)], hurry=True)
     wire.service._members[role][0].stream.close(ConnectionAbortedError("the test cuts it"))
     wire.turn_until(lambda: not wire.ready(), server=False)
+    assert wire.link.trouble
+    assert "it has not answered" not in wire.link.trouble, "at once, not for its silence"
     assert not wire.link.express
     assert wire.user.unanswered == [Kind.PAGE_IN, Kind.PAGE_IN]
     assert wire.link.settled
