@@ -30,6 +30,7 @@ class Role(IntEnum):
 
     PAGER = 1  # moves pages; a memory server serves one at a time
     READER = 2  # only looks; there may be several
+    EXPRESS = 3  # a pager once more, for pages that its guest waits for: PAGE_IN alone
 
 
 @dataclass(frozen=True, slots=True)

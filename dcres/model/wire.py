@@ -22,10 +22,10 @@
 
 Pages are one flag each, which says that a page is all zeros, and then the data of the others.
 
-The client is a PAGER, which may ask for everything, or a READER, which only looks: EXISTENCE
-and PEEK. Every request is answered with its request number, and in order but for FETCHED, which
-may come later. After a malformed frame, or an ERROR, the connection is closed: there is no way
-to find the next frame's start.
+The client is a PAGER, which may ask for everything; its EXPRESS connection, for PAGE_IN alone;
+or a READER, which only looks: EXISTENCE and PEEK. Every request is answered with its request
+number, and in order but for FETCHED, which may come later. After a malformed frame, or an ERROR,
+the connection is closed: there is no way to find the next frame's start.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ from dcres.errors import (
 from dcres.model.pages import EMPTY, PAGE_SIZE, Extents, Mask, count_pages, extents_of_mask
 
 Part: TypeAlias = bytes | memoryview
+Shared: TypeAlias = "array[int]"
 
 MAGIC = b"DCRP"
-VERSION = 3
+VERSION = 4
 HEADER = struct.Struct("<4sBBHII")  # magic, version, kind, zero, request, payload length
 MAX_PAGES = 256  # pages of data in one frame
 MAX_PAYLOAD = 4 + MAX_PAGES * (16 + PAGE_SIZE) + MAX_PAGES // 8

@@ -32,8 +32,9 @@ from dcres.model.pages import (
 )
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
 from dcres.paging.evictor import Evictor
-from dcres.paging.link import Link, LinkState, Request, Runs
+from dcres.paging.link import Link, LinkState
 from dcres.paging.outbox import Outbox
+from dcres.paging.requests import Request, Runs
 from dcres.paging.table import PageTable
 
 FRAME_PAGES = 64  # in one answer of many: the next is read while the last is put in place
@@ -167,14 +168,14 @@ class FaultHandler:
             self._waiting.setdefault(owner, set()).add(page)
             return
         if not self._asked[page]:
-            self._ask(link, page, page + 1)
+            self._ask(link, page, page + 1, hurry=True)
         self._ask_around(page, link)
 
-    def _ask(self, link: Link, first: int, stop: int) -> None:
+    def _ask(self, link: Link, first: int, stop: int, *, hurry: bool = False) -> None:
         # Before it is sent: should the link break in sending, it is among the unanswered.
-        self.asked[first:stop] = link.next_number
+        self.asked[first:stop] = link.next_number(hurry=hurry)
         self._fetching += stop - first
-        link.page_in([(first, stop)])
+        link.page_in([(first, stop)], hurry=hurry)
 
     def _ask_around(self, page: int, link: Link) -> None:
         """Neighbours of a missed page: at once, or once the guest goes on.
@@ -216,7 +217,7 @@ class FaultHandler:
         wanted = pages[self.asked[pages] == 0]
         if wanted.size == 0 or link.state is not LinkState.READY:
             return False
-        self.asked[wanted] = link.next_number
+        self.asked[wanted] = link.next_number()
         self._fetching += wanted.size
         self._brought.update(wanted.tolist())
         link.page_in(extents_of_pages(wanted).tolist())
@@ -234,8 +235,18 @@ class FaultHandler:
             address += length
             self._is_here(first, stop, at_ns, brought=brought)
         link.release_runs(runs)
+        self._go_around(link, runs[0][0])
+
+    def put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        """The same, of one run that is in place since `at_ns`."""
+        self._is_here(first, stop, at_ns, brought=first in self._brought)
+        link.release_runs([(first, stop)])
+        self._go_around(link, first)
+
+    def _go_around(self, link: Link, page: int) -> None:
+        """The guest goes on with `page`: bring its neighbours if they were left for later."""
         if self._later:
-            window = self._later.pop(runs[0][0], None)
+            window = self._later.pop(page, None)
             if window is not None:
                 self._ask_window(link, *window)
 

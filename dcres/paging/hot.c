@@ -6,7 +6,9 @@
  *   PAGES that came                                  -> UFFDIO_COPY, owner MAIN
  *   PAGE_IN that came to a memory server             -> the pages, read and sent
  *
- * each only in its simple form: one run of pages, asked for under that very number, everything
+ * and `carry` (the system calls of a page-out) and `attend` (in the middle of a memory server's
+ * work) do so between other things. What they did, the next `turn` tells. It is done
+ * only in its simple form: one run of pages, asked for under that very number, everything
  * where it should be, the socket with room. Whatever else comes is left for Python exactly as it
  * came, and what was done is told to Python, which keeps all the books. Python alone does the
  * same without this module (dcres/paging/{faults,link,service}.py); the tests hold both to it.
@@ -17,7 +19,7 @@
  * waits to be sent before it), pages served, when a page was last put in place (monotonic ns).
  */
 #define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include <Python.h> /* defines _GNU_SOURCE */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -32,11 +34,13 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 3, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
+enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 4, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
 enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
 enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
+enum { PIECE_PAGES = 16, LOOK_EVERY = 4 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) + MAX_PAGES / 8 };
 enum { PARTS = 3 };
+enum { FILL, PUNCH, EMPTY }; /* ways to carry: file to pipe, a hole, pipe to file */
 enum { START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED };
 enum { RECEIVED = 1 << 24 }; /* beside epoll's event bits: the data is in the buffer already */
 
@@ -50,14 +54,16 @@ typedef struct __attribute__((packed)) {
 } Frame;
 
 typedef struct {
-    int fd, code, store; /* store: -1 for a client */
+    int fd, code, store, express; /* store: -1 for a client */
     Py_buffer buffer, shared, here;
 } Peer;
 
 typedef struct {
     PyObject_HEAD
-    int epoll, uffd, all_asked, put_some; /* of the last events */
+    int epoll, uffd;
+    int all_asked, put_some; /* of the last events */
     uint64_t base, pages;
+    PyObject *faults, *told; /* what Python has not heard of yet */
     Py_buffer owners, asked;
     int used; /* peers, vacant places among them */
     Peer peers[PEERS];
@@ -78,11 +84,15 @@ static Peer *peer_of(Hot *hot, int fd) {
     return NULL;
 }
 
+/* Whom to ask for pages of a host: its express connection, if there is one. */
 static Peer *holder(Hot *hot, int code) {
-    for (int n = 0; n < hot->used; n++)
-        if (hot->peers[n].fd >= 0 && hot->peers[n].store < 0 && hot->peers[n].code == code)
-            return &hot->peers[n];
-    return NULL;
+    Peer *found = NULL;
+    for (int n = 0; n < hot->used && !(found && found->express); n++) {
+        Peer *peer = &hot->peers[n];
+        if (peer->fd >= 0 && peer->store < 0 && peer->code == code && (!found || peer->express))
+            found = peer;
+    }
+    return found;
 }
 
 static void put_head(Frame *frame, int kind, uint32_t number, uint64_t first, uint64_t stop,
@@ -112,12 +122,12 @@ static int append(PyObject *list, PyObject *item) {
     return failed;
 }
 
-/* Adds (page, number or 0, bytes sent, owner code, when) of each to `list`. */
-static int answer_faults(Hot *hot, PyObject *list, PyObject *told) {
+/* Adds (page, number or 0, bytes sent, owner code, when) of each to `faults`. */
+static int answer_faults(Hot *hot) {
     struct uffd_msg faults[FAULTS];
     ssize_t got = read(hot->uffd, faults, sizeof faults);
     if (got < 0 && errno != EAGAIN)  /* Python meets the same error, and knows what it means */
-        return append(told, Py_BuildValue("iI", hot->uffd, (unsigned)EPOLLIN));
+        return append(hot->told, Py_BuildValue("iI", hot->uffd, (unsigned)EPOLLIN));
     int64_t at_ns = now_ns();
     hot->all_asked = got > 0;
     for (int n = 0; n < (int)(got / (ssize_t)sizeof *faults); n++) {
@@ -129,7 +139,7 @@ static int answer_faults(Hot *hot, PyObject *list, PyObject *told) {
         if (!sent) hot->all_asked = 0;
         PyObject *entry = Py_BuildValue("KIniL", page, sent ? number : 0, sent, code,
                                         (long long)at_ns);
-        if (append(list, entry)) return -1;
+        if (append(hot->faults, entry)) return -1;
     }
     return 0;
 }
@@ -192,8 +202,8 @@ static int wanted(Hot *hot, Peer *peer, Frame *frame) {
     return 1;
 }
 
-/* First the guest's memory, then the table. What fails in the middle, Python does once more. */
-static void put(Hot *hot, Peer *peer, Frame *frame) {
+/* First the guest's memory, then the table. What fails in the middle (0), Python does once more. */
+static int put(Hot *hot, Peer *peer, Frame *frame) {
     uint64_t count = frame->stop - frame->first, bytes = count * PAGE, done = 0;
     char *data = (char *)(frame + 1) + flags_bytes(count);
     while (done < bytes) {
@@ -201,19 +211,30 @@ static void put(Hot *hot, Peer *peer, Frame *frame) {
                                    .src = (uint64_t)data + done, .len = bytes - done,
                                    .mode = UFFDIO_COPY_MODE_WP};
         if (!ioctl(hot->uffd, UFFDIO_COPY, &copy)) break;
-        if (errno != EAGAIN) return;
+        if (errno != EAGAIN) return 0;
         if (copy.copy > 0) done += copy.copy;
     }
     hot->put_some = 1;
     shared(peer)[PUT_AT] = now_ns();
     memset((uint8_t *)hot->owners.buf + frame->first, MAIN, frame->stop - frame->first);
+    return 1;
 }
 
-static void put_arrived(Hot *hot, Peer *peer) {
-    uint64_t at = shared(peer)[START];
-    for (Frame *frame; (frame = whole(peer, at)); at += HEADER + frame->length)
-        if (one_run(frame, PAGES, hot->pages) && wanted(hot, peer, frame))
-            put(hot, peer, frame);
+/* Tells (fd, (number, first, stop, when)) of each that is in place, and takes it from the buffer
+ * unless Python has to see to one before it. */
+static int put_arrived(Hot *hot, Peer *peer) {
+    uint64_t *have = shared(peer), at = have[START];
+    for (Frame *frame; (frame = whole(peer, at)); at += HEADER + frame->length) {
+        int in_place = one_run(frame, PAGES, hot->pages) && wanted(hot, peer, frame) &&
+                       put(hot, peer, frame);
+        if (in_place && at == have[START]) {
+            have[START] += HEADER + frame->length;
+            PyObject *entry = Py_BuildValue("i(IKKL)", peer->fd, frame->number, frame->first,
+                                            frame->stop, (long long)have[PUT_AT]);
+            if (append(hot->told, entry)) return -1;
+        }
+    }
+    return 0;
 }
 
 static int some_are_zero(const char *data, uint64_t pages) {
@@ -243,7 +264,7 @@ static int send_parts(int fd, struct iovec *parts, PyObject **rest) {
 }
 
 /* Answers PAGE_INs until one is not simple. Tells (fd, rest) if the socket is full. */
-static int serve(Hot *hot, Peer *peer, PyObject *told) {
+static int serve(Hot *hot, Peer *peer) {
     uint64_t *at = shared(peer), pages = peer->here.len;
     Frame *asked, head;
     while (at[MAY_SEND] && (asked = whole(peer, at[START])) &&
@@ -264,34 +285,70 @@ static int serve(Hot *hot, Peer *peer, PyObject *told) {
         at[SERVED] += count;
         if (rest) {
             at[MAY_SEND] = 0;
-            return append(told, Py_BuildValue("iN", peer->fd, rest));
+            return append(hot->told, Py_BuildValue("iN", peer->fd, rest));
         }
     }
     return 0;
 }
 
 /* What is left of an event for Python goes to `told`. */
-static int handle(Hot *hot, struct epoll_event *event, PyObject *faults, PyObject *told) {
+static int handle(Hot *hot, struct epoll_event *event) {
     int fd = event->data.fd;
     Peer *peer = peer_of(hot, fd);
-    if (fd == hot->uffd && event->events == EPOLLIN) return answer_faults(hot, faults, told);
+    if (fd == hot->uffd && event->events == EPOLLIN) return answer_faults(hot);
     if (!peer || event->events != EPOLLIN || !receive(peer))
-        return append(told, Py_BuildValue("iI", fd, event->events));
-    if (peer->store < 0)
-        put_arrived(hot, peer);
-    else if (serve(hot, peer, told))
-        return -1;
+        return append(hot->told, Py_BuildValue("iI", fd, event->events));
+    if (peer->store < 0 ? put_arrived(hot, peer) : serve(hot, peer)) return -1;
     if (unfinished(peer)) return 0;
-    return append(told, Py_BuildValue("iI", fd, (unsigned)RECEIVED));
+    return append(hot->told, Py_BuildValue("iI", fd, (unsigned)RECEIVED));
+}
+
+/* Answer express connections now. Python is in the middle of what another one wants, so nothing
+ * else is looked at; what is left for it waits for its next turn. */
+static PyObject *attend(Hot *hot, PyObject *Py_UNUSED(ignored)) {
+    if (!hot->told && !(hot->told = PyList_New(0))) return NULL;
+    for (int n = 0; n < hot->used; n++) {
+        Peer *peer = &hot->peers[n];
+        if (peer->fd < 0 || peer->store < 0 || !peer->express || !receive(peer)) continue;
+        if (serve(hot, peer)) return NULL;
+        if (!unfinished(peer) &&
+            append(hot->told, Py_BuildValue("iI", peer->fd, (unsigned)RECEIVED)))
+            return NULL;
+    }
+    Py_RETURN_NONE;
 }
 
 static int wait_ns(Hot *hot, struct epoll_event *events, int64_t ns) {
     struct timespec timeout = {ns / 1000000000, ns % 1000000000};
     int ready;
+    if (!ns) return epoll_wait(hot->epoll, events, EVENTS, 0);
     Py_BEGIN_ALLOW_THREADS /* epoll_pwait2, which glibc names from 2.35 on: Linux 5.11 */
     ready = syscall(SYS_epoll_pwait2, hot->epoll, events, EVENTS, &timeout, NULL, 0);
     Py_END_ALLOW_THREADS
     return ready;
+}
+
+/* Wait for events once and do what is simple of them. How many there were; -1: an exception. */
+static int look(Hot *hot, int64_t timeout_ns) {
+    struct epoll_event events[EVENTS];
+    if (!hot->told) hot->told = PyList_New(0);
+    if (!hot->faults) hot->faults = PyList_New(0);
+    if (!hot->told || !hot->faults) return -1;
+    int ready = wait_ns(hot, events, timeout_ns);
+    if (ready < 0) {
+        if (errno == EINTR) return PyErr_CheckSignals();
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    hot->put_some = hot->all_asked = 0;
+    for (int n = 0; n < ready; n++)
+        if (handle(hot, &events[n])) return -1;
+    return ready;
+}
+
+static Py_ssize_t unheard(Hot *hot) {
+    return (hot->told ? PyList_GET_SIZE(hot->told) : 0) +
+           (hot->faults ? PyList_GET_SIZE(hot->faults) : 0);
 }
 
 /* How long Python need not hear of it yet; 0: at once.
@@ -299,8 +356,8 @@ static int wait_ns(Hot *hot, struct epoll_event *events, int64_t ns) {
  * Its bookkeeping for a fault takes as long as the memory server's answer, and for a page that is
  * put in place longer than the guest's next step, which the kernel may want to make on this very
  * processor: it goes on when we sleep. So we wait for the answer, and then for the guest. */
-static int64_t hold_ns(Hot *hot, PyObject *told, int *stage) {
-    if (*stage == 0 && hot->all_asked && !PyList_GET_SIZE(told))
+static int64_t hold_ns(Hot *hot, int *stage) {
+    if (*stage == 0 && hot->all_asked && !PyList_GET_SIZE(hot->told))
         return *stage = 1, ANSWER_NS;
     if (*stage < 2 && hot->put_some) return *stage = 2, GUEST_NS;
     return 0;
@@ -309,33 +366,59 @@ static int64_t hold_ns(Hot *hot, PyObject *told, int *stage) {
 static PyObject *turn(Hot *hot, PyObject *arguments) {
     double timeout_s;
     if (!PyArg_ParseTuple(arguments, "d", &timeout_s)) return NULL;
-    PyObject *told = PyList_New(0), *faults = PyList_New(0);
-    int64_t timeout_ns = timeout_s * 1e9;
-    int stage = 0;
-    for (int n = 0; told && n < BY_ITSELF; n++) {
-        struct epoll_event events[EVENTS];
-        int ready = wait_ns(hot, events, timeout_ns);
-        if (ready < 0) {
-            if (errno == EINTR && !PyErr_CheckSignals()) break;
-            if (!PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
-            Py_CLEAR(told);
-            break;
-        }
-        hot->put_some = hot->all_asked = 0;
-        for (int k = 0; told && k < ready; k++)
-            if (!faults || handle(hot, &events[k], faults, told)) Py_CLEAR(told);
-        if (!ready || !told) break;
-        if (PyList_GET_SIZE(told) + PyList_GET_SIZE(faults) && !(timeout_ns = hold_ns(hot, told, &stage))) break;
+    int stage = timeout_s < 0 || unheard(hot) ? 2 : 0;
+    int64_t timeout_ns = stage ? 0 : timeout_s * 1e9;
+    for (int n = 0; n < BY_ITSELF; n++) {
+        int ready = look(hot, timeout_ns);
+        if (ready < 0) return NULL;
+        if (!ready || (unheard(hot) && !(timeout_ns = hold_ns(hot, &stage)))) break;
     }
     /* Faults first: Python counts requests in the order in which they were sent, and may send some
      * for whatever else it is told. */
-    if (told && faults && PyList_GET_SIZE(faults)) {
+    PyObject *told = hot->told, *faults = hot->faults;
+    hot->told = hot->faults = NULL;
+    if (PyList_GET_SIZE(faults)) {
         PyObject *entry = Py_BuildValue("iO", hot->uffd, faults);
         if (!entry || PyList_Insert(told, 0, entry)) Py_CLEAR(told);
         Py_XDECREF(entry);
     }
-    Py_XDECREF(faults);
+    Py_DECREF(faults);
     return told;
+}
+
+/* One system call on at most `bytes` at `at`: how many it did, or -1. */
+static ssize_t carry(int way, int from, int to, off_t at, size_t bytes) {
+    if (way == PUNCH)
+        return fallocate(to, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, bytes) ? -1
+                                                                                    : (ssize_t)bytes;
+    return splice(from, way == FILL ? &at : NULL, to, way == FILL ? NULL : &at, bytes, 0);
+}
+
+/* carry(way, from, to, runs): as many bytes of the runs (pairs of int64) as could be carried.
+ *
+ * A page-out is hundreds of system calls; faults that come meanwhile are answered between them.
+ * Python hears of those in its next turn, and must send nothing before. */
+static PyObject *carry_runs(Hot *hot, PyObject *arguments) {
+    int way, from, to, calls = 0;
+    long long carried = 0;
+    Py_buffer runs;
+    if (!PyArg_ParseTuple(arguments, "iiiy*", &way, &from, &to, &runs)) return NULL;
+    const int64_t *run = runs.buf, *end = run + runs.len / sizeof *run;
+    for (; run + 1 < end; run += 2) {
+        off_t at = run[0] * PAGE, stop = run[1] * PAGE;
+        while (at < stop) {
+            size_t most = stop - at < PIECE_PAGES * PAGE ? stop - at : PIECE_PAGES * PAGE;
+            ssize_t done = carry(way, from, to, at, most);
+            if (done < 0 && errno == EINTR) continue;
+            if (done < 0) PyErr_SetFromErrno(PyExc_OSError);
+            if (done <= 0) goto out;
+            at += done, carried += done;
+            if (++calls % LOOK_EVERY == 0 && look(hot, 0) < 0) goto out;
+        }
+    }
+out:
+    PyBuffer_Release(&runs);
+    return PyErr_Occurred() ? NULL : PyLong_FromLongLong(carried);
 }
 
 static PyObject *watch(Hot *hot, PyObject *arguments) {
@@ -373,15 +456,16 @@ static PyObject *enlist(Hot *hot, Peer *made) {
 
 static PyObject *client(Hot *hot, PyObject *arguments) {
     Peer made = {.store = -1};
-    if (!PyArg_ParseTuple(arguments, "iiw*w*", &made.fd, &made.code, &made.buffer, &made.shared))
+    if (!PyArg_ParseTuple(arguments, "iiw*w*p", &made.fd, &made.code, &made.buffer, &made.shared,
+                          &made.express))
         return NULL;
     return enlist(hot, &made);
 }
 
 static PyObject *server(Hot *hot, PyObject *arguments) {
     Peer made = {0};
-    if (!PyArg_ParseTuple(arguments, "iiw*w*y*", &made.fd, &made.store, &made.buffer,
-                          &made.shared, &made.here))
+    if (!PyArg_ParseTuple(arguments, "iiw*w*y*p", &made.fd, &made.store, &made.buffer,
+                          &made.shared, &made.here, &made.express))
         return NULL;
     return enlist(hot, &made);
 }
@@ -414,15 +498,22 @@ static void hot_free(Hot *hot) {
     for (int n = 0; n < PEERS; n++) forget_peer(&hot->peers[n]);
     PyBuffer_Release(&hot->owners);
     PyBuffer_Release(&hot->asked);
+    Py_XDECREF(hot->faults);
+    Py_XDECREF(hot->told);
     PyMem_Free(hot->page_data);
     Py_TYPE(hot)->tp_free(hot);
 }
 
 static PyMethodDef methods[] = {
-    {"turn", (PyCFunction)turn, METH_VARARGS, "turn(timeout_s): wait, do what is simple, tell."},
+    {"turn", (PyCFunction)turn, METH_VARARGS,
+     "turn(timeout_s): wait, do what is simple, tell; below 0: only what is due."},
+    {"carry", (PyCFunction)carry_runs, METH_VARARGS, "carry(way, from, to, runs): bytes carried."},
     {"watch", (PyCFunction)watch, METH_VARARGS, "watch(uffd, base, owners, asked)"},
-    {"client", (PyCFunction)client, METH_VARARGS, "client(fd, code, buffer, shared)"},
-    {"server", (PyCFunction)server, METH_VARARGS, "server(fd, store, buffer, shared, here)"},
+    {"client", (PyCFunction)client, METH_VARARGS,
+     "client(fd, code, buffer, shared, express)"},
+    {"server", (PyCFunction)server, METH_VARARGS,
+     "server(fd, store, buffer, shared, here, express)"},
+    {"attend", (PyCFunction)attend, METH_NOARGS, "attend(): answer express connections now."},
     {"forget", (PyCFunction)forget, METH_VARARGS, "forget(fd)"},
     {NULL, NULL, 0, NULL},
 };
@@ -442,7 +533,10 @@ PyMODINIT_FUNC PyInit__hot(void) {
     PyObject *made = PyModule_Create(&module);
     if (!made) return NULL;
     if (PyModule_AddType(made, &hot_type) || PyModule_AddIntConstant(made, "RECEIVED", RECEIVED) ||
-        PyModule_AddIntConstant(made, "VERSION", VERSION)) {
+        PyModule_AddIntConstant(made, "VERSION", VERSION) ||
+        PyModule_AddIntConstant(made, "FILL", FILL) ||
+        PyModule_AddIntConstant(made, "PUNCH", PUNCH) ||
+        PyModule_AddIntConstant(made, "EMPTY", EMPTY)) {
         Py_DECREF(made);
         return NULL;
     }

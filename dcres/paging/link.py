@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-import socket
 import time
 from collections import deque
 from collections.abc import Sequence
 from enum import StrEnum
 from mmap import mmap
-from typing import NamedTuple, Protocol, TypeAlias, cast
+from typing import cast
 
 import numpy as np
 
@@ -32,15 +31,14 @@ from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
 from dcres.model.pages import (
     PAGE_SIZE,
     Extents,
-    Mask,
-    Pages,
     count_pages,
     extents_of_mask,
     join,
-    pages_of_extents,
 )
 from dcres.model.wire import Endpoint, Frame, Kind, Part
+from dcres.paging.express import Express, connect
 from dcres.paging.loop import Loop
+from dcres.paging.requests import LinkUser, Request, Runs
 from dcres.paging.settings import SubAddress
 from dcres.paging.silence import Silence
 from dcres.paging.stream import FrameStream
@@ -59,47 +57,6 @@ class LinkState(StrEnum):
     GREETING = "greeting"
     RECONCILING = "reconciling"
     READY = "ready"
-
-
-class LinkUser(Protocol):
-    """Who is told what happens on a link."""
-
-    def expected(self, link: Link, first: int, count: int) -> Mask:
-        """Which pages the network page table places on this link's host."""
-
-    def link_ready(self, link: Link) -> None:
-        """Requests may be sent from now on."""
-
-    def link_down(self, link: Link, unanswered: list[Request]) -> None:
-        """The connection ended; these requests were not answered and will not be."""
-
-    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
-        """The data of `runs`, which were asked for, one after the other in memory at `address`."""
-
-    def pages_stored(self, link: Link, extents: Extents) -> None:
-        """The server holds these pages."""
-
-    def pages_fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
-        """Of `asked`, the server has fetched `stored` from another one and holds them."""
-
-    def memory_lost(self, why: PagingError) -> None:
-        """Pages are gone: the VM cannot go on."""
-
-
-Runs: TypeAlias = list[tuple[int, int]]
-
-
-class Request(NamedTuple):
-    """A request that waits for its answer."""
-
-    number: int
-    kind: Kind
-    extents: Extents | Runs  # runs for a page-in, which is in a hurry
-
-    @property
-    def pages(self) -> Pages:
-        """Every page of it."""
-        return pages_of_extents(np.asarray(self.extents, dtype=np.int64).reshape(-1, 2))
 
 
 class Link:
@@ -139,6 +96,8 @@ class Link:
         self._release_pages = 0
         self._retry_at = 0.0
         self._silence = Silence(ANSWER_TIMEOUT_S)
+        self._express: Express | None = None
+        self._express_silence = Silence(ANSWER_TIMEOUT_S)
 
     @property
     def room_pages(self) -> int:
@@ -150,7 +109,13 @@ class Link:
     @property
     def settled(self) -> bool:
         """Whether nothing is waiting to be sent or answered."""
-        return not self._unanswered and not self._releases
+        express = self._express is not None and self._express.unanswered
+        return not self._unanswered and not self._releases and not express
+
+    @property
+    def express(self) -> bool:
+        """Whether what a guest waits for has a connection of its own by now."""
+        return self._usable_express is not None
 
     @property
     def needed(self) -> bool:
@@ -161,16 +126,15 @@ class Link:
     def connect_if_due(self) -> None:
         """Try to connect when down, at most every `RETRY_S`; go down when the server is silent."""
         now = time.monotonic()
-        if self._silence.too_long(self._owed, now):
+        express = self._express
+        if self._silence.too_long(self._owed, now) or self._express_silence.too_long(
+            express.owed if express is not None else None, now
+        ):
             self._end_silence()
         if self.state is not LinkState.DOWN or now < self._retry_at:
             return
         self._retry_at = now + RETRY_S
-        family = socket.AF_INET6 if ":" in self.sub.address else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.setblocking(False)
-        sock.connect_ex((self.sub.address, self.sub.port))
-        self._stream = FrameStream(self._loop, sock, self._frame, self._closed)
+        self._stream = connect(self._loop, self.sub, self._frame, self._closed, self._put)
         self._buffer_address = address_of(self._stream.buffer)
         self._handshake = ClientHandshake(
             self._identity, secrets.token_bytes(NONCE_BYTES), Role.PAGER
@@ -195,25 +159,44 @@ class Link:
     @property
     def put_at_ns(self) -> int:
         """When the hot path last put pages of this host in place (monotonic)."""
-        return 0 if self._stream is None else self._stream.shared[wire.PUT_AT]
+        if self._stream is None:
+            return 0
+        at_ns = self._stream.shared[wire.PUT_AT]
+        return at_ns if self._express is None else max(at_ns, self._express.shared[wire.PUT_AT])
 
-    @property
-    def next_number(self) -> int:
+    def next_number(self, *, hurry: bool = False) -> int:
         """The number of the next request; 0 while there is no connection."""
         if self._stream is None:
             return 0
-        return self._stream.shared[wire.NUMBER] % 0xFFFFFFFF + 1
+        express = self._usable_express if hurry else None
+        shared = self._stream.shared if express is None else express.shared
+        return shared[wire.NUMBER] % 0xFFFFFFFF + 1
 
-    def page_in(self, runs: Runs) -> None:
-        """Ask for pages that this host holds, at most `wire.MAX_PAGES`."""
-        self._request(Kind.PAGE_IN, runs, [wire.pack_runs(runs)])
+    @property
+    def _usable_express(self) -> Express | None:
+        return self._express if self._express is not None and self._express.ready else None
+
+    def page_in(self, runs: Runs, *, hurry: bool = False) -> None:
+        """Ask for pages that this host holds, at most `wire.MAX_PAGES`; `hurry`: a guest waits."""
+        express = self._usable_express if hurry else None
+        if express is None:
+            self._request(Kind.PAGE_IN, runs, [wire.pack_runs(runs)])
+            return
+        number = express.shared[wire.NUMBER] = self.next_number(hurry=True)
+        frame = wire.frame(Kind.PAGE_IN, number, wire.pack_runs(runs))
+        express.send(Request(number, Kind.PAGE_IN, runs), [frame])
 
     def asked(self, page: int, number: int, sent_bytes: int) -> None:
         """The hot path has asked for a page, and sent so much of the frame."""
-        self._unanswered.append(Request(number, Kind.PAGE_IN, [(page, page + 1)]))
-        if sent_bytes < wire.RUN_FRAME_BYTES and self._stream is not None:
-            frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
-            self._stream.send([memoryview(frame)[sent_bytes:]])
+        request = Request(number, Kind.PAGE_IN, [(page, page + 1)])
+        frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
+        rest: list[Part] = [memoryview(frame)[sent_bytes:]] if sent_bytes < len(frame) else []
+        if self._usable_express is not None:
+            self._usable_express.send(request, rest)
+            return
+        self._unanswered.append(request)
+        if rest and self._stream is not None:
+            self._stream.send(rest)
 
     def page_out(self, extents: Extents, data: list[bytes]) -> None:
         """Hand pages over; releases go first, so that the server has their room."""
@@ -266,7 +249,7 @@ class Link:
     def _request(self, kind: Kind, extents: Extents | Runs, payload: Sequence[Part]) -> Request:
         if self._stream is None:
             raise PagingError(f"{self.sub.host} is not connected")
-        number = self._stream.shared[wire.NUMBER] = self.next_number
+        number = self._stream.shared[wire.NUMBER] = self.next_number()
         request = Request(number, kind, extents)
         self._unanswered.append(request)
         length = sum(map(len, payload))
@@ -276,11 +259,28 @@ class Link:
     def _let_hot_path_use_it(self) -> None:
         stream, hot = self._stream, self._loop.hot
         if hot is not None and stream is not None:
-            hot.client(stream.fd, self.code, stream.buffer, stream.shared)
+            hot.client(stream.fd, self.code, stream.buffer, stream.shared, False)
+
+    def _open_express(self) -> None:
+        """A slice server is asked for what is missed on the one connection that it has."""
+        if not self.source:
+            told = (self._pages_came, self._pages_put, self._express_closed)
+            express = Express(self._loop, self.sub, self._identity, *told)
+            if self.state is LinkState.READY:  # else it could not be opened, and all is down
+                self._express = express
+
+    def _express_closed(self, why: PagingError | OSError) -> None:
+        # Both end together: what is true then shows when the maps are compared.
+        if self._stream is not None:
+            self._stream.close(why)
 
     def _closed(self, why: PagingError | OSError) -> None:
         was, self.state, self._stream = self.state, LinkState.DOWN, None
         unanswered, self._unanswered = [*self._unanswered, *self._fetches.values()], deque()
+        express, self._express = self._express, None
+        if express is not None:
+            unanswered += express.unanswered
+            express.close(why)
         self._fetches.clear()
         self._releases, self._release_pages = [], 0
         if isinstance(why, PagesLost):
@@ -307,6 +307,23 @@ class Link:
             raise ProtocolError(f"{self.sub.host} answered a request that was not made")
         self._answered(self._unanswered.popleft(), frame)
 
+    def _put(self, number: int, first: int, stop: int, at_ns: int) -> None:
+        """The answer of `number` is in place, and its frame gone."""
+        request = self._unanswered.popleft() if self._unanswered else None
+        if request is None or request.number != number:
+            raise ProtocolError(f"{self.sub.host} answered a request that was not made")
+        self._pages_put(request, first, stop, at_ns)
+
+    def _pages_put(self, request: Request, first: int, stop: int, at_ns: int) -> None:
+        if len(request.extents) != 1 or tuple(request.extents[0]) != (first, stop):
+            raise ProtocolError(f"{self.sub.host} sent pages that were not asked for")
+        self._user.pages_put(self, first, stop, at_ns)
+
+    def _pages_came(self, request: Request, frame: Frame, buffer_address: int) -> None:
+        runs = cast(Runs, request.extents)
+        data = wire.data_of_runs(frame.payload, runs, self.sub.host)
+        self._user.pages_arrived(self, runs, self._address_of(frame, data, buffer_address))
+
     def _greet(self, frame: Frame) -> None:
         if self._handshake is None or self._stream is None:
             raise ProtocolError("a frame came before HELLO was sent")
@@ -326,9 +343,7 @@ class Link:
     def _answered(self, request: Request, frame: Frame) -> None:
         match request.kind, frame.kind:
             case Kind.PAGE_IN, Kind.PAGES:
-                runs = cast(Runs, request.extents)
-                data = wire.data_of_runs(frame.payload, runs, self.sub.host)
-                self._user.pages_arrived(self, runs, self._address_of(frame, data))
+                self._pages_came(request, frame, self._buffer_address)
             case Kind.PAGE_OUT, Kind.STORED:
                 self._user.pages_stored(self, cast(Extents, request.extents))
             case Kind.RELEASE, Kind.RELEASED:
@@ -338,10 +353,10 @@ class Link:
             case asked, got:
                 raise ProtocolError(f"{self.sub.host} answered {asked.name} with {got.name}")
 
-    def _address_of(self, frame: Frame, data: memoryview) -> int:
+    def _address_of(self, frame: Frame, data: memoryview, buffer_address: int) -> int:
         """Where `data` is: behind what else the frame holds, or, with zeros put in, copied."""
         if data.obj is frame.payload.obj:
-            return self._buffer_address + frame.offset + len(frame.payload) - len(data)
+            return buffer_address + frame.offset + len(frame.payload) - len(data)
         self._scratch[: len(data)] = bytes(data)
         return self._scratch_address
 
@@ -368,5 +383,7 @@ class Link:
         if stop == self._page_count:
             self.state, self.trouble = LinkState.READY, ""
             self._let_hot_path_use_it()
-            self.flush_releases()
-            self._user.link_ready(self)
+            self._open_express()
+            if self.state is LinkState.READY:
+                self.flush_releases()
+                self._user.link_ready(self)

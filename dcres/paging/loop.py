@@ -12,15 +12,19 @@ from __future__ import annotations
 import logging
 import os
 import select
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcres.paging._hot import Hot
 
 try:
-    from dcres.paging._hot import Hot
+    from dcres.paging import _hot
 except ImportError:  # no compiler when dcres was installed
     HOT: type[Hot] | None = None
 else:
-    HOT = Hot
+    HOT = _hot.Hot
 
 log = logging.getLogger("dcres.paging")
 
@@ -29,6 +33,8 @@ WRITE = select.EPOLLOUT
 
 RECEIVED = 1 << 24  # what the hot path tells when data is in the buffer already
 PLAIN = "DCRES_PLAIN_PAGING"
+MOST_LOOKS = 64  # in one turn
+FILL, PUNCH, EMPTY = range(3)  # ways to carry pages: file to pipe, a hole, pipe to file
 
 # With the events that are ready, or with what the hot path has already done.
 Callback = Callable[[Any], None]
@@ -46,7 +52,7 @@ class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
-        self._removed: set[int] = set()
+        self._told: deque[tuple[int, Any]] = deque()
         self.hot = _hot_path(self._epoll.fileno())
         """What does simple work without us, if anything."""
         self._poll = self._epoll.poll if self.hot is None else self.hot.turn
@@ -63,21 +69,32 @@ class Loop:
     def remove(self, fd: int) -> None:
         """Forget `fd`; before it is closed."""
         del self._callbacks[fd]
-        self._removed.add(fd)
+        # A new connection may have its number in a moment, and must not get what is the old one's.
+        self._told = deque(each for each in self._told if each[0] != fd)
         if self.hot is not None:
             self.hot.forget(fd)
         self._epoll.unregister(fd)
 
     def turn(self, timeout_s: float) -> bool:
         """Wait, call whoever is ready, and say whether anyone was."""
-        self._removed.clear()
-        ready = self._poll(timeout_s)
-        for fd, events in ready:
-            # An earlier callback may have removed it, and a new connection have its number now:
-            # that one must not get what is the old one's.
-            if fd not in self._removed:
-                self._callbacks[fd](events)
-        return bool(ready)
+        self._told.extend(self._poll(timeout_s))
+        busy, looks = bool(self._told), 0
+        while self._told:
+            fd, events = self._told.popleft()
+            self._callbacks[fd](events)
+            looks += 1
+            # Some descriptors stay ready, such as that of a process that has ended.
+            if self._told and self.hot is not None and looks <= MOST_LOOKS:
+                self._look(self.hot)
+        return busy
+
+    def _look(self, hot: Hot) -> None:
+        """Have done what a guest waits for by now, between two calls of ours."""
+        more = hot.turn(-1.0)
+        # Faults before all else: their requests are sent, and count before any that we send now.
+        if more and isinstance(more[0][1], list):
+            self._told.appendleft(more.pop(0))
+        self._told.extend(more)
 
     def close(self) -> None:
         """Close the epoll descriptor; the others are their owners'."""

@@ -30,7 +30,8 @@ from dcres.model.pages import (
 from dcres.model.placement import MAIN
 from dcres.paging.evictor import Evictor
 from dcres.paging.faults import FaultHandler
-from dcres.paging.link import Link, LinkState, Request
+from dcres.paging.link import Link, LinkState
+from dcres.paging.requests import Request
 from dcres.paging.table import PageTable
 
 MOST_FETCHING_PAGES = 1024

@@ -24,19 +24,40 @@ then shows that it did.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dcres.errors import PagesLost
 from dcres.linux import files
 from dcres.linux.pipe import resize_pipe, waiting_bytes
-from dcres.model.pages import PAGE_SIZE, Extents, Mask, Pages, extents_of_mask, extents_of_pages
+from dcres.model.pages import (
+    PAGE_SIZE,
+    Extents,
+    Mask,
+    Pages,
+    count_pages,
+    extents_of_mask,
+    extents_of_pages,
+)
 from dcres.model.placement import LEAVING
+from dcres.paging.loop import EMPTY, FILL, PUNCH
 from dcres.paging.table import JournalState, PageTable
+
+if TYPE_CHECKING:
+    from dcres.paging._hot import Hot
 
 BATCH_PAGES = 256
 
 
 class Outbox:
     """The way out of the RAM file: `take`, `read` for sending, `drop` once acknowledged."""
+
+    hot: Hot | None = None
+    """What makes the system calls of `take` and `unmap` without us, and answers faults between.
+
+    Whoever sets it hears of those faults in the next turn of its loop, and sends nothing before.
+    """
 
     def __init__(self, table: PageTable, ram: int, outbox: int, pipe: tuple[int, int]) -> None:
         self._table = table
@@ -49,8 +70,7 @@ class Outbox:
         """Move ascending, present `pages` (at most `BATCH_PAGES`) from the RAM file here."""
         extents = extents_of_pages(pages)
         self._pull(pages, extents)
-        for first, stop in extents.tolist():
-            self._empty_pipe(self._outbox, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
+        self._empty_pipe(self._outbox, extents)
         self._finish(pages)
 
     def unmap(self, pages: Pages) -> None:
@@ -62,39 +82,56 @@ class Outbox:
         extents = extents_of_pages(pages)
         self._pull(pages, extents)
         self._table.journal_state = JournalState.REFILLING
-        for first, stop in extents.tolist():
-            self._refill(first, stop)
+        self._refill(extents)
         self._table.journal_state = JournalState.EMPTY
 
     def _pull(self, pages: Pages, extents: Extents) -> None:
         """Out of the RAM file and into the pipe."""
         self._table.begin_batch(pages)
-        for first, stop in extents.tolist():
-            self._fill_pipe(first, stop)
+        self._fill_pipe(extents)
         self._table.journal_state = JournalState.PUNCHING
         self._punch(extents)
 
-    def _fill_pipe(self, first: int, stop: int) -> None:
+    def _fill_pipe(self, extents: Extents) -> None:
+        if self.hot is not None:
+            moved = self.hot.carry(FILL, self._ram, self._pipe_in, extents)
+        else:
+            moved = sum(self._fill_with(first, stop) for first, stop in extents.tolist())
+        if moved != count_pages(extents) * PAGE_SIZE:
+            raise PagesLost(f"splice moved {moved} bytes of {count_pages(extents)} pages")
+
+    def _fill_with(self, first: int, stop: int) -> int:
         at, end = first * PAGE_SIZE, stop * PAGE_SIZE
         while at < end:
             moved = os.splice(self._ram, self._pipe_in, end - at, offset_src=at)
-            if moved == 0 or moved % PAGE_SIZE:
-                raise PagesLost(f"splice moved {moved} bytes of pages {first} to {stop - 1}")
+            if moved == 0:
+                break
             at += moved
+        return at - first * PAGE_SIZE
 
     def _punch(self, extents: Extents) -> None:
+        if self.hot is not None:
+            self.hot.carry(PUNCH, -1, self._ram, extents)
+            return
         for first, stop in extents.tolist():
             files.punch_hole(self._ram, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
 
-    def _empty_pipe(self, target: int, at: int, length: int) -> None:
+    def _empty_pipe(self, target: int, extents: Extents) -> None:
+        if self.hot is not None:
+            self.hot.carry(EMPTY, self._pipe_out, target, extents)
+            return
+        for first, stop in extents.tolist():
+            self._empty_into(target, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
+
+    def _empty_into(self, target: int, at: int, length: int) -> None:
         end = at + length
         while at < end:
             at += os.splice(self._pipe_out, target, end - at, offset_dst=at)
 
-    def _refill(self, first: int, stop: int) -> None:
+    def _refill(self, extents: Extents) -> None:
         # The guest sees a page as soon as it is there. A whole page from a pipe is copied under
         # the page's lock, so that it never sees half of one.
-        self._empty_pipe(self._ram, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
+        self._empty_pipe(self._ram, extents)
 
     def _finish(self, pages: Pages) -> None:
         self._table.owners[pages] = LEAVING
@@ -110,8 +147,7 @@ class Outbox:
             case JournalState.PUNCHING:
                 self._resume_punching()
             case JournalState.REFILLING:
-                for page in self._waiting_tail()[0]:
-                    self._refill(page, page + 1)
+                self._refill(extents_of_pages(np.array(self._waiting_tail()[0], dtype=np.int64)))
             case JournalState.EMPTY:
                 pass
         self._table.journal_state = JournalState.EMPTY
@@ -122,7 +158,7 @@ class Outbox:
         tail, rest = self._waiting_tail()
         for page in tail:
             skip = PAGE_SIZE - rest if rest else 0
-            self._empty_pipe(self._outbox, page * PAGE_SIZE + skip, PAGE_SIZE - skip)
+            self._empty_into(self._outbox, page * PAGE_SIZE + skip, PAGE_SIZE - skip)
             rest = 0
         self._finish(pages)
 

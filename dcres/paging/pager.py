@@ -44,9 +44,10 @@ from dcres.paging.changes import ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply, failure
 from dcres.paging.evictor import NOBODY_LOOKS, Evictor
 from dcres.paging.faults import FaultHandler, HotFault
-from dcres.paging.link import Link, Request, Runs
+from dcres.paging.link import Link
 from dcres.paging.loop import READ, Loop
 from dcres.paging.mover import Mover
+from dcres.paging.requests import Request, Runs
 from dcres.paging.settings import PagerSettings, SubAddress
 
 log = logging.getLogger("dcres.pager")
@@ -118,6 +119,7 @@ class Pager:
         self._pidfd = os.pidfd_open(settings.qemu_pid)
         stack.callback(os.close, self._pidfd)
         self._loop.add(self._attached.uffd.fd, self._fault_ready)
+        outbox.hot = self._loop.hot
         if self._loop.hot is not None:
             owners, asked = self._table.owners, self._faults.asked
             self._loop.hot.watch(self._attached.uffd.fd, self._attached.base, owners, asked)
@@ -143,10 +145,10 @@ class Pager:
             idle = not self._loop.turn(0 if busy else IDLE_S)
             for link in self._all_links:
                 link.connect_if_due()
-            busy = self._work()
+            self._keep_promises()
+            busy = self._work()  # faults may be answered in it, and are told of in the next turn
             if idle and not busy:
                 self._settle()
-            self._keep_promises()
         self._control.close()
 
     def stop(self) -> None:
@@ -224,6 +226,10 @@ class Pager:
     def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
         """Page-in."""
         self._faults.arrived(link, runs, address)
+
+    def pages_put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        """Page-in that the hot path has done."""
+        self._faults.put(link, first, stop, at_ns)
 
     def pages_stored(self, link: Link, extents: Extents) -> None:
         """Page-out is acknowledged."""
@@ -420,6 +426,7 @@ class Pager:
                 link.sub.host + (" (parts)" if link.source else ""): {
                     "state": str(link.state),
                     "trouble": link.trouble,
+                    "express": link.express,
                 }
                 for link in self._all_links
             },

@@ -42,6 +42,8 @@ class MemoryServer:
         self._service = PageService(
             loop, identity, page_count, at, self._table, store=self._pages.store
         )
+        if loop.hot is not None:
+            self._pages.attend = loop.hot.attend
         self._control = ControlServer(loop, Path(settings.control), self._order)
         self._tracking = ""
 

@@ -90,7 +90,12 @@ class Connection:
         """Have page-ins answered without Python where that is possible."""
         if self._service.loop.hot is not None:
             self._service.loop.hot.server(
-                self.stream.fd, fd, self.stream.buffer, self.stream.shared, here
+                self.stream.fd,
+                fd,
+                self.stream.buffer,
+                self.stream.shared,
+                here,
+                self.role is Role.EXPRESS,
             )
 
     def refuse(self, why: PagingError) -> None:
@@ -181,7 +186,7 @@ class PageService:
     @property
     def pages_served(self) -> int:
         """Pages that pagers asked for and were sent."""
-        members = self._members[Role.PAGER]
+        members = [*self._members[Role.PAGER], *self._members[Role.EXPRESS]]
         return self.pages_in + sum(each.stream.shared[wire.SERVED] for each in members)
 
     def connected(self, role: Role) -> int:
@@ -196,12 +201,14 @@ class PageService:
         members = self._members[connection.role]
         if len(members) >= MOST_OF_A_ROLE:
             raise Refused(f"{len(members)} of its role are connected already")
+        if connection.role is Role.EXPRESS and not self._members[Role.PAGER]:
+            raise Refused("its pager is not connected")
         self._strangers.remove(connection)
         if connection.role is Role.PAGER and not self._many_pagers:
             for previous in list(members):
                 previous.stream.close(Refused("a newer connection of the pager took its place"))
         members.append(connection)
-        if connection.role is Role.PAGER and self._store is not None:
+        if connection.role is not Role.READER and self._store is not None:
             connection.use_hot_path(*self._store)
         log.info("%s connected from %s", connection.role.name.lower(), connection.peer)
 
@@ -216,12 +223,21 @@ class PageService:
         self.pages_in += connection.stream.shared[wire.SERVED]
         if connection.role is Role.PAGER:
             self._table.gone(connection.stream)
+            self._end_express()
         role = connection.role.name.lower()
         log.info("%s at %s disconnected: %s", role, connection.peer, why)
+
+    def _end_express(self) -> None:
+        """Without its pager an express connection is of no use to anybody."""
+        if not self._members[Role.PAGER]:
+            for each in list(self._members[Role.EXPRESS]):
+                each.stream.close(ConnectionAbortedError("its pager is gone"))
 
     def serve(self, role: Role, stream: FrameStream, frame: Frame) -> None:
         """Answer one request. Raises what becomes an ERROR frame."""
         match frame.kind:
+            case _ if role is Role.EXPRESS and frame.kind is not Kind.PAGE_IN:
+                raise ProtocolError(f"an express connection does not send {frame.kind.name}")
             case Kind.EXISTENCE:
                 first, count = wire.unpack_range(frame.payload, self.page_count)
                 bits = wire.pack_mask(self._table.existence(first, count))

@@ -18,7 +18,11 @@ _MAX_PARTS = 256  # below IOV_MAX
 
 
 class FrameStream:
-    """Frames in and out. `on_frame` is called per frame, `on_close` once, with the reason."""
+    """Frames in and out. `on_frame` is called per frame, `on_close` once, with the reason.
+
+    `on_put` is called instead for PAGES that the hot path has put in place: request's number,
+    first page, stop, when (monotonic ns).
+    """
 
     def __init__(
         self,
@@ -26,6 +30,7 @@ class FrameStream:
         sock: socket.socket,
         on_frame: Callable[[wire.Frame], None],
         on_close: Callable[[PagingError | OSError], None],
+        on_put: Callable[[int, int, int, int], None] | None = None,
     ) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -34,6 +39,7 @@ class FrameStream:
         self._sock = sock
         self._on_frame = on_frame
         self._on_close = on_close
+        self._on_put = on_put
         self.buffer = mmap.mmap(-1, _BUFFER_BYTES)
         self._decoder = wire.Decoder(memoryview(self.buffer))
         self.shared = self._decoder.shared
@@ -73,8 +79,10 @@ class FrameStream:
         self._unsent.clear()
         self._on_close(why)
 
-    def _ready(self, events: int | bytes) -> None:
-        if isinstance(events, bytes):  # the rest of an answer that the hot path has begun
+    def _ready(self, events: int | bytes | tuple[int, int, int, int]) -> None:
+        if isinstance(events, tuple):
+            self._put(events)
+        elif isinstance(events, bytes):  # the rest of an answer that the hot path has begun
             self.send([events])
         elif events == RECEIVED:
             self._take_frames()
@@ -104,6 +112,14 @@ class FrameStream:
                 self._on_frame(frame)
                 if not self.open:
                     return
+        except PagingError as error:
+            self.close(error)
+
+    def _put(self, told: tuple[int, int, int, int]) -> None:
+        if self._on_put is None:
+            raise ValueError("pages were put in place for a stream that asks for none")
+        try:
+            self._on_put(*told)
         except PagingError as error:
             self.close(error)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
@@ -26,6 +26,12 @@ from dcres.model.pages import (
 )
 from dcres.paging.changes import ChangeMap
 
+ATTEND_EVERY = 2  # runs: some 20 µs
+
+
+def _nobody_waits() -> None:
+    return
+
 
 class SubTable:
     """The pages that one sub host holds for one VM. Not for several threads."""
@@ -36,6 +42,7 @@ class SubTable:
         self.page_count = page_count
         self.capacity_pages = capacity_pages
         self.changes: ChangeMap | None = None  # who wants to know what comes and goes
+        self.attend: Callable[[], None] = _nobody_waits  # called now and then in the middle of work
         here = files.data_extents(self._fd, page_count)
         self._here: Mask = mask_of_extents(here, page_count)
         self.held_pages = count_pages(here)
@@ -84,10 +91,12 @@ class SubTable:
                 f"cannot take {added} more"
             )
         at = 0
-        for first, stop in extents.tolist():
+        for count, (first, stop) in enumerate(extents.tolist()):
             length = (stop - first) * PAGE_SIZE
             self._write_run(first, stop, data[at : at + length])
             at += length
+            if count % ATTEND_EVERY == 0:
+                self.attend()
 
     def _write_run(self, first: int, stop: int, data: memoryview) -> None:
         written = 0
@@ -119,7 +128,9 @@ class SubTable:
 
     def release(self, extents: Extents | Iterable[tuple[int, int]]) -> None:
         """Forget pages; those that are not here are holes afterwards, too."""
-        for first, stop in extents:
+        for count, (first, stop) in enumerate(extents):
+            if count % ATTEND_EVERY == 0:
+                self.attend()
             files.punch_hole(self._fd, int(first) * PAGE_SIZE, int(stop - first) * PAGE_SIZE)
             here = int(self._here[first:stop].sum())
             self._here[first:stop] = False

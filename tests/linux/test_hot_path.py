@@ -8,6 +8,8 @@ import os
 import random
 import select
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,10 +19,10 @@ import numpy as np
 import pytest
 
 from dcres.linux import files
-from dcres.linux.pipe import address_of
+from dcres.linux.pipe import address_of, resize_pipe
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model import wire
-from dcres.model.pages import PAGE_SIZE
+from dcres.model.pages import PAGE_SIZE, pages_of_extents
 from dcres.model.placement import FIRST_SUB, MAIN
 from dcres.model.wire import Kind
 from dcres.paging import loop
@@ -176,14 +178,25 @@ def linked() -> Iterator[SimpleNamespace]:
         epoll = stack.enter_context(select.epoll())
         ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
         epoll.register(ours, select.EPOLLIN)
+        epoll.register(uffd.fd, select.EPOLLIN)
         hot = loop.HOT(epoll.fileno())
         decoder = wire.Decoder(memoryview(mmap.mmap(-1, 2 << 20)))
         owners = np.full(4, FIRST_SUB, dtype=np.uint8)
         asked = np.array([0, 7, 7, 9], dtype=np.uint32)
         hot.watch(uffd.fd, address_of(memory), owners, asked)
         buffer = decoder._buffer
-        hot.client(ours.fileno(), FIRST_SUB, buffer, decoder.shared)
-        yield SimpleNamespace(hot=hot, owners=owners, asked=asked, far=theirs, fd=fd, near=ours)
+        hot.client(ours.fileno(), FIRST_SUB, buffer, decoder.shared, False)
+        yield SimpleNamespace(
+            hot=hot,
+            owners=owners,
+            asked=asked,
+            far=theirs,
+            fd=fd,
+            near=ours,
+            shared=decoder.shared,
+            buffer=buffer,
+            memory=memory,
+        )
         hot.forget(ours.fileno())
 
 
@@ -195,9 +208,26 @@ def pages(number: int, first: int, stop: int, data: bytes | None = None) -> byte
 
 def test_pages_that_were_asked_for_are_put_in_place(linked: SimpleNamespace) -> None:
     linked.far.sendall(pages(7, 1, 3))
-    assert linked.hot.turn(1.0) == [(linked.near.fileno(), loop.RECEIVED)]
+    before = time.monotonic_ns()
+    ((fd, (number, first, stop, at_ns)),) = linked.hot.turn(1.0)
+    assert (fd, number, first, stop) == (linked.near.fileno(), 7, 1, 3)
+    assert before <= at_ns <= time.monotonic_ns()
     assert linked.owners.tolist() == [FIRST_SUB, MAIN, MAIN, FIRST_SUB]
     assert os.pread(linked.fd, 2 * PAGE_SIZE, PAGE_SIZE) == data_of(np.array([[1, 3]]))
+    assert linked.shared[wire.START] == linked.shared[wire.STOP], "the frame is used up"
+
+
+def test_pages_behind_what_python_has_to_see_first_stay_in_the_buffer(
+    linked: SimpleNamespace,
+) -> None:
+    frames = wire.frame(Kind.STORED, 5) + pages(7, 1, 3)
+    linked.far.sendall(pages(9, 3, 4) + frames)
+    (told, rest) = linked.hot.turn(1.0)
+    assert told[1][:3] == (9, 3, 4)
+    assert rest == (linked.near.fileno(), loop.RECEIVED)
+    assert linked.owners.tolist() == [FIRST_SUB, MAIN, MAIN, MAIN], "the guest need not wait"
+    start, stop = linked.shared[wire.START], linked.shared[wire.STOP]
+    assert bytes(linked.buffer[start:stop]) == frames
 
 
 @pytest.mark.parametrize(
@@ -232,3 +262,83 @@ def test_pages_of_another_host_are_left_to_python(linked: SimpleNamespace) -> No
 def test_both_speak_of_the_same_things() -> None:
     module = pytest.importorskip("dcres.paging._hot")
     assert (module.RECEIVED, module.VERSION) == (loop.RECEIVED, wire.VERSION)
+    assert (module.FILL, module.PUNCH, module.EMPTY) == (loop.FILL, loop.PUNCH, loop.EMPTY)
+
+
+# What is done between the system calls of a page-out
+
+
+@pytest.fixture
+def carrier(tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A file of 64 pages, one to move them to, and a pipe."""
+    if loop.HOT is None:
+        pytest.skip("not compiled")
+    with ExitStack() as stack:
+        epoll = stack.enter_context(select.epoll())
+        fds = [os.memfd_create("from"), os.memfd_create("to"), *os.pipe()]
+        for fd in fds:
+            stack.callback(os.close, fd)
+        resize_pipe(fds[3], 64 * PAGE_SIZE)
+        os.pwrite(fds[0], data_of(np.array([[0, 64]])), 0)
+        hot = loop.HOT(epoll.fileno())
+        yield SimpleNamespace(hot=hot, ram=fds[0], spool=fds[1], pipe=(fds[2], fds[3]))
+
+
+@pytest.mark.parametrize("runs", [[[3, 4]], [[0, 64]], [[1, 2], [5, 40], [63, 64]]])
+def test_runs_are_carried_to_the_same_places(
+    carrier: SimpleNamespace, runs: list[list[int]]
+) -> None:
+    which = np.array(runs)
+    length = int((which[:, 1] - which[:, 0]).sum()) * PAGE_SIZE
+    hot, (read_end, write_end) = carrier.hot, carrier.pipe
+    assert hot.carry(loop.FILL, carrier.ram, write_end, which) == length
+    assert hot.carry(loop.PUNCH, -1, carrier.ram, which) == length
+    assert hot.carry(loop.EMPTY, read_end, carrier.spool, which) == length
+    for first, stop in runs:
+        data = data_of(np.array([[first, stop]]))
+        assert os.pread(carrier.spool, len(data), first * PAGE_SIZE) == data
+    there = {page for first, stop in runs for page in range(first, stop)}
+    for fd, pages_there in ((carrier.spool, there), (carrier.ram, set(range(64)) - there)):
+        os.ftruncate(fd, 64 * PAGE_SIZE)
+        found = pages_of_extents(files.data_extents(fd, 64)).tolist()
+        assert set(found) == pages_there
+
+
+def test_a_run_that_cannot_be_carried_is_an_error(carrier: SimpleNamespace) -> None:
+    which = np.array([[60, 70]])
+    moved = carrier.hot.carry(loop.FILL, carrier.ram, carrier.pipe[1], which)
+    assert moved == 4 * PAGE_SIZE, "the file ends there"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        carrier.hot.carry(loop.PUNCH, -1, -1, which)
+
+
+def test_a_fault_is_answered_between_two_system_calls_and_told_of_in_the_next_turn(
+    linked: SimpleNamespace, tmp_path: Path
+) -> None:
+    linked.shared[wire.MAY_SEND] = 1
+    read_end, write_end = os.pipe()
+    # The kernel reads the page: a thread of Python's would wait for it with the GIL.
+    wanted = memoryview(linked.memory)[:8]
+    reader = threading.Thread(target=os.write, args=(write_end, wanted), daemon=True)
+    reader.start()
+    which = np.array([[0, 1]] * 4)
+
+    def asked() -> bool:
+        with files.opened(other, os.O_RDWR) as fd:
+            linked.hot.carry(loop.PUNCH, -1, fd, which)
+        return bool(linked.asked[0])
+
+    other = tmp_path / "other"
+    other.write_bytes(bytes(PAGE_SIZE))
+    until(asked, 5, "the page is asked for")
+    assert linked.asked.tolist() == [1, 7, 7, 9]
+    assert linked.far.recv(100) == wire.frame(Kind.PAGE_IN, 1, wire.pack_run(0, 1))
+    linked.far.sendall(pages(1, 0, 1, b"\0" + b"x" * PAGE_SIZE))
+    told = linked.hot.turn(1.0)
+    (page, number, sent_bytes, code, _), *more = told[0][1]
+    assert (page, number, sent_bytes, code) == (0, 1, wire.RUN_FRAME_BYTES, FIRST_SUB)
+    assert not more
+    until(lambda: linked.hot.turn(0.1) is not None and not reader.is_alive(), 5, "it goes on")
+    assert os.read(read_end, 8) == b"x" * 8
+    os.close(read_end)
+    os.close(write_end)

@@ -18,7 +18,7 @@ from dcres.model import wire
 from dcres.model.handshake import Role
 from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.model.wire import Endpoint, Kind
-from dcres.paging import fetcher
+from dcres.paging import fetcher, loop
 from dcres.paging.changes import ChangeMap
 from dcres.paging.fetcher import FetchingTable
 from dcres.paging.loop import Loop
@@ -87,6 +87,74 @@ def test_a_second_pager_ends_the_first_and_no_reader(one: Server) -> None:
         assert reader.here() == [1]
 
 
+# The express connection
+
+
+def test_a_missed_page_comes_while_a_page_out_is_on_its_way(one: Server) -> None:
+    with Client(one) as pager, Client(one, Role.EXPRESS) as express:
+        pager.page_out(extents(3, 4))
+        packed = packed_pages(extents(*range(10, 200)))
+        frame = wire.frame(Kind.PAGE_OUT, 2, packed)
+        pager.sock.sendall(frame[: len(frame) // 2])
+        assert express.page_in(extents(4)) == content(4)
+        pager.sock.sendall(frame[len(frame) // 2 :])
+        assert pager.next().kind is Kind.STORED
+        assert express.page_in(extents(*range(10, 200))) == data_of(extents(*range(10, 200)))
+        assert one.status()["pages_in"] == 191
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_missed_pages_are_served_in_the_middle_of_page_outs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    if plain:
+        monkeypatch.setenv(loop.PLAIN, "1")
+    scattered = extents(*range(0, 512, 2))
+    with (
+        memory_server(tmp_path, "busy", PAGES) as server,
+        Client(server) as pager,
+        Client(server, Role.EXPRESS) as express,
+    ):
+        pager.page_out(extents(1001, 1003))
+        numbers = []
+        for version in range(40):
+            numbers.append(pager.tell(Kind.PAGE_OUT, packed_pages(scattered, version)))
+            numbers.append(pager.tell(Kind.RELEASE, wire.pack_extents(scattered)))
+            assert express.page_in(extents(1001)) == content(1001)
+            assert express.page_in(extents(1003)) == content(1003)
+        assert [pager.next().request for _ in numbers] == numbers
+        assert pager.here() == [1001, 1003]
+
+
+@pytest.mark.parametrize("kind", [each for each in Kind if 16 <= each < 31 and each != 18])
+def test_an_express_connection_asks_for_pages_and_nothing_else(one: Server, kind: Kind) -> None:
+    with Client(one) as pager, Client(one, Role.EXPRESS) as express:
+        pager.page_out(extents(1))
+        express.tell(kind, wire.pack_extents(extents(1)))
+        message = f"ProtocolError: an express connection does not send {kind.name}"
+        assert ended(express) == message.encode()
+        assert pager.page_in(extents(1)) == content(1)
+
+
+def test_without_its_pager_an_express_connection_is_refused(one: Server) -> None:
+    with pytest.raises(Refused):
+        Client(one, Role.EXPRESS)
+    assert "its pager is not connected" in one.log()
+
+
+def test_an_express_connection_ends_with_its_pager(one: Server) -> None:
+    with Client(one) as pager, Client(one, Role.EXPRESS) as express:
+        pager.sock.close()
+        with pytest.raises(EOFError):
+            express.next()
+    with Client(one), Client(one, Role.EXPRESS) as express, Client(one) as newer:
+        with pytest.raises(EOFError):
+            express.next()
+        with Client(one, Role.EXPRESS) as another:
+            newer.page_out(extents(1))
+            assert another.page_in(extents(1)) == content(1)
+
+
 @pytest.mark.parametrize("kind", [Kind.PAGE_IN, Kind.PAGE_OUT, Kind.RELEASE, Kind.FETCH])
 def test_a_reader_changes_nothing(one: Server, kind: Kind) -> None:
     packed = {
@@ -143,7 +211,7 @@ def test_earlier_versions_are_hung_up_on(one: Server, version: int) -> None:
         assert sock.recv(100) == b""
     until(
         lambda: (
-            f"speaks version {version} of the paging protocol and this is version 3" in one.log()
+            f"speaks version {version} of the paging protocol and this is version 4" in one.log()
         ),
         what="it is logged",
     )

@@ -32,8 +32,8 @@ from dcres.model.pages import (
 from dcres.model.placement import LEAVING, MAIN, sub_code
 from dcres.model.wire import Kind
 from dcres.paging.evictor import Evictor
-from dcres.paging.link import Request
 from dcres.paging.outbox import Outbox
+from dcres.paging.requests import Request
 from dcres.paging.table import PageTable
 
 PAGES = 8
@@ -249,6 +249,7 @@ def test_a_page_that_left_again_is_not_sent_a_second_time() -> None:
         roomy, _ = made.subs
         made.limit(0)
         made.evictor.step()
+        made.evictor.step()
         made.write(made.owned_by(LEAVING)[0])
         made.go_down(roomy, unheard=False)
         made.evictor.step()
@@ -257,6 +258,32 @@ def test_a_page_that_left_again_is_not_sent_a_second_time() -> None:
         for _ in range(PAGES):
             made.evictor.step()
         assert sorted(made.sent()) == list(range(PAGES))
+        made.settle()
+
+
+def test_a_page_that_is_missed_before_it_was_sent_is_not_sent() -> None:
+    """Faults are answered in the middle of `take`, and told of between two steps."""
+    with world() as made:
+        made.limit(0)
+        made.evictor.step()
+        assert made.sent() == []
+        taken = made.owned_by(LEAVING)
+        made.write(taken[0])
+        made.evictor.step()
+        assert made.sent() == taken[1:]
+        assert not made.evictor.recalled.any()
+        made.settle()
+
+
+def test_what_was_taken_for_a_host_that_went_away_goes_to_another() -> None:
+    with world() as made:
+        roomy, small = made.subs
+        made.limit(0)
+        made.evictor.step()
+        made.go_down(roomy, unheard=False)
+        for _ in range(PAGES):
+            made.evictor.step()
+        assert len(small.asked_to_keep()) == SMALL
         made.settle()
 
 

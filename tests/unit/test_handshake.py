@@ -62,11 +62,11 @@ def test_hello_and_proof_are_the_documented_bytes() -> None:
     one = client(role=Role.READER)
     hello = VM + struct.pack("<Q", 7) + NONCE + b"\x02"
     assert frame_of(one.hello()).payload == hello
-    text = b"dcres-3 client" + hello + OTHER_NONCE
+    text = b"dcres-4 client" + hello + OTHER_NONCE
     answer = one.answer(frame_of(wire.frame(Kind.CHALLENGE, 0, OTHER_NONCE)))
     assert answer is not None
     assert frame_of(answer).payload == hmac.digest(SECRET, text, hashlib.sha256)
-    assert {role.name: role.value for role in Role} == {"PAGER": 1, "READER": 2}
+    assert {role.name: role.value for role in Role} == {"PAGER": 1, "READER": 2, "EXPRESS": 3}
 
 
 def test_nobody_can_change_the_role_on_the_way() -> None:
@@ -80,7 +80,7 @@ def test_nobody_can_change_the_role_on_the_way() -> None:
     assert not other.accepted
 
 
-@pytest.mark.parametrize("role", [0, 3, 255])
+@pytest.mark.parametrize("role", [0, 4, 255])
 def test_unknown_roles_are_refused(role: int) -> None:
     hello = VM + struct.pack("<Q", 7) + NONCE + bytes([role])
     with pytest.raises(Refused, match=f"role {role}"):

@@ -12,13 +12,14 @@ import pytest
 
 from dcres.errors import PagingError
 from dcres.linux import network
-from dcres.model.handshake import Identity
+from dcres.model.handshake import Identity, Role
 from dcres.model.pages import PAGE_SIZE, Extents, Mask
 from dcres.model.wire import Endpoint, Kind
 from dcres.paging import link as link_module
 from dcres.paging.fetcher import FetchingTable
-from dcres.paging.link import Link, LinkState, Request, Runs
-from dcres.paging.loop import Loop
+from dcres.paging.link import Link, LinkState
+from dcres.paging.loop import READ, Loop
+from dcres.paging.requests import Request, Runs
 from dcres.paging.service import PageService
 from dcres.paging.settings import SubAddress
 from dcres.paging.silence import Silence
@@ -36,9 +37,11 @@ class User:
     def __init__(self) -> None:
         self.stored = 0
         self.unanswered: list[Kind] = []
+        self.arrived: Runs = []
+        self.placed: list[int] = []
 
     def expected(self, link: Link, first: int, count: int) -> Mask:
-        return np.zeros(count, dtype=np.bool_)
+        return np.isin(np.arange(first, first + count), self.placed)
 
     def link_ready(self, link: Link) -> None:
         return
@@ -47,7 +50,10 @@ class User:
         self.unanswered += [request.kind for request in unanswered]
 
     def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
-        raise AssertionError("nothing was asked for")
+        self.arrived += runs
+
+    def pages_put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        raise AssertionError("there is no guest's memory to put pages in")
 
     def pages_stored(self, link: Link, extents: Extents) -> None:
         self.stored += 1
@@ -90,7 +96,7 @@ class Wire:
             self.link.connect_if_due()
 
     def ready(self) -> bool:
-        return self.link.state is LinkState.READY
+        return self.link.state is LinkState.READY and self.link.express
 
 
 @pytest.fixture
@@ -156,6 +162,55 @@ def test_a_link_on_which_nothing_is_asked_stays(wire: Wire) -> None:
     until = time.monotonic() + 2 * SILENT_S
     wire.turn_until(lambda: time.monotonic() > until, server=False)
     assert wire.ready()
+
+
+def hold_pages(wire: Wire) -> None:
+    """Pages 3 to 5 are on the server, and the table says so."""
+    wire.turn_until(wire.ready, server=True)
+    wire.link.page_out(np.array([[3, 6]]), [b"x" * 3 * PAGE_SIZE])
+    wire.turn_until(lambda: wire.user.stored, server=True)
+    wire.user.placed = [3, 4, 5]
+
+
+def test_what_a_guest_waits_for_overtakes_what_it_does_not(wire: Wire) -> None:
+    hold_pages(wire)
+    wire.link.page_in([(3, 5)])
+    wire.link.page_in([(5, 6)], hurry=True)
+    assert not wire.link.settled
+    pager, express = (wire.service._members[role][0].stream for role in (Role.PAGER, Role.EXPRESS))
+    wire.server_loop.want(pager.fd, 0)  # it is held up on the way
+    wire.turn_until(lambda: wire.user.arrived, server=True)
+    assert wire.user.arrived == [(5, 6)]
+    wire.server_loop.want(pager.fd, READ)
+    wire.turn_until(lambda: wire.link.settled, server=True)
+    assert wire.user.arrived == [(5, 6), (3, 5)]
+    assert express.open
+
+
+@pytest.mark.parametrize("role", [Role.PAGER, Role.EXPRESS])
+def test_both_connections_end_together_and_are_made_again(wire: Wire, role: Role) -> None:
+    hold_pages(wire)
+    wire.link.page_in([(3, 5)])
+    wire.link.page_in([(5, 6)], hurry=True)
+    wire.service._members[role][0].stream.close(ConnectionAbortedError("the test cuts it"))
+    wire.turn_until(lambda: not wire.ready(), server=False)
+    assert wire.link.trouble
+    assert "it has not answered" not in wire.link.trouble, "at once, not for its silence"
+    assert not wire.link.express
+    assert wire.user.unanswered == [Kind.PAGE_IN, Kind.PAGE_IN]
+    assert wire.link.settled
+    wire.turn_until(wire.ready, server=True)
+    assert [wire.service.connected(each) for each in (Role.PAGER, Role.EXPRESS)] == [1, 1]
+    wire.link.page_in([(5, 6)], hurry=True)
+    wire.turn_until(lambda: wire.user.arrived, server=True)
+
+
+def test_an_express_connection_that_falls_silent_is_noticed(wire: Wire) -> None:
+    hold_pages(wire)
+    wire.link.page_in([(5, 6)], hurry=True)
+    wire.turn_until(lambda: not wire.ready(), server=False)
+    assert "it has not answered for 0.3 s" in wire.link.trouble
+    assert wire.user.unanswered == [Kind.PAGE_IN]
 
 
 def test_who_answers_slowly_one_by_one_is_not_silent() -> None:

@@ -293,7 +293,7 @@ def test_limits_fit_each_other() -> None:
 
 def test_a_header_is_16_bytes_as_documented() -> None:
     assert wire.frame(Kind.PAGE_IN, 0x01020304, b"ab") == (
-        b"DCRP" + b"\x03" + b"\x12" + b"\0\0" + b"\x04\x03\x02\x01" + b"\x02\0\0\0" + b"ab"
+        b"DCRP" + b"\x04" + b"\x12" + b"\0\0" + b"\x04\x03\x02\x01" + b"\x02\0\0\0" + b"ab"
     )
     assert {kind.name: kind.value for kind in Kind} == {
         "HELLO": 1,
@@ -366,7 +366,8 @@ def test_a_buffer_smaller_than_a_frame_is_refused() -> None:
         ("version 0", HEADER.pack(b"DCRP", 0, 1, 0, 0, 0), "speaks version 0"),
         ("version 1", HEADER.pack(b"DCRP", 1, 1, 0, 0, 0), "speaks version 1 .* run the same"),
         ("version 2", HEADER.pack(b"DCRP", 2, 1, 0, 0, 0), "speaks version 2 .* run the same"),
-        ("version 4", HEADER.pack(b"DCRP", 4, 1, 0, 0, 0), "speaks version 4"),
+        ("version 3", HEADER.pack(b"DCRP", 3, 1, 0, 0, 0), "speaks version 3 .* run the same"),
+        ("version 5", HEADER.pack(b"DCRP", 5, 1, 0, 0, 0), "speaks version 5"),
         ("kind 0", HEADER.pack(b"DCRP", wire.VERSION, 0, 0, 0, 0), "frame kind 0"),
         ("kind 27", HEADER.pack(b"DCRP", wire.VERSION, 27, 0, 0, 0), "frame kind 27"),
         ("kind 255", HEADER.pack(b"DCRP", wire.VERSION, 255, 0, 0, 0), "frame kind 255"),

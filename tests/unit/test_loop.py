@@ -1,0 +1,95 @@
+"""The event loop: who is called, and in which order, when the hot path does things between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dcres.paging.loop import MOST_LOOKS, Loop
+
+Told = list[tuple[int, Any]]
+
+
+class Hot:
+    """Tells what the test says: for the first turn, then for each look."""
+
+    def __init__(self, *told: Told) -> None:
+        self._told = list(told)
+        self.forgotten: list[int] = []
+
+    def turn(self, timeout_s: float) -> Told:
+        return self._told.pop(0) if self._told else []
+
+    def forget(self, fd: int) -> None:
+        self.forgotten.append(fd)
+
+
+class Always(Hot):
+    """A descriptor that stays ready, as that of a process that has ended."""
+
+    def turn(self, timeout_s: float) -> Told:
+        return list(self._told[0])
+
+
+@pytest.fixture
+def fds() -> Iterator[list[int]]:
+    pipes = [os.pipe() for _ in range(3)]
+    yield [read_end for read_end, _ in pipes]
+    for pipe in pipes:
+        for fd in pipe:
+            os.close(fd)
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+def use(loop: Loop, hot: Hot) -> None:
+    loop.hot, loop._poll = hot, hot.turn  # type: ignore[assignment]
+
+
+def test_faults_that_come_between_two_calls_are_told_of_next(loop: Loop, fds: list[int]) -> None:
+    called: Told = []
+    for fd in fds:
+        loop.add(fd, lambda what, fd=fd: called.append((fd, what)))  # type: ignore[misc]
+    uffd, one, other = fds
+    use(loop, Hot([(one, 1), (other, 2)], [(uffd, ["fault"]), (one, 3)]))
+    assert loop.turn(0)
+    assert called == [(one, 1), (uffd, ["fault"]), (other, 2), (one, 3)]
+    assert not loop.turn(0)
+
+
+def test_what_was_told_of_a_connection_that_is_gone_is_dropped(loop: Loop, fds: list[int]) -> None:
+    called: Told = []
+    one, other, _ = fds
+
+    def end_the_other(_: object) -> None:
+        loop.remove(other)
+        loop.add(other, lambda what: called.append((other, what)))  # its number is used again
+
+    loop.add(one, end_the_other)
+    loop.add(other, lambda what: called.append((other, what)))
+    hot = Hot([(one, 1), (other, "old"), (other, "old")], [(other, "new")])
+    use(loop, hot)
+    loop.turn(0)
+    loop.turn(0)
+    assert (called, hot.forgotten) == ([(other, "new")], [other])
+
+
+def test_a_turn_ends_though_a_descriptor_stays_ready(loop: Loop, fds: list[int]) -> None:
+    calls = 0
+
+    def call(_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    loop.add(fds[0], call)
+    use(loop, Always([(fds[0], 1), (fds[0], 1)]))
+    assert loop.turn(0)
+    assert calls < 4 * MOST_LOOKS
