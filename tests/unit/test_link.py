@@ -209,7 +209,7 @@ def test_an_express_connection_that_falls_silent_is_noticed(wire: Wire) -> None:
     hold_pages(wire)
     wire.link.page_in([(5, 6)], hurry=True)
     wire.turn_until(lambda: not wire.ready(), server=False)
-    assert "it has not answered for 0.3 s" in wire.link.trouble
+    assert "it has not answered for 0.8 s" in wire.link.trouble
     assert wire.user.unanswered == [Kind.PAGE_IN]
 
 
