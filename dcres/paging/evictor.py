@@ -201,6 +201,8 @@ class Evictor:
         if pages.size == 0:
             return False
         link, pages = self._destination(pages, roomiest)
+        if pages.size == 0:  # a link went down over its releases
+            return False
         self._outbox.take(pages)
         self._policy.left(pages)
         self.changes.mark_pages(pages)

@@ -200,20 +200,19 @@ class Link:
 
     def page_out(self, extents: Extents, data: list[bytes]) -> None:
         """Hand pages over; releases go first, so that the server has their room."""
-        self.flush_releases()
+        payload = [wire.pack_extents(extents), *wire.pack_data(data)]
+        parts = [*self._release_parts(), *self._parts(Kind.PAGE_OUT, extents, payload)]
         self.held_pages += count_pages(extents)
-        self._request(Kind.PAGE_OUT, extents, [wire.pack_extents(extents), *wire.pack_data(data)])
+        self._send(parts)
 
     def fetch(self, source: SubAddress, extents: Extents) -> None:
         """Have the server fetch pages from `source`; at most `wire.MAX_PAGES`."""
-        self.flush_releases()
+        payload = [wire.pack_fetch(Endpoint(source.address, source.port), extents)]
+        parts = [*self._release_parts(), *self._parts(Kind.FETCH, extents, payload)]
+        request = self._unanswered.pop()
+        self._fetches[request.number] = request
         self.held_pages += count_pages(extents)
-        request = self._request(
-            Kind.FETCH,
-            extents,
-            [wire.pack_fetch(Endpoint(source.address, source.port), extents)],
-        )
-        self._fetches[request.number] = self._unanswered.pop()
+        self._send(parts)
 
     def release(self, extents: Extents) -> None:
         """Pages that the server need not keep any more; told in batches."""
@@ -231,30 +230,42 @@ class Link:
 
     def flush_releases(self) -> None:
         """Send the releases that wait."""
+        self._send(self._release_parts())
+
+    def _release_parts(self) -> list[Part]:
         if not self._releases or self.state is not LinkState.READY:
-            return
+            return []
         runs = np.array(self._releases, dtype=np.int64)
         extents = join(runs[np.argsort(runs[:, 0])])
         self._releases, self._release_pages = [], 0
+        parts: list[Part] = []
         for at in range(0, len(extents), wire.MAX_RELEASE_EXTENTS):
             part = extents[at : at + wire.MAX_RELEASE_EXTENTS]
             self.held_pages -= count_pages(part)
-            self._request(Kind.RELEASE, part, [wire.pack_extents(part)])
+            parts += self._parts(Kind.RELEASE, part, [wire.pack_extents(part)])
+        return parts
 
     def close(self) -> None:
         """End the connection for good; it must not be `needed`."""
         if self._stream is not None:
             self._stream.close(ConnectionAbortedError("it is not needed any more"))
 
-    def _request(self, kind: Kind, extents: Extents | Runs, payload: Sequence[Part]) -> Request:
+    def _request(self, kind: Kind, extents: Extents | Runs, payload: Sequence[Part]) -> None:
+        self._send(self._parts(kind, extents, payload))
+
+    def _parts(self, kind: Kind, extents: Extents | Runs, payload: Sequence[Part]) -> list[Part]:
+        """A request's frame; the request counts as unanswered from now on."""
         if self._stream is None:
             raise PagingError(f"{self.sub.host} is not connected")
         number = self._stream.shared[wire.NUMBER] = self.next_number()
-        request = Request(number, kind, extents)
-        self._unanswered.append(request)
+        self._unanswered.append(Request(number, kind, extents))
         length = sum(map(len, payload))
-        self._stream.send([wire.header(kind, number, length), *payload])
-        return request
+        return [wire.header(kind, number, length), *payload]
+
+    def _send(self, parts: Sequence[Part]) -> None:
+        # In one go: the link may go down in it, and then all the requests are among the unanswered.
+        if parts and self._stream is not None:
+            self._stream.send(parts)
 
     def _let_hot_path_use_it(self) -> None:
         stream, hot = self._stream, self._loop.hot

@@ -139,7 +139,7 @@ def test_an_express_connection_asks_for_pages_and_nothing_else(one: Server, kind
 def test_without_its_pager_an_express_connection_is_refused(one: Server) -> None:
     with pytest.raises(Refused):
         Client(one, Role.EXPRESS)
-    assert "its pager is not connected" in one.log()
+    until(lambda: "its pager is not connected" in one.log(), what="the server has told its log")
 
 
 def test_an_express_connection_ends_with_its_pager(one: Server) -> None:

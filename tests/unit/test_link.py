@@ -213,6 +213,22 @@ def test_an_express_connection_that_falls_silent_is_noticed(wire: Wire) -> None:
     assert wire.user.unanswered == [Kind.PAGE_IN]
 
 
+@pytest.mark.parametrize("kind", [Kind.PAGE_OUT, Kind.FETCH])
+def test_what_a_link_breaks_in_sending_is_unanswered_with_the_releases_ahead(
+    wire: Wire, kind: Kind
+) -> None:
+    hold_pages(wire)
+    wire.link.release(np.array([[5, 6]]))
+    assert wire.link._stream is not None
+    wire.link._stream._sock.shutdown(socket.SHUT_WR)  # to send is an error from now on
+    if kind is Kind.PAGE_OUT:
+        wire.link.page_out(np.array([[3, 4]]), [b"x" * PAGE_SIZE])
+    else:
+        wire.link.fetch(wire.link.sub, np.array([[3, 4]]))
+    assert wire.link.state is LinkState.DOWN
+    assert wire.user.unanswered == [Kind.RELEASE, kind]
+
+
 def test_who_answers_slowly_one_by_one_is_not_silent() -> None:
     silence = Silence(10.0)
     assert not any(silence.too_long(number, 9.0 * number) for number in range(1, 20))
