@@ -87,9 +87,15 @@ class Campaign:
 
     @property
     def console(self) -> Path:
-        main = self.status()
-        name = main["hosts"][0]["host"] if main["hosts"] else self.cluster.hosts[0]
-        return self.cluster.settings(name).run / VM / "console.log"
+        """The guest's, once its main host answers: the list has only the hosts that do."""
+        found: list[str] = []
+
+        def answers() -> bool:
+            found.extend(each["console"] for each in self.status()["hosts"] if "console" in each)
+            return bool(found)
+
+        until(answers, 40, "the main host answers")
+        return Path(found[0])
 
     def start(self) -> None:
         values = spec_of(**SPEC)  # type: ignore[arg-type]
