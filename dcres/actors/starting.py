@@ -278,6 +278,7 @@ class StartingHost(QemuHost):
             if self._state:
                 self._qemu.end(grace_s=2.0)
             self.end_serving_parts()
+            self._pager.stop()  # once more: a start under way may have prepared another
             end_leftovers(self._folder)
             self._state = {}
             self._folder.remove()

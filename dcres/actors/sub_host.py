@@ -168,6 +168,7 @@ class SubHost(SavingHost, PartServing):
                 self._end_saving()
             self._folder.state.unlink(missing_ok=True)
             self.end_serving_parts()
+            self._server.stop()  # once more: a start under way may have prepared another
             end_leftovers(self._folder)
             self._folder.remove()
 
