@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors import host
+from dcres.actors import host, sub_host
 from dcres.actors.host import Daemon, VmFolder, restart_delay_s
+from dcres.actors.messages import Incarnation, LoadOrder, ServeOrder
 from dcres.actors.prepared import Prepared
-from dcres.errors import PagingError
+from dcres.actors.sub_host import SubHost
+from dcres.config import HostSettings
+from dcres.errors import Conflict, PagingError
 from dcres.linux.process import ProcessId, find_marked
 from dcres.paging import settings
 from dcres.paging.settings import ServerSettings
 from tests.support.servers import SECRET, VM
+from tests.support.vm import descriptors
 from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
@@ -150,6 +154,33 @@ def test_what_was_prepared_ends_with_its_actor(folder: VmFolder) -> None:
     os.close(prepared._word_fd)
     assert prepared.process.wait_gone(10.0)
     assert not (folder.run / "server.sock").exists(), "it served nothing"
+
+
+def test_an_end_that_meets_a_start_under_way_leaves_nothing_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end has told the start to hurry before that has prepared its memory server."""
+    settings = HostSettings(name="h", run=tmp_path / "r", ram=tmp_path / "m", store=tmp_path / "s")
+    sub = SubHost("vm", environ=settings.environ())
+    end = threading.Thread(target=sub.destroy)
+    prepare = sub._server.prepare
+
+    def late() -> None:
+        end.start()
+        until(lambda: sub._life._over and sub._server._unwanted.is_set(), 5, "the end has come")
+        prepare()
+
+    def load(*_: object) -> None:
+        raise Conflict("load was cancelled")
+
+    monkeypatch.setattr(sub._server, "prepare", late)
+    monkeypatch.setattr(sub_host, "load_pages", load)
+    before = descriptors()
+    with pytest.raises(Conflict):
+        sub.serve(ServeOrder(Incarnation("vm", 1, SECRET), 64, 64, LoadOrder("", ())))
+    end.join(20)
+    assert descriptors() == before
+    assert waiting_for(sub._folder) == []
 
 
 def answering_for_another(path: Path) -> socket.socket:
