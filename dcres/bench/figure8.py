@@ -40,7 +40,7 @@ FORMATS = tuple(map(str, MemoryFormat))
 _PLAIN = "plain"
 _MEMORY_BYTES = 1 << 30
 _NOISE_PAGES = 1 << 14
-_ROUNDS, _QUICK_ROUNDS = 11, 3
+_ROUNDS, _QUICK_ROUNDS = 11, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -79,7 +79,7 @@ def measure(setup: Setup) -> list[Row]:
             for subject in subjects:
                 setup.say(f"round {at + 1}: {subject.size}")
                 rows += subject.round(at)
-        rows += history.measure(setup, cluster, rounds)
+        rows += history.measure(setup, cluster, 1 if setup.quick else rounds)
     return rows + move.measure(setup, rounds)
 
 
