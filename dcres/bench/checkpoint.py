@@ -50,7 +50,7 @@ _GUEST_MIB = 128  # what the guest's kernel keeps for itself, and a little more
 def measure(setup: Setup) -> list[Row]:
     """Every round's rows."""
     memory_mib = 512 if setup.quick else 1024
-    rounds = 2 if setup.quick else 5
+    rounds = 1 if setup.quick else 5
     rows: list[Row] = []
     with _cluster(setup.folder, memory_mib) as cluster:
         subjects = []

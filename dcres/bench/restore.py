@@ -56,7 +56,7 @@ from dcres.vm.monitor import Monitor
 MIB = 1 << 20
 SIZES = {"256MiB": 256, "1GiB": 1024, "4GiB": 4096}
 QUICK_SIZES = {"256MiB": 256, "512MiB": 512}
-ROUNDS, QUICK_ROUNDS = 3, 2
+ROUNDS, QUICK_ROUNDS = 3, 1
 _TIMEOUT_S = 600.0
 _POLL_S = 0.02
 _HOT_MIB = 32
@@ -79,7 +79,7 @@ def measure(setup: Setup) -> list[Row]:
             for subject in subjects:
                 setup.say(f"round {at + 1}: {subject.size}")
                 rows += subject.round(at)
-        rows += history.measure(setup, cluster, 1 if setup.quick else rounds)
+        rows += history.measure(setup, cluster, rounds)
     return rows + move.measure(setup, rounds)
 
 
