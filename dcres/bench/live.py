@@ -50,7 +50,7 @@ def _name(rate: int, reads: int = 0) -> str:
 
 def measure(setup: Setup) -> list[Row]:
     """Every round's rows."""
-    memory_mib = 512 if setup.quick else 1024
+    memory_mib = 256 if setup.quick else 1024
     rounds = 2 if setup.quick else 5
     rates = QUICK_RATES if setup.quick else RATES
     rows: list[Row] = []
