@@ -25,7 +25,7 @@ from dcres.actors import _ray
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name
 from dcres.actors.local_cluster import LocalCluster
-from dcres.bench.checkpoint import filler_image
+from dcres.bench.checkpoint import fill_mib, filler_image
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import build_writer, rig, wait_for
 from dcres.config import Accel, VmSpec
@@ -38,7 +38,6 @@ from dcres.vm.monitor import Monitor
 FLAT_OUT = 100_000  # MB/s that no guest reaches
 RATES, QUICK_RATES = (0, 10, 50, 200, FLAT_OUT), (0, 50, FLAT_OUT)
 READS = 64  # of the busy guest, for each page that it writes
-_GUEST_MIB = 128
 _TIMEOUT_S = 300.0
 _BEFORE_S = 2.0
 _AT_REST_PAGES = 64
@@ -81,8 +80,7 @@ def _spec(
     folder: Path, memory_mib: int, rate: int, reads: int = 0, **more: object
 ) -> dict[str, object]:
     image = filler_image(folder)
-    fill = memory_mib - _GUEST_MIB
-    words = f"fill={fill} dirty={rate} span={memory_mib // 2} reads={reads}"
+    words = f"fill={fill_mib(memory_mib)} dirty={rate} span={memory_mib // 2} reads={reads}"
     return {
         "name": f"live-{_name(rate, reads).lower().replace('_', '-')}",
         "memory": f"{memory_mib}MiB",

@@ -30,7 +30,7 @@ from dcres.actors.ports import Port
 from dcres.bench import fio
 from dcres.bench.apart import await_word, coordinator
 from dcres.bench.backport import QemuProgram, with_mapped_ram
-from dcres.bench.checkpoint import filler_image
+from dcres.bench.checkpoint import fill_mib, filler_image
 from dcres.bench.qemu_vm import QemuVm, Way
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.config import VmSpec, default_cache
@@ -71,14 +71,12 @@ def measure(setup: Setup) -> list[Row]:
 
 def _spec(folder: Path, memory_mib: int) -> dict[str, Any]:
     image = filler_image(folder)
-    # The guest's kernel keeps more for itself the more memory there is.
-    fill = memory_mib - 112 - memory_mib // 16
     return {
         "name": _VM,
         "memory": f"{memory_mib}MiB",
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
-        "append": f"console=ttyS0 quiet panic=-1 fill={fill}",
+        "append": f"console=ttyS0 quiet panic=-1 fill={fill_mib(memory_mib)}",
         "accel": "tcg",
         "layout": {"main": f"{memory_mib}MiB"},
     }

@@ -42,7 +42,7 @@ from dcres.bench.apart import (
     folder_of,
     store_of,
 )
-from dcres.bench.checkpoint import filler_image
+from dcres.bench.checkpoint import fill_mib, filler_image
 from dcres.bench.move import forget
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import wait_for
@@ -84,15 +84,15 @@ def measure(setup: Setup) -> list[Row]:
 
 
 def _spec(folder: Path, size: str, memory_mib: int) -> dict[str, Any]:
-    """A VM file's values. The guest's kernel keeps more for itself the more memory there is."""
+    """A VM file's values."""
     image = filler_image(folder)
-    fill = memory_mib - 112 - memory_mib // 16
+    words = f"fill={fill_mib(memory_mib)} dirty=1 span={_HOT_MIB}"
     return {
         "name": f"restore-{size.lower()}",
         "memory": f"{memory_mib}MiB",
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
-        "append": f"console=ttyS0 quiet panic=-1 fill={fill} dirty=1 span={_HOT_MIB}",
+        "append": f"console=ttyS0 quiet panic=-1 {words}",
         "accel": "tcg",
         "layout": {"main": f"{memory_mib}MiB"},
     }
