@@ -19,7 +19,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +28,19 @@ from dcres.actors.fleet import coordinator_name
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
 from dcres.bench import disk
+from dcres.bench.filler import fill_mib, filler_image
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
-from dcres.bench.rig import build, wait_for
-from dcres.config import default_home
+from dcres.bench.rig import wait_for
 from dcres.errors import VmError
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import dumps
 from dcres.storage.store import Store
-from dcres.vm import guest
 
 MIB = 1 << 20
 HOSTS = (1, 2, 3)
-_SOURCE = Path(__file__).with_name("filler.c")
 _FILL_TIMEOUT_S = 300.0
 _RESTORE_TIMEOUT_S = 300.0
 _WATCH_S = 0.005
-_GUEST_MIB = 112  # what the guest's kernel keeps for itself, and a little more
 
 
 def measure(setup: Setup) -> list[Row]:
@@ -81,28 +77,6 @@ def _cluster(folder: Path, memory_mib: int) -> Iterator[LocalCluster]:
 def _shares(hosts: int, memory_mib: int) -> list[int]:
     """MiB per host, alike."""
     return [-(-memory_mib // hosts)] * hosts
-
-
-@dataclass(frozen=True, slots=True)
-class FillerImage:
-    """What QEMU boots to run `filler.c`."""
-
-    kernel: Path
-    initrd: Path
-
-
-def filler_image(folder: Path) -> FillerImage:
-    """The usual guest kernel with `filler.c` as its only program."""
-    kernel = guest.prepare(default_home() / "guest").kernel
-    program = build(_SOURCE, folder / "filler", "-static")
-    initrd = folder / "filler.gz"
-    initrd.write_bytes(guest.initramfs(program.read_bytes()))
-    return FillerImage(kernel, initrd)
-
-
-def fill_mib(memory_mib: int) -> int:
-    """How much of a guest's memory `filler.c` can fill: its kernel keeps 5 % and some more free."""
-    return memory_mib - _GUEST_MIB - memory_mib // 16
 
 
 class Subject:

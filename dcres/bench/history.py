@@ -18,7 +18,7 @@ from dcres.actors.host import VmFolder
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
 from dcres.bench.apart import await_word, coordinator, folder_of, store_of
-from dcres.bench.checkpoint import filler_image
+from dcres.bench.filler import filler_image
 from dcres.bench.result import Aim, Direction, Ratio, Row, Setup
 from dcres.storage import tables
 from dcres.storage.layout import HISTORY

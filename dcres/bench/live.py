@@ -25,7 +25,7 @@ from dcres.actors import _ray
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name
 from dcres.actors.local_cluster import LocalCluster
-from dcres.bench.checkpoint import fill_mib, filler_image
+from dcres.bench.filler import fill_mib, filler_image
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import build_writer, rig, wait_for
 from dcres.config import Accel, VmSpec

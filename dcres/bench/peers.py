@@ -30,7 +30,7 @@ from dcres.actors.ports import Port
 from dcres.bench import fio
 from dcres.bench.apart import await_word, coordinator
 from dcres.bench.backport import QemuProgram, with_mapped_ram
-from dcres.bench.checkpoint import fill_mib, filler_image
+from dcres.bench.filler import fill_mib, filler_image
 from dcres.bench.qemu_vm import QemuVm, Way
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.config import VmSpec, default_cache

@@ -42,7 +42,7 @@ from dcres.bench.apart import (
     folder_of,
     store_of,
 )
-from dcres.bench.checkpoint import fill_mib, filler_image
+from dcres.bench.filler import fill_mib, filler_image
 from dcres.bench.move import forget
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import wait_for

@@ -17,7 +17,7 @@ from dcres.actors.host import VmFolder
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
 from dcres.bench.apart import FILL_TIMEOUT_S, await_word, coordinator, delete, folder_of, store_of
-from dcres.bench.checkpoint import filler_image
+from dcres.bench.filler import filler_image
 from dcres.bench.move import forget
 from dcres.bench.rig import wait_for
 from dcres.config import Layout

@@ -470,11 +470,21 @@ static PyObject *server(Hot *hot, PyObject *arguments) {
     return enlist(hot, &made);
 }
 
+/* What Python has not heard of yet about a connection that has ended concerns nobody. */
+static int forget_told(Hot *hot, int fd) {
+    for (Py_ssize_t n = hot->told ? PyList_GET_SIZE(hot->told) : 0; n-- > 0;) {
+        long of = PyLong_AsLong(PyTuple_GET_ITEM(PyList_GET_ITEM(hot->told, n), 0));
+        if (of == fd && PyList_SetSlice(hot->told, n, n + 1, NULL)) return -1;
+    }
+    return 0;
+}
+
 static PyObject *forget(Hot *hot, PyObject *arguments) {
     int fd;
     if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
     Peer *peer = fd < 0 ? NULL : peer_of(hot, fd);
     if (peer) forget_peer(peer);
+    if (forget_told(hot, fd)) return NULL;
     Py_RETURN_NONE;
 }
 

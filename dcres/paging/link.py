@@ -117,6 +117,10 @@ class Link:
         """Whether what a guest waits for has a connection of its own by now."""
         return self._usable_express is not None
 
+    def status(self) -> dict[str, object]:
+        """What there is to tell of the link (docs/protocol.md, `status` of a pager)."""
+        return {"state": str(self.state), "trouble": self.trouble, "express": self.express}
+
     @property
     def needed(self) -> bool:
         """Whether pages are under way on it. A host that is let go need not confirm releases."""
@@ -189,8 +193,10 @@ class Link:
     def asked(self, page: int, number: int, sent_bytes: int) -> None:
         """The hot path has asked for a page, and sent so much of the frame."""
         request = Request(number, Kind.PAGE_IN, [(page, page + 1)])
-        frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
-        rest: list[Part] = [memoryview(frame)[sent_bytes:]] if sent_bytes < len(frame) else []
+        rest: list[Part] = []
+        if sent_bytes < wire.RUN_FRAME_BYTES:
+            frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
+            rest = [memoryview(frame)[sent_bytes:]]
         if self._usable_express is not None:
             self._usable_express.send(request, rest)
             return

@@ -97,8 +97,7 @@ class Outbox:
             moved = self.hot.carry(FILL, self._ram, self._pipe_in, extents)
         else:
             moved = sum(self._fill_with(first, stop) for first, stop in extents.tolist())
-        if moved != count_pages(extents) * PAGE_SIZE:
-            raise PagesLost(f"splice moved {moved} bytes of {count_pages(extents)} pages")
+        _require_all(moved, extents)
 
     def _fill_with(self, first: int, stop: int) -> int:
         at, end = first * PAGE_SIZE, stop * PAGE_SIZE
@@ -118,15 +117,22 @@ class Outbox:
 
     def _empty_pipe(self, target: int, extents: Extents) -> None:
         if self.hot is not None:
-            self.hot.carry(EMPTY, self._pipe_out, target, extents)
-            return
-        for first, stop in extents.tolist():
-            self._empty_into(target, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
+            moved = self.hot.carry(EMPTY, self._pipe_out, target, extents)
+        else:
+            moved = sum(
+                self._empty_into(target, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
+                for first, stop in extents.tolist()
+            )
+        _require_all(moved, extents)
 
-    def _empty_into(self, target: int, at: int, length: int) -> None:
-        end = at + length
+    def _empty_into(self, target: int, begin: int, length: int) -> int:
+        at, end = begin, begin + length
         while at < end:
-            at += os.splice(self._pipe_out, target, end - at, offset_dst=at)
+            moved = os.splice(self._pipe_out, target, end - at, offset_dst=at)
+            if moved == 0:
+                break
+            at += moved
+        return at - begin
 
     def _refill(self, extents: Extents) -> None:
         # The guest sees a page as soon as it is there. A whole page from a pipe is copied under
@@ -194,3 +200,8 @@ class Outbox:
             return os.lseek(self._ram, offset, os.SEEK_DATA) == offset
         except OSError:  # ENXIO: no data from here to the end
             return False
+
+
+def _require_all(moved_bytes: int, extents: Extents) -> None:
+    if moved_bytes != count_pages(extents) * PAGE_SIZE:
+        raise PagesLost(f"splice moved {moved_bytes} bytes of {count_pages(extents)} pages")

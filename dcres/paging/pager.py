@@ -423,11 +423,7 @@ class Pager:
             "page_in_p99_us": float(np.percentile(samples, 99)),
             "links": {
                 # One host may have both a memory server and a slice server of this VM.
-                link.sub.host + (" (parts)" if link.source else ""): {
-                    "state": str(link.state),
-                    "trouble": link.trouble,
-                    "express": link.express,
-                }
+                link.sub.host + (" (parts)" if link.source else ""): link.status()
                 for link in self._all_links
             },
             **self._counters(),

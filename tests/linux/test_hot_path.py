@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from dcres.model.pages import PAGE_SIZE, pages_of_extents
 from dcres.model.placement import FIRST_SUB, MAIN
 from dcres.model.wire import Kind
 from dcres.paging import loop
-from tests.support.paging import rig
+from tests.support.paging import Rig, rig
 from tests.support.servers import Client, data_of, extents, memory_server, packed_pages
 from tests.support.wait import until
 
@@ -109,6 +110,10 @@ def test_they_refuse_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wron
     assert hot[0] == (Kind.PAGES, 6, packed_pages(extents(3, 4)))
 
 
+def brought(made: Rig, goal: int) -> bool:
+    return bool(made.status()["pages_in"] >= goal)
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_storms_and_kills_lose_nothing(
     tmp_path: Path, writer_program: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
@@ -124,7 +129,7 @@ def test_storms_and_kills_lose_nothing(
             made.order("resize", limit_pages=rng.choice([64, 256, 1024]))
             goal = made.status()["pages_in"] + rng.randrange(100, 800)
             with contextlib.suppress(AssertionError):  # it is a moment for a kill, no aim
-                until(lambda goal=goal: made.status()["pages_in"] >= goal, 0.4)  # type: ignore[misc]
+                until(partial(brought, made, goal), 0.4)
             victim = ("pager", "sub0", "sub1")[turn % 3]
             made.kill(victim)
             if victim == "pager":
@@ -342,3 +347,26 @@ def test_a_fault_is_answered_between_two_system_calls_and_told_of_in_the_next_tu
     assert os.read(read_end, 8) == b"x" * 8
     os.close(read_end)
     os.close(write_end)
+
+
+def test_what_was_not_told_of_a_connection_that_ended_is_forgotten(tmp_path: Path) -> None:
+    """A memory server may end its express connections in the middle of what it attends them in."""
+    if loop.HOT is None:
+        pytest.skip("not compiled")
+    with ExitStack() as stack:
+        epoll = stack.enter_context(select.epoll())
+        hot = loop.HOT(epoll.fileno())
+        store = stack.enter_context(files.opened(tmp_path / "store", os.O_RDWR | os.O_CREAT))
+        here = np.zeros(4, dtype=np.bool_)
+        pairs = [socket.socketpair() for _ in range(2)]
+        for ours, theirs in pairs:
+            stack.enter_context(ours)
+            stack.enter_context(theirs)
+            decoder = wire.Decoder(memoryview(mmap.mmap(-1, 2 << 20)))
+            hot.server(ours.fileno(), store, decoder._buffer, decoder.shared, here, True)
+            theirs.sendall(wire.frame(Kind.RELEASE, 1, wire.pack_run(0, 1)))  # is for Python
+        hot.attend()
+        gone, left = (ours.fileno() for ours, _ in pairs)
+        hot.forget(gone)
+        assert hot.turn(0.0) == [(left, loop.RECEIVED)]
+        hot.forget(left)

@@ -275,7 +275,10 @@ def test_a_page_that_is_missed_before_it_was_sent_is_not_sent() -> None:
         made.settle()
 
 
-def test_what_was_taken_for_a_host_that_went_away_goes_to_another() -> None:
+@pytest.mark.parametrize("answers", [False, True], ids=["unanswered", "stored"])
+def test_what_was_taken_for_a_host_that_went_away_goes_where_part_of_it_fits(
+    answers: bool,
+) -> None:
     with world() as made:
         roomy, small = made.subs
         made.limit(0)
@@ -283,20 +286,9 @@ def test_what_was_taken_for_a_host_that_went_away_goes_to_another() -> None:
         made.go_down(roomy, unheard=False)
         for _ in range(PAGES):
             made.evictor.step()
-        assert len(small.asked_to_keep()) == SMALL
-        made.settle()
-
-
-def test_what_a_broken_link_left_is_sent_where_part_of_it_fits() -> None:
-    with world() as made:
-        roomy, small = made.subs
-        made.limit(0)
-        made.evictor.step()
-        made.go_down(roomy, unheard=False)
-        for _ in range(PAGES):
-            made.evictor.step()
-            made.answer(small)
-        assert len(small.pages) == SMALL
+            if answers:
+                made.answer(small)
+        assert len(small.pages if answers else small.asked_to_keep()) == SMALL
         made.settle()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcres.bench.checkpoint import filler_image
+from dcres.bench.filler import filler_image
 from dcres.model import plan as plan_module
 from dcres.storage.manifest import Manifest
 from tests.support.vm import Rig, rig, spec_of
