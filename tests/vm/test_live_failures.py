@@ -45,6 +45,9 @@ class Held:
         if self._rounds < self._round:
             # A round may be shorter than it takes until a page comes or changes here.
             until(self._has_work, 60, "there are pages for another round")
+        elif self._rounds == self._round and not self.reached.is_set():
+            # All that changed had left the host again: nothing to copy, so it stands still here.
+            self._stand_still()
         return done
 
     def _has_work(self) -> bool:
@@ -54,9 +57,13 @@ class Held:
     def _hold(self, pages: int) -> None:
         meter = self._host._meter
         if self._rounds == self._round and meter.progress.what == "copy":
-            self.reached.set()
-            until(lambda: self.let_go.is_set() or meter._cancelled.is_set(), 60, "it may go on")
+            self._stand_still()
         self._done(pages)
+
+    def _stand_still(self) -> None:
+        cancelled = self._host._meter._cancelled
+        self.reached.set()
+        until(lambda: self.let_go.is_set() or cancelled.is_set(), 60, "it may go on")
 
     def end(self) -> None:
         self.let_go.set()
