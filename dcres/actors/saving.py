@@ -44,12 +44,18 @@ from dcres.model.placement import digest
 from dcres.paging.changes import ChangeMap
 from dcres.storage.layout import MEMORY_FILES
 from dcres.storage.manifest import FileSum
-from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
+from dcres.storage.memory_file import (
+    THREADS,
+    MemoryFileWriter,
+    SavedMemory,
+    read_into_memory,
+)
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 
 LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
+_ANY_RATE = 1e9  # bytes per second; for a host that has no page to try it with
 
 
 def split_pages(extents: Extents, count: int) -> tuple[Extents, Extents]:
@@ -62,6 +68,15 @@ def without(extents: Extents, taken: Extents) -> Extents:
     """The pages of `extents` that are not in `taken`, which lies within them."""
     pages = pages_of_extents(extents)
     return extents_of_pages(np.setdiff1d(pages, pages_of_extents(taken), assume_unique=True))
+
+
+def beside_guest() -> int:
+    """How many threads copy while the guest runs: they leave it half of the processors.
+
+    With two processors, one thread took a quarter longer than four, and a busy guest lost a fifth
+    of its throughput rather than a third (docs/decisions/missed-aims.md).
+    """
+    return min(THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 class PartSaver:
@@ -129,17 +144,17 @@ class PartSaver:
         return here
 
     def _measure_rate(self, here: Extents) -> float:
-        """Bytes per second at which single pages are read into memory, from a sample of `here`.
+        """Bytes per second at which single pages are staged, from a sample of `here`.
 
-        What is left for the stop lies scattered, so that calls cost more than copying.
+        What is left for the stop lies scattered, and goes to fresh memory, as here.
         """
-        sample = pages_of_extents(here)[:: max(1, count_pages(here) // _SAMPLE_PAGES)]
-        buffer = [bytearray(PAGE_SIZE)]
+        pages = pages_of_extents(here)
+        sample = extents_of_pages(pages[:: max(1, pages.size // _SAMPLE_PAGES)])
+        if not len(sample):
+            return _ANY_RATE
         began = time.perf_counter()
-        for page in sample.tolist():
-            os.preadv(self._source, buffer, page * PAGE_SIZE)
-        seconds = max(time.perf_counter() - began, 1e-6)
-        return max(sample.size, 1) * PAGE_SIZE / seconds
+        read_into_memory(self._source, sample)
+        return count_pages(sample) * PAGE_SIZE / (time.perf_counter() - began)
 
     def copy(self) -> HostRound:
         """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled.
@@ -154,7 +169,7 @@ class PartSaver:
         self._rate = self._rate or self._measure_rate(here)
         with self._meter.measuring("copy", count_pages(here)), priority.background():
             self._writer.discard(self._gone)
-            self._writer.save(self._source, here)
+            self._writer.save(self._source, here, beside_guest())
         left = self._scan()
         seconds = time.monotonic() - began
         return HostRound(count_pages(here), left, seconds, self._rate)
@@ -177,7 +192,7 @@ class PartSaver:
         """Write what was staged and make the part durable, with the tables of `tables_of`."""
         with self._meter.measuring("save", 0):
             self._writer.discard(self._gone)
-            self._writer.settle()
+            self._writer.settle(beside_guest())
         saved = self._writer.seal()
         self.close()
         files = (*tables_of(saved), *write_memory_tables(self._folder, saved))

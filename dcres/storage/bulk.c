@@ -19,8 +19,9 @@
 #define XXH_INLINE_ALL /* the library's header has all of it: for 4 KiB a call would cost a tenth */
 #include <xxhash.h>
 
-/* Pages are summed after so many calls' worth at most: while they are in the processor's cache. */
-enum { PAGE = 4096, PIECES = 256, AT_ONCE = 128 * PAGE };
+/* Pages are summed after so many calls' worth at most: while they are in the processor's cache.
+ * A gap that is not wider than NEAR is read along, which takes less than another call. */
+enum { PAGE = 4096, PIECES = 256, AT_ONCE = 128 * PAGE, NEAR = PAGE };
 
 /* Whether all `count` pages lie within `data`. */
 static int within(const int64_t *slots, Py_ssize_t count, const Py_buffer *data) {
@@ -49,17 +50,14 @@ static PyObject *sums(PyObject *self, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-/* Pages of `runs`, and room for the widest gap between two; -1 if they are no ascending runs. */
-static int64_t room_for(const int64_t (*runs)[2], Py_ssize_t count, int64_t *pages) {
-    int64_t gap = 0;
-    *pages = 0;
+/* Pages of `runs`; -1 if they are no ascending runs. */
+static int64_t pages_of(const int64_t (*runs)[2], Py_ssize_t count) {
+    int64_t pages = 0;
     for (Py_ssize_t n = 0; n < count; n++) {
-        int64_t before = n ? runs[n][0] - runs[n - 1][1] : 0;
-        if (runs[n][0] < 0 || runs[n][1] <= runs[n][0] || before < 0) return -1;
-        *pages += runs[n][1] - runs[n][0];
-        gap = before > gap ? before : gap;
+        if (runs[n][0] < (n ? runs[n - 1][1] : 0) || runs[n][1] <= runs[n][0]) return -1;
+        pages += runs[n][1] - runs[n][0];
     }
-    return *pages + gap;
+    return pages;
 }
 
 /* 1: all was read; 0: not all, because of a signal or the end of the file; -1: see errno. */
@@ -90,10 +88,14 @@ static int flush(Reading *reading) {
 }
 
 static int read_runs(Reading *reading, char *end, const int64_t (*runs)[2], Py_ssize_t count) {
-    reading->offset = runs[0][0] * PAGE;
     for (Py_ssize_t n = 0; n < count; n++) {
-        size_t gap = n ? (runs[n][0] - runs[n - 1][1]) * PAGE : 0;
-        if (gap) reading->pieces[reading->used++] = (struct iovec){end - gap, gap};
+        int64_t gap = n ? (runs[n][0] - runs[n - 1][1]) * PAGE : 0;
+        if (gap > NEAR && reading->used) {
+            int whole = flush(reading);
+            if (whole != 1) return whole;
+        }
+        if (!reading->used) reading->offset = runs[n][0] * PAGE;
+        else if (gap) reading->pieces[reading->used++] = (struct iovec){end - gap, gap};
         for (size_t left = (runs[n][1] - runs[n][0]) * PAGE, length; left; left -= length) {
             length = left < AT_ONCE ? left : AT_ONCE;
             reading->pieces[reading->used++] = (struct iovec){reading->to, length};
@@ -111,8 +113,8 @@ static PyObject *gather(PyObject *self, PyObject *arguments) {
     Py_buffer buffer, extents, found;
     if (!PyArg_ParseTuple(arguments, "iw*y*w*", &fd, &buffer, &extents, &found)) return NULL;
     Py_ssize_t count = extents.len / (2 * sizeof(int64_t));
-    int64_t pages, room = room_for(extents.buf, count, &pages);
-    int good = count && room >= 0 && room <= buffer.len / PAGE &&
+    int64_t pages = pages_of(extents.buf, count);
+    int good = pages > 0 && pages + NEAR / PAGE <= buffer.len / PAGE &&
                pages == found.len / (Py_ssize_t)sizeof(uint64_t);
     if (good) {
         Py_BEGIN_ALLOW_THREADS

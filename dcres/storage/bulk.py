@@ -71,10 +71,11 @@ def page_sums_plain(data: memoryview, slots: Pages) -> Sums:
 def read_gathered(fd: int, buffer: memoryview, extents: Extents) -> tuple[Pages, Sums]:
     """Read the pages of a batch to the start of `buffer`, one after the other: slots and sums.
 
-    preadv(2) puts every run where it belongs and what lies between runs into one small place, at
+    preadv(2) puts every run where it belongs and a small gap between two into one small place, at
     the end of `buffer`, so nothing is copied afterwards and little is read for nothing: of pages
-    that alternate with others, half the processor time of reading all and picking. For tmpfs: a
-    request to a disk would be cut at every piece. Raises EndOfFile and OSError.
+    that alternate with others, half the processor time of reading all and picking. A wide gap is
+    another call. For tmpfs: a request to a disk would be cut at every piece. Raises EndOfFile and
+    OSError.
     """
     slots = np.arange(count_pages(extents))
     if NATIVE is not None:
@@ -89,6 +90,16 @@ def read_gathered(fd: int, buffer: memoryview, extents: Extents) -> tuple[Pages,
 
 def gather_plain(fd: int, buffer: memoryview, extents: Extents) -> bool:
     """Whether all could be read; not when a signal came or the file ends. Raises OSError."""
+    far = np.flatnonzero(extents[1:, 0] - extents[:-1, 1] > WIDEST_GAP) + 1
+    done = 0
+    for near in np.split(extents, far):
+        if not _gather_near(fd, buffer[done * PAGE_SIZE :], near):
+            return False
+        done += count_pages(near)
+    return True
+
+
+def _gather_near(fd: int, buffer: memoryview, extents: Extents) -> bool:
     pieces = _pieces(buffer, extents)
     offset_bytes = int(extents[0, 0]) * PAGE_SIZE
     for at in range(0, len(pieces), _MOST_PIECES):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from dcres.model.pages import (
     split,
 )
 from dcres.storage.atomic import store_full, sync_folder
-from dcres.storage.bulk import EndOfFile, read_fully, read_gathered, write_scattered
+from dcres.storage.bulk import WIDEST_GAP, EndOfFile, read_gathered, write_scattered
 from dcres.storage.contents import (
     SUM_OF_ZEROS,
     MemoryFile,
@@ -49,7 +49,17 @@ from dcres.storage.contents import (
 from dcres.storage.damage import unreadable
 from dcres.storage.digest import Sums
 from dcres.storage.placed import PackedPlaces, PageFile, Placed, SparsePlaces
-from dcres.storage.transfer import BATCH_PAGES, Batch, Progress, Read, Transfer, spanning
+from dcres.storage.transfer import (
+    ANYWHERE,
+    BATCH_PAGES,
+    NEAR,
+    Batch,
+    Progress,
+    Reach,
+    Read,
+    Transfer,
+    spanning,
+)
 
 Write = Callable[[memoryview, Pages, Pages], None]  # data, its pages, their slots in it
 
@@ -82,8 +92,9 @@ class SavedMemory:
 class MemoryFileWriter:
     """Writes a new memory file at `path`; unless sealed, the file is gone when the block ends.
 
-    One call at a time; each uses `threads` threads. `progress` gets pages done since its last
-    call. Raises Conflict if the file exists, StoreFull if the disk is full.
+    One call at a time; each uses `threads` threads, unless it is given another number. `progress`
+    gets pages done since its last call. Raises Conflict if the file exists, StoreFull if the disk
+    is full.
     """
 
     def __init__(
@@ -122,7 +133,7 @@ class MemoryFileWriter:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def save(self, source_fd: int, extents: Extents) -> None:
+    def save(self, source_fd: int, extents: Extents, threads: int | None = None) -> None:
         """Copy `extents` from their places in `source_fd`; pages saved before are replaced.
 
         The checksum is taken from the copy, so a page that the guest writes meanwhile is saved
@@ -132,7 +143,7 @@ class MemoryFileWriter:
         """
         self._require_unsealed()
         self._whole = False
-        self._write(extents, _Source(source_fd))
+        self._write(extents, _Source(source_fd), threads)
         self._whole = True
 
     def discard(self, extents: Extents) -> None:
@@ -150,35 +161,25 @@ class MemoryFileWriter:
         Takes as much memory as the pages. Raises ValueError if the source is shorter, OSError.
         """
         self._require_unsealed()
-        arena = memoryview(aligned_buffer(max(count_pages(extents), 1) * PAGE_SIZE))
-        at = 0
-        # The VM stands still meanwhile, and most runs are single pages: no call too many here.
-        for first, stop in extents.tolist():
-            end = at + (stop - first) * PAGE_SIZE
-            data = arena[at:end]
-            if os.preadv(source_fd, [data], first * PAGE_SIZE) != end - at:
-                with _source_ends():
-                    read_fully(source_fd, data, first * PAGE_SIZE)
-            at = end
-        if at:
-            self._staged.append((extents, arena))
+        if len(extents):
+            self._staged.append((extents, read_into_memory(source_fd, extents)))
 
-    def settle(self) -> None:
+    def settle(self, threads: int | None = None) -> None:
         """Save what was staged, oldest first. Raises StoreFull, OSError."""
         self._require_unsealed()
         self._whole = False
         for extents, arena in self._staged:
-            self._write(extents, _Arena(arena, pages_of_extents(extents)))
+            self._write(extents, _Arena(arena, pages_of_extents(extents)), threads)
         self._staged.clear()
         self._whole = True
 
-    def _write(self, extents: Extents, source: _Source | _Arena) -> None:
+    def _write(self, extents: Extents, source: _Source | _Arena, threads: int | None) -> None:
         with store_full(self.path):
             passes = self._places.prepare(extents)
         for part, cached in ((passes.direct, False), (passes.cached, True)):
             put = functools.partial(self._put, cached)
-            transfer = Transfer(source.read, put, source.pages_at)
-            transfer.run(source.extents_of(part), self._threads, self._progress)
+            transfer = Transfer(source.read, put, source.pages_at, source.reach)
+            transfer.run(source.extents_of(part), threads or self._threads, self._progress)
 
     def seal(self) -> SavedMemory:
         """Make the file durable and end the writing.
@@ -228,11 +229,24 @@ class MemoryFileWriter:
             self._bytes_written += PAGE_SIZE * len(batch.pages)
 
 
+def read_into_memory(source_fd: int, extents: Extents) -> memoryview:
+    """The pages of `extents`, one after the other, in fresh memory that is a little longer.
+
+    As fast as it goes: their checksums are taken and not used, but a call for each page would
+    take Python twice as long. Raises ValueError if the source is shorter, OSError.
+    """
+    arena = memoryview(aligned_buffer((count_pages(extents) + WIDEST_GAP) * PAGE_SIZE))
+    with _source_ends():
+        read_gathered(source_fd, arena, extents)
+    return arena
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """A RAM file, where the place of a page is its number."""
 
     fd: int
+    reach: ClassVar[Reach] = ANYWHERE
 
     def read(self, buffer: memoryview, extents: Extents) -> tuple[Pages, Sums]:
         with _source_ends():
@@ -251,6 +265,7 @@ class _Arena:
 
     data: memoryview
     pages: Pages
+    reach: ClassVar[Reach] = NEAR
 
     @property
     def read(self) -> Read:

@@ -48,7 +48,7 @@ from dcres.model.pages import (
     extents_of_pages,
     pages_of_extents,
 )
-from dcres.storage.bulk import read_fully, stretches, write_fully
+from dcres.storage.bulk import read_fully, stretches, write_scattered
 from dcres.storage.transfer import BATCH_PAGES, Batch
 
 Places = npt.NDArray[np.uint32]
@@ -82,15 +82,16 @@ class PageFile:
         os.close(self.fd)
         os.close(self._direct_fd)
 
-    def write(self, batch: Batch, places: Pages, cached: bool) -> None:
-        """Write the pages of `batch` at ascending `places`, one for each.
+    def write(self, batch: Batch, places: Pages, cached: bool, again: bool) -> None:
+        """Write the pages of `batch` at ascending `places`, one for each. Raises OSError.
 
-        Neighbours among the places are neighbours in the batch's data. Raises OSError.
+        What was written there before is likely to be written once more, so if `again` the cache
+        keeps it until `sync`: a guest writes to the same pages in every round, and single pages
+        are what a disk is slowest at.
         """
         fd = self.fd if cached else self._direct_fd
-        for low, high in stretches(places):
-            write_fully(fd, batch.piece(low, high), int(places[low]) * PAGE_SIZE)
-        if cached or not self._direct:
+        write_scattered(fd, batch.data, places, batch.slots)
+        if (cached or not self._direct) and not again:
             # posix_fadvise(2): starts writing back, which fsync would do all at the end.
             first, last = int(places[0]), int(places[-1])
             length = (last + 1 - first) * PAGE_SIZE
@@ -153,7 +154,8 @@ class SparsePlaces:
 
     def write(self, batch: Batch, cached: bool) -> None:
         """See `Placed`."""
-        self._file.write(batch, batch.pages, cached)
+        mostly_again = 2 * np.count_nonzero(self._taken[batch.pages]) > len(batch.pages)
+        self._file.write(batch, batch.pages, cached, again=cached and bool(mostly_again))
         self._taken[batch.pages] = True
 
     def clear(self, pages: Pages) -> None:
@@ -220,7 +222,8 @@ class PackedPlaces:
         if (places[1:] < places[:-1]).any():  # new pages between others that have their places
             ascending = np.argsort(places)
             batch, places = batch.chosen(ascending), places[ascending]
-        self._file.write(batch.together(self._scratch), places, cached)
+        # Short runs are pages saved again, or new ones in places that were written before.
+        self._file.write(batch.together(self._scratch), places, cached, again=cached)
 
     @property
     def _scratch(self) -> memoryview:
@@ -274,7 +277,7 @@ class PackedPlaces:
         batch = Batch(data, pages, np.arange(len(pages)), np.zeros(len(pages), dtype=np.uint64))
         for low, high in stretches(sources):
             read_fully(self._file.fd, batch.piece(low, high), int(sources[low]) * PAGE_SIZE)
-        self._file.write(batch, targets, cached=True)
+        self._file.write(batch, targets, cached=True, again=True)
         self._page[targets] = pages
 
     def check(self) -> int:

@@ -1,6 +1,7 @@
 """The engine under saving, loading and verifying: read → checksum → put, in large pieces.
 
-Pages are moved in *batches*: neighbouring runs that one read covers, gaps between them included.
+Pages are moved in *batches*: runs that one read covers, gaps between them included, or, where a
+page can be read as well by itself, runs that lie anywhere.
 Several threads take batches from one queue, each with one buffer that it uses again, so while
 one waits for the disk another reads or computes; checksums alone hold the interpreter's lock.
 A batch is cut by how much has to be read, so no thread is left with the long end of the work.
@@ -27,21 +28,32 @@ WIDEST_BATCH = 2 * BATCH_PAGES
 _ROWS_AT_ONCE = 1 << 16
 
 
-def batches(extents: Extents) -> Iterator[Extents]:
-    """`extents` cut into batches, in order, with small gaps only.
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far the pages of a batch may lie apart: the widest gap, and from first to last."""
 
-    A batch has at most `BATCH_PAGES`, and `WIDEST_BATCH` from first to last. Reading a small gap
-    is cheaper than another call: a sparse file whose pages alternate between hosts is read at
-    350 MB/s this way (ext4, O_DIRECT).
-    """
+    gap: int
+    span: int
+
+
+# One read covers a batch: reading a small gap is cheaper than another call to a disk. A sparse
+# file whose pages alternate between hosts is read at 350 MB/s this way (ext4, O_DIRECT).
+NEAR = Reach(WIDEST_GAP, WIDEST_BATCH)
+# Every run is read by itself if need be. The pages that a guest has written since the last round
+# may be anywhere, and a batch for a few of them each would cost more than their copying.
+ANYWHERE = Reach(1 << 62, 1 << 62)
+
+
+def batches(extents: Extents, reach: Reach = NEAR) -> Iterator[Extents]:
+    """`extents` cut into batches of at most `BATCH_PAGES`, in order, each within `reach`."""
     for row in range(0, len(extents), _ROWS_AT_ONCE):
-        yield from _batches(extents[row : row + _ROWS_AT_ONCE])
+        yield from _batches(extents[row : row + _ROWS_AT_ONCE], reach)
 
 
-def _batches(extents: Extents) -> Iterator[Extents]:
+def _batches(extents: Extents, reach: Reach) -> Iterator[Extents]:
     firsts, stops = extents[:, 0], extents[:, 1]
     before = np.concatenate(([0], np.cumsum(stops - firsts)))  # pages before each extent
-    far = np.append(np.flatnonzero(firsts[1:] - stops[:-1] > WIDEST_GAP) + 1, len(extents))
+    far = np.append(np.flatnonzero(firsts[1:] - stops[:-1] > reach.gap) + 1, len(extents))
     row, done = 0, 0  # the next page is `done` pages into extent `row`
     while row < len(extents):
         first = int(firsts[row]) + done
@@ -49,7 +61,7 @@ def _batches(extents: Extents) -> Iterator[Extents]:
         # The extents up to `end` fit whole, if any does.
         end = min(
             int(far[np.searchsorted(far, row, side="right")]),
-            int(np.searchsorted(stops, first + WIDEST_BATCH, side="right")),
+            int(np.searchsorted(stops, first + reach.span, side="right")),
             int(np.searchsorted(before, full, side="right")) - 1,
         )
         if end > row:
@@ -126,6 +138,7 @@ class Transfer:
     read: Read
     put: Callable[[Batch], None]
     pages_at: Callable[[Pages], Pages] = _themselves
+    reach: Reach = NEAR
 
     def run(self, extents: Extents, threads: int, progress: Progress | None) -> None:
         """Move `extents`, places in what is read, with at most so many threads.
@@ -136,7 +149,7 @@ class Transfer:
         concurrently.
         """
         most = -(-count_pages(extents) // BATCH_PAGES)
-        _Crew(self, batches(extents), progress).work(min(threads, most))
+        _Crew(self, batches(extents, self.reach), progress).work(min(threads, most))
 
     def step(self, extents: Extents, buffer: memoryview) -> int:
         """Move one batch through `buffer`; returns its number of pages."""
