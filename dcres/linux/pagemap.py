@@ -58,6 +58,7 @@ class WriteTracker:
     def scan(self, *, protect: bool = True) -> Extents:
         """Extents written since they were last protected; protects them again if asked.
 
+        A page that is written meanwhile is among them, or will be the next time, or both.
         Raises OSError (EPERM when the mapping is not registered with WP_ASYNC).
         """
         flags = abi.PM_SCAN_CHECK_WPASYNC | (abi.PM_SCAN_WP_MATCHING if protect else 0)
@@ -72,9 +73,14 @@ class WriteTracker:
             return_mask=abi.PAGE_IS_WRITTEN,
         )
         parts = []
-        while call.start < self._end:
+        full = True
+        while full and call.start < self._end:
             found = fcntl.ioctl(self._fd, abi.PAGEMAP_SCAN, call)
             parts.append(self._regions[:found, :2].astype(np.int64))
+            # With room left everything was looked at, but `walk_end` does not say so: it is
+            # where the kernel's own buffer of 512 regions was last full (do_pagemap_scan). To go
+            # on there would find a second time, and longer, what was written meanwhile.
+            full = found == len(self._regions)
             call.start = call.walk_end
         pages = (np.concatenate(parts) - self._start) // PAGE_SIZE
         return join(pages)

@@ -59,12 +59,14 @@ def extents_of_pages(pages: Pages) -> Extents:
 
 
 def join(ranges: Extents) -> Extents:
-    """Extents from ascending, non-empty ranges that may touch each other."""
+    """Extents of the pages in `ranges`: non-empty ones that may touch or overlap, in any order."""
     if len(ranges) < 2:
         return ranges
-    apart = ranges[1:, 0] != ranges[:-1, 1]
+    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
+    reached = np.maximum.accumulate(ranges[:, 1])
+    apart = ranges[1:, 0] > reached[:-1]
     first = ranges[np.concatenate(([True], apart)), 0]
-    stop = ranges[np.concatenate((apart, [True])), 1]
+    stop = reached[np.concatenate((apart, [True]))]
     return np.stack((first, stop), axis=1)
 
 

@@ -242,7 +242,7 @@ class Link:
         if not self._releases or self.state is not LinkState.READY:
             return []
         runs = np.array(self._releases, dtype=np.int64)
-        extents = join(runs[np.argsort(runs[:, 0])])
+        extents = join(runs)
         self._releases, self._release_pages = [], 0
         parts: list[Part] = []
         for at in range(0, len(extents), wire.MAX_RELEASE_EXTENTS):

@@ -93,3 +93,14 @@ def test_extents_within(mask: Mask, data: st.DataObject) -> None:
     check_shape(found)
     assert found.tolist() == naive(mask & here)
     assert (found is extents) == (not (mask & ~here).any())
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=12))
+def test_join_of_ranges_that_overlap_in_any_order(ranges: list[tuple[int, int]]) -> None:
+    mask = np.zeros(80, dtype=np.bool_)
+    for first, length in ranges:
+        mask[first : first + length] = True
+    given_ranges = [(first, first + length) for first, length in ranges]
+    joined = pages.join(np.array(given_ranges, dtype=np.int64).reshape(-1, 2))
+    check_shape(joined)
+    assert joined.tolist() == naive(mask)
