@@ -73,8 +73,8 @@ def without(extents: Extents, taken: Extents) -> Extents:
 def beside_guest() -> int:
     """How many threads copy while the guest runs: they leave it half of the processors.
 
-    With two processors, one thread took a quarter longer than four, and a busy guest lost a fifth
-    of its throughput rather than a third (docs/decisions/missed-aims.md).
+    With two processors, one thread took an eighth longer than four, and a busy guest lost three
+    tenths of its throughput rather than four (docs/decisions/missed-aims.md).
     """
     return min(THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
 

@@ -92,9 +92,8 @@ class SavedMemory:
 class MemoryFileWriter:
     """Writes a new memory file at `path`; unless sealed, the file is gone when the block ends.
 
-    One call at a time; each uses `threads` threads, unless it is given another number. `progress`
-    gets pages done since its last call. Raises Conflict if the file exists, StoreFull if the disk
-    is full.
+    One call at a time. `progress` gets pages done since its last call. Raises Conflict if the file
+    exists, StoreFull if the disk is full.
     """
 
     def __init__(
@@ -102,13 +101,11 @@ class MemoryFileWriter:
         path: Path,
         page_count: int,
         progress: Progress | None = None,
-        threads: int = THREADS,
         clock: Callable[[], float] = time.monotonic,
         memory_format: MemoryFormat = MemoryFormat.SPARSE,
     ) -> None:
         self.path = path
         self._progress = progress
-        self._threads = threads
         self._clock = clock
         self._format = memory_format
         self._started = clock()
@@ -133,7 +130,7 @@ class MemoryFileWriter:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def save(self, source_fd: int, extents: Extents, threads: int | None = None) -> None:
+    def save(self, source_fd: int, extents: Extents, threads: int = THREADS) -> None:
         """Copy `extents` from their places in `source_fd`; pages saved before are replaced.
 
         The checksum is taken from the copy, so a page that the guest writes meanwhile is saved
@@ -164,7 +161,7 @@ class MemoryFileWriter:
         if len(extents):
             self._staged.append((extents, read_into_memory(source_fd, extents)))
 
-    def settle(self, threads: int | None = None) -> None:
+    def settle(self, threads: int = THREADS) -> None:
         """Save what was staged, oldest first. Raises StoreFull, OSError."""
         self._require_unsealed()
         self._whole = False
@@ -173,13 +170,13 @@ class MemoryFileWriter:
         self._staged.clear()
         self._whole = True
 
-    def _write(self, extents: Extents, source: _Source | _Arena, threads: int | None) -> None:
+    def _write(self, extents: Extents, source: _Source | _Arena, threads: int) -> None:
         with store_full(self.path):
             passes = self._places.prepare(extents)
         for part, cached in ((passes.direct, False), (passes.cached, True)):
             put = functools.partial(self._put, cached)
             transfer = Transfer(source.read, put, source.pages_at, source.reach)
-            transfer.run(source.extents_of(part), threads or self._threads, self._progress)
+            transfer.run(source.extents_of(part), threads, self._progress)
 
     def seal(self) -> SavedMemory:
         """Make the file durable and end the writing.

@@ -3,7 +3,7 @@
 Pages are moved in *batches*: runs that one read covers, gaps between them included, or, where a
 page can be read as well by itself, runs that lie anywhere.
 Several threads take batches from one queue, each with one buffer that it uses again, so while
-one waits for the disk another reads or computes; checksums alone hold the interpreter's lock.
+one waits for the disk another reads or computes.
 A batch is cut by how much has to be read, so no thread is left with the long end of the work.
 """
 

@@ -128,7 +128,7 @@ def test_what_a_peer_needs_may_be_missing_in_a_full_run(monkeypatch: pytest.Monk
 
 def test_the_ratios_that_scripts_read_are_there() -> None:
     names = set(bench._BENCHES["figure8"].ratios)
-    assert names == {
+    assert names >= {
         f"{what}_{form}_over_plain_{placement}"
         for what in ("checkpoint", "restore")
         for form in ("sparse", "packed")

@@ -74,11 +74,9 @@ def test_round_trip(
         path = Path(folder, "memory.img")
         with (
             opened(source, os.O_RDONLY) as fd,
-            MemoryFileWriter(
-                path, len(mask), threads=threads, memory_format=memory_format
-            ) as writer,
+            MemoryFileWriter(path, len(mask), memory_format=memory_format) as writer,
         ):
-            writer.save(fd, extents_of_mask(mask))
+            writer.save(fd, extents_of_mask(mask), threads)
             saved = writer.seal()
         assert saved.mask.tolist() == mask.tolist()
         assert saved.bytes_written == saved.pages * PAGE_SIZE == mask.sum() * PAGE_SIZE
@@ -310,11 +308,11 @@ def test_new_pages_between_old_ones_are_written_in_long_runs(
     source = memory(tmp_path / "ram", whole)
     with (
         opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", 4096, threads=1, memory_format=PACKED) as writer,
+        MemoryFileWriter(tmp_path / "m", 4096, memory_format=PACKED) as writer,
     ):
         writer.save(fd, extents_of_mask(even))
         seen = watch_writes(monkeypatch)
-        writer.save(fd, extents_of_mask(whole))
+        writer.save(fd, extents_of_mask(whole), threads=1)
         saved = writer.seal()
     assert seen == [(True, 512)] * 8
     assert load_into(tmp_path / "back", saved) == source.read_bytes()
@@ -459,12 +457,12 @@ def test_new_pages_fill_free_places_and_the_rest_is_one_long_run(
     source = memory(tmp_path / "ram", np.ones(3000, dtype=np.bool_))
     with (
         opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", 3000, threads=1, memory_format=PACKED) as writer,
+        MemoryFileWriter(tmp_path / "m", 3000, memory_format=PACKED) as writer,
     ):
         writer.save(fd, np.array([[0, 1000]]))
         writer.discard(np.array([[at, at + 1] for at in range(0, 1000, 10)]))
         seen = watch_writes(monkeypatch)
-        writer.save(fd, np.array([[1000, 2000]]))
+        writer.save(fd, np.array([[1000, 2000]]), threads=1)
         assert seen == [(True, 900)] + [(False, 1)] * 100
         saved = writer.seal()
     assert (tmp_path / "m").stat().st_size == 1900 * PAGE_SIZE
