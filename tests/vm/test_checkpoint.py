@@ -10,18 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 
 from dcres.actors.loading import make_plan
-from dcres.actors.main_host import MainHost
 from dcres.actors.messages import Incarnation, LoadOrder, PlanOrder, Reading, Resumption, RunOrder
 from dcres.actors.restoring import spec_for
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, Conflict, OperationFailed, PagingError
 from dcres.model.formats import MemoryFormat
-from dcres.storage import tables
 from dcres.storage.manifest import Manifest, dumps
 from dcres.vm import disk
 from tests.support.guest import create_disk
@@ -36,78 +33,12 @@ from tests.support.vm import (
     total_bytes,
 )
 from tests.support.wait import until
+from tests.support.watched import Watched, require_same, require_tables_agree, saved_memory, watched
 
 pytestmark = pytest.mark.vm
 
 DISK = "/machine/peripheral/virtio-disk0/virtio-backend"
-ZEROS = bytes(PAGE_BYTES)
 LEGACY = range(0xA0, 0x100)  # pages that QEMU shows as something else than RAM (PC firmware)
-
-
-class Watched(MainHost):
-    """A main host that has the VM's memory read by plain means before it lets the VM go on."""
-
-    rams: ClassVar[dict[str, Path]] = {}
-    seen: ClassVar[list[PlainMemory]] = []
-
-    def resume(self, checkpoint: str) -> float:
-        if self._state.get("checkpoint") is not None:
-            self.seen.append(self._read_all())
-        return super().resume(checkpoint)
-
-    def _read_all(self) -> PlainMemory:
-        memory = PlainMemory(self._spec.memory)
-        for host, folder in self.rams.items():
-            name = "guest.ram" if host == "h0" else "store.ram"
-            memory.add(folder / "vm" / name, host)
-        assert memory.add(self.rams["h0"] / "vm" / "outbox.ram", "outbox") == 0
-        return memory
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        with self._qmp() as monitor:
-            return monitor.execute(command, arguments)
-
-
-@contextmanager
-def watched() -> Iterator[Rig]:
-    """A rig whose checkpoints are watched: see `Watched.seen`."""
-    with rig(main=Watched) as made:
-        Watched.rams = {host: each.ram for host, each in made.settings.items()}
-        Watched.seen = []
-        yield made
-
-
-def require_same(found: PlainMemory, expected: PlainMemory) -> None:
-    """The same pages on the same hosts, with the same contents."""
-    assert found.owner == expected.owner
-    differing = [number for number in expected.pages if found.at(number) != expected.at(number)]
-    assert differing == []
-
-
-def saved_memory(store: Rig, manifest: Manifest) -> PlainMemory:
-    """The union of a checkpoint's memory files; no page is in two of them."""
-    memory = PlainMemory(manifest.memory_bytes)
-    for part in manifest.hosts:
-        folder = store.store.root / "vm" / manifest.checkpoint / part.host
-        assert memory.add_saved(folder, part.host) == part.pages
-        # Pages of zeros need no place; of the others, within 1 % for the file system's own.
-        written = sum(memory.at(number) != ZEROS for number in memory.owned_by(part.host))
-        blocks_bytes = (folder / part.memory_file).stat().st_blocks * 512
-        assert written * PAGE_BYTES <= blocks_bytes <= written * PAGE_BYTES * 1.01
-    return memory
-
-
-def require_tables_agree(store: Rig, manifest: Manifest, memory: PlainMemory) -> None:
-    """Page placement and page existence files say what the memory files hold."""
-    placement = store.store.read_placement(manifest)
-    for index, part in enumerate(manifest.hosts):
-        pages = memory.owned_by(part.host)
-        assert set((placement == index).nonzero()[0].tolist()) == pages
-        if index:
-            path = store.store.root / "vm" / manifest.checkpoint / part.host / "pages.arrow"
-            here = tables.read_existence(path, manifest.page_count)
-            assert set(here.nonzero()[0].tolist()) == pages
-    assert int((placement != tables.NOWHERE).sum()) == len(memory.pages)
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""Live checkpoints of a guest that writes as fast as it can, against its memory at the stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dcres.bench.filler import fill_mib, filler_image
+from dcres.model.formats import MemoryFormat
+from tests.support.vm import spec_of
+from tests.support.wait import until
+from tests.support.watched import Watched, require_same, require_tables_agree, saved_memory, watched
+
+pytestmark = pytest.mark.vm
+
+MEMORY_MIB = 256
+CHECKPOINTS = 16
+
+
+def test_a_live_checkpoint_is_the_busy_guests_memory_at_the_stop(tmp_path: Path) -> None:
+    """Thousands of stretches of memory are written between two looks, and during each look."""
+    image = filler_image(tmp_path)
+    words = f"fill={fill_mib(MEMORY_MIB)} span={MEMORY_MIB // 2} dirty=100000 reads=8"
+    spec = spec_of(
+        memory=f"{MEMORY_MIB}MiB",
+        main=f"{MEMORY_MIB * 3 // 4}MiB",
+        subs=[f"{MEMORY_MIB // 8}MiB"] * 2,
+        kernel=str(image.kernel),
+        initrd=str(image.initrd),
+        append=f"console=ttyS0 quiet panic=-1 {words}",
+    )
+    with watched() as vm:
+        vm.coordinator.start(spec)
+        until(lambda: "WROTE" in vm.console.read_text(), 120, "the guest writes")
+        rounds = 0
+        for number in range(CHECKPOINTS):
+            facts = vm.coordinator.checkpoint(
+                "live", downtime_s=0.05, memory_format=list(MemoryFormat)[number % 2]
+            )
+            manifest = vm.store.get(facts["checkpoint"])
+            saved = saved_memory(vm, manifest)
+            require_same(saved, Watched.seen.pop())
+            require_tables_agree(vm, manifest, saved)
+            assert manifest.pages_moved_for_checkpoint == 0
+            rounds += int(facts["rounds"])
+            vm.store.delete(manifest.checkpoint)
+    assert rounds > 2 * CHECKPOINTS
