@@ -20,8 +20,8 @@ _LOOK_S = 1.0  # Ray notices a dead host within 1.5 s in a cluster of dcres, 14 
 def await_ready(port: Port, alive: Callable[[], bool], timeout_s: float) -> None:
     """Wait until an actor answers, through a restart; no longer than its host is `alive`.
 
-    Raises ActorGone. Ray tells soon that a host is dead, and of its actors only that they are
-    being started again.
+    Raises ActorGone, and ClusterError for one that is there and silent. Ray tells soon that a
+    host is dead, and of its actors only that they are being started again.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -29,7 +29,7 @@ def await_ready(port: Port, alive: Callable[[], bool], timeout_s: float) -> None
         try:
             port.wait_ready(max(0.01, min(_LOOK_S, left_s)))
             return
-        except ActorGone:
+        except ClusterError:  # ActorGone among them
             if left_s <= _LOOK_S or not alive():
                 raise
 
@@ -44,7 +44,8 @@ def describe(port: Port) -> Status:
 def ask_all(vm: str, ports: Mapping[str, Port], alive: Callable[[str], bool]) -> list[Status]:
     """The status of every host of `vm`. Raises VmLost for one that is gone or has lost pages.
 
-    `alive` tells of a host by name whether it is there at all.
+    Raises ClusterError for one that is there and does not answer: it may only be busy. `alive`
+    tells of a host by name whether it is there at all.
     """
     return [_ask(vm, host, port, partial(alive, host)) for host, port in ports.items()]
 
@@ -54,7 +55,9 @@ def _ask(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Status:
     try:
         await_ready(port, alive, _STATUS_TIMEOUT_S)
         status: Status = port.call("status", timeout_s=_STATUS_TIMEOUT_S)
-    except (ActorGone, ClusterError) as error:
+    except ClusterError as error:
+        if not isinstance(error, ActorGone) and alive():
+            raise ClusterError(f"host {host} of VM {vm} does not answer ({error})") from None
         raise VmLost(f"{gone} ({error}); restore a checkpoint") from None
     except NotFound:
         # Ray moves the actors of a dead host to a new one, where nothing of the VM is.

@@ -238,7 +238,7 @@ class Checkpointing:
         """Let the VM go on, through a restart of the main host's actor if need be."""
         try:
             resumed_at = self._persist(self._subject.main, "resume", self.checkpoint)
-        except DcresError as error:
+        except Exception as error:  # whatever it is, the coordinator must try again
             log.error("VM %s cannot go on: %s", self._subject.vm, error)
             self._stuck, self.vm_stands = f"the VM cannot go on: {error}", True
             return
@@ -281,6 +281,8 @@ class Checkpointing:
         if self._manifest is None:
             return PublishFailed(why)
         try:
+            # A publishing that is still under way ends first, or is refused; then it is certain.
+            self._persist(self._subject.main, "halt", self.checkpoint)
             published = self._persist(self._subject.main, "published", self.checkpoint)
         except DcresError as error:
             self._stuck = (

@@ -67,7 +67,7 @@ class Coordination:
         self._last: dict[str, Any] = {}
         self._fixed_s = FIXED_S
         self._follower: Follower | None = None
-        self._recovered = self._taken_down = False
+        self._recovered = self._taken_down = self._retired = False
         self._recover()
 
     @contextmanager
@@ -135,6 +135,7 @@ class Coordination:
         if checkpoint is not None:
             log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
             self._give_up(checkpoint, ports)
+        self._let_go_on(ports[0])
         self._phase, self._why = VmPhase.RUNNING, ""
         if descriptions[0]["moving"]:
             self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
@@ -146,6 +147,13 @@ class Coordination:
         log.warning("VM %s: giving up a change of shares", self._vm)
         self._hosts = settle_shape(self._vm, self._fleet)
         return True
+
+    def _let_go_on(self, main: Port) -> None:
+        """A VM that a checkpoint has stopped, and that could not be told to go on then."""
+        status = main.call("status")
+        if status["run_state"] == "paused" or status["state"] in ("quiet", "frozen"):
+            log.warning("VM %s stands still; it goes on", self._vm)
+            main.call("resume", "", timeout_s=_RESUME_TIMEOUT_S)
 
     def _give_up(self, checkpoint: str, ports: Sequence[Port]) -> None:
         """As `Checkpointing` does it: the VM waits for a host that saves, so that ends first."""
@@ -266,13 +274,16 @@ class Coordination:
             self._phase, self._why = VmPhase.ABSENT, ""
 
     def retire(self) -> bool:
-        """Take no more orders, if there is no VM; whoever asked then ends this actor."""
+        """Take no more orders if there is no VM, and whoever asked ends this actor. Repeatable."""
+        if self._retired:
+            return True
         if not self._operation.acquire(blocking=False):
             return False
         if self._fleet.find(self._vm):
             self._operation.release()
             return False
         self._phase = VmPhase.STOPPING  # and the lock is kept: later orders meet a Conflict
+        self._retired = True
         return True
 
     def _take_down(self) -> None:

@@ -24,7 +24,7 @@ from dcres.actors.messages import Progress
 from dcres.actors.prepared import Prepared
 from dcres.config import HostSettings
 from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
-from dcres.linux.files import fs_free_bytes
+from dcres.linux.files import fs_free_bytes, require_own
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
@@ -54,9 +54,11 @@ class VmFolder:
         return cls(settings.run / vm, settings.ram / vm)
 
     def make(self) -> None:
-        """Create both, private to us."""
+        """Create both, private to us. Raises HostError where somebody else could reach them."""
         for folder in (self.run, self.ram):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            require_own(folder.parent)
+            require_own(folder)
 
     def remove(self) -> None:
         """Remove the RAM; of the run folder keep nothing but logs."""

@@ -37,6 +37,7 @@ from dcres.actors.local_node import (
 )
 from dcres.config import HostSettings, format_size
 from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
+from dcres.linux.interrupt import uninterrupted
 from dcres.linux.memory import free_for_guests
 from dcres.linux.process import ProcessId
 
@@ -107,7 +108,8 @@ class LocalCluster:
         try:
             cluster._bring_up(hosts)
         except BaseException:
-            cluster.stop()
+            with uninterrupted():  # a second Ctrl-C would leave nodes that nobody finds
+                cluster.stop()
             raise
         return cluster
 
@@ -262,7 +264,7 @@ class LocalCluster:
         self.token_path.unlink(missing_ok=True)
         _write_private(self.token_path, secrets.token_hex(32))
         if self.shared_store is not None:  # else every node makes its own
-            self.shared_store.mkdir(parents=True, exist_ok=True)
+            self.shared_store.mkdir(parents=True, exist_ok=True, mode=0o700)
         for folder in (self._state.temp, self._state.ram):
             Path(folder).mkdir(mode=0o700)
         head = self._node(HEAD)

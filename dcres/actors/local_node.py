@@ -101,7 +101,7 @@ class LocalNode:
         self.settings.ram.mkdir(mode=0o700)
         self.temp.mkdir(mode=0o700)
         if isinstance(self.role, HostRole):
-            self.settings.store.mkdir(parents=True, exist_ok=True)
+            self.settings.store.mkdir(parents=True, exist_ok=True, mode=0o700)
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         return spawn_detached(
             [*self.launcher, *ray, *self.arguments()],

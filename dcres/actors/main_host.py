@@ -136,7 +136,8 @@ class MainHost(MovingHost):
 
         Raises StoreFull, PagesLost when what was saved is not what the page table says.
         """
-        folder = self._store.host_folder(self._vm, checkpoint, self._host)
+        with self._current(checkpoint):
+            folder = self._store.host_folder(self._vm, checkpoint, self._host)
         if self._frozen is None:
             raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} was not finished")
         owners, ticks = self._frozen
@@ -176,10 +177,15 @@ class MainHost(MovingHost):
             return time.monotonic()
 
     def publish(self, manifest: str) -> None:
-        """Write the manifest: from now on the checkpoint exists. Repeatable."""
+        """Write the manifest: from now on the checkpoint exists. Repeatable.
+
+        Raises Conflict once the checkpoint was halted, which waits for a publishing under way.
+        """
         published = loads(manifest, Path("manifest.json"))
-        self._store.publish(published)
-        self._forget(published.checkpoint)
+        with self._saving:
+            self._require_wanted(published.checkpoint)
+            self._store.publish(published)
+            self._forget(published.checkpoint)
 
     def published(self, checkpoint: str) -> bool:
         """Whether the checkpoint's manifest is there; if so there is nothing left to give up."""

@@ -148,7 +148,8 @@ class SubHost(SavingHost, PartServing):
 
         Raises StoreFull, Conflict when it was cancelled.
         """
-        folder = self._store.host_folder(self._vm, checkpoint, self._host)
+        with self._current(checkpoint):
+            folder = self._store.host_folder(self._vm, checkpoint, self._host)
 
         def write_tables(saved: SavedMemory) -> list[FileSum]:
             return [tables.write_existence(folder / PAGES, saved.mask)]

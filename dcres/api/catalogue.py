@@ -13,7 +13,7 @@ from dcres.actors import _ray
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api.operation import HostProgress, OperationProgress, ProgressOption, shown_progress
 from dcres.config import HostSettings
-from dcres.errors import ClusterError, NotFound
+from dcres.errors import ClusterError, DcresError, NotFound, OperationFailed
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.checks import VerifyReport
 from dcres.storage.layout import stamp_of, vm_of
@@ -96,10 +96,31 @@ class StoresOfHosts:
         return report
 
     def delete(self, checkpoint: str) -> None:
-        """See `Catalogue`; nothing is removed anywhere if it is pinned on one host."""
-        self._find(checkpoint)
-        _on_all(_require_unpinned, checkpoint)
-        _on_all(_delete, checkpoint)
+        """See `Catalogue`; nothing is removed anywhere if it is pinned on one host.
+
+        One host after the other, since they may share a store, and first the one that has the
+        manifest: whatever fails then, no checkpoint is listed that lacks a part.
+        """
+        first = self._publisher(checkpoint)
+        others = [host for host in _alive() if host != first]
+        for host in (first, *others):
+            _ray.run_on(host, _require_unpinned, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+        _ray.run_on(first, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+        failures = {}
+        for host in others:
+            try:
+                _ray.run_on(host, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+            except DcresError as error:
+                failures[host] = str(error)
+        if failures:
+            raise OperationFailed(f"{checkpoint} is deleted, but not all of its files", failures)
+
+    def _publisher(self, checkpoint: str) -> str:
+        """A host whose store has the manifest, readable or not. Raises NotFound."""
+        for host in _alive():
+            if _ray.run_on(host, _is_published, checkpoint, timeout_s=_LOOK_TIMEOUT_S):
+                return host
+        return self._find(checkpoint)[0]  # it is nowhere, and this says what is
 
     def _find(self, checkpoint: str) -> tuple[str, Manifest]:
         missing: NotFound | None = None
@@ -188,6 +209,10 @@ def _list(vm: str | None) -> Listing:
 
 def _get(checkpoint: str) -> Manifest:
     return _store().get(checkpoint)
+
+
+def _is_published(checkpoint: str) -> bool:
+    return _store().is_published(checkpoint)
 
 
 def _verify(checkpoint: str) -> VerifyReport:

@@ -147,12 +147,27 @@ def choose_hosts(session: Session, manifest: Manifest, wish: Wish) -> Choice:
     """
     if wish.settled is not None:
         return wish.settled
+    _require_possible(manifest, wish)
     _require_absent(session, manifest.vm)
     try:
         return decide(manifest, wish, look_around(manifest))
     except NoRoom:
         _require_absent(session, manifest.vm)  # somebody faster may have the room by now
         raise
+
+
+def _require_possible(manifest: Manifest, wish: Wish) -> None:
+    """What can be said of a wish before what is left of a lost VM is ended for it.
+
+    Raises ConfigError for shares that do not hold the memory, NotFound for a host that is not
+    there.
+    """
+    if wish.layout is not None:
+        wish.layout.require_room_for(manifest.memory_bytes)
+    if wish.names is not None:
+        hosts = _ray.hosts()
+        for name in wish.names:
+            host_named(name, hosts)
 
 
 def _require_absent(session: Session, vm: str) -> None:

@@ -12,13 +12,13 @@ from typing import Any, Self
 from dcres.actors import _ray
 from dcres.actors.fleet import coordinator_name
 from dcres.actors.local_cluster import LocalCluster
-from dcres.api.interrupt import uninterrupted
 from dcres.api.operation import ProgressOption
 from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
 from dcres.config import Layout, VmSpec, load_vm_spec, parse_size, vm_spec
 from dcres.errors import ConfigError, NotFound
+from dcres.linux.interrupt import uninterrupted
 from dcres.storage.store import Listing
 
 _STATUS_TIMEOUT_S = 60.0

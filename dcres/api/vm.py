@@ -23,7 +23,6 @@ from dcres.api.defaults import (
     require_kind,
 )
 from dcres.api.draining import DrainPlan
-from dcres.api.interrupt import uninterrupted
 from dcres.api.operation import ProgressOption, attend
 from dcres.api.placement import Placement
 from dcres.api.plan import RestorePlan, plan_restore
@@ -38,6 +37,7 @@ from dcres.errors import (
     NotFound,
     VmLost,
 )
+from dcres.linux.interrupt import uninterrupted
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.picture import MOST_BUCKETS

@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcres.bench.filler import fill_mib
 from dcres.bench.result import Aim, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import Paged, build, wait_for
 from dcres.bench.squeeze import MemoryCgroup, SwapFile, memory_cgroup, swap_file
@@ -48,7 +49,6 @@ FIGURE = Figure(
 )
 _SOURCE = Path(__file__).with_name("worker.c")
 _MIB = 1 << 20
-_KERNEL_MIB = 96  # of the guest's memory, that its records leave to its kernel
 _BOOKKEEPING_BYTES = 8 * _MIB  # page tables and the like, which version 2 counts
 _TIMEOUT_S = 120.0
 _AT_REST_S = 0.1
@@ -65,8 +65,10 @@ class Guest:
     def worked(self) -> int:
         """Records until now. Raises VmError when the guest has stopped working."""
         text = self.console.read_text(errors="replace")
-        if "WRONG" in text or "panic" in text:
+        if "WRONG" in text:
             raise VmError(f"the guest found a wrong record: {text.strip()[-200:]}")
+        if "panic" in text:
+            raise VmError(f"the guest's kernel gave up: {text[text.index('panic') - 100 :][:400]}")
         lines = [line for line in text.split("\n")[:-1] if line.startswith("WORKED ")]
         return int(lines[-1].split()[1]) if lines else 0
 
@@ -105,7 +107,7 @@ def _booted(setup: Setup, name: str, memory_mib: int, ram: Path) -> Iterator[Gue
             "memory": f"{memory_mib}MiB",
             "kernel": str(guest.prepare(default_home() / "guest").kernel),
             "initrd": str(initrd),
-            "append": f"console=ttyS0 quiet panic=-1 data={memory_mib - _KERNEL_MIB}",
+            "append": f"console=ttyS0 quiet panic=-1 data={fill_mib(memory_mib)}",
             "layout": {"main": f"{memory_mib}MiB"},
         }
     )

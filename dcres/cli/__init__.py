@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from dcres.api.interrupt import interrupt_on_signals
 from dcres.cli import checkpoints  # adds its commands to the app
 from dcres.cli.commands import app
 from dcres.cli.frame import (
@@ -31,6 +30,7 @@ from dcres.cli.frame import (
     write_error,
 )
 from dcres.errors import DcresError, InputError
+from dcres.linux.interrupt import interrupt_on_signals
 
 __all__ = ["app", "checkpoints", "judge", "main"]
 

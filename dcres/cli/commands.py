@@ -138,9 +138,9 @@ def down(
 ) -> Answer:
     """End the local cluster and its VMs; checkpoints stay."""
     from dcres.actors.local_cluster import LocalCluster
-    from dcres.api.interrupt import uninterrupted
     from dcres.api.show import working
     from dcres.config import default_home
+    from dcres.linux.interrupt import uninterrupted
 
     local = LocalCluster.load(default_home())
     with working("ending the cluster"), uninterrupted():

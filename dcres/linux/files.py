@@ -12,12 +12,14 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from dcres.errors import HostError
 from dcres.linux import libc
 from dcres.model.pages import (
     EMPTY,
@@ -235,6 +237,23 @@ def _lock_now(path: Path, how: int) -> Iterator[int]:
 def allocated_bytes(fd: int) -> int:
     """What the file takes on its file system, including its own bookkeeping (`st_blocks`)."""
     return os.fstat(fd).st_blocks * 512
+
+
+def require_own(folder: Path) -> None:
+    """HostError for a folder where another user could put files, or files in place of ours.
+
+    Anybody may make a folder in /dev/shm before we do. Where a folder is sticky, as /dev/shm is
+    itself, nobody can put another in place of ours.
+    """
+    status = folder.lstat()
+    shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    reachable = shared and not status.st_mode & stat.S_ISVTX
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid in (0, os.geteuid())
+    if reachable or not ours:
+        raise HostError(
+            f"{folder} belongs to another user, or others may write to it, and guest memory is "
+            "to lie there; remove it, or choose another folder with DCRES_RAM or DCRES_RUN"
+        )
 
 
 def fs_free_bytes(path: str | os.PathLike[str]) -> int:

@@ -9,6 +9,7 @@ host's sparse file and is saved again, or it is not and vanishes from the memory
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Self
 
 import numpy as np
 
+from dcres.errors import NoRoom
+from dcres.linux.files import opened
 from dcres.model.pages import Extents, Pages, extents_of_pages
 
 
@@ -33,9 +36,22 @@ class ChangeMap:
 
     @classmethod
     def fresh(cls, path: Path, page_count: int) -> Self:
-        """A new file without marks in place of any that is there."""
+        """A new file without marks in place of any that is there. Raises NoRoom.
+
+        All of it is allocated: to touch a hole of a full tmpfs in a mapping is SIGBUS, for the
+        process that marks as well.
+        """
         path.unlink(missing_ok=True)
-        return cls(path, page_count)
+        made = cls(path, page_count)
+        with opened(path, os.O_RDWR) as fd:
+            try:
+                os.posix_fallocate(fd, 0, page_count)
+            except OSError as error:
+                path.unlink()
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise NoRoom(f"{path.parent} is full: no room to mark what changes") from None
+        return made
 
     def mark(self, first: int, stop: int) -> None:
         """Pages ``[first, stop)`` have just changed."""
@@ -51,6 +67,7 @@ class ChangeMap:
 
     def take(self) -> Extents:
         """The marked pages; their marks are cleared. Look at the pages after this, not before."""
-        pages = np.flatnonzero(self._marks)
+        # Of a copy: numpy counts first and then fills, and marks come in between.
+        pages = np.flatnonzero(self._marks.copy())
         self._marks[pages] = False
         return extents_of_pages(pages)

@@ -44,7 +44,7 @@ from dcres.paging.changes import ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply, failure
 from dcres.paging.evictor import NOBODY_LOOKS, Evictor
 from dcres.paging.faults import FaultHandler, HotFault
-from dcres.paging.link import Link
+from dcres.paging.link import Link, LinkState
 from dcres.paging.loop import READ, Loop
 from dcres.paging.mover import Mover
 from dcres.paging.requests import Request, Runs
@@ -55,6 +55,7 @@ log = logging.getLogger("dcres.pager")
 TICK_S = 0.1
 IDLE_S = 0.02
 FILL_PAGES = 64
+LINK_PATIENCE_S = 2.0  # for a link that broke; the VM stands still meanwhile
 
 
 class PagerState(StrEnum):
@@ -301,7 +302,13 @@ class Pager:
                 link.flush_releases()
             return not self._faults.fetching and all(link.settled for link in self._links)
 
+        def away() -> list[str]:
+            return [each.sub.host for each in self._links if each.state is not LinkState.READY]
+
         def freeze() -> None:
+            if missing := away():  # what they hold is not known to agree with the table
+                reply(failure(PagingError(f"the link to {', '.join(missing)} is down")))
+                return
             self._state = PagerState.FROZEN
             self._listen(False)
             self._evictor.note_writes()
@@ -311,7 +318,13 @@ class Pager:
             return self._evictor.drained and self._mover.drained
 
         self._evictor.enabled = self._mover.enabled = False
-        self._promises.append(_Promise(lambda: drained() and settled(), freeze, reply))
+        patience_until = time.monotonic() + LINK_PATIENCE_S
+
+        def due() -> bool:
+            back = not away() or time.monotonic() > patience_until
+            return drained() and settled() and back
+
+        self._promises.append(_Promise(due, freeze, reply))
 
     def _thaw(self) -> None:
         self._require_alive()

@@ -97,6 +97,13 @@ class Store:
         vms = self._vms() if vm is None else [layout.checked_vm(vm)]
         return sorted((self._listed(name) for vm in vms for name in self._published(vm)), key=_age)
 
+    def is_published(self, checkpoint: str) -> bool:
+        """Whether the checkpoint's manifest is here, readable or not."""
+        with contextlib.suppress(NotFound):
+            folder = self._folder(layout.vm_of(checkpoint), checkpoint)
+            return (folder / layout.MANIFEST).exists()
+        return False
+
     def get(self, checkpoint: str) -> Manifest:
         """The manifest of a checkpoint.
 
@@ -290,10 +297,8 @@ class Store:
             return Listed(checkpoint, vm, None, str(error))
 
     def _require_published(self, checkpoint: str) -> Path:
-        with contextlib.suppress(NotFound):
-            folder = self._folder(layout.vm_of(checkpoint), checkpoint)
-            if (folder / layout.MANIFEST).exists():
-                return folder
+        if self.is_published(checkpoint):
+            return self._folder(layout.vm_of(checkpoint), checkpoint)
         known = [name for vm in self._vms() for name in self._published(vm)]
         near = difflib.get_close_matches(checkpoint, known, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `dcres checkpoints`"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dcres.errors import StorageError
 from dcres.linux.files import aligned_buffer
 from dcres.model.pages import PAGE_SIZE, Extents, Pages, count_pages, pages_of_extents
 from dcres.storage.bulk import WIDEST_GAP, page_sums
@@ -146,10 +147,13 @@ class Transfer:
         A few pages get one: each costs a buffer that has to be cleared, and the rounds of a live
         checkpoint are many and short. The first error, in the order of `extents`, stops all
         threads and is raised. `progress` gets the number of pages done since its last call, never
-        concurrently.
+        concurrently. When this returns, every page has been put.
         """
-        most = -(-count_pages(extents) // BATCH_PAGES)
-        _Crew(self, batches(extents, self.reach), progress).work(min(threads, most))
+        pages = count_pages(extents)
+        crew = _Crew(self, batches(extents, self.reach), progress)
+        moved = crew.work(min(threads, -(-pages // BATCH_PAGES)))
+        if moved != pages:  # it would pass for done, and what is stored would be older
+            raise StorageError(f"{moved} of {pages} pages were moved, and nothing says why")
 
     def step(self, extents: Extents, buffer: memoryview) -> int:
         """Move one batch through `buffer`; returns its number of pages."""
@@ -170,9 +174,11 @@ class _Crew:
         self._progress = progress
         self._lock = threading.Lock()
         self._failures: list[tuple[int, BaseException]] = []
+        self._moved = 0
         self._stop = False
 
-    def work(self, threads: int) -> None:
+    def work(self, threads: int) -> int:
+        """Pages moved. Raises the first error."""
         crew = [threading.Thread(target=self._member, daemon=True) for _ in range(threads)]
         try:
             for thread in crew:
@@ -188,23 +194,27 @@ class _Crew:
         # the first bad place of the file, however the threads were scheduled.
         if self._failures:
             raise min(self._failures, key=lambda failure: failure[0])[1]
+        return self._moved
 
     def _member(self) -> None:
-        # Not closed by hand: the traceback of an error may still hold a view of it.
-        buffer = memoryview(aligned_buffer(WIDEST_BATCH * PAGE_SIZE))
-        while (extents := self._take()) is not None:
-            try:
+        place = 0
+        try:
+            # Not closed by hand: the traceback of an error may still hold a view of it.
+            buffer = memoryview(aligned_buffer(WIDEST_BATCH * PAGE_SIZE))
+            while (extents := self._take()) is not None:
+                place = int(extents[0, 0])
                 self._report(self._transfer.step(extents, buffer))
-            except BaseException as error:
-                self._fail(int(extents[0, 0]), error)
+        except BaseException as error:  # whatever it is, it must not end this thread unseen
+            self._fail(place, error)
 
     def _take(self) -> Extents | None:
         with self._lock:
             return None if self._stop else next(self._queue, None)
 
     def _report(self, pages: int) -> None:
-        if self._progress is not None:
-            with self._lock:
+        with self._lock:
+            self._moved += pages
+            if self._progress is not None:
                 self._progress(pages)
 
     def _fail(self, page: int, error: BaseException) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.errors import PagesLost
+from dcres.errors import PagesLost, PagingError
 from dcres.linux import files, inject
 from dcres.linux.pagemap import WriteTracker
 from dcres.model import wire
@@ -91,6 +91,24 @@ def with_deadline(predicate: object, timeout_s: float) -> None:
         until(predicate, timeout_s, "movement")
     except AssertionError:
         return
+
+
+def test_nothing_is_frozen_while_a_sub_host_is_away(paged: Rig) -> None:
+    """What it holds is not known to agree with the table; the VM stands still, so not for long."""
+    paged.writer.ask("fill")
+    until(lambda: paged.status()["leaving"] == 0, 30, "page-out has come to rest")
+    paged.kill("sub0")
+    until(lambda: paged.status()["links"]["sub0"]["state"] != "ready", 10, "the link is down")
+    began = time.monotonic()
+    with pytest.raises(PagingError, match="the link to sub0 is down"):
+        paged.order("freeze")
+    assert time.monotonic() - began < 5
+    assert paged.status()["state"] == "running"
+    paged.order("thaw")
+    paged.start_server(0)
+    assert paged.order("freeze")["tick"] > 0  # it waits until the link is there again
+    assert paged.status()["state"] == "frozen"
+    paged.order("thaw")
 
 
 def test_the_main_host_keeps_its_share(paged: Rig) -> None:

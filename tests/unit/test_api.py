@@ -20,7 +20,6 @@ from dcres.actors import local_cluster
 from dcres.actors.local_cluster import LocalCluster
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
-from dcres.api.interrupt import interrupt_on_signals, uninterrupted
 from dcres.api.operation import HostProgress, OperationProgress, attend
 from dcres.api.session import Session, catalogue_of, open_catalogue
 from dcres.api.show import progress_bars
@@ -29,6 +28,7 @@ from dcres.api.vm import Checkpoint, Vm
 from dcres.config import VmSpec
 from dcres.demo import Life, Story, layout_for
 from dcres.errors import ActorGone, ClusterError, ConfigError, Conflict, NotFound, VmLost
+from dcres.linux.interrupt import interrupt_on_signals, uninterrupted
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store

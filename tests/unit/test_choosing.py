@@ -194,6 +194,17 @@ class TestChoosingHosts:
         assert choose_hosts(session, manifest, Wish()).hosts == ("a",)
         assert session.called == ["stop", "retire"]
 
+    def test_a_wish_that_cannot_be_leaves_a_lost_vm_alone(
+        self, manifest: Manifest, two_hosts: list[Seen], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_ray, "hosts", lambda: [each.info for each in two_hosts])
+        session = session_with("lost")
+        with pytest.raises(NotFound, match="no host typo in the cluster; it has a, b"):
+            choose_hosts(session, manifest, Wish(count=1, names=("typo",)))
+        with pytest.raises(ConfigError):
+            choose_hosts(session, manifest, Wish(Layout(main=HALF)))
+        assert session.called == []
+
     def test_somebody_else_was_faster(self, manifest: Manifest, two_hosts: list[Seen]) -> None:
         with pytest.raises(Conflict, match="VM demo is starting"):
             choose_hosts(session_with("absent", "starting"), manifest, Wish(count=3))

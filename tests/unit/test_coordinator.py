@@ -193,7 +193,12 @@ class FakeMain(FakeHost):
     def status(self) -> dict[str, Any]:
         self.world.note(self.host, "status")
         moving = self.world.moving
-        state = {"state": "running", "lost_why": "", "moving": moving}
+        state = {
+            "state": "frozen" if self.world.frozen else "running",
+            "run_state": "paused" if self.world.frozen else "running",
+            "lost_why": "",
+            "moving": moving,
+        }
         return {"host": self.host, "role": "main", **state}
 
     def settle_moves(self) -> None:
@@ -511,6 +516,8 @@ def test_a_checkpoint_that_fails_resumes_and_discards(
         started.checkpoint("stop")
     host = step.partition(".")[0]
     ends = [each for each in world.done if each.endswith((".halt", ".abandon"))]
+    if step == "h0.publish":  # the main host ends that first, to know whether it was published
+        assert ends.pop(0) == "h0.halt"
     assert [each.partition(".")[2] for each in ends] == ["halt"] * 3 + ["abandon"] * 3
     if step in ("h0.finish", "h0.stage", "h1.stage"):  # else it was resumed already, or not stopped
         assert world.done.index("h0.halt") < world.done.index("h0.resume")
@@ -550,6 +557,43 @@ def test_a_vm_that_cannot_go_on_is_not_said_to_go_on(started: Coordinator, world
     with pytest.raises(OperationFailed, match="cannot go on: QEMU has ended") as caught:
         started.checkpoint("stop")
     assert "the VM goes on" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [VmLost("QEMU does not answer"), RuntimeError("of Ray itself")])
+def test_a_vm_that_could_not_go_on_is_told_again(
+    started: Coordinator, world: World, error: Exception
+) -> None:
+    world.fail["h0.resume"] = error  # type: ignore[assignment]
+    world.hooks["h0.publish"] = lambda: world.fail.clear()
+    assert started.checkpoint("stop")["checkpoint"] in world.published
+    assert world.runs
+    assert started.status()["phase"] == "running"
+
+
+def test_a_checkpoint_whose_vm_stands_still_is_no_success(
+    started: Coordinator, world: World
+) -> None:
+    world.fail["h0.resume"] = VmLost("QEMU does not answer")
+    with pytest.raises(VmLost, match="was taken, but the VM stands still: QEMU does not answer"):
+        started.checkpoint("stop")
+    assert started.status()["phase"] == "lost"
+    world.fail.clear()
+    assert started.status()["phase"] == "running"
+    assert world.runs
+
+
+def test_a_coordinator_may_be_retired_twice(coordinator: Coordinator) -> None:
+    """Whoever asked first may have been interrupted before it ended the actor."""
+    assert coordinator.retire()
+    assert coordinator.retire()
+
+
+def test_a_publishing_that_may_be_under_way_is_halted_before_it_is_looked_for(
+    started: Coordinator, world: World
+) -> None:
+    world.lost_answers.add("h0.publish")
+    started.checkpoint("stop")
+    assert world.done.index("h0.halt") < world.done.index("h0.published")
 
 
 def test_a_checkpoint_is_published_even_if_the_answer_is_lost(

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from dcres.model.pages import (
     extents_of_pages,
     join,
 )
-from dcres.storage import bulk, placed
+from dcres.storage import bulk, placed, transfer
 from dcres.storage.bulk import stretches, write_fully
 from dcres.storage.contents import MemoryFile
 from dcres.storage.memory_file import (
@@ -656,6 +657,48 @@ def test_progress_counts_every_page_once(tmp_path: Path, memory_format: MemoryFo
     done.clear()
     verify(saved.file, done.append)
     assert sum(done) == 5000
+
+
+@both
+def test_a_thread_that_cannot_begin_is_an_error(
+    tmp_path: Path, memory_format: MemoryFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is saved again would be as it was before, and pass every check."""
+
+    def no_memory(length_bytes: int) -> NoReturn:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    mask = np.ones(PAGES, dtype=np.bool_)
+    source = memory(tmp_path / "ram", mask)
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=memory_format) as writer,
+    ):
+        writer.save(fd, extents_of_mask(mask))
+        saved = writer.seal()
+        monkeypatch.setattr(transfer, "aligned_buffer", no_memory)
+        with pytest.raises(OSError, match="no memory"):
+            verify(saved.file)
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "n", PAGES, memory_format=memory_format) as writer,
+    ):
+        with pytest.raises(OSError, match="no memory"):
+            writer.save(fd, extents_of_mask(mask))
+        with pytest.raises(StorageError, match="cannot be part of a checkpoint"):
+            writer.seal()
+
+
+def test_less_than_everything_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.arange(PAGES) % 2 == 0
+    source = memory(tmp_path / "ram", mask)
+    monkeypatch.setattr(transfer, "batches", lambda extents, reach: batches(extents[:1], reach))
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", PAGES) as writer,
+        pytest.raises(StorageError, match=f"1 of {PAGES // 2} pages were moved"),
+    ):
+        writer.save(fd, extents_of_mask(mask))
 
 
 @both
