@@ -66,6 +66,7 @@ MAX_FETCH_PAGES = 1 << 16  # so many that FETCHED fits a frame however they lie
 # start and stop of what was received, the last request's number, whether nothing waits to be sent,
 # how many pages were served, and when pages were last put in place (monotonic ns).
 START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED = range(7)
+NOT_NOW, NOW, HALF_SENT = range(3)  # values of MAY_SEND
 
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _COUNT = struct.Struct("<I")
@@ -328,7 +329,10 @@ class Decoder:
         """Start and stop of what the buffer holds; the rest is the connection's."""
 
     def receive_into(self) -> memoryview:
-        """Where to receive next; never empty. Invalidates the payloads of earlier frames."""
+        """Where to receive next; empty only if frames fill it that were not taken.
+
+        Invalidates the payloads of earlier frames.
+        """
         at = self.shared
         if at[START] == at[STOP]:
             at[START] = at[STOP] = 0

@@ -138,7 +138,8 @@ def keep_owners(attached: Attached, settings: PagerSettings, table: PageTable) -
     """
     _register(attached.uffd, attached.base, settings)
     here = present(attached.ram, table.page_count)
-    table.owners[:] = np.where(here, MAIN, NOWHERE)
+    leaving = ~here & (table.owners == LEAVING)  # of sub hosts that there were before
+    table.owners[:] = np.select([here, leaving], [MAIN, LEAVING], NOWHERE)
 
 
 def _adopt_userfaultfd(pid: int) -> Userfaultfd:

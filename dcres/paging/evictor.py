@@ -361,6 +361,14 @@ class Evictor:
             self.recalled[pages] = False  # a copy that did arrive is found when maps are compared
             self._unsent.append(np.asarray(request.extents))
 
+    def stranded(self, most: int) -> Pages:
+        """At most so many pages on their way out that no sub host is to take any more."""
+        if not self.leaving or any(link.sub.capacity_pages for link in self._links):
+            return np.empty(0, dtype=np.int64)
+        leaving = np.flatnonzero(self._table.owners == LEAVING)
+        idle = [page for page in leaving.tolist() if page not in self._in_flight]
+        return np.array(idle[:most], dtype=np.int64)
+
     def take_back(self, page: int) -> bytes:
         """The content of a leaving page that is wanted again; then call `taken_back`."""
         extents = np.array([[page, page + 1]])

@@ -73,10 +73,15 @@ class Express:
         return None if self.ready else "WELCOME"
 
     def send(self, request: Request, parts: list[wire.Part]) -> None:
-        """A request with its frame, or what of that the hot path has not sent."""
+        """A request with its frame."""
         self.unanswered.append(request)
-        if parts:
-            self._stream.send(parts)
+        self._stream.send(parts)
+
+    def asked(self, request: Request, rest: wire.Part) -> None:
+        """A request of the hot path, with what of its frame was not sent."""
+        self.unanswered.append(request)
+        if rest:
+            self._stream.finish(rest)
 
     def close(self, why: PagingError | OSError) -> None:
         """End it; `on_close` is told."""
@@ -88,10 +93,15 @@ class Express:
             return
         if frame.kind is Kind.ERROR:
             raise PagingError(str(wire.unpack_error(frame.payload, self._sub.host)))
-        request = self._answered(frame.request)
         if frame.kind is not Kind.PAGES:
             raise ProtocolError(f"{self._sub.host} answered PAGE_IN with {frame.kind.name}")
-        self._on_answer(request, frame, self._buffer_address)
+        request = self._answered(frame.request)
+        try:
+            self._on_answer(request, frame, self._buffer_address)
+        except PagingError:
+            if self._stream.open:  # it ends for it, and then the request is made again
+                self.unanswered.appendleft(request)
+            raise
 
     def _put(self, number: int, first: int, stop: int, at_ns: int) -> None:
         self._on_put(self._answered(number), first, stop, at_ns)

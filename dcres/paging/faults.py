@@ -159,6 +159,11 @@ class FaultHandler:
         self._evictor.taken_back(page)
         self.taken_back += 1
 
+    def take_back(self, pages: Pages) -> None:
+        """Pages on their way out that nobody will take: they are here again."""
+        for page in pages.tolist():
+            self._take_back(page)
+
     def _page_in(self, page: int, owner: int) -> None:
         if page in self._missed:
             return
@@ -288,12 +293,13 @@ class FaultHandler:
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Page-ins on a link that broke: ask again, when it is back, for what was missed."""
         for request in requests:
+            waiting = request.pages[self.asked[request.pages] == request.number]
             # The hot path may have put pages in place whose frame nobody reads any more. Their
             # copies are leftovers that the link releases when it is back.
-            here = request.pages[self._table.owners[request.pages] == MAIN]
+            here = waiting[self._table.owners[waiting] == MAIN]
             for first, stop in extents_of_pages(here).tolist():
                 self._is_here(first, stop, time.monotonic_ns(), brought=first in self._brought)
-            pages = np.setdiff1d(request.pages, here).tolist()
+            pages = np.setdiff1d(waiting, here).tolist()
             self.asked[pages] = 0
             self._fetching -= len(pages)
             self._brought.difference_update(pages)

@@ -16,7 +16,8 @@
  * Shared with Python: `owners` (a byte a page), `asked` (a page's request number or 0), `here`
  * (a memory server's existence map), and for each connection `shared`, six uint64: start and
  * stop of what the buffer holds, the number of the last request, whether C may send (nothing
- * waits to be sent before it), pages served, when a page was last put in place (monotonic ns).
+ * waits to be sent before it; half sent: C has begun a frame whose rest Python has to send before
+ * anything else), pages served, when a page was last put in place (monotonic ns).
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h> /* defines _GNU_SOURCE */
@@ -42,6 +43,7 @@ enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) + MAX_PAGES / 8 };
 enum { PARTS = 3 };
 enum { FILL, PUNCH, EMPTY }; /* ways to carry: file to pipe, a hole, pipe to file */
 enum { START, STOP, NUMBER, MAY_SEND, SERVED, PUT_AT, SHARED };
+enum { NOT_NOW, NOW, HALF_SENT }; /* values of MAY_SEND */
 enum { RECEIVED = 1 << 24 }; /* beside epoll's event bits: the data is in the buffer already */
 
 /* A frame that carries one run; x86-64 is little-endian as the protocol is. */
@@ -106,13 +108,13 @@ static ssize_t ask(Hot *hot, uint64_t page, int code, uint32_t *number) {
     uint32_t *asked = hot->asked.buf;
     Peer *peer = holder(hot, code);
     Frame frame;
-    if (!peer || !shared(peer)[MAY_SEND] || asked[page]) return 0;
+    if (!peer || shared(peer)[MAY_SEND] != NOW || asked[page]) return 0;
     *number = shared(peer)[NUMBER] % 0xFFFFFFFF + 1;
     put_head(&frame, PAGE_IN, *number, page, page + 1, 0);
     ssize_t sent = send(peer->fd, &frame, sizeof frame, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent <= 0) return 0;
     shared(peer)[NUMBER] = asked[page] = *number;
-    shared(peer)[MAY_SEND] = sent == sizeof frame;
+    shared(peer)[MAY_SEND] = sent == sizeof frame ? NOW : HALF_SENT;
     return sent;
 }
 
@@ -267,7 +269,7 @@ static int send_parts(int fd, struct iovec *parts, PyObject **rest) {
 static int serve(Hot *hot, Peer *peer) {
     uint64_t *at = shared(peer), pages = peer->here.len;
     Frame *asked, head;
-    while (at[MAY_SEND] && (asked = whole(peer, at[START])) &&
+    while (at[MAY_SEND] == NOW && (asked = whole(peer, at[START])) &&
            one_run(asked, PAGE_IN, pages) && asked->length == RUN) {
         uint64_t count = asked->stop - asked->first, bytes = count * PAGE;
         if (memchr((char *)peer->here.buf + asked->first, 0, count) ||
@@ -284,7 +286,7 @@ static int serve(Hot *hot, Peer *peer) {
         at[START] += HEADER + RUN;
         at[SERVED] += count;
         if (rest) {
-            at[MAY_SEND] = 0;
+            at[MAY_SEND] = HALF_SENT;
             return append(hot->told, Py_BuildValue("iN", peer->fd, rest));
         }
     }
@@ -546,7 +548,10 @@ PyMODINIT_FUNC PyInit__hot(void) {
         PyModule_AddIntConstant(made, "VERSION", VERSION) ||
         PyModule_AddIntConstant(made, "FILL", FILL) ||
         PyModule_AddIntConstant(made, "PUNCH", PUNCH) ||
-        PyModule_AddIntConstant(made, "EMPTY", EMPTY)) {
+        PyModule_AddIntConstant(made, "EMPTY", EMPTY) ||
+        PyModule_AddIntConstant(made, "NOT_NOW", NOT_NOW) ||
+        PyModule_AddIntConstant(made, "NOW", NOW) ||
+        PyModule_AddIntConstant(made, "HALF_SENT", HALF_SENT)) {
         Py_DECREF(made);
         return NULL;
     }

@@ -193,16 +193,14 @@ class Link:
     def asked(self, page: int, number: int, sent_bytes: int) -> None:
         """The hot path has asked for a page, and sent so much of the frame."""
         request = Request(number, Kind.PAGE_IN, [(page, page + 1)])
-        rest: list[Part] = []
-        if sent_bytes < wire.RUN_FRAME_BYTES:
-            frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
-            rest = [memoryview(frame)[sent_bytes:]]
+        frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
+        rest = memoryview(frame)[sent_bytes:]
         if self._usable_express is not None:
-            self._usable_express.send(request, rest)
+            self._usable_express.asked(request, rest)
             return
         self._unanswered.append(request)
         if rest and self._stream is not None:
-            self._stream.send(rest)
+            self._stream.finish(rest)
 
     def page_out(self, extents: Extents, data: list[bytes]) -> None:
         """Hand pages over; releases go first, so that the server has their room."""
@@ -322,7 +320,13 @@ class Link:
             return
         if not self._unanswered or self._unanswered[0].number != frame.request:
             raise ProtocolError(f"{self.sub.host} answered a request that was not made")
-        self._answered(self._unanswered.popleft(), frame)
+        request = self._unanswered.popleft()
+        try:
+            self._answered(request, frame)
+        except PagingError:
+            if self._stream is not None:  # the link ends for it, and then it is asked again
+                self._unanswered.appendleft(request)
+            raise
 
     def _put(self, number: int, first: int, stop: int, at_ns: int) -> None:
         """The answer of `number` is in place, and its frame gone."""

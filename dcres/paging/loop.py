@@ -13,7 +13,7 @@ import logging
 import os
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
+        self._done: deque[tuple[int, Any]] = deque()  # by the hot path; before all else
         self._told: deque[tuple[int, Any]] = deque()
         self.hot = _hot_path(self._epoll.fileno())
         """What does simple work without us, if anything."""
@@ -70,6 +71,7 @@ class Loop:
         """Forget `fd`; before it is closed."""
         del self._callbacks[fd]
         # A new connection may have its number in a moment, and must not get what is the old one's.
+        self._done = deque(each for each in self._done if each[0] != fd)
         self._told = deque(each for each in self._told if each[0] != fd)
         if self.hot is not None:
             self.hot.forget(fd)
@@ -77,24 +79,32 @@ class Loop:
 
     def turn(self, timeout_s: float) -> bool:
         """Wait, call whoever is ready, and say whether anyone was."""
-        self._told.extend(self._poll(timeout_s))
-        busy, looks = bool(self._told), 0
-        while self._told:
-            fd, events = self._told.popleft()
+        self._take(self._poll(timeout_s), only_now=False)
+        busy, looks = bool(self._done or self._told), 0
+        while waiting := self._done or self._told:
+            fd, events = waiting.popleft()
             self._callbacks[fd](events)
             looks += 1
-            # Some descriptors stay ready, such as that of a process that has ended.
-            if self._told and self.hot is not None and looks <= MOST_LOOKS:
-                self._look(self.hot)
+            if (self._done or self._told) and self.hot is not None and looks <= MOST_LOOKS:
+                # Have done what a guest waits for by now, between two calls of ours.
+                self._take(self.hot.turn(-1.0), only_now=True)
         return busy
 
-    def _look(self, hot: Hot) -> None:
-        """Have done what a guest waits for by now, between two calls of ours."""
-        more = hot.turn(-1.0)
-        # Faults before all else: their requests are sent, and count before any that we send now.
-        if more and isinstance(more[0][1], list):
-            self._told.appendleft(more.pop(0))
-        self._told.extend(more)
+    def _take(self, told: Sequence[tuple[int, Any]], *, only_now: bool) -> None:
+        """Put what was told in order.
+
+        Faults before all else: their requests are sent, and count before any that we send now.
+        Then what the hot path has taken out of a buffer, before anybody reads what comes behind
+        it there. Descriptors that are merely ready are told again in the next turn, so those of
+        a look in between (`only_now`) are passed over.
+        """
+        for fd, what in told:
+            if isinstance(what, list):
+                self._done.appendleft((fd, what))
+            elif not isinstance(what, int):
+                self._done.append((fd, what))
+            elif what == RECEIVED or not only_now:
+                self._told.append((fd, what))
 
     def close(self) -> None:
         """Close the epoll descriptor; the others are their owners'."""

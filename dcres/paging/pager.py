@@ -168,10 +168,15 @@ class Pager:
             and not self._evictor.shrinking
         ):
             return False  # its answer goes first
-        moved = self._evictor.step() or self._mover.step()
+        moved = self._evictor.step() or self._mover.step() or self._take_back_stranded()
         if not moved and self._filling and self._state is PagerState.RUNNING:
             moved = self._fill()
         return moved
+
+    def _take_back_stranded(self) -> bool:
+        pages = self._evictor.stranded(FILL_PAGES)
+        self._faults.take_back(pages)
+        return pages.size > 0
 
     def _fill(self) -> bool:
         if self._faults.bringing:
@@ -370,6 +375,8 @@ class Pager:
         for link in self._all_links:
             if link.code not in staying and (counts[link.code] or link.needed):
                 raise PagingError(f"{link.sub.host} still has pages of this VM")
+        if not staying and self._evictor.leaving:
+            raise PagingError("pages of this VM are still on their way to a sub host")
         known = {link.code: link for link in self._all_links}
         if not known and staying:
             keep_owners(self._attached, fresh, self._table)

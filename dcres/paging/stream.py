@@ -43,7 +43,7 @@ class FrameStream:
         self.buffer = mmap.mmap(-1, _BUFFER_BYTES)
         self._decoder = wire.Decoder(memoryview(self.buffer))
         self.shared = self._decoder.shared
-        self.shared[wire.MAY_SEND] = 1
+        self.shared[wire.MAY_SEND] = wire.NOW
         self._unsent: deque[Part] = deque()
         self._blocked = False  # epoll waits for room to write
         self.open = True
@@ -55,8 +55,17 @@ class FrameStream:
             return
         waiting = bool(self._unsent)
         self._unsent.extend(parts)
-        self.shared[wire.MAY_SEND] = 0
+        if self.shared[wire.MAY_SEND] == wire.HALF_SENT:
+            return  # until `finish` has the rest of what is half sent
+        self.shared[wire.MAY_SEND] = wire.NOT_NOW
         if not waiting:
+            self._flush()
+
+    def finish(self, rest: Part) -> None:
+        """Send the rest of a frame that the hot path has begun, before anything else."""
+        if self.open:
+            self._unsent.appendleft(rest)
+            self.shared[wire.MAY_SEND] = wire.NOT_NOW
             self._flush()
 
     @property
@@ -67,7 +76,7 @@ class FrameStream:
     @property
     def idle(self) -> bool:
         """Whether everything was handed to the kernel."""
-        return not self._unsent
+        return not self._unsent and self.shared[wire.MAY_SEND] != wire.HALF_SENT
 
     def close(self, why: PagingError | OSError) -> None:
         """Close the connection and tell `on_close`; the second time does nothing."""
@@ -83,7 +92,7 @@ class FrameStream:
         if isinstance(events, tuple):
             self._put(events)
         elif isinstance(events, bytes):  # the rest of an answer that the hot path has begun
-            self.send([events])
+            self.finish(events)
         elif events == RECEIVED:
             self._take_frames()
         else:
@@ -93,8 +102,12 @@ class FrameStream:
                 self._receive()
 
     def _receive(self) -> None:
+        room = self._decoder.receive_into()
+        if not room:  # the hot path has filled it with frames that nobody has taken yet
+            self._take_frames()
+            return
         try:
-            length = self._sock.recv_into(self._decoder.receive_into())
+            length = self._sock.recv_into(room)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -124,6 +137,8 @@ class FrameStream:
             self.close(error)
 
     def _flush(self) -> None:
+        if self.shared[wire.MAY_SEND] == wire.HALF_SENT:
+            return
         try:
             while self._unsent:
                 parts = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PARTS))]
@@ -135,7 +150,7 @@ class FrameStream:
         except OSError as error:
             self.close(error)
             return
-        self.shared[wire.MAY_SEND] = 1
+        self.shared[wire.MAY_SEND] = wire.NOW
         if self._blocked:
             self._loop.want(self._sock.fileno(), READ)
             self._blocked = False

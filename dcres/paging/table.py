@@ -13,9 +13,10 @@ import os
 import struct
 from enum import IntEnum
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from dcres.errors import PagingError
 from dcres.model.history import Ticks
@@ -24,6 +25,8 @@ from dcres.model.placement import Owners
 
 _MAGIC = b"DCRESTB1"
 _HEADER = struct.Struct("<8sQQQII")  # magic, pages, limit pages, pipe inode, journal state, count
+_LIMIT, _INODE = 2, 3  # of the header's words of eight bytes
+_STATE, _COUNT = 8, 9  # of those of four
 _HEADER_BYTES = PAGE_SIZE
 _JOURNAL_AT = 64
 JOURNAL_PAGES = (_HEADER_BYTES - _JOURNAL_AT) // 8
@@ -58,6 +61,8 @@ class PageTable:
         self.ticks: Ticks = np.frombuffer(self._map, np.uint32, page_count, _HEADER_BYTES)
         self.owners: Owners = np.frombuffer(self._map, np.uint8, page_count, self._owners_at)
         self._journal = np.frombuffer(self._map, np.uint64, JOURNAL_PAGES, _JOURNAL_AT)
+        self._words = np.frombuffer(self._map, np.uint64, _JOURNAL_AT // 8)
+        self._halves = np.frombuffer(self._map, np.uint32, _JOURNAL_AT // 4)
 
     @classmethod
     def create(cls, path: Path, owners: Owners, limit_pages: int) -> Self:
@@ -77,48 +82,47 @@ class PageTable:
         """The owners as bytes: a scalar look-up here costs a third of numpy's."""
         return memoryview(self._map)[self._owners_at :]
 
-    def _field(self, index: int) -> int:
-        return int(_HEADER.unpack_from(self._map)[index])
+    def _set(self, fields: npt.NDArray[np.unsignedinteger[Any]], index: int, value: int) -> None:
+        """One aligned store: whoever is killed at it leaves the old value or the new one.
 
-    def _set_field(self, index: int, value: int) -> None:
-        fields = list(_HEADER.unpack_from(self._map))
+        struct.pack_into would clear the whole header first.
+        """
         fields[index] = value
-        _HEADER.pack_into(self._map, 0, *fields)
 
     @property
     def limit_pages(self) -> int:
         """Pages that the main host may keep."""
-        return self._field(2)
+        return int(self._words[_LIMIT])
 
     @limit_pages.setter
     def limit_pages(self, value: int) -> None:
-        self._set_field(2, value)
+        self._set(self._words, _LIMIT, value)
 
     @property
     def pipe_inode(self) -> int:
         """Which pipe of QEMU's carries page-outs; 0 before it is made."""
-        return self._field(3)
+        return int(self._words[_INODE])
 
     @pipe_inode.setter
     def pipe_inode(self, value: int) -> None:
-        self._set_field(3, value)
+        self._set(self._words, _INODE, value)
 
     @property
     def journal_state(self) -> JournalState:
         """Where the batch in `journal_pages` stands."""
-        return JournalState(self._field(4))
+        return JournalState(int(self._halves[_STATE]))
 
     @journal_state.setter
     def journal_state(self, value: JournalState) -> None:
-        self._set_field(4, value)
+        self._set(self._halves, _STATE, value)
 
     @property
     def journal_pages(self) -> Pages:
         """The pages of the batch under way, ascending."""
-        return self._journal[: self._field(5)].astype(np.int64)
+        return self._journal[: int(self._halves[_COUNT])].astype(np.int64)
 
     def begin_batch(self, pages: Pages) -> None:
         """Write a batch down before it is started."""
         self._journal[: pages.size] = pages
-        self._set_field(5, pages.size)
+        self._set(self._halves, _COUNT, pages.size)
         self.journal_state = JournalState.COPYING

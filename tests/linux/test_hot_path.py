@@ -268,6 +268,8 @@ def test_both_speak_of_the_same_things() -> None:
     module = pytest.importorskip("dcres.paging._hot")
     assert (module.RECEIVED, module.VERSION) == (loop.RECEIVED, wire.VERSION)
     assert (module.FILL, module.PUNCH, module.EMPTY) == (loop.FILL, loop.PUNCH, loop.EMPTY)
+    values = (module.NOT_NOW, module.NOW, module.HALF_SENT)
+    assert values == (wire.NOT_NOW, wire.NOW, wire.HALF_SENT)
 
 
 # What is done between the system calls of a page-out
@@ -370,3 +372,42 @@ def test_what_was_not_told_of_a_connection_that_ended_is_forgotten(tmp_path: Pat
         hot.forget(gone)
         assert hot.turn(0.0) == [(left, loop.RECEIVED)]
         hot.forget(left)
+
+
+def test_an_answer_that_does_not_fit_the_socket_is_half_sent(tmp_path: Path) -> None:
+    """Then nothing is sent before its rest, which is Python's to send; see `FrameStream.finish`."""
+    if loop.HOT is None:
+        pytest.skip("not compiled")
+    count = wire.MAX_PAGES
+    data = data_of(np.array([[1, count + 1]]))  # page 0 would be one of zeros
+    with ExitStack() as stack:
+        epoll = stack.enter_context(select.epoll())
+        hot = loop.HOT(epoll.fileno())
+        store = stack.enter_context(files.opened(tmp_path / "store", os.O_RDWR | os.O_CREAT))
+        os.pwrite(store, data, PAGE_SIZE)
+        ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+        theirs.setblocking(False)
+        epoll.register(ours, select.EPOLLIN)
+        decoder = wire.Decoder(memoryview(mmap.mmap(-1, 2 << 20)))
+        decoder.shared[wire.MAY_SEND] = wire.NOW
+        here = np.ones(count + 1, dtype=np.bool_)
+        hot.server(ours.fileno(), store, decoder._buffer, decoder.shared, here, False)
+        for number in (1, 2):
+            theirs.sendall(wire.frame(Kind.PAGE_IN, number, wire.pack_run(1, count + 1)))
+        told = hot.turn(1.0)
+        assert [fd for fd, _ in told] == [ours.fileno()] * len(told)
+        ((rest,),) = [[what] for _, what in told if isinstance(what, bytes)]
+        assert decoder.shared[wire.MAY_SEND] == wire.HALF_SENT
+        begun = received(theirs)
+        assert begun
+        assert begun + rest == pages(1, 1, count + 1, bytes(count // 8) + data)
+        hot.forget(ours.fileno())
+
+
+def received(sock: socket.socket) -> bytes:
+    parts = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            parts.append(sock.recv(1 << 20))
+    return b"".join(parts)

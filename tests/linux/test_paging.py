@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import select
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import FIRST_SUB, MAIN, NOWHERE, digest, sub_code
 from dcres.model.wire import Kind
+from dcres.paging import settings as settings_
 from dcres.paging.table import PageTable
 from tests.support.paging import Rig, rig
 from tests.support.wait import until
@@ -109,6 +112,54 @@ def test_nothing_is_frozen_while_a_sub_host_is_away(paged: Rig) -> None:
     assert paged.order("freeze")["tick"] > 0  # it waits until the link is there again
     assert paged.status()["state"] == "frozen"
     paged.order("thaw")
+
+
+def test_pages_that_no_sub_host_is_to_take_any_more_come_back(
+    tmp_path: Path, writer_program: Path
+) -> None:
+    """Else no checkpoint could be taken, and a later first sub host would find holes."""
+    with rig(tmp_path, writer_program, PAGES, PAGES, (PAGES,)) as made:
+        made.writer.ask("fill")
+        os.kill(made.status("sub0")["pid"], signal.SIGSTOP)
+        made.order("resize", limit_pages=PAGES // 2)
+        until(lambda: made.status()["leaving"] > 100, 30, "pages are on their way")
+        made.kill("sub0")
+        settings_.save(of_capacity(made, 0), made.folder / "pager.json")
+        made.order("reload")
+        made.order("resize", limit_pages=PAGES)
+        until(lambda: made.status()["leaving"] == 0, 30, "they are here again")
+        made.start_server(0)
+        until(lambda: made.status()["links"]["sub0"]["state"] == "ready", 10, "the link is back")
+        made.order("resize", limit_pages=2 * PAGES)
+        until(lambda: made.status()["pages"] == [PAGES, 0], 30, "all pages are here")
+        made.order("freeze")
+        memory = np.frombuffer(made.memory(), np.uint64).reshape(PAGES, -1)
+        assert (memory[:, 0] == np.arange(PAGES)).all()
+        made.order("thaw")
+        settings_.save(replace(made.pager_settings, subs=()), made.folder / "pager.json")
+        made.order("reload")
+
+
+def of_capacity(made: Rig, pages: int) -> settings_.PagerSettings:
+    subs = tuple(replace(sub, capacity_pages=pages) for sub in made.pager_settings.subs)
+    return replace(made.pager_settings, subs=subs)
+
+
+def test_the_last_sub_host_stays_while_pages_are_on_their_way(
+    tmp_path: Path, writer_program: Path
+) -> None:
+    with rig(tmp_path, writer_program, PAGES, PAGES, (PAGES,)) as made:
+        made.writer.ask("fill")
+        os.kill(made.status("sub0")["pid"], signal.SIGSTOP)
+        made.order("resize", limit_pages=PAGES // 2)
+        until(lambda: made.status()["leaving"] > 100, 30, "pages are on their way")
+        made.kill("sub0")
+        until(lambda: made.status()["links"]["sub0"]["state"] != "ready", 10, "the link is down")
+        settings_.save(replace(made.pager_settings, subs=()), made.folder / "pager.json")
+        with pytest.raises(PagingError, match="still"):
+            made.order("reload")
+        made.start_server(0)
+        until(lambda: made.status()["leaving"] == 0, 30, "page-out has come to rest")
 
 
 def test_the_main_host_keeps_its_share(paged: Rig) -> None:

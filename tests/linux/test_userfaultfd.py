@@ -477,7 +477,7 @@ def run_until_killed(
         patched.setattr(os, "splice", killer.wrap(splice or short_splice))
         patched.setattr(os, "read", killer.wrap(os.read))
         patched.setattr(files, "punch_hole", killer.wrap(files.punch_hole))
-        patched.setattr(PageTable, "_set_field", killer.wrap(PageTable._set_field))
+        patched.setattr(PageTable, "_set", killer.wrap(PageTable._set))
         patched.setattr(outbox_module.Outbox, "_finish", killer.wrap(Outbox._finish))
         try:
             work()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dcres.paging.loop import MOST_LOOKS, Loop
+from dcres.paging.loop import MOST_LOOKS, READ, RECEIVED, Loop
 
 Told = list[tuple[int, Any]]
 
@@ -59,10 +59,42 @@ def test_faults_that_come_between_two_calls_are_told_of_next(loop: Loop, fds: li
     for fd in fds:
         loop.add(fd, lambda what, fd=fd: called.append((fd, what)))  # type: ignore[misc]
     uffd, one, other = fds
-    use(loop, Hot([(one, 1), (other, 2)], [(uffd, ["fault"]), (one, 3)]))
+    use(loop, Hot([(one, 1), (other, 2)], [(uffd, ["fault"]), (one, RECEIVED)]))
     assert loop.turn(0)
-    assert called == [(one, 1), (uffd, ["fault"]), (other, 2), (one, 3)]
+    assert called == [(one, 1), (uffd, ["fault"]), (other, 2), (one, RECEIVED)]
     assert not loop.turn(0)
+
+
+def test_what_is_out_of_a_buffer_comes_before_what_is_behind_it_there(
+    loop: Loop, fds: list[int]
+) -> None:
+    """Whoever reads a socket that was ready gets the frame behind the one that was put in place."""
+    called: Told = []
+    for fd in fds:
+        loop.add(fd, lambda what, fd=fd: called.append((fd, what)))  # type: ignore[misc]
+    uffd, one, other = fds
+    first, second, rest = (1, 0, 1, 5), (2, 1, 2, 6), b"rest"
+    use(
+        loop,
+        Hot(
+            [(other, READ), (one, READ), (one, first)],
+            [(uffd, ["fault"]), (one, READ), (one, second), (other, rest)],
+        ),
+    )
+    loop.turn(0)
+    assert called[0] == (one, first)
+    assert called[1] == (uffd, ["fault"])
+    assert called[2:] == [(one, second), (other, rest), (other, READ), (one, READ)]
+
+
+def test_what_is_merely_ready_is_left_to_the_next_turn(loop: Loop, fds: list[int]) -> None:
+    called: Told = []
+    one, other, _ = fds
+    for fd in (one, other):
+        loop.add(fd, lambda what, fd=fd: called.append((fd, what)))  # type: ignore[misc]
+    use(loop, Hot([(one, READ), (other, READ)], [(one, READ)], [(one, READ)]))
+    loop.turn(0)
+    assert called == [(one, READ), (other, READ)]
 
 
 def test_what_was_told_of_a_connection_that_is_gone_is_dropped(loop: Loop, fds: list[int]) -> None:
@@ -75,11 +107,11 @@ def test_what_was_told_of_a_connection_that_is_gone_is_dropped(loop: Loop, fds: 
 
     loop.add(one, end_the_other)
     loop.add(other, lambda what: called.append((other, what)))
-    hot = Hot([(one, 1), (other, "old"), (other, "old")], [(other, "new")])
+    hot = Hot([(one, READ), (other, READ), (other, READ)], [(other, RECEIVED)])
     use(loop, hot)
     loop.turn(0)
     loop.turn(0)
-    assert (called, hot.forgotten) == ([(other, "new")], [other])
+    assert (called, hot.forgotten) == ([(other, RECEIVED)], [other])
 
 
 def test_a_turn_ends_though_a_descriptor_stays_ready(loop: Loop, fds: list[int]) -> None:
