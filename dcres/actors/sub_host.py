@@ -134,11 +134,15 @@ class SubHost(SavingHost, PartServing):
         }
 
     def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> None:
-        """Make room for a checkpoint and track changes from now on. Raises StoreFull, Conflict."""
+        """Sweep what is unfinished, make room for a checkpoint, track changes from now on.
+
+        Raises StoreFull, Conflict.
+        """
         with self._saving:  # so that what gives the checkpoint up comes before it all or after
             self._require_wanted(checkpoint)
             self._require_serving()
             held = int(self._server.call_patiently("status")["held_pages"])
+            self._store.sweep(self._vm, keep=frozenset({checkpoint}))
             self._store.begin(self._vm, checkpoint)
             require_store_room(self._settings.store, held * PAGE_SIZE)
             self._begin_saving(checkpoint, memory_format, self._store_file, self._server)

@@ -191,7 +191,8 @@ class Store:
         for path in _folders(self.root / layout.checked_vm(vm)):
             mine = layout.is_checkpoint_of(vm, path.name) and path.name not in keep
             if mine and not (path / layout.MANIFEST).exists() and not _is_apart(path):
-                with contextlib.suppress(Conflict), _unpinned(path):
+                # Hosts that share the store may sweep at the same time.
+                with contextlib.suppress(Conflict, FileNotFoundError), _unpinned(path):
                     _remove(path)
                     swept.append(path.name)
         return swept
