@@ -14,6 +14,7 @@ from dcres.errors import ActorGone, ClusterError, DcresError, NotFound, VmLost
 
 _STATUS_TIMEOUT_S = 10.0
 _PROGRESS_TIMEOUT_S = 5.0
+_PAUSE_S = 0.05
 _LOOK_S = 1.0  # Ray notices a dead host within 1.5 s in a cluster of dcres, 14 s by default
 
 
@@ -32,6 +33,7 @@ def await_ready(port: Port, alive: Callable[[], bool], timeout_s: float) -> None
         except ClusterError:  # ActorGone among them
             if left_s <= _LOOK_S or not alive():
                 raise
+            time.sleep(_PAUSE_S)
 
 
 def describe(port: Port) -> Status:

@@ -137,6 +137,9 @@ class Host:
         shape = {"hosts": ["h0"], "reshaping": False, "moving": False}
         return {"host": "h0", "present": True, "checkpoint": None, "running": True, **shape}
 
+    def status(self) -> dict[str, object]:
+        return {"run_state": "running", "state": "running"}
+
     def picture(self, buckets: int) -> Picture:
         return placement(b"mmaa", buckets=buckets).picture
 
