@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.errors import NoRoom, StoreFull
+from dcres.errors import HostError, NoRoom, StoreFull
 from dcres.linux import files
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask, mask_of_extents
 from dcres.storage import tables
@@ -233,3 +233,21 @@ def test_data_within_extents_is_the_data_that_lies_there(
         found = files.data_extents_within(fd, asked, 300)
     expected = extents_of_mask(here & mask_of_extents(asked, 300))
     assert found.tolist() == expected.tolist()
+
+
+def test_a_folder_where_others_could_put_files_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "ram"
+    folder.mkdir(mode=0o700)
+    files.require_own(folder)
+    files.require_own(Path("/dev/shm"))  # others write there, and cannot rename what is ours
+    folder.chmod(0o770)
+    with pytest.raises(HostError, match="others may write to it"):
+        files.require_own(folder)
+    folder.chmod(0o700)
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(HostError, match="belongs to another user"):
+        files.require_own(folder)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/shm")
+    with pytest.raises(HostError):
+        files.require_own(link)

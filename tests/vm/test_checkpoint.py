@@ -128,6 +128,9 @@ def require_refused_when_late(vm: Rig, checkpoint: str) -> None:
     main.halt("vm-20260101-000000-0000")
     with pytest.raises(Conflict, match="given up"):
         main.prepare("vm-20260101-000000-0000", MemoryFormat.PACKED)
+    late = vm.store.get(checkpoint).model_copy(update={"checkpoint": "vm-20260101-000000-0000"})
+    with pytest.raises(Conflict, match="given up"):
+        main.publish(dumps(late))
     assert vm.coordinator.status()["hosts"][0]["run_state"] == "running"
     await_checks(vm.console)
 
