@@ -18,7 +18,6 @@ from typing import Self
 import numpy as np
 
 from dcres.errors import NoRoom
-from dcres.linux.files import opened
 from dcres.model.pages import Extents, Pages, extents_of_pages
 
 
@@ -28,30 +27,22 @@ class ChangeMap:
     def __init__(self, path: Path, page_count: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, page_count)
+            # To touch a hole of a full tmpfs in a mapping is SIGBUS, for whoever marks as well.
+            os.posix_fallocate(fd, 0, page_count)
             self._map = mmap.mmap(fd, page_count)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise NoRoom(f"{path.parent} is full: no room to mark what changes") from None
         finally:
             os.close(fd)
         self._marks = np.frombuffer(self._map, dtype=np.bool_)
 
     @classmethod
     def fresh(cls, path: Path, page_count: int) -> Self:
-        """A new file without marks in place of any that is there. Raises NoRoom.
-
-        All of it is allocated: to touch a hole of a full tmpfs in a mapping is SIGBUS, for the
-        process that marks as well.
-        """
+        """A new file without marks in place of any that is there. Raises NoRoom."""
         path.unlink(missing_ok=True)
-        made = cls(path, page_count)
-        with opened(path, os.O_RDWR) as fd:
-            try:
-                os.posix_fallocate(fd, 0, page_count)
-            except OSError as error:
-                path.unlink()
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise NoRoom(f"{path.parent} is full: no room to mark what changes") from None
-        return made
+        return cls(path, page_count)
 
     def mark(self, first: int, stop: int) -> None:
         """Pages ``[first, stop)`` have just changed."""

@@ -15,6 +15,7 @@ import pytest
 from dcres.errors import HostError, NoRoom, StoreFull
 from dcres.linux import files
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask, mask_of_extents
+from dcres.paging.changes import ChangeMap
 from dcres.storage import tables
 from dcres.storage.atomic import write_durably
 from dcres.storage.memory_file import MemoryFileWriter, load
@@ -251,3 +252,11 @@ def test_a_folder_where_others_could_put_files_is_refused(tmp_path: Path) -> Non
     link.symlink_to("/dev/shm")
     with pytest.raises(HostError):
         files.require_own(link)
+
+
+def test_marks_are_allocated_before_anybody_sets_one(small: Path) -> None:
+    """A hole of a full tmpfs that is touched in a mapping ends the process (SIGBUS)."""
+    ChangeMap.fresh(small / "changes", 1 << 20)
+    assert (small / "changes").stat().st_blocks * 512 >= 1 << 20
+    with pytest.raises(NoRoom, match="no room to mark what changes"):
+        ChangeMap.fresh(small / "changes", 1 << 24)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,16 +115,23 @@ def test_nothing_is_frozen_while_a_sub_host_is_away(paged: Rig) -> None:
     paged.order("thaw")
 
 
-def test_pages_that_no_sub_host_is_to_take_any_more_come_back(
-    tmp_path: Path, writer_program: Path
-) -> None:
-    """Else no checkpoint could be taken, and a later first sub host would find holes."""
-    with rig(tmp_path, writer_program, PAGES, PAGES, (PAGES,)) as made:
+@contextmanager
+def stuck_half_way(folder: Path, writer_program: Path) -> Iterator[Rig]:
+    """Pages are on their way to the only sub host, which has died."""
+    with rig(folder, writer_program, PAGES, PAGES, (PAGES,)) as made:
         made.writer.ask("fill")
         os.kill(made.status("sub0")["pid"], signal.SIGSTOP)
         made.order("resize", limit_pages=PAGES // 2)
         until(lambda: made.status()["leaving"] > 100, 30, "pages are on their way")
         made.kill("sub0")
+        yield made
+
+
+def test_pages_that_no_sub_host_is_to_take_any_more_come_back(
+    tmp_path: Path, writer_program: Path
+) -> None:
+    """Else no checkpoint could be taken, and a later first sub host would find holes."""
+    with stuck_half_way(tmp_path, writer_program) as made:
         settings_.save(of_capacity(made, 0), made.folder / "pager.json")
         made.order("reload")
         made.order("resize", limit_pages=PAGES)
@@ -148,12 +156,7 @@ def of_capacity(made: Rig, pages: int) -> settings_.PagerSettings:
 def test_the_last_sub_host_stays_while_pages_are_on_their_way(
     tmp_path: Path, writer_program: Path
 ) -> None:
-    with rig(tmp_path, writer_program, PAGES, PAGES, (PAGES,)) as made:
-        made.writer.ask("fill")
-        os.kill(made.status("sub0")["pid"], signal.SIGSTOP)
-        made.order("resize", limit_pages=PAGES // 2)
-        until(lambda: made.status()["leaving"] > 100, 30, "pages are on their way")
-        made.kill("sub0")
+    with stuck_half_way(tmp_path, writer_program) as made:
         until(lambda: made.status()["links"]["sub0"]["state"] != "ready", 10, "the link is down")
         settings_.save(replace(made.pager_settings, subs=()), made.folder / "pager.json")
         with pytest.raises(PagingError, match="still"):

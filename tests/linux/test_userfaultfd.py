@@ -54,13 +54,6 @@ class Target:
 
 
 @pytest.fixture
-def ram_path() -> Iterator[Path]:
-    path = Path(f"/dev/shm/dcres-test-{os.getpid()}.ram")
-    yield path
-    path.unlink(missing_ok=True)
-
-
-@pytest.fixture
 def target(ram_path: Path, writer_program: Path) -> Iterator[Target]:
     """Every page of it is missing."""
     writer = Writer(writer_program, ram_path, PAGES)

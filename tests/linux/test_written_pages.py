@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +22,6 @@ pytestmark = pytest.mark.linux
 
 PAGES = 4096
 REGIONS = 1500  # three times as many as the kernel hands over at once
-
-
-@pytest.fixture
-def ram_path() -> Iterator[Path]:
-    path = Path(f"/dev/shm/dcres-test-{os.getpid()}.ram")
-    yield path
-    path.unlink(missing_ok=True)
 
 
 @pytest.fixture
