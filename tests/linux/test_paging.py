@@ -117,8 +117,8 @@ def test_nothing_is_frozen_while_a_sub_host_is_away(paged: Rig) -> None:
 
 @contextmanager
 def stuck_half_way(folder: Path, writer_program: Path) -> Iterator[Rig]:
-    """Pages are on their way to the only sub host, which has died."""
-    with rig(folder, writer_program, PAGES, PAGES, (PAGES,)) as made:
+    """Pages are on their way to the only sub host, which has died and holds none."""
+    with rig(folder, writer_program, PAGES, 2 * PAGES, (PAGES,)) as made:
         made.writer.ask("fill")
         os.kill(made.status("sub0")["pid"], signal.SIGSTOP)
         made.order("resize", limit_pages=PAGES // 2)
@@ -159,7 +159,7 @@ def test_the_last_sub_host_stays_while_pages_are_on_their_way(
     with stuck_half_way(tmp_path, writer_program) as made:
         until(lambda: made.status()["links"]["sub0"]["state"] != "ready", 10, "the link is down")
         settings_.save(replace(made.pager_settings, subs=()), made.folder / "pager.json")
-        with pytest.raises(PagingError, match="still"):
+        with pytest.raises(PagingError, match="still on their way"):
             made.order("reload")
         made.start_server(0)
         until(lambda: made.status()["leaving"] == 0, 30, "page-out has come to rest")
