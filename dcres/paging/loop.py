@@ -85,8 +85,9 @@ class Loop:
             fd, events = waiting.popleft()
             self._callbacks[fd](events)
             looks += 1
+            # Have done what a guest waits for by now, between two calls of ours. Not for ever: much
+            # is done only between two turns.
             if (self._done or self._told) and self.hot is not None and looks <= MOST_LOOKS:
-                # Have done what a guest waits for by now, between two calls of ours.
                 self._take(self.hot.turn(-1.0), only_now=True)
         return busy
 
