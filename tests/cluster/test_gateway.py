@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -252,6 +253,21 @@ class TestErrors:
             "bad": NoRoom,
             "late": ClusterError,
         }
+
+
+class TestSpares:
+    def test_the_next_actor_takes_a_process_that_is_there(self, unique: str) -> None:
+        taken = 0
+        for at in range(8):
+            before = set(os.listdir("/proc"))
+            taken += str(start(f"{unique}:{at}").pid()) in before
+            if taken == 2:  # Ray may have started one by itself for the cluster's first driver
+                return
+            time.sleep(1)
+        pytest.fail("no actor found a process waiting for it")
+
+    def test_it_has_imported_what_actors_need(self, unique: str) -> None:
+        assert start(f"{unique}:a").call("has_imported", "dcres.actors.main_host")
 
 
 class TestDeaths:

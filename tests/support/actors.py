@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +34,9 @@ class Probe:
 
     def where(self) -> tuple[str | None, str]:
         return gateway.current_actor_name(), gateway.own_node_address()
+
+    def has_imported(self, module: str) -> bool:
+        return module in sys.modules
 
     def hold(self, seconds: float) -> None:
         """Keep a call under way: the waiting itself is what is tested."""

@@ -12,15 +12,16 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from dcres.actors._ray import spares
 from dcres.actors._ray.actors import ActorPort
-from dcres.actors._ray.connection import NAMESPACE
+from dcres.actors._ray.connection import NAMESPACE, current_actor_name
 from dcres.actors._ray.nodes import hosts
 from dcres.actors._ray.reservations import Reservation, group_named
 from dcres.actors.room import host_named
 from dcres.errors import Conflict
 
 _THREADS = 16
-_HEAD_RESOURCE = {"node:__internal_head__": 0.001}
+_HEAD = "node:__internal_head__"
 
 
 def spawn(
@@ -40,13 +41,7 @@ def spawn(
     most once. Returns before the constructor has run; see `ActorPort.wait_ready`. Raises
     Conflict if the name is taken, NotFound for a host that is not there.
     """
-    placement: dict[str, Any] = {"resources": _HEAD_RESOURCE}
-    if reservation is not None:
-        group = group_named(reservation.name)
-        placement = {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle)}
-    elif on_host is not None:
-        node_id = host_named(on_host, hosts()).node_id
-        placement = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+    node_id, placement = _place(reservation, bundle, on_host)
     remote = ray.remote(num_cpus=0)(cls).options(
         name=actor_name,
         namespace=NAMESPACE,
@@ -57,7 +52,26 @@ def spawn(
         **placement,
     )
     try:
-        remote.remote(*args)
+        actor = remote.remote(*args)
     except (ValueError, ray.exceptions.ActorAlreadyExistsError) as error:
         raise Conflict(f"an actor {actor_name} exists already; stop it first") from error
+    if current_actor_name() is None:  # a command or a notebook, which may end before long
+        actor.__ray_call__.remote(spares.order_from, node_id)
+    else:
+        spares.order_soon(node_id)
     return ActorPort(actor_name)
+
+
+def _place(
+    reservation: Reservation | None, bundle: int, on_host: str | None
+) -> tuple[str, dict[str, Any]]:
+    """The id of the node that an actor will run on, and the options that say so."""
+    if reservation is not None:
+        strategy: Any = PlacementGroupSchedulingStrategy(group_named(reservation.name), bundle)
+        return reservation.node_id_of(bundle), {"scheduling_strategy": strategy}
+    if on_host is not None:
+        node_id = host_named(on_host, hosts()).node_id
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        return node_id, {"scheduling_strategy": strategy}
+    head = next(node for node in ray.nodes() if _HEAD in node["Resources"])
+    return head["NodeID"], {"resources": {_HEAD: 0.001}}

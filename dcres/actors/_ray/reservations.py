@@ -30,9 +30,13 @@ class Reservation:
 
     name: str
 
+    def node_id_of(self, bundle: int) -> str:
+        """The Ray node that bundle `bundle` lies on now; "" for none."""
+        return str(self._table()["bundles_to_node_id"].get(bundle, ""))
+
     def host_of(self, bundle: int) -> str:
         """The host that bundle `bundle` lies on now. Raises NotFound if its host is dead."""
-        node_id = self._table()["bundles_to_node_id"].get(bundle)
+        node_id = self.node_id_of(bundle)
         for host in nodes.hosts():
             if host.node_id == node_id and host.alive:
                 return host.name
