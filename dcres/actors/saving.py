@@ -45,7 +45,7 @@ from dcres.paging.changes import ChangeMap
 from dcres.storage.layout import MEMORY_FILES
 from dcres.storage.manifest import FileSum
 from dcres.storage.memory_file import (
-    THREADS,
+    SAVING_THREADS,
     MemoryFileWriter,
     SavedMemory,
     read_into_memory,
@@ -76,7 +76,7 @@ def beside_guest() -> int:
     With two processors, one thread took an eighth longer than four, and a busy guest lost three
     tenths of its throughput rather than four (docs/decisions/missed-aims.md).
     """
-    return min(THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+    return min(SAVING_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 class PartSaver:

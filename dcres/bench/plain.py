@@ -1,8 +1,8 @@
 """A plain file of a host's pages, one after the other: the yardstick for the memory formats.
 
 No checksums, no index and no second save of a page: what it takes at least to bring pages from
-tmpfs to the disk and back. It uses the disk as the formats do (O_DIRECT in pieces of 4 MiB from
-four threads, blocks taken at once, reads through small gaps) and shares no code with them.
+tmpfs to the disk and back. It uses the disk as the formats do (O_DIRECT in pieces of 4 MiB, by as
+many threads, blocks taken at once, reads through small gaps) and shares no code with them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dcres.errors import StorageError
 from dcres.linux.files import aligned_buffer, allocate, open_direct
 from dcres.model.pages import PAGE_SIZE, Pages
 
-THREADS = 4
+_SAVING_THREADS, _LOADING_THREADS = 8, 4
 _PIECE_PAGES = 1024
 _WIDEST_PAGES = 4096
 
@@ -35,7 +35,7 @@ def save(path: Path, ram_fd: int, pages: Pages) -> None:
             _gather(ram_fd, piece, wide, some)
             _whole(os.pwrite(fd, piece, at * PAGE_SIZE), piece)
 
-        _in_pieces(pages, move)
+        _in_pieces(pages, move, _SAVING_THREADS)
         os.fsync(fd)
         _sync_folder(path.parent)
     finally:
@@ -55,7 +55,7 @@ def load(path: Path, ram_fd: int, pages: Pages) -> None:
                 run = piece[low * PAGE_SIZE : high * PAGE_SIZE]
                 _whole(os.pwrite(ram_fd, run, int(some[low]) * PAGE_SIZE), run)
 
-        _in_pieces(pages, move)
+        _in_pieces(pages, move, _LOADING_THREADS)
     finally:
         os.close(fd)
 
@@ -90,8 +90,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _in_pieces(pages: Pages, move: Move) -> None:
-    """Call ``move(piece, wide, at, pages)`` for every piece, from `THREADS` threads."""
+def _in_pieces(pages: Pages, move: Move, threads: int) -> None:
+    """Call ``move(piece, wide, at, pages)`` for every piece, from so many threads."""
     starts = iter(range(0, len(pages), _PIECE_PAGES))
     turn = threading.Lock()
     failures: list[BaseException] = []
@@ -110,10 +110,10 @@ def _in_pieces(pages: Pages, move: Move) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(THREADS)]
-    for thread in threads:
+    crew = [threading.Thread(target=work) for _ in range(threads)]
+    for thread in crew:
         thread.start()
-    for thread in threads:
+    for thread in crew:
         thread.join()
     if failures:
         raise failures[0]

@@ -63,7 +63,9 @@ from dcres.storage.transfer import (
 
 Write = Callable[[memoryview, Pages, Pages], None]  # data, its pages, their slots in it
 
-THREADS = 4  # while some wait for the disk, others read or compute
+# While some wait for the disk, others read or compute. A save waits for the disk only, and with
+# twice the threads is 6 % faster (1,900 to 2,010 MB/s here); a load waits for tmpfs, and is not.
+SAVING_THREADS, LOADING_THREADS = 8, 4
 _PLACES: dict[MemoryFormat, Callable[[PageFile, int], Placed]] = {
     MemoryFormat.SPARSE: SparsePlaces,
     MemoryFormat.PACKED: PackedPlaces,
@@ -130,7 +132,7 @@ class MemoryFileWriter:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def save(self, source_fd: int, extents: Extents, threads: int = THREADS) -> None:
+    def save(self, source_fd: int, extents: Extents, threads: int = SAVING_THREADS) -> None:
         """Copy `extents` from their places in `source_fd`; pages saved before are replaced.
 
         The checksum is taken from the copy, so a page that the guest writes meanwhile is saved
@@ -161,7 +163,7 @@ class MemoryFileWriter:
         if len(extents):
             self._staged.append((extents, read_into_memory(source_fd, extents)))
 
-    def settle(self, threads: int = THREADS) -> None:
+    def settle(self, threads: int = SAVING_THREADS) -> None:
         """Save what was staged, oldest first. Raises StoreFull, OSError."""
         self._require_unsealed()
         self._whole = False
@@ -290,7 +292,7 @@ def load(
     memory: MemoryFile,
     target_fd: int,
     progress: Progress | None = None,
-    threads: int = THREADS,
+    threads: int = LOADING_THREADS,
     wanted: Mask | None = None,
 ) -> int:
     """Copy the pages of `memory` to their places in `target_fd`.
@@ -317,7 +319,9 @@ def load(
     return _read_pages(memory, write, progress, threads, wanted)
 
 
-def verify(memory: MemoryFile, progress: Progress | None = None, threads: int = THREADS) -> int:
+def verify(
+    memory: MemoryFile, progress: Progress | None = None, threads: int = LOADING_THREADS
+) -> int:
     """Check all that `load` checks, and write nothing. Raises CheckpointCorrupt."""
     return _read_pages(memory, lambda data, pages, slots: None, progress, threads, None)
 
