@@ -147,7 +147,7 @@ class Checkpointing:
             case Instruction.JUDGE:
                 self._judge()
             case Instruction.SYNCHRONISE:
-                self._tell(subject.hosts, self._synchronise)
+                self._synchronise_all()
             case Instruction.FINISH:
                 self._tell(subject.hosts[:1], self._finish)
             case Instruction.STAGE:
@@ -198,11 +198,22 @@ class Checkpointing:
         log.info("checkpoint %s, round %d: %s", self.checkpoint, len(self.rounds), self.judgement)
         self._events.put(AnotherRound() if self.judgement.go_on else Converged())
 
-    def _synchronise(self, host: str) -> Barrier:
-        # Hosts that were done early have gathered changes since. Where rounds do not help, not.
-        once_more = self.judgement is not None and self.judgement.verdict is Verdict.FITS
+    def _synchronise_all(self) -> None:
+        once_more = self._rounds_help and len(self.rounds) < self._target.max_rounds
+        if once_more:
+            self.rounds.append({})
+        self._tell(self._subject.hosts, partial(self._synchronise, once_more))
+
+    @property
+    def _rounds_help(self) -> bool:
+        """Hosts that were done early have gathered changes since; so one more, if that fitted."""
+        return self.judgement is not None and self.judgement.verdict is Verdict.FITS
+
+    def _synchronise(self, once_more: bool, host: str) -> Barrier:
         port = self._subject.ports[host]
-        port.call("synchronise", self.checkpoint, once_more, timeout_s=_SAVE_TIMEOUT_S)
+        done = port.call("synchronise", self.checkpoint, once_more, timeout_s=_SAVE_TIMEOUT_S)
+        if once_more:
+            self.rounds[-1][host] = done
         return Barrier.SYNCHRONISE
 
     @property

@@ -266,11 +266,10 @@ class SavingHost:
         with self._current(checkpoint) as saver:
             return saver.copy()
 
-    def synchronise(self, checkpoint: str, once_more: bool) -> None:
-        """The barrier before the stop, with a last quick round if `once_more`."""
+    def synchronise(self, checkpoint: str, once_more: bool) -> HostRound | None:
+        """The barrier before the stop, with a last quick round if `once_more`: what it did."""
         with self._current(checkpoint) as saver:
-            if once_more:
-                saver.copy()
+            return saver.copy() if once_more else None
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         """The VM stands still: take the rest; see `PartSaver.stage`."""

@@ -2,10 +2,10 @@
 
 ::
 
-    PREPARING ──all PREPARED──▶ COPYING ──Converged──▶ SYNCHRONISING ──all SYNCHRONISED──┐
-                  (live)         │   ▲                        ▲                          ▼
-                    │            └───┘ AnotherRound           │                     FINISHING
-                    └── (stop: no rounds) ────────────────────┘            main FINISHED │
+    PREPARING ──all PREPARED──▶ COPYING ──Converged──▶ SYNCHRONISING ──Converged───▶ FINISHING
+                  (live)         │   ▲                    ▲  │  (stop: all SYNCHRONISED)  │
+                    │            └───┴── AnotherRound ────│──┘                           │
+                    └── (stop: no rounds) ────────────────┘                main FINISHED │
                                                                                          ▼
     PUBLISHED ◀──Published── PUBLISHING ◀──all SAVED── SAVING ◀─────all STAGED─────── STAGING
                                  │                  the VM runs again
@@ -13,6 +13,9 @@
     Before PUBLISHING any failure, or a cancel, leads to ABANDONED; a manifest that cannot be
     written does, too. There HALT comes before RESUME: a host that still saves would keep the VM
     waiting. When nobody can say whether the manifest is there, nothing is discarded.
+
+A live checkpoint is judged twice: when all hosts have copied, and once more when they have
+synchronised, since a guest may begin to write in between, and would stand still for it.
 
 A vote (SAVED) is a promise: the host's part is durable, whatever becomes of the host. So a
 host that fails after its vote changes nothing, and once every vote is in there is no way back
@@ -79,7 +82,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class AnotherRound:
-    """Too much is left (see `model.live`)."""
+    """Too much is left, or again is (see `model.live`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +186,9 @@ class Commit:
             case Cancelled(why):
                 return self._cancelled(why)
             case AnotherRound():
-                return self._judged(Phase.COPYING, Instruction.COPY)
+                return self._another_round()
             case Converged():
-                return self._judged(Phase.SYNCHRONISING, Instruction.SYNCHRONISE)
+                return self._converged()
             case Published():
                 return replace(self, phase=Phase.PUBLISHED), []
             case PublishFailed(why):
@@ -209,6 +212,8 @@ class Commit:
                 return self._enter(Phase.SYNCHRONISING, self.hosts, Instruction.SYNCHRONISE)
             case Phase.COPYING:
                 return self, [Instruction.JUDGE]
+            case Phase.SYNCHRONISING if self.live:
+                return self, [Instruction.JUDGE]
             case Phase.SYNCHRONISING:
                 return self._enter(Phase.FINISHING, {self.main}, Instruction.FINISH)
             case Phase.FINISHING:
@@ -223,10 +228,22 @@ class Commit:
     ) -> tuple[Commit, list[Instruction]]:
         return replace(self, phase=phase, waiting=frozenset(waiting)), list(instructions)
 
-    def _judged(self, phase: Phase, instruction: Instruction) -> tuple[Commit, list[Instruction]]:
-        if self.phase is not Phase.COPYING or self.waiting:
+    @property
+    def _is_judged(self) -> bool:
+        """Whether a judgement is due: all hosts have done what it is about."""
+        return self.phase in (Phase.COPYING, Phase.SYNCHRONISING) and not self.waiting
+
+    def _another_round(self) -> tuple[Commit, list[Instruction]]:
+        if not self._is_judged:
             return self, []
-        return self._enter(phase, self.hosts, instruction)
+        return self._enter(Phase.COPYING, self.hosts, Instruction.COPY)
+
+    def _converged(self) -> tuple[Commit, list[Instruction]]:
+        if not self._is_judged:
+            return self, []
+        if self.phase is Phase.COPYING:
+            return self._enter(Phase.SYNCHRONISING, self.hosts, Instruction.SYNCHRONISE)
+        return self._enter(Phase.FINISHING, {self.main}, Instruction.FINISH)
 
     def _failed(self, host: str, why: str) -> tuple[Commit, list[Instruction]]:
         voted = self.phase is Phase.SAVING and host not in self.waiting

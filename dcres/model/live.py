@@ -1,8 +1,8 @@
 """When a live checkpoint has saved enough to stop the VM: pure arithmetic over its rounds.
 
 A round saves what was marked, while the guest runs and marks more. When the pages that are
-left fit the downtime target, or when more rounds would not help, the hosts synchronise and
-the VM is stopped for the rest.
+left fit the downtime target, or when more rounds would not help, the hosts synchronise, with
+a last round if they fitted, and the VM is stopped for the rest, if that still fits.
 """
 
 from __future__ import annotations
@@ -82,10 +82,18 @@ def judge(target: Target, rounds: Sequence[Mapping[str, HostRound]]) -> Judgemen
         return Judgement(Verdict.FITS, estimate)
     if len(rounds) >= target.max_rounds:
         return Judgement(Verdict.BOUND, estimate)
-    if len(rounds) >= 2 and _left(rounds[-1]) > STALLED_SHRINK * _left(rounds[-2]):
+    if len(rounds) >= 2 and _has_stalled(target, rounds[-2], rounds[-1]):
         hopeless = target.fixed_s > target.downtime_s
         return Judgement(Verdict.TOO_SHORT if hopeless else Verdict.STALLED, estimate)
     return Judgement(Verdict.GO_ON, estimate)
+
+
+def _has_stalled(
+    target: Target, before: Mapping[str, HostRound], now: Mapping[str, HostRound]
+) -> bool:
+    """Whether a round left about what the one before did; not if that had been little enough."""
+    fitted = estimate_downtime_s(before, target.fixed_s) <= target.downtime_s
+    return not fitted and _left(now) > STALLED_SHRINK * _left(before)
 
 
 def _left(hosts: Mapping[str, HostRound]) -> int:

@@ -83,6 +83,7 @@ class World:
     frozen: bool = False
     saved_pages: dict[str, int] = field(default_factory=dict)
     stores: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parts; default: all
+    left: list[int] = field(default_factory=list)  # pages after `synchronise`, last first
 
     def parts(self, host: str, manifest: str) -> tuple[str, ...]:
         every = tuple(part.host for part in loads(manifest, Path("manifest.json")).hosts)
@@ -145,8 +146,10 @@ class FakeHost:
         self.world.note(self.host, "copy")
         return HostRound(PAGES, 0, 0.01, 1e9)
 
-    def synchronise(self, checkpoint: str, once_more: bool) -> None:
+    def synchronise(self, checkpoint: str, once_more: bool) -> HostRound | None:
         self.world.note(self.host, "synchronise")
+        left = self.world.left.pop() if self.world.left else 0
+        return HostRound(PAGES, left, 0.01, 1e9) if once_more else None
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         self.world.note(self.host, "stage")
@@ -685,6 +688,27 @@ def test_one_operation_at_a_time(started: Coordinator, world: World) -> None:
     go_on.set()
     working.join(10)
     assert result[0]["checkpoint"] in world.published
+
+
+def test_a_guest_that_begins_to_write_is_not_stopped_yet(
+    started: Coordinator, world: World
+) -> None:
+    world.left = [0, 10**6, 0]  # by one of the hosts, when they synchronise for the first time
+    taken = started.checkpoint("live")
+    steps = [each for each in world.done if each.startswith("h0.")]
+    last = [each.partition(".")[2] for each in steps[steps.index("h0.prepare") :]]
+    assert last[:6] == ["prepare", "copy", "synchronise", "copy", "synchronise", "finish"]
+    assert taken["rounds"] == 4
+
+
+def test_a_guest_that_never_stops_writing_is_stopped(started: Coordinator, world: World) -> None:
+    world.left = [10**6] * 99
+    assert started.checkpoint("live", max_rounds=5)["rounds"] == 5
+
+
+def test_no_round_is_made_beyond_the_bound(started: Coordinator, world: World) -> None:
+    world.left = [10**6] * 99
+    assert started.checkpoint("live", max_rounds=1)["rounds"] == 1
 
 
 def test_progress_tells_what_is_left_on_each_host(started: Coordinator, world: World) -> None:

@@ -44,6 +44,12 @@ def test_a_busy_guest_does_not_make_it_endless() -> None:
     assert judge(Target(), rounds(10**6, 95 * 10**4)).verdict is Verdict.STALLED
 
 
+def test_a_guest_that_begins_to_write_gets_another_round() -> None:
+    assert judge(Target(), rounds(100, 10**5)).go_on, "rounds had helped before"
+    assert judge(Target(), rounds(100, 10**5, 10**5)).verdict is Verdict.STALLED
+    assert judge(Target(max_rounds=2), rounds(100, 10**5)).verdict is Verdict.BOUND
+
+
 def test_a_target_below_what_every_stop_takes_is_told() -> None:
     left = rounds(100, 90, 89)
     assert judge(Target(downtime_s=0.02, fixed_s=0.03), left).verdict is Verdict.TOO_SHORT
