@@ -2,16 +2,7 @@
 
 One process per VM, one thread, one event loop. It owns the network page table and answers
 QEMU's page faults; nothing else runs in it, because whatever holds the interpreter lock holds
-up the guest.
-
-::
-
-    RUNNING ──quiesce──▶ QUIET ──freeze──▶ FROZEN ──thaw──▶ RUNNING
-       │                                                  (thaw works from QUIET, too)
-       └── a page is gone ──▶ LOST: serves nothing; the guest waits and never reads zeros
-
-QUIET sends no page out and has none on the way, but answers faults: saving the VM core can
-touch guest memory. FROZEN answers none, so that placement stands still.
+up the guest. How it stops for a checkpoint is told in `dcres.paging.standstill`.
 """
 
 from __future__ import annotations
@@ -21,10 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -41,39 +29,21 @@ from dcres.paging import settings as settings_
 from dcres.paging.alone import alone
 from dcres.paging.attach import Attached, attach, keep_owners, lock_of, open_table
 from dcres.paging.changes import ChangeMap
-from dcres.paging.control import Answer, ControlServer, Reply, failure
+from dcres.paging.control import Answer, ControlServer, Reply
 from dcres.paging.evictor import NOBODY_LOOKS, Evictor
 from dcres.paging.faults import FaultHandler, HotFault
-from dcres.paging.link import Link, LinkState
+from dcres.paging.link import Link
 from dcres.paging.loop import READ, Loop
 from dcres.paging.mover import Mover
 from dcres.paging.requests import Request, Runs
 from dcres.paging.settings import PagerSettings, SubAddress
+from dcres.paging.standstill import PagerState, Standstill
 
 log = logging.getLogger("dcres.pager")
 
 TICK_S = 0.1
 IDLE_S = 0.02
 FILL_PAGES = 64
-LINK_PATIENCE_S = 2.0  # for a link that broke; the VM stands still meanwhile
-
-
-class PagerState(StrEnum):
-    """See the module's picture."""
-
-    RUNNING = "running"
-    QUIET = "quiet"
-    FROZEN = "frozen"
-    LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class _Promise:
-    """An order whose answer has to wait: `keep` answers it once it is `due`."""
-
-    due: Callable[[], bool]
-    keep: Callable[[], None]
-    reply: Reply
 
 
 class Pager:
@@ -110,13 +80,12 @@ class Pager:
         self._mover = Mover(self._table, self._faults, self._evictor)
         self._mover.set_links(self._all_links)
         self._mover.order(moves_.load(Path(settings.moves)))
-        self._state = PagerState.RUNNING
-        self._lost_why = ""
+        self._standstill = Standstill(self._faults, self._evictor, self._mover, self.tick)
+        self._standstill.set_links(self._links)
         self._filling = False
         self._tracking = ""
         self._listening = True
         self._stopping = False
-        self._promises: list[_Promise] = []
         self._pidfd = os.pidfd_open(settings.qemu_pid)
         stack.callback(os.close, self._pidfd)
         self._loop.add(self._attached.uffd.fd, self._fault_ready)
@@ -146,7 +115,7 @@ class Pager:
             idle = not self._loop.turn(0 if busy else IDLE_S)
             for link in self._all_links:
                 link.connect_if_due()
-            self._keep_promises()
+            self._standstill.keep_promises()
             busy = self._work()  # faults may be answered in it, and are told of in the next turn
             if idle and not busy:
                 self._settle()
@@ -158,10 +127,12 @@ class Pager:
 
     def _work(self) -> bool:
         """One step of what is not a fault; whether there may be more at once."""
-        if self._state not in (PagerState.RUNNING, PagerState.QUIET):
+        if not self._standstill.answers_faults:
+            self._listen(False)
             return False
         # While QUIET nothing leaves, so waiting for room would be waiting for ever.
-        self._listen(self._state is PagerState.QUIET or not self._evictor.over_limit)
+        quiet = self._standstill.state is PagerState.QUIET
+        self._listen(quiet or not self._evictor.over_limit)
         if (
             self._faults.guest_waits
             and not self._evictor.over_limit
@@ -169,7 +140,7 @@ class Pager:
         ):
             return False  # its answer goes first
         moved = self._evictor.step() or self._mover.step() or self._take_back_stranded()
-        if not moved and self._filling and self._state is PagerState.RUNNING:
+        if not moved and self._filling and self._standstill.state is PagerState.RUNNING:
             moved = self._fill()
         return moved
 
@@ -248,8 +219,7 @@ class Pager:
     def memory_lost(self, why: PagingError) -> None:
         """Stop serving for good; the guest waits."""
         log.error("the VM is lost: %s", why)
-        self._state = PagerState.LOST
-        self._lost_why = str(why)
+        self._standstill.lose(str(why))
         self._listen(False)
 
     # Orders
@@ -259,11 +229,11 @@ class Pager:
             case "status":
                 reply(self._status())
             case "quiesce":
-                self._quiesce(reply)
+                self._standstill.quiesce(reply)
             case "freeze":
-                self._freeze(reply)
+                self._standstill.freeze(reply)
             case "thaw":
-                self._thaw()
+                self._standstill.thaw()
                 reply({"ok": True})
             case "resize":
                 self._resize(int(arguments["limit_pages"]))
@@ -283,64 +253,9 @@ class Pager:
             case _:
                 raise ProtocolError(f"a pager cannot {do}")
 
-    def _require_alive(self) -> None:
-        if self._state is PagerState.LOST:
-            raise PagesLost(self._lost_why)
-
-    def _quiesce(self, reply: Reply) -> None:
-        self._require_alive()
-        self._evictor.enabled = self._mover.enabled = False
-        self._state = PagerState.QUIET
-        self._promises.append(
-            _Promise(
-                lambda: self._evictor.drained and self._mover.drained,
-                lambda: reply({"ok": True, **self._counters()}),
-                reply,
-            )
-        )
-
-    def _freeze(self, reply: Reply) -> None:
-        self._require_alive()
-
-        def settled() -> bool:
-            for link in self._links:
-                link.flush_releases()
-            return not self._faults.fetching and all(link.settled for link in self._links)
-
-        def away() -> list[str]:
-            return [each.sub.host for each in self._links if each.state is not LinkState.READY]
-
-        def freeze() -> None:
-            if missing := away():  # what they hold is not known to agree with the table
-                reply(failure(PagingError(f"the link to {', '.join(missing)} is down")))
-                return
-            self._state = PagerState.FROZEN
-            self._listen(False)
-            self._evictor.note_writes()
-            reply({"ok": True, "tick": self.tick(), **self._counters()})
-
-        def drained() -> bool:
-            return self._evictor.drained and self._mover.drained
-
-        self._evictor.enabled = self._mover.enabled = False
-        patience_until = time.monotonic() + LINK_PATIENCE_S
-
-        def due() -> bool:
-            back = not away() or time.monotonic() > patience_until
-            return drained() and settled() and back
-
-        self._promises.append(_Promise(due, freeze, reply))
-
-    def _thaw(self) -> None:
-        self._require_alive()
-        self._promises.clear()
-        self._evictor.enabled = self._mover.enabled = True
-        self._state = PagerState.RUNNING
-        self._listen(True)
-
     def _track(self, changes: Path) -> None:
         """From now on mark in `changes` what comes, goes and is written. Repeatable."""
-        self._require_alive()
+        self._standstill.require_alive()
         self._evictor.note_writes()  # what was written before is not news
         self._evictor.changes = ChangeMap(changes, self._settings.page_count)
         self._tracking = str(changes)
@@ -350,7 +265,7 @@ class Pager:
 
         A pager that was started again in the middle has missed changes, and says so.
         """
-        self._require_alive()
+        self._standstill.require_alive()
         marks = self._evictor.changes
         if changes != self._tracking or not isinstance(marks, ChangeMap):
             raise PagingError("the pager was started again and does not track this checkpoint")
@@ -358,7 +273,7 @@ class Pager:
         return marks.count()
 
     def _resize(self, limit_pages: int) -> None:
-        self._require_alive()
+        self._standstill.require_alive()
         self._filling = limit_pages > self._table.limit_pages
         self._table.limit_pages = limit_pages
         self._evictor.limit_changed()
@@ -368,7 +283,7 @@ class Pager:
 
         Raises PagingError, and changes nothing, if pages are still with a host that is to go.
         """
-        self._require_alive()
+        self._standstill.require_alive()
         fresh = settings_.load(PagerSettings, self._settings_path)
         staying = {each.code for each in (*fresh.subs, *fresh.sources)}
         counts = np.bincount(self._table.owners, minlength=256)
@@ -389,6 +304,7 @@ class Pager:
         self._evictor.set_links(self._links, owners_kept=bool(self._all_links))
         self._faults.set_links(self._all_links)
         self._mover.set_links(self._all_links)
+        self._standstill.set_links(self._links)
         self._mover.order(moves_.load(Path(fresh.moves)))
 
     def _kept_or_new(
@@ -400,24 +316,6 @@ class Pager:
         link.sub = sub
         return link
 
-    def _keep_promises(self) -> None:
-        lost = self._state is PagerState.LOST
-        for promise in [each for each in self._promises if lost or each.due()]:
-            self._promises.remove(promise)
-            if lost:
-                promise.reply(failure(PagesLost(self._lost_why)))
-            else:
-                promise.keep()
-
-    def _counters(self) -> dict[str, int]:
-        return {
-            "pages_in": self._faults.pages_in,
-            "pages_out": self._evictor.pages_out,
-            "zero_pages": self._faults.zero_pages,
-            "taken_back": self._faults.taken_back,
-            "faults": self._faults.faults,
-        }
-
     def _pages_by_host(self) -> list[int]:
         if self._all_links:
             return pages_by_host(self._table.owners, [link.code for link in self._links])
@@ -428,8 +326,8 @@ class Pager:
         samples = np.array(self._faults.latencies_ns or [0]) / 1000
         return {
             "ok": True,
-            "state": str(self._state),
-            "lost_why": self._lost_why,
+            "state": str(self._standstill.state),
+            "lost_why": self._standstill.lost_why,
             "pid": os.getpid(),
             "adopted": self._attached.adopted,
             "tracking": bool(self._tracking),
@@ -446,7 +344,7 @@ class Pager:
                 link.sub.host + (" (parts)" if link.source else ""): link.status()
                 for link in self._all_links
             },
-            **self._counters(),
+            **self._standstill.counters(),
         }
 
 
