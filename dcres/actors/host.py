@@ -24,7 +24,7 @@ from dcres.actors.messages import Progress
 from dcres.actors.prepared import Prepared
 from dcres.config import HostSettings
 from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
-from dcres.linux.files import fs_free_bytes, require_own
+from dcres.linux.files import fs_free_bytes, open_own, require_own
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
@@ -76,7 +76,7 @@ class VmFolder:
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Replace a state file (mode 0600) in one step."""
     fresh = path.with_suffix(".new")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with os.fdopen(open_own(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
         json.dump(state, file)
     fresh.rename(path)
 

@@ -35,7 +35,7 @@ from dcres.actors.slice_server import SliceSettings
 from dcres.config import HostSettings
 from dcres.errors import Conflict
 from dcres.linux import priority
-from dcres.linux.files import punch_hole
+from dcres.linux.files import open_own, punch_hole
 from dcres.model import plan as plan_
 from dcres.model.handshake import Identity
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
@@ -76,7 +76,7 @@ def load_pages(
     more. Raises CheckpointCorrupt, NoRoom, PagingError.
     """
     manifest = parse(order.manifest)
-    fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_own(target, os.O_RDWR | os.O_CREAT)
     try:
         os.ftruncate(fd, manifest.memory_bytes)
         punch_hole(fd, 0, manifest.memory_bytes)

@@ -172,10 +172,37 @@ def open_direct(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> 
     return fd, True
 
 
+def open_own(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
+    """Open a file of dcres's own to write to it; the caller closes the descriptor.
+
+    It is a file and no symbolic link: who could put one there would have us write elsewhere. Our
+    folders are private, so that this is a second lock. Raises HostError for a link, OSError.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not os.path.islink(path):
+            raise
+        raise HostError(
+            f"{path} is a symbolic link, and dcres is to write a file of its own there; see who "
+            "made it, and remove it"
+        ) from None
+
+
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> Iterator[int]:
+def opened(path: str | os.PathLike[str], flags: int) -> Iterator[int]:
     """os.open(3) that closes the descriptor in the end."""
-    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def opened_own(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> Iterator[int]:
+    """`open_own` that closes the descriptor in the end."""
+    fd = open_own(path, flags, mode)
     try:
         yield fd
     finally:
@@ -185,7 +212,7 @@ def opened(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> Itera
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive flock(2) on the file `path`, which is created and stays."""
-    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+    with opened_own(path, os.O_RDWR | os.O_CREAT) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
 
@@ -197,7 +224,7 @@ def held(path: Path, timeout_s: float) -> Iterator[None]:
     The kernel lets go of it when the process ends, however it ends.
     """
     deadline = time.monotonic() + timeout_s
-    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+    with opened_own(path, os.O_RDWR | os.O_CREAT) as fd:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcres.errors import HostError, UnsupportedHost
+from dcres.linux.files import open_own
 
 _PROC = Path("/proc")
 # The shell tells us its own pid and start time, which exec keeps; then it becomes the program.
@@ -154,7 +155,7 @@ def spawn_detached(
     path = None if env is None else env.get("PATH")
     if shutil.which(argv[0], path=path) is None:
         raise UnsupportedHost(f"{argv[0]} is not installed or not executable; run scripts/setup")
-    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    log_fd = open_own(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     stdin_fd = None
     try:
         stdin_fd = _stdin_of(stdin)

@@ -15,7 +15,7 @@ import numpy as np
 
 from dcres.errors import PagesLost, PagingError, VmLost
 from dcres.linux import inject
-from dcres.linux.files import data_extents, opened
+from dcres.linux.files import data_extents, open_own, opened
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
 from dcres.model.placement import LEAVING, MAIN, NOWHERE, recover
@@ -97,7 +97,7 @@ def attach(settings: PagerSettings, table: PageTable, stack: ExitStack) -> Attac
 
 
 def _open(path: str, stack: ExitStack) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_own(path, os.O_RDWR | os.O_CREAT)
     stack.callback(os.close, fd)
     return fd
 

@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 
 from dcres.errors import NoRoom
+from dcres.linux.files import open_own
 from dcres.model.pages import Extents, Pages, extents_of_pages
 
 
@@ -25,7 +26,7 @@ class ChangeMap:
     """The marks of one host, in a file that both sides map."""
 
     def __init__(self, path: Path, page_count: int) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             # To touch a hole of a full tmpfs in a mapping is SIGBUS, for whoever marks as well.
             os.posix_fallocate(fd, 0, page_count)

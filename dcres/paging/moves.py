@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from dcres.errors import PagingError
+from dcres.linux.files import open_own
 from dcres.model.moves import NO_MOVES, Moves
 
 
 def save(path: Path, rows: Moves) -> None:
     """Replace the orders (mode 0600) in one step."""
     fresh = path.with_suffix(".new")
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = open_own(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     with os.fdopen(fd, "wb") as file:
         file.write(np.ascontiguousarray(rows, dtype="<i8").tobytes())
     fresh.rename(path)

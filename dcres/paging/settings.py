@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from dcres.linux.files import open_own
 from dcres.model.handshake import Identity
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ class PagerSettings:
 def save(settings: Settings, path: Path) -> None:
     """Write `settings` (mode 0600, by rename: a process that starts never sees half of it)."""
     fresh = path.with_suffix(".new")
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = open_own(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     with os.fdopen(fd, "w") as file:
         json.dump(asdict(settings), file)
     fresh.rename(path)

@@ -37,7 +37,7 @@ class SubTable:
     """The pages that one sub host holds for one VM. Not for several threads."""
 
     def __init__(self, path: Path, page_count: int, capacity_pages: int) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = files.open_own(path, os.O_RDWR | os.O_CREAT)
         os.ftruncate(self._fd, page_count * PAGE_SIZE)
         self.page_count = page_count
         self.capacity_pages = capacity_pages

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dcres.errors import PagingError
+from dcres.linux.files import open_own
 from dcres.model.history import Ticks
 from dcres.model.pages import PAGE_SIZE, Pages
 from dcres.model.placement import Owners
@@ -46,7 +47,7 @@ class PageTable:
 
     def __init__(self, path: Path, page_count: int, *, writable: bool = True) -> None:
         length = _HEADER_BYTES + 5 * page_count
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        fd = open_own(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
             if os.fstat(fd).st_size != length:
                 raise PagingError(f"{path} is not the page table of {page_count} pages")
@@ -68,7 +69,7 @@ class PageTable:
     def create(cls, path: Path, owners: Owners, limit_pages: int) -> Self:
         """A new table file (mode 0600) with these owners; replaces one that is there."""
         fresh = path.with_suffix(".new")
-        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = open_own(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             os.ftruncate(fd, _HEADER_BYTES + 5 * owners.size)
             os.pwrite(fd, _HEADER.pack(_MAGIC, owners.size, limit_pages, 0, 0, 0), 0)

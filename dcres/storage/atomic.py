@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dcres.errors import StoreFull
-from dcres.linux.files import fs_free_bytes, opened
+from dcres.linux.files import fs_free_bytes, opened, opened_own
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -89,7 +89,7 @@ def write_all_durably(folder: Path, files: Mapping[str, bytes], mode: int = 0o60
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode) as fd:
+    with opened_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode) as fd:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(fd, rest) :]

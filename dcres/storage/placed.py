@@ -37,6 +37,7 @@ from dcres.linux.files import (
     allocated_bytes,
     data_extents,
     open_direct,
+    open_own,
     punch_hole,
 )
 from dcres.model.pages import (
@@ -72,7 +73,7 @@ class PageFile:
         except FileExistsError:
             raise Conflict(f"{path} exists already; discard that checkpoint first") from None
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.fd = open_own(path, os.O_RDWR)
         except BaseException:
             os.close(self._direct_fd)
             raise

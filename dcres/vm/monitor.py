@@ -30,6 +30,7 @@ from typing import Any, Self, TypeVar
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from dcres.errors import MonitorError
+from dcres.linux.files import open_own
 
 # What goes wrong is told by our exceptions; the library would print it a second time.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -238,7 +239,7 @@ class Monitor:
         state = self.status()
         if state is RunState.RUNNING:
             raise MonitorError("the VM runs; stop it before its core is saved")
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             os.fchmod(fd, 0o600)
             self._prepare_migration()

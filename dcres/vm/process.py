@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dcres.config import Accel, VmSpec, format_size
 from dcres.errors import Conflict, MonitorError, QemuFailed, VmLost
+from dcres.linux.files import open_own
 from dcres.linux.process import ProcessId, spawn_detached
 from dcres.vm.command import MACHINE, QEMU, VmFiles, qemu_command
 from dcres.vm.monitor import Monitor
@@ -93,7 +94,7 @@ def last_words(log: Path, offset_bytes: int = 0) -> str:
 def _prepare_ram(spec: VmSpec, ram: Path) -> None:
     """Make the RAM file, or accept the one that is there; QEMU would make it readable by all."""
     ram.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(ram, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_own(ram, os.O_RDWR | os.O_CREAT)
     try:
         length_bytes = os.fstat(fd).st_size
         if length_bytes == 0:
