@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from dcres.errors import HostError
+
 PAGE_SIZE = 4096
 PAGES_PER_MIB = (1 << 20) // PAGE_SIZE
 
@@ -70,8 +72,29 @@ def join(ranges: Extents) -> Extents:
     return np.stack((first, stop), axis=1)
 
 
+def are_sound(extents: Extents, page_count: int) -> bool:
+    """Whether no row is empty, overlaps, goes back, or leaves a memory of `page_count` pages.
+
+    Rows may touch. Compared and not subtracted: what a peer sends could overflow.
+    """
+    if len(extents) == 0:
+        return True
+    first, stop = extents[:, 0], extents[:, 1]
+    inside = first[0] >= 0 and stop[-1] <= page_count
+    return bool(inside and (first < stop).all() and (stop[:-1] <= first[1:]).all())
+
+
 def mask_of_extents(extents: Extents, page_count: int) -> Mask:
-    """A mask of `page_count` pages that is true inside `extents`."""
+    """A mask of `page_count` pages that is true inside `extents`.
+
+    Raises HostError unless they `are_sound`. They tell what this host has, and whoever reads a
+    mask saves, loads or forgets pages by it: pages of a mask that is wrong would be lost.
+    """
+    if not are_sound(extents, page_count):
+        raise HostError(
+            f"{len(extents)} ranges of pages are not ascending within the {page_count} pages of "
+            "a memory: somebody else changed a file of dcres, or its kernel tells nonsense"
+        )
     steps = np.zeros(page_count + 1, dtype=np.int8)
     steps[extents[:, 0]] += 1
     steps[extents[:, 1]] -= 1

@@ -48,7 +48,15 @@ from dcres.errors import (
     PagingError,
     ProtocolError,
 )
-from dcres.model.pages import EMPTY, PAGE_SIZE, Extents, Mask, count_pages, extents_of_mask
+from dcres.model.pages import (
+    EMPTY,
+    PAGE_SIZE,
+    Extents,
+    Mask,
+    are_sound,
+    count_pages,
+    extents_of_mask,
+)
 
 Part: TypeAlias = bytes | memoryview
 Shared: TypeAlias = "array[int]"
@@ -219,16 +227,10 @@ def unpack_extents(
     if count == 1:
         sane = int(flat[0]) < int(flat[1]) <= page_count
     else:
-        sane = not (flat > page_count).any() and _ascending(flat.astype(np.int64))
+        sane = are_sound(flat.astype(np.int64).reshape(-1, 2), page_count)
     if not sane:
         raise ProtocolError("a frame's extents are not ascending within the VM's memory")
     return flat.astype(np.int64).reshape(-1, 2), stop
-
-
-def _ascending(flat: Extents) -> bool:
-    """Whether extents, laid out flat, are neither empty nor overlap nor go back."""
-    steps = np.diff(flat)
-    return bool((steps[::2] > 0).all() and (steps[1::2] >= 0).all())
 
 
 def unpack_only_extents(

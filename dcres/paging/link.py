@@ -34,6 +34,7 @@ from dcres.model.pages import (
     count_pages,
     extents_of_mask,
     join,
+    pages_of_extents,
 )
 from dcres.model.wire import Endpoint, Frame, Kind, Part
 from dcres.paging.express import Express, connect
@@ -382,11 +383,14 @@ class Link:
         return self._scratch_address
 
     def _fetched(self, frame: Frame) -> None:
-        request = self._fetches.pop(frame.request, None)
+        request = self._fetches.get(frame.request)
         if request is None:
             raise ProtocolError(f"{self.sub.host} answered a fetch that was not ordered")
         stored = wire.unpack_only_extents(frame.payload, self._page_count, may_be_none=True)
         asked = cast(Extents, request.extents)
+        if not np.isin(pages_of_extents(stored), pages_of_extents(asked)).all():
+            raise ProtocolError(f"{self.sub.host} fetched pages that it was not to fetch")
+        del self._fetches[frame.request]  # now: of what a bad answer ends, the user is told
         self.held_pages -= count_pages(asked) - count_pages(stored)
         self._user.pages_fetched(self, asked, stored)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.errors import PagingError
+from dcres.errors import PagingError, ProtocolError
 from dcres.linux import network
 from dcres.model.handshake import Identity, Role
 from dcres.model.pages import PAGE_SIZE, Extents, Mask
-from dcres.model.wire import Endpoint, Kind
+from dcres.model.wire import Endpoint, Frame, Kind, pack_extents
 from dcres.paging import link as link_module
 from dcres.paging.fetcher import FetchingTable
 from dcres.paging.link import Link, LinkState
@@ -39,6 +39,7 @@ class User:
         self.unanswered: list[Kind] = []
         self.arrived: Runs = []
         self.placed: list[int] = []
+        self.fetched: list[list[int]] = []
 
     def expected(self, link: Link, first: int, count: int) -> Mask:
         return np.isin(np.arange(first, first + count), self.placed)
@@ -59,7 +60,7 @@ class User:
         self.stored += 1
 
     def pages_fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
-        raise AssertionError("nothing was to be fetched")
+        self.fetched += stored.tolist()
 
     def memory_lost(self, why: PagingError) -> None:
         raise AssertionError(str(why))
@@ -227,6 +228,23 @@ def test_what_a_link_breaks_in_sending_is_unanswered_with_the_releases_ahead(
         wire.link.fetch(wire.link.sub, np.array([[3, 4]]))
     assert wire.link.state is LinkState.DOWN
     assert wire.user.unanswered == [Kind.RELEASE, kind]
+
+
+@pytest.mark.parametrize("stored", [[[3, 5]], [[2, 4]], [[4, 6]], [[9, 9]], [[0, PAGES + 1]]])
+def test_a_host_that_fetched_what_it_was_not_to_is_not_believed(
+    patient: Wire, stored: list[list[int]]
+) -> None:
+    """The fetch is told as unanswered, so that it does not count as under way for ever."""
+    patient.turn_until(patient.ready, server=True)
+    patient.turn_until(lambda: patient.link.settled, server=True)
+    patient.link.fetch(SubAddress("h2", "127.0.0.1", 1, PAGES, 17), np.array([[3, 4], [5, 6]]))
+    (number,), stream = patient.link._fetches, patient.link._stream
+    assert stream is not None
+    packed = memoryview(pack_extents(np.array(stored)))
+    with pytest.raises(ProtocolError) as raised:
+        patient.link._frame(Frame(Kind.FETCHED, number, packed, 0))
+    stream.close(raised.value)
+    assert (patient.user.fetched, patient.user.unanswered) == ([], [Kind.FETCH])
 
 
 def test_who_answers_slowly_one_by_one_is_not_silent() -> None:

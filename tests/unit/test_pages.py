@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcres.errors import HostError
 from dcres.model import pages
 from dcres.model.pages import Extents, Mask
 
@@ -48,6 +49,32 @@ def test_mask_of_extents(mask: Mask) -> None:
     back = pages.mask_of_extents(pages.extents_of_mask(mask), len(mask))
     assert back.dtype == np.bool_
     assert back.tolist() == mask.tolist()
+
+
+UNSOUND = {
+    "zero length": [[3, 3]],
+    "zero length, not the first": [[0, 1], [5, 5]],
+    "backward": [[4, 3]],
+    "overlapping": [[0, 5], [4, 6]],
+    "twice the same": [[2, 4], [2, 4]],
+    "descending": [[4, 6], [0, 2]],
+    "beyond the end": [[0, 9]],
+    "beyond the end, not the first": [[0, 1], [7, 9]],
+    "all of it beyond": [[20, 30]],
+    "before the beginning": [[-2, 1]],
+    "so far that a difference would overflow": [[5, -(2**63)], [2**63 - 1, 8]],
+}
+
+
+@pytest.mark.parametrize("extents", UNSOUND.values(), ids=UNSOUND)
+def test_extents_that_cannot_be_make_no_mask(extents: list[list[int]]) -> None:
+    with pytest.raises(HostError, match="are not ascending within the 8 pages"):
+        pages.mask_of_extents(np.array(extents, dtype=np.int64), 8)
+
+
+def test_extents_that_touch_may_be() -> None:
+    touching = np.array([[0, 2], [2, 3], [7, 8]], dtype=np.int64)
+    assert np.flatnonzero(pages.mask_of_extents(touching, 8)).tolist() == [0, 1, 2, 7]
 
 
 @given(masks)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from dcres.errors import CheckpointCorrupt, Conflict, StorageError, StoreFull
+from dcres.errors import CheckpointCorrupt, Conflict, HostError, StorageError, StoreFull
 from dcres.linux import files
 from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
@@ -219,6 +219,25 @@ def test_discarded_pages_are_holes(tmp_path: Path) -> None:
     data = (tmp_path / "m").read_bytes()
     assert all(not any(data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) for page in gone)
     assert verify(saved.file) == PAGES - len(gone)
+
+
+@both
+@pytest.mark.parametrize("gone", [[[3, 9], [5, 12]], [[9, 12], [3, 5]], [[4, PAGES + 1]], [[3, 3]]])
+def test_pages_that_cannot_be_are_not_discarded(
+    tmp_path: Path, memory_format: MemoryFormat, gone: list[list[int]]
+) -> None:
+    """Nor is any other page: all that was saved is saved."""
+    mask = np.ones(PAGES, dtype=np.bool_)
+    source = memory(tmp_path / "ram", mask)
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=memory_format) as writer,
+    ):
+        writer.save(fd, extents_of_mask(mask))
+        with pytest.raises(HostError, match="are not ascending within"):
+            writer.discard(np.array(gone))
+        saved = writer.seal()
+    assert load_into(tmp_path / "back", saved) == source.read_bytes()
 
 
 @both
