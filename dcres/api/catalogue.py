@@ -15,7 +15,7 @@ from dcres.api.operation import HostProgress, OperationProgress, ProgressOption,
 from dcres.config import HostSettings
 from dcres.errors import ClusterError, DcresError, NotFound, OperationFailed
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.checks import VerifyReport
+from dcres.storage.checks import VerifiedPart, VerifyReport
 from dcres.storage.layout import stamp_of, vm_of
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Listed, Listing, Store
@@ -132,15 +132,12 @@ class StoresOfHosts:
         raise missing or ClusterError("the cluster has no host that could be asked")
 
     def _verify_apart(self, manifest: Manifest) -> VerifyReport:
-        def part(host: str) -> VerifyReport:
+        def part(host: str) -> VerifiedPart:
             return _ray.run_apart(host, _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S)
 
-        reports = _at_once(part, [each.host for each in manifest.hosts])
-        return VerifyReport(
-            manifest.checkpoint,
-            sum(report.pages for report in reports),
-            tuple(file for report in reports for file in report.files),
-        )
+        parts = _at_once(part, [each.host for each in manifest.hosts])
+        main = manifest.main.host
+        return _ray.run_on(main, _verify_together, manifest, parts, timeout_s=_LOOK_TIMEOUT_S)
 
 
 def _alive() -> list[str]:
@@ -219,8 +216,12 @@ def _verify(checkpoint: str) -> VerifyReport:
     return _store().verify(checkpoint)
 
 
-def _verify_part(manifest: Manifest, host: str) -> VerifyReport:
+def _verify_part(manifest: Manifest, host: str) -> VerifiedPart:
     return _store().verify_part(manifest, host)
+
+
+def _verify_together(manifest: Manifest, parts: Sequence[VerifiedPart]) -> VerifyReport:
+    return _store().verify_together(manifest, parts)
 
 
 def _has_all_parts(manifest: Manifest) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
+
+import numpy as np
 
 from dcres.errors import CheckpointCorrupt
 from dcres.model.pages import Mask
@@ -46,6 +48,30 @@ class VerifyReport:
         return all(file.ok for file in self.files)
 
 
+@dataclass(frozen=True, slots=True)
+class VerifiedPart:
+    """What was found in one host's files; another host may be told, to see that all fit together.
+
+    `bits` are the pages that it saved, one bit each; None where that is unknown.
+    """
+
+    host: str
+    report: VerifyReport
+    bits: bytes | None
+
+    @classmethod
+    def of(cls, host: str, report: VerifyReport, mask: Mask | None) -> Self:
+        """The same with a mask."""
+        return cls(host, report, None if mask is None else np.packbits(mask).tobytes())
+
+    def mask(self, page_count: int) -> Mask | None:
+        """The pages that the host saved, or None."""
+        if self.bits is None:
+            return None
+        bits = np.frombuffer(self.bits, dtype=np.uint8)
+        return np.unpackbits(bits, count=page_count).view(np.bool_)
+
+
 @dataclass(slots=True)
 class Verifier:
     """Checks parts of one checkpoint and collects results; raises the first problem if strict."""
@@ -69,6 +95,12 @@ class Verifier:
         if sums is not None and not self._problems.get((host, layout.INDEX)):
             self._try(host, part.memory_file, partial(self._check_memory, folder, part))
         return mask
+
+    def include(self, part: VerifiedPart) -> None:
+        """What another verifier found in a part."""
+        self._pages += part.report.pages
+        for file in part.report.files:
+            self._problems[file.host, file.name] = file.problem
 
     def agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
         """Check each host's pages against the placement file in the main host's `folder`.

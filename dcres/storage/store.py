@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from dcres.errors import CheckpointCorrupt, Conflict, NotFound
 from dcres.linux.files import fs_free_bytes, locked, shared_lock, sole_lock
 from dcres.storage import layout, slices, tables
 from dcres.storage.atomic import make_private_dirs, sync_folder, write_durably
-from dcres.storage.checks import Verifier, VerifyReport
+from dcres.storage.checks import VerifiedPart, Verifier, VerifyReport
 from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.digest import check_file
 from dcres.storage.manifest import Manifest, dumps, loads
@@ -256,21 +256,29 @@ class Store:
         unreadable manifest, and if `strict` for the first problem of any file.
         """
         manifest = self.get(checkpoint)
-        verifier = Verifier(manifest, progress, strict)
-        masks = {}
-        for host in manifest.hosts:
-            mask = verifier.part(self._part(manifest, host.host), host.host)
-            if mask is not None:
-                masks[host.host] = mask
-        verifier.agreement(self._part(manifest, manifest.main.host), masks)
-        return verifier.report()
+        parts = [self.verify_part(manifest, part.host, progress, strict) for part in manifest.hosts]
+        return self.verify_together(manifest, parts, strict)
 
     def verify_part(
         self, manifest: Manifest, host: str, progress: Progress | None = None, strict: bool = False
-    ) -> VerifyReport:
-        """`verify` for the files of one host, where hosts have stores of their own."""
+    ) -> VerifiedPart:
+        """The first half of `verify`, for the files of one host; its store has them."""
         verifier = Verifier(manifest, progress, strict)
-        verifier.part(self._part(manifest, host), host)
+        mask = verifier.part(self._part(manifest, host), host)
+        return VerifiedPart.of(host, verifier.report(), mask)
+
+    def verify_together(
+        self, manifest: Manifest, parts: Sequence[VerifiedPart], strict: bool = False
+    ) -> VerifyReport:
+        """The second half: that the parts fit together. The main host's part is in this store."""
+        verifier = Verifier(manifest, strict=strict)
+        masks = {}
+        for part in parts:
+            verifier.include(part)
+            mask = part.mask(manifest.page_count)
+            if mask is not None:
+                masks[part.host] = mask
+        verifier.agreement(self._part(manifest, manifest.main.host), masks)
         return verifier.report()
 
     def _folder(self, vm: str, checkpoint: str) -> Path:

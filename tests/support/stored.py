@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -92,6 +93,30 @@ def take(
         downtime_seconds=0.00001,
         rounds=1,
     )
+
+
+def folder(store: Store, manifest: Manifest) -> Path:
+    """Where `store` has the checkpoint."""
+    return store.root / manifest.vm / manifest.checkpoint
+
+
+def rewritten(
+    store: Store, manifest: Manifest, host: int, **files: Callable[[Path], FileSum]
+) -> Manifest:
+    """`manifest` after the tables of `host` were replaced by others, as a faulty host might."""
+    place = folder(store, manifest) / HOSTS[host]
+    part = manifest.hosts[host]
+    sums = [write(place / name) for name, write in files.items()]
+    kept = [file for file in part.files if file.name not in {new.name for new in sums}]
+    new_part = part.model_copy(update={"files": (*kept, *sums)})
+    hosts = tuple(new_part if other is part else other for other in manifest.hosts)
+    return manifest.model_copy(update={"hosts": hosts})
+
+
+def republish(store: Store, manifest: Manifest) -> None:
+    """Publish `manifest` in place of the one that is there."""
+    (folder(store, manifest) / layout.MANIFEST).unlink()
+    store.publish(manifest)
 
 
 def store_with_demo(folder: Path) -> Store:

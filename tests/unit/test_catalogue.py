@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dcres.actors import _ray
@@ -15,8 +16,18 @@ from dcres.api.catalogue import StoresOfHosts
 from dcres.errors import Conflict, NotFound
 from dcres.storage import layout, tables
 from dcres.storage.manifest import Manifest
+from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
-from tests.support.stored import HOSTS, memory, placement, take
+from tests.support.stored import (
+    HOSTS,
+    folder,
+    memory,
+    placement,
+    republish,
+    rewritten,
+    save,
+    take,
+)
 
 
 @pytest.fixture
@@ -42,8 +53,8 @@ def apart(stores: dict[str, Store], tmp_path: Path) -> Manifest:
     whole = Store(tmp_path / "whole")
     manifest = take(whole, memory(tmp_path / "ram", placement() != tables.NOWHERE))
     for host, store in stores.items():
-        folder = store.begin(manifest.vm, manifest.checkpoint)
-        (whole.root / manifest.vm / manifest.checkpoint / host).rename(folder / host)
+        store.begin(manifest.vm, manifest.checkpoint)
+        (folder(whole, manifest) / host).rename(folder(store, manifest) / host)
     stores[HOSTS[0]].publish(manifest)
     return manifest
 
@@ -52,7 +63,7 @@ def folders(stores: dict[str, Store], manifest: Manifest) -> list[str]:
     return [
         host
         for host, store in stores.items()
-        if (store.root / manifest.vm / manifest.checkpoint / host / layout.MEMORY).exists()
+        if (folder(store, manifest) / host / layout.MEMORY).exists()
     ]
 
 
@@ -73,6 +84,69 @@ def test_a_pin_on_one_host_keeps_it_on_all(
     assert folders(stores, apart) == list(HOSTS)
     assert StoresOfHosts().verify(apart.checkpoint).ok
     StoresOfHosts().delete(apart.checkpoint)
+
+
+def test_verified_as_in_one_store(
+    stores: dict[str, Store], apart: Manifest, tmp_path: Path
+) -> None:
+    found = StoresOfHosts().verify(apart.checkpoint)
+    one = Store(tmp_path / "one")
+    one.begin(apart.vm, apart.checkpoint)
+    for host, store in stores.items():
+        (folder(store, apart) / host).rename(folder(one, apart) / host)
+    one.publish(apart)
+    assert found == one.verify(apart.checkpoint)
+    assert found.pages == apart.pages
+
+
+def test_a_page_that_the_placement_gives_another_host_is_found(
+    stores: dict[str, Store], apart: Manifest
+) -> None:
+    where = placement()
+    page = int(np.flatnonzero(where == 1)[0])
+    where[page] = 2
+    main = stores["h0"]
+    forged = rewritten(
+        main, apart, 0, **{layout.PAGES: lambda path: tables.write_placement(path, where, HOSTS)}
+    )
+    republish(main, forged)
+    assert damage(stores, forged) == f"page {page} was saved by h1 and is not its"
+
+
+def test_a_page_that_two_hosts_have_is_found(
+    stores: dict[str, Store], apart: Manifest, tmp_path: Path
+) -> None:
+    """Each of the two has whole files that agree with each other."""
+    page = int(np.flatnonzero(placement() == 1)[0])
+    mask = placement() == 2
+    mask[page] = True
+    place = folder(stores["h2"], apart) / "h2"
+    (place / layout.MEMORY).unlink()
+    saved = save(place / layout.MEMORY, tmp_path / "ram", mask)
+    part = apart.hosts[2].model_copy(
+        update={
+            "pages": saved.pages,
+            "files": (
+                *write_memory_tables(place, saved),
+                tables.write_existence(place / layout.PAGES, mask),
+            ),
+        }
+    )
+    forged = apart.model_copy(update={"hosts": (*apart.hosts[:2], part)})
+    republish(stores["h0"], forged)
+    assert damage(stores, forged) == f"page {page} was saved by h2 and is not its"
+
+
+def damage(stores: dict[str, Store], manifest: Manifest) -> str:
+    """What is wrong with the placement; each part by itself is whole."""
+    for host, store in stores.items():
+        assert store.verify_part(manifest, host).report.ok
+    report = StoresOfHosts().verify(manifest.checkpoint)
+    ((host, name, problem),) = [
+        (file.host, file.name, file.problem) for file in report.files if file.problem
+    ]
+    assert (host, name) == ("h0", layout.PAGES)
+    return problem.split(": ", 1)[1].split(";")[0]
 
 
 def test_every_host_says_what_it_has(stores: dict[str, Store], apart: Manifest) -> None:

@@ -20,7 +20,17 @@ from dcres.model.pages import PAGE_SIZE, extents_of_mask
 from dcres.storage import layout, memory_file, tables
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
-from tests.support.stored import HOSTS, NOW, PAGE_COUNT, memory, placement, take
+from tests.support.stored import (
+    HOSTS,
+    NOW,
+    PAGE_COUNT,
+    folder,
+    memory,
+    placement,
+    republish,
+    rewritten,
+    take,
+)
 
 
 @pytest.fixture
@@ -38,10 +48,6 @@ def published(root: Store, ram: Path, request: pytest.FixtureRequest) -> Manifes
     manifest = take(root, ram, memory_format=request.param)
     root.publish(manifest)
     return manifest
-
-
-def folder(root: Store, manifest: Manifest) -> Path:
-    return root.root / manifest.vm / manifest.checkpoint
 
 
 def files_of(root: Store, manifest: Manifest) -> list[Path]:
@@ -291,23 +297,7 @@ def assert_named(root: Store, manifest: Manifest, path: Path) -> None:
     if path.name != layout.MANIFEST:
         bad = [file for file in root.verify(manifest.checkpoint).files if not file.ok]
         assert (path.parent.name, path.name) in [(file.host, file.name) for file in bad]
-        assert not root.verify_part(manifest, path.parent.name).ok
-
-
-def rewritten(root: Store, manifest: Manifest, host: int, **files: object) -> Manifest:
-    """`manifest` after the tables of `host` were replaced by others, as a faulty host might."""
-    place = folder(root, manifest) / HOSTS[host]
-    part = manifest.hosts[host]
-    sums = [write(place / name) for name, write in files.items() if callable(write)]
-    kept = [file for file in part.files if file.name not in {new.name for new in sums}]
-    new_part = part.model_copy(update={"files": (*kept, *sums)})
-    hosts = tuple(new_part if other is part else other for other in manifest.hosts)
-    return manifest.model_copy(update={"hosts": hosts})
-
-
-def republish(root: Store, manifest: Manifest) -> None:
-    (folder(root, manifest) / layout.MANIFEST).unlink()
-    root.publish(manifest)
+        assert not root.verify_part(manifest, path.parent.name).report.ok
 
 
 def problems(root: Store, manifest: Manifest) -> list[str]:

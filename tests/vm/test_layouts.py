@@ -237,7 +237,7 @@ def power_off(vm: Rig, host: str, index: int | None) -> None:
 
 def require_intact(vm: Rig, manifest: Manifest) -> None:
     for part in manifest.hosts:
-        assert Store(vm.settings[part.host].store).verify_part(manifest, part.host).ok
+        assert Store(vm.settings[part.host].store).verify_part(manifest, part.host).report.ok
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
