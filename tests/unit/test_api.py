@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,6 @@ from dcres.api.vm import Checkpoint, Vm
 from dcres.config import VmSpec
 from dcres.demo import Life, Story, layout_for
 from dcres.errors import ActorGone, ClusterError, ConfigError, Conflict, NotFound, VmLost
-from dcres.linux.interrupt import interrupt_on_signals, uninterrupted
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
@@ -327,34 +325,6 @@ class TestWaitingUntilWhole:
         session = session_with(answer(bringing_in=True, pages_to_move=256))
         with pytest.raises(ClusterError, match="after 0 s 1 MiB of VM v are still in its"):
             Vm(session, "v").wait_until_whole(0)
-
-
-class TestInterrupts:
-    def test_sigterm_is_like_ctrl_c_except_while_cleaning_up(self) -> None:
-        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-        hangup = signal.getsignal(signal.SIGHUP)
-        try:
-            interrupt_on_signals()
-            with uninterrupted():
-                signal.raise_signal(signal.SIGTERM)
-            with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
-                signal.raise_signal(signal.SIGTERM)
-        finally:
-            for number, handler in {**before, signal.SIGHUP: hangup}.items():
-                signal.signal(number, handler)
-
-    def test_in_a_thread_nothing_happens(self) -> None:
-        done = []
-
-        def work() -> None:
-            interrupt_on_signals()
-            with uninterrupted():
-                done.append(True)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        assert done
 
 
 class TestCheckpoints:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from dcres.actors import _ray
 from dcres.api import catalogue
 from dcres.api.catalogue import StoresOfHosts
-from dcres.errors import Conflict, NotFound
+from dcres.errors import ActorGone, Conflict, NotFound, OperationFailed
 from dcres.storage import layout, tables
 from dcres.storage.manifest import Manifest
 from dcres.storage.slices import write_memory_tables
@@ -30,21 +33,45 @@ from tests.support.stored import (
 )
 
 
+class Asking:
+    """A store of its own for each host; what runs "on a host" finds that host's.
+
+    `dying` is a function that a host dies of: its name, the host, and whether it was done by then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.stores = {host: Store(folder / host) for host in HOSTS}
+        self.dying: tuple[str, str, bool] | None = None
+        self._here = threading.local()
+
+    def store(self) -> Store:
+        return self.stores[self._here.host]
+
+    def run_on(
+        self, host: str, function: Callable[..., Any], *args: Any, timeout_s: float = 0
+    ) -> Any:
+        self._here.host = host
+        if self.dying == (function.__name__, host, False):
+            raise ActorGone(f"{host} has died")
+        answer = function(*args)
+        if self.dying == (function.__name__, host, True):
+            raise ActorGone(f"{host} has died")
+        return answer
+
+
 @pytest.fixture
-def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Store]:
-    """A store of its own for each host; what runs "on a host" finds that host's."""
-    found = {host: Store(tmp_path / host) for host in HOSTS}
-    here = threading.local()
-
-    def run_on(host: str, function: Callable[..., Any], *args: Any, timeout_s: float = 0) -> Any:
-        here.host = host
-        return function(*args)
-
+def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asking:
+    made = Asking(tmp_path)
     monkeypatch.setattr(catalogue, "_alive", lambda: list(HOSTS))
-    monkeypatch.setattr(catalogue, "_store", lambda: found[here.host])
-    monkeypatch.setattr(_ray, "run_on", run_on)
-    monkeypatch.setattr(_ray, "run_apart", run_on)
-    return found
+    monkeypatch.setattr(catalogue, "_store", made.store)
+    monkeypatch.setattr(_ray, "run_on", made.run_on)
+    monkeypatch.setattr(_ray, "run_apart", made.run_on)
+    return made
+
+
+@pytest.fixture
+def stores(asking: Asking) -> dict[str, Store]:
+    return asking.stores
 
 
 @pytest.fixture
@@ -147,6 +174,53 @@ def damage(stores: dict[str, Store], manifest: Manifest) -> str:
     ]
     assert (host, name) == ("h0", layout.PAGES)
     return problem.split(": ", 1)[1].split(";")[0]
+
+
+@pytest.mark.parametrize("order", [HOSTS, HOSTS[::-1]], ids=["main first", "main last"])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", ["_is_published", "_require_unpinned", "_delete"])
+def test_a_deletion_that_fails_leaves_no_half_of_a_checkpoint(
+    name: str,
+    host: str,
+    late: bool,
+    order: tuple[str, ...],
+    asking: Asking,
+    apart: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever host fails, and when: all of it is listed, or none."""
+    monkeypatch.setattr(catalogue, "_alive", lambda: list(order))
+    asking.dying = (name, host, late)
+    # The main host's store has the manifest: nobody else is asked for it then.
+    asked = name != "_is_published" or order.index(host) <= order.index(HOSTS[0])
+    with pytest.raises((ActorGone, OperationFailed), match=host) if asked else nullcontext():
+        StoresOfHosts().delete(apart.checkpoint)
+    asking.dying = None
+    listed = [entry.checkpoint for entry in StoresOfHosts().list()]
+    begun = not asked or (name == "_delete" and (host, late) != (HOSTS[0], False))
+    assert listed == ([] if begun else [apart.checkpoint])
+    if not begun:
+        assert StoresOfHosts().verify(apart.checkpoint).ok
+    elif host != HOSTS[0]:  # the others are rid of theirs all the same
+        assert folders(asking.stores, apart) == ([host] if asked and not late else [])
+
+
+def test_a_main_host_that_dies_in_the_middle_has_nothing_that_is_listed(
+    asking: Asking, apart: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are still there, its manifest is not; its next start sweeps them."""
+
+    def die(path: Path) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "rmtree", die)
+        with pytest.raises(OSError, match="the disk is gone"):
+            StoresOfHosts().delete(apart.checkpoint)
+    assert StoresOfHosts().list() == []
+    assert folders(asking.stores, apart) == list(HOSTS)
+    assert asking.stores[HOSTS[0]].sweep(apart.vm) == [apart.checkpoint]
 
 
 def test_every_host_says_what_it_has(stores: dict[str, Store], apart: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 import pytest
 
 from dcres.actors import saving
-from dcres.actors.host import Meter
+from dcres.actors.host import Meter, write_state
 from dcres.actors.messages import Saved
 from dcres.actors.saving import SavingHost
+from dcres.actors.sub_host import SubHost
 from dcres.errors import Conflict
 from dcres.linux.files import data_extents
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import Extents
+from dcres.storage import layout, tables
 from dcres.storage.store import Store
+from tests.support.stored import folder, memory, placement, take
 from tests.support.wait import until
 
 PAGES = 64
@@ -37,7 +41,9 @@ class Daemon:
                 self.tracking = arguments["changes"]
             case "untrack":
                 self.tracking = None
-        return {"written": 0}
+        return {"written": 0, "held_pages": PAGES}
+
+    call_patiently = call
 
 
 class HeldMeter(Meter):
@@ -162,3 +168,68 @@ def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
     host.meter.hook = lambda: None
     host.prepare(SECOND)  # and the next one is not hurried any more
     assert host.copy(SECOND).saved_pages == PAGES
+
+
+def serving_sub_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SubHost:
+    """A sub host of VM demo named h1, with a store of its own, and memory in which nothing moves.
+
+    Nothing is started: what its memory server is asked is answered in its place.
+    """
+    environ = {
+        "DCRES_HOST": "h1",
+        "DCRES_RUN": str(tmp_path / "run"),
+        "DCRES_RAM": str(tmp_path / "memory"),
+        "DCRES_STORE": str(tmp_path / "store"),
+    }
+    for name in ("run", "memory"):
+        (tmp_path / name).mkdir()
+    host = SubHost("demo", environ=environ)
+    host._folder.make()
+    write_state(host._folder.state, {"generation": 1, "reserved": PAGES * 4096})
+    host._store_file.write_bytes(os.urandom(PAGES * 4096))
+    monkeypatch.setattr(host, "_server", Daemon())
+    return host
+
+
+@pytest.mark.parametrize("lacking", [layout.PAGES, layout.SUMS])
+def test_a_sub_host_sweeps_what_it_did_not_finish_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """A part that is whole may be one of a checkpoint whose manifest is with the main host."""
+    host = serving_sub_host(tmp_path, monkeypatch)
+    store = Store(tmp_path / "store")
+    ram = memory(tmp_path / "ram", placement() != tables.NOWHERE)
+    unfinished, whole, other, published = (
+        take(store, ram, token=f"000{number}", vm="other" if number == 3 else "demo")
+        for number in range(1, 5)
+    )
+    for apart in (unfinished, whole):
+        for main_or_third in ("h0", "h2"):
+            shutil.rmtree(folder(store, apart) / main_or_third)
+    (folder(store, unfinished) / "h1" / lacking).unlink()
+    store.publish(published)
+
+    wanted = "demo-20260301-120000-0009"
+    host.prepare(wanted, MemoryFormat.PACKED)
+    kept = {whole.checkpoint, published.checkpoint, wanted}
+    assert {path.name for path in (store.root / "demo").iterdir()} == kept
+    assert store.verify(published.checkpoint).ok
+    assert store.verify_part(whole, "h1").report.ok
+    assert folder(store, other).is_dir()
+    host.abandon(wanted)
+
+
+def test_a_sub_host_that_is_told_twice_keeps_what_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it sweep what the main host has begun in a store that both share."""
+    host = serving_sub_host(tmp_path, monkeypatch)
+    store = Store(tmp_path / "store")
+    wanted = "demo-20260301-120000-0009"
+    core = store.host_folder("demo", wanted, "h0") / layout.VMCORE
+    core.write_bytes(b"core")
+    for _ in range(2):
+        host.prepare(wanted, MemoryFormat.PACKED)
+    host.stage(wanted, 0)
+    assert host.save(wanted).pages == PAGES
+    assert core.read_bytes() == b"core"
