@@ -16,6 +16,7 @@ import numpy as np
 from dcres.errors import PagesLost, PagingError, VmLost
 from dcres.linux import inject
 from dcres.linux.files import data_extents, open_own, opened
+from dcres.linux.pipe import access_mode
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
 from dcres.model.placement import LEAVING, MAIN, NOWHERE, recover
@@ -160,10 +161,18 @@ def _adopt_pipe(pid: int, inode: int, stack: ExitStack) -> tuple[int, int]:
     numbers = inject.descriptors(pid, f"pipe:[{inode}]")
     if len(numbers) != 2:
         raise VmLost(f"QEMU (process {pid}) no longer holds the pipe of dcres")
-    read_end, write_end = (inject.take(pid, number) for number in numbers)
-    stack.callback(os.close, read_end)
-    stack.callback(os.close, write_end)
-    return read_end, write_end
+    ends = {}
+    for number in numbers:
+        fd = inject.take(pid, number)
+        stack.callback(os.close, fd)
+        ends[access_mode(fd)] = fd
+    # Their numbers do not tell: QEMU has threads, and one may close a file between the two.
+    if ends.keys() != {os.O_RDONLY, os.O_WRONLY}:
+        raise VmLost(
+            f"QEMU (process {pid}) holds one end of the pipe of dcres twice and the other not at "
+            "all; restore a checkpoint"
+        )
+    return ends[os.O_RDONLY], ends[os.O_WRONLY]
 
 
 def present(fd: int, page_count: int) -> Mask:
