@@ -36,7 +36,7 @@ _READY = "Ray runtime started"
 # and above Ray's worker ports (10002–19999).
 _PORTS = range(20000, 32000)
 _OBJECT_STORE_BYTES = 80_000_000
-_RAY_ENVIRON = {
+RAY_ENVIRON = {
     "RAY_AUTH_MODE": "token",
     # A host's death is noticed after 2 s instead of 13.5 s.
     "RAY_health_check_initial_delay_ms": "500",
@@ -157,7 +157,7 @@ class LocalNode:
         inherited = {key: text for key, text in os.environ.items() if not key.startswith("RAY_")}
         return {
             **inherited,
-            **_RAY_ENVIRON,
+            **RAY_ENVIRON,
             # ``python`` in a Ray job's entry point is the Python that dcres is installed for.
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "RAY_AUTH_TOKEN_PATH": str(self.home / "token"),

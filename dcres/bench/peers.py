@@ -4,7 +4,9 @@ The same guest, its memory filled with noise, in three VMs: one that dcres runs,
 a stopped VM (``packed`` and ``sparse``); one in the installed QEMU, saved as its migration stream
 into a file (``stream``); one in a QEMU of 9.1 or newer, saved with mapped-ram, multifd and
 direct-io (``mapped_ram``). All write to the same disk, one after the other. fio writes and reads
-as many bytes as the memory file has, from a clock that starts when the file has its blocks.
+as many bytes as the memory file has, from a clock that starts when the file has its blocks. The
+formats take turns in being first, and what the one before has left to write is written before the
+next begins.
 
 Rates are the bytes of memory that were saved by the time taken, in MB/s:
 
@@ -18,6 +20,7 @@ Rates are the bytes of memory that were saved by the time taken, in MB/s:
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -109,6 +112,7 @@ class Subject:
     def round(self, at: int, memory_format: MemoryFormat) -> list[Row]:
         """A checkpoint and a restore from it; the checkpoint is deleted in the end."""
         order = ("stop", None, DOWNTIME_S, MAX_ROUNDS, memory_format)
+        os.sync()
         facts = self._port.call("checkpoint", *order, timeout_s=_TIMEOUT_S)
         self._port.call("stop")
         manifest = dumps(self._store.get(facts["checkpoint"]))
@@ -143,13 +147,16 @@ def _row(what: str, at: int, length: int, seconds: float, downtime: float | None
 
 
 def _round(at: int, subject: Subject, rivals: dict[Way, QemuVm], folder: Path) -> list[Row]:
-    rows = subject.round(at, MemoryFormat.PACKED)
+    first, second = list(MemoryFormat)[:: 1 if at % 2 else -1]
+    rows = subject.round(at, first)
     length = int(rows[0].details["bytes"])
+    os.sync()
     rows.append(Row("fio_write", at, fio.write(folder / "fio", length) / 1e6, "MB/s"))
     rows.append(Row("fio_read", at, fio.read(folder / "fio", length) / 1e6, "MB/s"))
     (folder / "fio").unlink()
-    rows += subject.round(at, MemoryFormat.SPARSE)
+    rows += subject.round(at, second)
     for way, vm in rivals.items():
+        os.sync()
         saved, restored = vm.save(), vm.restore()
         rows.append(_row(f"save_{way}", at, saved.length_bytes, saved.seconds))
         rows.append(_row(f"restore_{way}", at, restored.length_bytes, restored.seconds))

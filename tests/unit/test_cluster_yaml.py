@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._common.utils import load_class
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
+from dcres.actors import local_node
 from dcres.config import HostSettings
 
 FILE = Path(__file__).parents[2] / "cluster.yaml"
@@ -57,6 +60,14 @@ def test_every_node_authenticates(config: dict[str, Any], which: str) -> None:
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_AUTH_TOKEN_PATH"] in config["file_mounts"]
     assert f"chmod 600 {environment['RAY_AUTH_TOKEN_PATH']}" in config["setup_commands"]
+
+
+@pytest.mark.parametrize("which", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_a_worker_process_begins_as_in_a_local_cluster(config: dict[str, Any], which: str) -> None:
+    _, environment = start_options(config, which)
+    hook = WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+    assert environment[hook] == local_node.RAY_ENVIRON[hook]
+    assert callable(load_class(environment[hook]))
 
 
 def test_a_worker_offers_its_memory_and_its_name(config: dict[str, Any]) -> None:
