@@ -19,10 +19,12 @@ from dcres.actors.sub_host import SubHost
 from dcres.errors import Conflict
 from dcres.linux.files import data_extents
 from dcres.model.formats import MemoryFormat
+from dcres.model.live import HostRound
 from dcres.model.pages import Extents
 from dcres.storage import layout, tables
 from dcres.storage.store import Store
 from tests.support.stored import folder, memory, placement, take
+from tests.support.vm import PlainMemory
 from tests.support.wait import until
 
 PAGES = 64
@@ -93,6 +95,43 @@ def test_orders_for_another_checkpoint_are_refused(host: Host) -> None:
             order()
     host.stage(SECOND, 0)
     assert host.save(SECOND).pages == PAGES
+
+
+def write(host: Host, page: int) -> bytes:
+    """The guest writes a page, and its paging process marks it; what is in it then."""
+    content = os.urandom(4096)
+    with host.memory.open("r+b") as memory:
+        memory.seek(page * 4096)
+        memory.write(content)
+    assert host.daemon.tracking is not None
+    with Path(host.daemon.tracking).open("r+b") as marks:
+        marks.seek(page)
+        marks.write(b"\1")
+    return content
+
+
+def test_rounds_go_on_after_a_host_was_ready_for_the_stop(host: Host) -> None:
+    """Each saves what was written since the one before, in whichever order they come."""
+    host.prepare(FIRST)
+    assert host.copy(FIRST).saved_pages == PAGES
+    expected: dict[int, bytes] = {}
+    rounds: tuple[Callable[[], HostRound | None], ...] = (
+        lambda: host.synchronise(FIRST, True),
+        lambda: host.copy(FIRST),
+        lambda: host.synchronise(FIRST, True),
+    )
+    for page, round_ in enumerate(rounds):
+        expected |= {each: write(host, each) for each in (page, PAGES - 1)}
+        done = round_()
+        assert done is not None
+        assert done.saved_pages == 2
+    expected[9] = write(host, 9)
+    assert host.synchronise(FIRST, False) is None
+    host.stage(FIRST, PAGES)
+    assert host.save(FIRST).pages == PAGES
+    saved = PlainMemory(PAGES * 4096)
+    saved.add_saved(host._store.host_folder("vm", FIRST, "h1"), "h1")
+    assert {page: bytes(saved.at(page)) for page in expected} == expected
 
 
 def test_a_prepare_that_comes_late_does_not_take_the_place_of_the_next(host: Host) -> None:
