@@ -43,8 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _describe(process: ProcessId) -> str:
-    command = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ")
-    return f"{process.pid} {command.decode(errors='replace')[:120]}"
+    return f"{process.pid} {' '.join(process.argv)[:120]}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -124,10 +124,11 @@ class Rig:
     def running(self) -> dict[int, str]:
         """Whatever still runs for the VM on any host: command lines by process."""
         return {
-            process.pid: Path(f"/proc/{process.pid}/cmdline").read_text().replace("\0", " ")
+            process.pid: " ".join(words)
             for each in self.settings.values()
             for folder in ("vm", "vm.parts")
             for process in find_marked("DCRES_VM_RUN", str(each.run / folder))
+            if (words := process.argv)
         }
 
     def require_nothing_left(self) -> None:
@@ -176,7 +177,7 @@ def rig(
         yield made
         made.coordinator.stop()
         made.require_nothing_left()
-        until(lambda: descriptors() <= before, 30, f"{before} descriptors, as before")
+        until(lambda: descriptors() <= before, 30, "no descriptor that was not there before")
     finally:
         with suppress(DcresError):
             made.coordinator.stop()
@@ -184,13 +185,17 @@ def rig(
         shutil.rmtree(ram)
 
 
-def descriptors() -> int:
-    """How many descriptors this process has open, but for those that wait for the collector.
+def descriptors() -> set[tuple[str, str]]:
+    """What this process has open, by number, but for what waits for the collector.
 
     An exception holds the frames it went through, and they what was open there.
     """
     gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+    found = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that this list was read from
+            found.add((fd.name, os.readlink(fd)))
+    return found
 
 
 class PlainMemory:

@@ -6,7 +6,8 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,6 +61,18 @@ def load_into(target: Path, saved: SavedMemory) -> bytes:
     return target.read_bytes()
 
 
+@contextmanager
+def writing(
+    path: Path, source: Path, page_count: int, memory_format: MemoryFormat
+) -> Iterator[tuple[MemoryFileWriter, int]]:
+    """A writer of a new memory file at `path`, and a descriptor of what it is to save."""
+    with (
+        opened(source, os.O_RDONLY) as fd,
+        MemoryFileWriter(path, page_count, memory_format=memory_format) as writer,
+    ):
+        yield writer, fd
+
+
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=12),
     st.integers(1, 3),
@@ -73,10 +86,7 @@ def test_round_trip(
     with tempfile.TemporaryDirectory() as folder:
         source = memory(Path(folder, "ram"), mask)
         path = Path(folder, "memory.img")
-        with (
-            opened(source, os.O_RDONLY) as fd,
-            MemoryFileWriter(path, len(mask), memory_format=memory_format) as writer,
-        ):
+        with writing(path, source, len(mask), memory_format) as (writer, fd):
             writer.save(fd, extents_of_mask(mask), threads)
             saved = writer.seal()
         assert saved.mask.tolist() == mask.tolist()
@@ -206,10 +216,7 @@ def test_short_rewrites_over_long_ones_and_back(
 def test_discarded_pages_are_holes(tmp_path: Path) -> None:
     mask = np.ones(PAGES, dtype=np.bool_)
     source = memory(tmp_path / "ram", mask)
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=SPARSE) as writer,
-    ):
+    with writing(tmp_path / "m", source, PAGES, SPARSE) as (writer, fd):
         writer.save(fd, extents_of_mask(mask))
         writer.discard(np.array([[3, 9], [20, 21]]))
         writer.save(fd, np.array([[5, 6]]))
@@ -229,10 +236,7 @@ def test_pages_that_cannot_be_are_not_discarded(
     """Nor is any other page: all that was saved is saved."""
     mask = np.ones(PAGES, dtype=np.bool_)
     source = memory(tmp_path / "ram", mask)
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=memory_format) as writer,
-    ):
+    with writing(tmp_path / "m", source, PAGES, memory_format) as (writer, fd):
         writer.save(fd, extents_of_mask(mask))
         with pytest.raises(HostError, match="are not ascending within"):
             writer.discard(np.array(gone))
@@ -326,10 +330,7 @@ def test_new_pages_between_old_ones_are_written_in_long_runs(
     whole = np.ones(4096, dtype=np.bool_)
     even = np.arange(4096) % 2 == 0
     source = memory(tmp_path / "ram", whole)
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", 4096, memory_format=PACKED) as writer,
-    ):
+    with writing(tmp_path / "m", source, 4096, PACKED) as (writer, fd):
         writer.save(fd, extents_of_mask(even))
         seen = watch_writes(monkeypatch)
         writer.save(fd, extents_of_mask(whole), threads=1)
@@ -448,10 +449,7 @@ def test_a_sealed_file_and_its_name_are_durable(
     ):
         watch(module, name)
     path = tmp_path / "m"
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(path, 600, memory_format=memory_format) as writer,
-    ):
+    with writing(path, source, 600, memory_format) as (writer, fd):
         writer.save(fd, extents_of_mask(mask))
         writer.discard(np.array([[0, 200]]))
         writer.seal()
@@ -475,10 +473,7 @@ def test_new_pages_fill_free_places_and_the_rest_is_one_long_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = memory(tmp_path / "ram", np.ones(3000, dtype=np.bool_))
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", 3000, memory_format=PACKED) as writer,
-    ):
+    with writing(tmp_path / "m", source, 3000, PACKED) as (writer, fd):
         writer.save(fd, np.array([[0, 1000]]))
         writer.discard(np.array([[at, at + 1] for at in range(0, 1000, 10)]))
         seen = watch_writes(monkeypatch)
@@ -497,10 +492,7 @@ def test_a_disk_that_is_full_is_told_when_a_hole_takes_a_block(
 
     mask = np.ones(PAGES, dtype=np.bool_)
     source = memory(tmp_path / "ram", mask)
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=SPARSE) as writer,
-    ):
+    with writing(tmp_path / "m", source, PAGES, SPARSE) as (writer, fd):
         writer.save(fd, extents_of_mask(mask))
         monkeypatch.setattr(placed, "punch_hole", full)
         with pytest.raises(StoreFull, match="no room to write"):
@@ -595,10 +587,7 @@ def packed(folder: Path, seed: int = 7) -> SavedMemory:
     mask = random_mask(seed=seed)
     source = memory(folder / "ram", mask)
     late = mask & (np.arange(PAGES) < 20)
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(folder / "memory.pack", PAGES, memory_format=PACKED) as writer,
-    ):
+    with writing(folder / "memory.pack", source, PAGES, PACKED) as (writer, fd):
         writer.save(fd, extents_of_mask(mask & ~late))
         writer.save(fd, extents_of_mask(late))
         return writer.seal()
@@ -689,19 +678,13 @@ def test_a_thread_that_cannot_begin_is_an_error(
 
     mask = np.ones(PAGES, dtype=np.bool_)
     source = memory(tmp_path / "ram", mask)
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=memory_format) as writer,
-    ):
+    with writing(tmp_path / "m", source, PAGES, memory_format) as (writer, fd):
         writer.save(fd, extents_of_mask(mask))
         saved = writer.seal()
         monkeypatch.setattr(transfer, "aligned_buffer", no_memory)
         with pytest.raises(OSError, match="no memory"):
             verify(saved.file)
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "n", PAGES, memory_format=memory_format) as writer,
-    ):
+    with writing(tmp_path / "n", source, PAGES, memory_format) as (writer, fd):
         with pytest.raises(OSError, match="no memory"):
             writer.save(fd, extents_of_mask(mask))
         with pytest.raises(StorageError, match="cannot be part of a checkpoint"):
@@ -730,10 +713,7 @@ def test_an_abandoned_writer_leaves_no_file(tmp_path: Path, memory_format: Memor
 @both
 def test_a_failed_save_cannot_be_sealed(tmp_path: Path, memory_format: MemoryFormat) -> None:
     source = memory(tmp_path / "ram", np.ones(4, dtype=np.bool_))
-    with (
-        opened(source, os.O_RDONLY) as fd,
-        MemoryFileWriter(tmp_path / "m", PAGES, memory_format=memory_format) as writer,
-    ):
+    with writing(tmp_path / "m", source, PAGES, memory_format) as (writer, fd):
         with pytest.raises(ValueError, match="the source ends"):
             writer.save(fd, np.array([[0, 10]]))
         with pytest.raises(StorageError, match="failed"):
