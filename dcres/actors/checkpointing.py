@@ -199,15 +199,12 @@ class Checkpointing:
         self._events.put(AnotherRound() if self.judgement.go_on else Converged())
 
     def _synchronise_all(self) -> None:
-        once_more = self._rounds_help and len(self.rounds) < self._target.max_rounds
+        # Hosts that were done early have gathered changes since. Where rounds do not help, not.
+        fits = self.judgement is not None and self.judgement.verdict is Verdict.FITS
+        once_more = fits and len(self.rounds) < self._target.max_rounds
         if once_more:
             self.rounds.append({})
         self._tell(self._subject.hosts, partial(self._synchronise, once_more))
-
-    @property
-    def _rounds_help(self) -> bool:
-        """Hosts that were done early have gathered changes since; so one more, if that fitted."""
-        return self.judgement is not None and self.judgement.verdict is Verdict.FITS
 
     def _synchronise(self, once_more: bool, host: str) -> Barrier:
         port = self._subject.ports[host]

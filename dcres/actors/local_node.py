@@ -48,7 +48,7 @@ RAY_ENVIRON = {
     # Guest memory is tmpfs and counts as used: the monitor would kill actors for it.
     "RAY_memory_monitor_refresh_ms": "0",
     # What every worker does first; ray.init would say so for one job's workers.
-    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "dcres.actors._ray.spares.import_ahead",
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "dcres.actors.preload.import_actors",
 }
 
 

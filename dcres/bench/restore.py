@@ -14,11 +14,11 @@ checkpoint is restored, every time read from the disk:
 
 The time of a restore ends when QEMU has been told to let the guest run. ``reserve`` is the part
 of it in which Ray sets memory aside and starts the hosts' actors, in processes that are there
-already (`dcres.actors._ray.spares`); ``own`` is a lazy restore over two hosts without that and
-without QEMU's start. On one host Ray has to start an actor on the other one, too, which no longer
-is the VM's. All hosts are on this machine, and so share its processors. What else a restore is
-about is in `dcres.bench.move` (bytes per second between two hosts) and `dcres.bench.history` (what
-the access history is good for).
+already (`dcres.actors._ray.spares`); ``own`` is a lazy restore over two hosts, with all of that,
+but without QEMU's start. On one host Ray has to start an actor on the other one, too, which no
+longer is the VM's. All hosts are on this machine, and so share its processors. What else a restore
+is about is in `dcres.bench.move` (bytes per second between two hosts) and `dcres.bench.history`
+(what the access history is good for).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class _Subject:
         yield _row(f"lazy_{name}", at, facts)
         yield Row(f"reserve_{name}", at, reserve, "s")
         if layout is self._two:
-            yield Row(f"own_{name}", at, facts["seconds"] - reserve - start, "s")
+            yield Row(f"own_{name}", at, facts["seconds"] - start, "s")
         while self._port.call("status")["hosts"][0]["moving"]:
             time.sleep(_POLL_S)
         whole = time.monotonic() - facts["began"]

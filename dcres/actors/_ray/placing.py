@@ -65,7 +65,7 @@ def spawn(
 def _place(
     reservation: Reservation | None, bundle: int, on_host: str | None
 ) -> tuple[str, dict[str, Any]]:
-    """The id of the node that an actor will run on, and the options that say so."""
+    """The id of the node that an actor will run on ("" for none), and the options that say so."""
     if reservation is not None:
         strategy: Any = PlacementGroupSchedulingStrategy(group_named(reservation.name), bundle)
         return reservation.node_id_of(bundle), {"scheduling_strategy": strategy}
@@ -73,5 +73,5 @@ def _place(
         node_id = host_named(on_host, hosts()).node_id
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
         return node_id, {"scheduling_strategy": strategy}
-    head = next(node for node in ray.nodes() if _HEAD in node["Resources"])
-    return head["NodeID"], {"resources": {_HEAD: 0.001}}
+    head = next((node["NodeID"] for node in ray.nodes() if _HEAD in node["Resources"]), "")
+    return head, {"resources": {_HEAD: 0.001}}

@@ -2,7 +2,8 @@
 
 Most of the time until an actor answers is its process: the interpreter, and what it imports. Ray
 can be told to start one ahead that belongs to no job yet, and gives it to the next actor. So
-whoever starts an actor orders the next process for that node.
+whoever starts an actor orders the next process for that node. What that process imports ahead is
+in `dcres.actors.preload`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,6 @@ _KEEP_S = 365 * 24 * 3600
 _TIMEOUT_S = 5.0
 
 _log = logging.getLogger("dcres.ray")
-
-
-def import_ahead() -> None:
-    """What a worker process of a cluster of ours does when it starts: what actors import.
-
-    Ray calls it by name; see `dcres.actors.local_node`.
-    """
-    import dcres.actors.coordinator
-    import dcres.actors.main_host
-    import dcres.actors.sub_host  # noqa: F401
 
 
 def order_soon(node_id: str) -> None:
