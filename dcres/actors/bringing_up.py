@@ -7,6 +7,9 @@
     memory      what an   parts    QEMU, pages, servers     pager,   the guest runs
     and actors  earlier            all at the same time     VM core
                 life left
+
+A lazy restore loads nothing, so that its hosts need not wait for the plan: it is made while they
+boot, and `run` is the first step that needs it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The coordinator asks the VM's hosts, and others only for parts that none of these has. A host
 that has the main host's part makes the plan. Pages then go from the memory files to the hosts
-that the plan names; a lazy restore leaves that to the pager.
+that the plan names; a lazy restore leaves that to the pager, and so hosts need not wait for
+the plan before they start what they run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 from dcres.actors.messages import (
     Incarnation,
     LoadOrder,
-    MainPart,
     PartsOrder,
     Planned,
     PlanOrder,
@@ -111,19 +111,26 @@ class Restoring:
     incarnation: Incarnation
     lazy: bool
     where: Where
-    planned: Planned
-    helpers: dict[str, Port]  # hosts that only have parts
-    main_part: MainPart | None
+    helpers: Mapping[str, Port]  # hosts that only have parts
+    planning: Pending
+    reading: Pending | None  # the main host's part, if another host has it
     starting: dict[str, tuple[Parts, Pending]] = field(default_factory=dict)  # servers, by host
     sources: dict[str, SubAddress] = field(default_factory=dict)  # by part
     servers: list[str] = field(default_factory=list)
+    _planned: Planned | None = None
+
+    def await_plan(self) -> Planned:
+        """Which pages go where. Repeatable; raises NoRoom, CheckpointCorrupt."""
+        if self._planned is None:
+            self._planned = self.planning.result(_PLAN_TIMEOUT_S)
+        return self._planned
 
     @property
     def moved_pages(self) -> int:
         """Pages that cross the network."""
         return sum(
             pages
-            for flow, held in zip(self.planned.flow, self.where.holds, strict=True)
+            for flow, held in zip(self.await_plan().flow, self.where.holds, strict=True)
             for pages, here in zip(flow, held, strict=True)
             if not here
         )
@@ -132,21 +139,29 @@ class Restoring:
         return self.vm_ports[host] if host in self.vm_ports else self.helpers[host]
 
     def serve(self) -> None:
-        """Begin to start slice servers for the parts that somebody has to read from afar.
+        """Begin to start slice servers for the parts that somebody has to read from one.
 
         They are up when `await_servers` returns: QEMU starts meanwhile.
         """
         served: dict[str, list[str]] = {}
-        for part, flow, held in zip(
-            self.where.parts, self.planned.flow, self.where.holds, strict=True
-        ):
-            afar = any(pages and not here for pages, here in zip(flow, held, strict=True))
-            if afar or (self.lazy and any(flow)):
-                served.setdefault(self.where.holder(part), []).append(part)
+        for part in self._saved_parts() if self.lazy else self._parts_from_afar():
+            served.setdefault(self.where.holder(part), []).append(part)
         for host, parts in served.items():
             self.servers.append(host)
             order = PartsOrder(self.incarnation, dumps(self.manifest), tuple(parts))
             self.starting[host] = tuple(parts), self._port(host).submit("serve_parts", order)
+
+    def _saved_parts(self) -> list[str]:
+        return [part.host for part in self.manifest.hosts if part.pages]
+
+    def _parts_from_afar(self) -> list[str]:
+        return [
+            part
+            for part, flow, held in zip(
+                self.where.parts, self.await_plan().flow, self.where.holds, strict=True
+            )
+            if any(pages and not here for pages, here in zip(flow, held, strict=True))
+        ]
 
     def await_servers(self) -> None:
         """Learn where the slice servers listen. Repeatable; raises what starting them raises."""
@@ -162,7 +177,7 @@ class Restoring:
         target = self.where.targets.index(host)
         readings = tuple(
             Reading(self.where.parts[part], pages, self._afar(self.where.parts[part], host))
-            for (part, to), pages in self.planned.masks.items()
+            for (part, to), pages in self.await_plan().masks.items()
             if to == target
         )
         return LoadOrder(dumps(self.manifest), readings)
@@ -176,9 +191,11 @@ class Restoring:
     @property
     def resumption(self) -> Resumption:
         """What the main host goes on from."""
+        targets = self.await_plan().targets
+        main_part = None if self.reading is None else self.reading.result(_PLAN_TIMEOUT_S)
         self.await_servers()
         sources = dict(self.sources) if self.lazy else {}
-        return Resumption(dumps(self.manifest), self.planned.targets, self.main_part, sources)
+        return Resumption(dumps(self.manifest), targets, main_part, sources)
 
     @property
     def server_ports(self) -> dict[str, Port]:
@@ -193,7 +210,7 @@ class Restoring:
                 "host": host,
                 "role": "main" if index == 0 else "sub",
                 "memory_bytes": share,
-                "pages": sum(flow[index] for flow in self.planned.flow),
+                "pages": sum(flow[index] for flow in self.await_plan().flow),
             }
             for index, (host, share) in enumerate(zip(self.vm_ports, shares_bytes, strict=True))
         ]
@@ -218,10 +235,10 @@ def prepare(
     incarnation: Incarnation,
     lazy: bool,
 ) -> Restoring:
-    """Find the parts, make the plan, start what serves parts.
+    """Find the parts, begin to plan, and start what serves parts.
 
-    Raises NotFound for a part that no host has, NoRoom, CheckpointCorrupt; helpers may be left
-    for `Fleet.leave` to end.
+    Raises NotFound for a part that no host has; for an eager restore, whose plan has been made
+    when this returns, NoRoom and CheckpointCorrupt. Helpers may be left for `Fleet.leave`.
     """
     text = dumps(manifest)
     parts = tuple(part.host for part in manifest.hosts)
@@ -234,10 +251,8 @@ def prepare(
     planner = {**ports, **helpers}[where.holder(parts[0])]
     capacities = capacities_of(shares_bytes, manifest.pages)
     order = PlanOrder(text, capacities, where.holds, masks=not lazy)
-    planned = planner.call("plan", order, timeout_s=_PLAN_TIMEOUT_S)
-    main_part = None
-    if not where.holds[0][0]:
-        main_part = planner.call("read_main_part", text, timeout_s=_PLAN_TIMEOUT_S)
-    made = Restoring(manifest, ports, fleet, incarnation, lazy, where, planned, helpers, main_part)
+    planning = planner.submit("plan", order)
+    reading = None if where.holds[0][0] else planner.submit("read_main_part", text)
+    made = Restoring(manifest, ports, fleet, incarnation, lazy, where, helpers, planning, reading)
     made.serve()
     return made

@@ -853,6 +853,28 @@ def test_a_lazy_restore_serves_parts_until_every_page_is_there(
     assert "h0.settle_moves" in world.done
 
 
+def test_a_lazy_restore_boots_while_the_plan_is_made(
+    coordinator: Coordinator, world: World, checkpoint: str
+) -> None:
+    begun = ["h0.boot", "h0.serve_parts h0 h1 h2", "h1.serve", "h2.serve"]
+    world.hooks["h0.plan"] = lambda: until(
+        lambda: set(begun) <= set(world.done), 10, "what needs no plan has begun"
+    )
+    coordinator.restore(checkpoint, lazy=True)
+    assert world.done.index("h0.plan") < world.done.index("h0.run")
+
+
+def test_a_lazy_restore_whose_plan_fails_leaves_nothing(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
+) -> None:
+    world.fail["h0.plan"] = CheckpointCorrupt("h0/pages.arrow was altered")
+    with pytest.raises(CheckpointCorrupt, match=r"pages\.arrow"):
+        coordinator.restore(checkpoint, lazy=True)
+    require_nothing(world, fleet)
+    assert world.serving_parts == set()
+    assert "h0.run" not in world.done
+
+
 @pytest.mark.parametrize(
     ("layout", "match"),
     [

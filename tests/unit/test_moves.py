@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcres.model import moves as moves_
 from dcres.model.moves import ROW_PAGES, moves
 from dcres.model.placement import FIRST_SUB, MAIN, NOWHERE
 
@@ -14,6 +17,7 @@ NOW = 1000
 
 pages = st.tuples(st.sampled_from(CODES), st.sampled_from(CODES), st.integers(0, NOW))
 memories = st.lists(pages, max_size=60)
+chunks = st.sampled_from([1, 7, moves_.CHUNK_PAGES])
 
 
 def arrays(memory: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -21,12 +25,16 @@ def arrays(memory: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, 
     return owners.astype(np.uint8), wanted.astype(np.uint8), ticks.astype(np.uint32)
 
 
-@given(memories)
-def test_every_page_that_is_elsewhere_is_moved_once(memory: list[tuple[int, int, int]]) -> None:
+@given(memories, chunks)
+def test_every_page_that_is_elsewhere_is_moved_once(
+    memory: list[tuple[int, int, int]], chunk_pages: int
+) -> None:
     owners, wanted, ticks = arrays(memory)
     after = owners.copy()
     seen = np.zeros(len(memory), dtype=int)
-    for first, stop, source, target in moves(owners, wanted, ticks, NOW).tolist():
+    with patch.object(moves_, "CHUNK_PAGES", chunk_pages):
+        rows = moves(owners, wanted, ticks, NOW)
+    for first, stop, source, target in rows.tolist():
         assert 0 < stop - first <= ROW_PAGES
         assert (owners[first:stop] == source).all()
         after[first:stop] = target
@@ -37,12 +45,16 @@ def test_every_page_that_is_elsewhere_is_moved_once(memory: list[tuple[int, int,
     assert seen.max(initial=0) <= 1
 
 
-@given(memories)
-def test_what_was_touched_lately_goes_first(memory: list[tuple[int, int, int]]) -> None:
+@given(memories, chunks)
+def test_what_was_touched_lately_goes_first(
+    memory: list[tuple[int, int, int]], chunk_pages: int
+) -> None:
     owners, wanted, ticks = arrays(memory)
     ages = NOW - ticks.astype(np.int64)
     oldest = 0
-    for first, stop, _, _ in moves(owners, wanted, ticks, NOW).tolist():
+    with patch.object(moves_, "CHUNK_PAGES", chunk_pages):
+        rows = moves(owners, wanted, ticks, NOW)
+    for first, stop, _, _ in rows.tolist():
         assert ages[first:stop].max() * 2 + 1 >= oldest
         oldest = max(oldest, int(ages[first:stop].min()))
 
