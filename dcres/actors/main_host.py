@@ -64,8 +64,6 @@ class MainHost(MovingHost):
         with self._saving:  # so that what gives the checkpoint up comes before it all or after
             self._require_wanted(checkpoint)
             status = self.status()
-            with self._qmp() as monitor:
-                monitor.learn()  # it has, unless the connection is a new one
             # Sub hosts that share this store may have begun their part already.
             self._store.sweep(self._vm, keep=frozenset({checkpoint}))
             self._store.begin(self._vm, checkpoint)

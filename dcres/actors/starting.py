@@ -100,7 +100,6 @@ class StartingHost(QemuHost):
         with self._loading(order):
             self._pager.prepare()
             safety.require_safe(monitor, self._qemu.process.pid, self._ram)
-            monitor.learn()
 
     @contextmanager
     def _loading(self, order: RunOrder) -> Iterator[None]:

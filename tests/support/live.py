@@ -68,9 +68,6 @@ class WriterMonitor:
         self._pid = pid
         self._stopped = False
 
-    def learn(self) -> None:
-        return
-
     def status(self) -> RunState:
         return RunState.PAUSED if self._stopped else RunState.RUNNING
 

@@ -1,30 +1,41 @@
-"""What is decided from QEMU's own description of itself."""
+"""What needs no QEMU to be decided."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from dcres.vm.monitor import RunState, _knows_file_uri
+from dcres.vm.monitor import Monitor, RunState
 
-OTHER: list[dict[str, Any]] = [
-    {"name": "0", "meta-type": "object", "members": []},
-    {"name": "1", "meta-type": "enum", "values": ["file", "block"]},
-]
+
+def monitor_of(version: str) -> Monitor:
+    numbers = dict(zip(("major", "minor", "micro"), map(int, version.split(".")), strict=True))
+    greeting = SimpleNamespace(QMP=SimpleNamespace(version={"qemu": numbers}))
+    client: Any = SimpleNamespace(greeting=greeting)
+    return Monitor(Path("qmp.sock"), Mock(), client)
 
 
 @pytest.mark.parametrize(
-    ("transports", "known"),
+    ("version", "uri"),
     [
-        ([], False),  # 7.2 describes no transports
-        (["socket", "exec", "rdma"], False),  # 8.2 development
-        (["socket", "exec", "rdma", "file"], True),
+        ("7.2.22", "fd:dcres-core"),
+        ("8.1.5", "fd:dcres-core"),
+        ("8.1.92", "fd:dcres-core"),  # a candidate for 8.2; a descriptor will do there, too
+        ("8.2.0", "file:/core"),
+        ("9.1.0", "file:/core"),
+        ("10.0.2", "file:/core"),
     ],
 )
-def test_file_transport(transports: list[str], known: bool) -> None:
-    schema = [*OTHER, {"name": "2", "meta-type": "enum", "values": transports}]
-    assert _knows_file_uri(schema) is known
+def test_how_a_core_is_named(version: str, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(Monitor, "send_fd", lambda _, name, fd: sent.append(name))
+    assert monitor_of(version).version == version
+    assert monitor_of(version)._core_uri(Path("/core"), 3) == uri
+    assert sent == (["dcres-core"] if uri.startswith("fd:") else [])
 
 
 def test_every_run_state_is_spelled_as_qemu_does() -> None:

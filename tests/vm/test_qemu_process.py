@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -81,25 +80,6 @@ def test_a_qemu_that_dies_is_noticed(files: VmFiles) -> None:
             vm.qemu.connect(timeout_s=1)
         with pytest.raises(VmLost, match="restore a checkpoint"):
             process.adopt(vm.qemu.to_dict())
-
-
-def test_what_was_learned_is_not_asked_while_the_vm_stands_still(
-    files: VmFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    execute = Monitor.execute
-
-    def record(self: Monitor, command: str, *rest: Any) -> Any:
-        asked.append(command)
-        return execute(self, command, *rest)
-
-    with guest(witness_spec(fill_mib="off"), files) as vm:
-        vm.monitor.learn()
-        monkeypatch.setattr(Monitor, "execute", record)
-        vm.monitor.learn()
-        vm.monitor.save_core(tmp_path / "core")
-    assert "migrate" in asked
-    assert "query-qmp-schema" not in asked
 
 
 def test_quit_leaves_the_ram_file(files: VmFiles) -> None:
