@@ -193,18 +193,17 @@ class PartServing:
 
     def _serve_parts(self, order: PartsOrder) -> SubAddress:
         self._folder.make()
-        incarnation = order.incarnation
+        incarnation, manifest = order.incarnation, parse(order.manifest)
         settings = SliceSettings(
             vm=incarnation.identity,
             generation=incarnation.generation,
             secret=incarnation.secret,
-            page_count=parse(order.manifest).page_count,
+            page_count=manifest.page_count,
             address=self._settings.address,
             port=0,
             control=str(self._slices.control),
-            store=str(self._settings.store),
-            manifest=order.manifest,
-            parts=order.parts,
+            checkpoint=self._store.folder(manifest),
+            parts=tuple(self._store.memory_part(manifest, host) for host in order.parts),
         )
         paging_settings.save(settings, self._slices_path)
         self._slices.start()

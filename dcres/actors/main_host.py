@@ -38,9 +38,9 @@ from dcres.model.placement import (
 from dcres.paging.table import PageTable
 from dcres.storage import tables
 from dcres.storage.atomic import write_durably
-from dcres.storage.digest import file_sum
+from dcres.storage.digest import FileSum, file_sum
 from dcres.storage.layout import HISTORY, PAGES, VMCORE
-from dcres.storage.manifest import FileSum, loads
+from dcres.storage.manifest import loads
 from dcres.storage.memory_file import SavedMemory
 from dcres.vm import disk
 from dcres.vm.command import disk_nodes

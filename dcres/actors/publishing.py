@@ -12,10 +12,10 @@ from dcres.actors.ports import Port
 from dcres.config import VmSpec
 from dcres.errors import OperationFailed
 from dcres.model.formats import MemoryFormat
+from dcres.storage.digest import FileSum
 from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
     DiskSnapshot,
-    FileSum,
     HostSlice,
     Manifest,
     Mode,

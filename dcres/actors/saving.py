@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,8 @@ from dcres.model.pages import (
 )
 from dcres.model.placement import digest
 from dcres.paging.changes import ChangeMap
+from dcres.storage.digest import FileSum
 from dcres.storage.layout import MEMORY_FILES
-from dcres.storage.manifest import FileSum
 from dcres.storage.memory_file import (
     SAVING_THREADS,
     MemoryFileWriter,
@@ -203,7 +204,7 @@ class PartSaver:
             allocated_bytes=saved.allocated_bytes,
             seconds=time.monotonic() - self._began,
             digest=digest(saved.mask),
-            files=tuple(each.model_dump() for each in files),
+            files=tuple(asdict(each) for each in files),
         )
 
 

@@ -32,8 +32,8 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import ServerSettings, SubAddress
 from dcres.storage import tables
+from dcres.storage.digest import FileSum
 from dcres.storage.layout import PAGES
-from dcres.storage.manifest import FileSum
 from dcres.storage.memory_file import SavedMemory
 from dcres.storage.store import Store
 

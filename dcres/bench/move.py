@@ -40,7 +40,7 @@ from dcres.storage import layout
 from dcres.storage.atomic import write_durably
 from dcres.storage.bulk import write_fully
 from dcres.storage.digest import file_sum
-from dcres.storage.manifest import HostSlice, Manifest, Mode, Role, dumps
+from dcres.storage.manifest import HostSlice, Manifest, Mode, Role
 from dcres.storage.memory_file import MemoryFileWriter
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
@@ -223,7 +223,7 @@ def _move(source: Source, left: Place, right: Place, what: str, at: int) -> Row:
 def _serving(source: Source, place: Place) -> Iterator[SubAddress]:
     """A slice server at `place`."""
     with tempfile.TemporaryDirectory(prefix="dcres-bench-") as name:
-        folder = Path(name)
+        folder, store = Path(name), Store(source.store)
         chosen = SliceSettings(
             vm=source.identity.vm.hex(),
             generation=source.identity.generation,
@@ -232,9 +232,8 @@ def _serving(source: Source, place: Place) -> Iterator[SubAddress]:
             address=place.address,
             port=0,
             control=str(folder / "slices.sock"),
-            store=str(source.store),
-            manifest=dumps(source.manifest),
-            parts=(_HOST,),
+            checkpoint=store.folder(source.manifest),
+            parts=(store.memory_part(source.manifest, _HOST),),
         )
         settings.save(chosen, folder / "slices.json")
         argv = [sys.executable, "-m", "dcres.actors.slice_server", str(folder / "slices.json")]

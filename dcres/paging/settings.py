@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from dcres.linux.files import open_own
 from dcres.model.handshake import Identity
@@ -83,13 +84,23 @@ def save(settings: Settings, path: Path) -> None:
     fresh = path.with_suffix(".new")
     fd = open_own(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     with os.fdopen(fd, "w") as file:
-        json.dump(asdict(settings), file)
+        json.dump(asdict(settings), file, default=str)  # paths
     fresh.rename(path)
 
 
 def load(kind: type[T], path: Path) -> T:
-    """Read settings of `kind` back."""
-    values: dict[str, Any] = json.loads(path.read_text())
-    for key in {"subs", "sources"} & values.keys():
-        values[key] = tuple(SubAddress(**each) for each in values[key])
-    return kind(**values)
+    """Read settings of `kind` back; they may have others, tuples of one type, and paths in them."""
+    made: T = _made(kind, json.loads(path.read_text()))
+    return made
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """A value of type `kind`, which `save` wrote as the JSON `value`."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _made(kinds[name], each) for name, each in value.items()})
+    if get_origin(kind) is tuple:
+        return tuple(_made(get_args(kind)[0], each) for each in value)
+    if get_origin(kind) is UnionType:  # of something and None
+        return None if value is None else _made(get_args(kind)[0], value)
+    return Path(value) if kind is Path else value

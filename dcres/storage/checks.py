@@ -13,8 +13,8 @@ import numpy as np
 from dcres.errors import CheckpointCorrupt
 from dcres.model.pages import Mask
 from dcres.storage import layout, memory_file, slices, tables
-from dcres.storage.digest import check_file
-from dcres.storage.manifest import FileSum, HostSlice, Manifest
+from dcres.storage.digest import FileSum, Sums, check_file
+from dcres.storage.manifest import HostSlice, Manifest
 from dcres.storage.transfer import Progress
 
 T = TypeVar("T")
@@ -85,8 +85,7 @@ class Verifier:
     def part(self, folder: Path, host: str) -> Mask | None:
         """Check all files of `host`; the mask of its pages, or None where that is unknown."""
         part = slices.find_slice(self.manifest, host)
-        read = partial(slices.read_sums, folder, self.manifest, part)
-        sums = self._try(host, layout.SUMS, read)
+        sums = self._try(host, layout.SUMS, partial(self._read_sums, folder, part))
         mask = sums[0] if sums is not None else None
         self._try(host, layout.PAGES, partial(self._check_here, folder, part, mask))
         for file in part.files:
@@ -127,6 +126,9 @@ class Verifier:
             self._problems[key] = self._problems[key] or str(error)
             return None
 
+    def _read_sums(self, folder: Path, part: HostSlice) -> tuple[Mask, Sums]:
+        return slices.memory_part(folder, self.manifest, part).read_sums()
+
     def _check_here(self, folder: Path, part: HostSlice, mask: Mask | None) -> None:
         here = slices.read_here(folder, self.manifest, part)
         if mask is not None:
@@ -142,7 +144,7 @@ class Verifier:
                 check_file(path, expected)
 
     def _check_memory(self, folder: Path, part: HostSlice) -> None:
-        memory = slices.read_memory(folder, self.manifest, part)
+        memory = slices.memory_part(folder, self.manifest, part).read()
         self._pages += memory_file.verify(memory, self.progress)
 
     def _check_agreement(self, folder: Path, masks: dict[str, Mask]) -> None:

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dcres.storage.damage import corrupt, unreadable
-from dcres.storage.manifest import FileSum
+from dcres.storage.layout import FILE_PATTERN
 
 Sums = npt.NDArray[np.uint64]
+
+_SHA256_PATTERN = "[0-9a-f]{64}"
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    """One small file of a host's folder, as it must be. Raises ValueError for what none can be."""
+
+    name: str
+    length_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if re.fullmatch(FILE_PATTERN, self.name) is None:
+            raise ValueError(f"{self.name!r} cannot be the name of a file of a checkpoint")
+        if self.length_bytes < 0:
+            raise ValueError(f"a file cannot have {self.length_bytes} bytes")
+        if re.fullmatch(_SHA256_PATTERN, self.sha256) is None:
+            raise ValueError(f"{self.sha256!r} is not a SHA-256")
 
 
 def bytes_sum(name: str, data: bytes) -> FileSum:

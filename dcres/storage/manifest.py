@@ -26,6 +26,7 @@ from dcres.errors import CheckpointCorrupt
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.damage import corrupt
+from dcres.storage.digest import FileSum
 from dcres.storage.layout import (
     CHECKPOINT_PATTERN,
     FILE_PATTERN,
@@ -60,14 +61,6 @@ _VERSIONS = {MemoryFormat.SPARSE: 1, MemoryFormat.PACKED: 2}
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileSum(_Model):
-    """One small file of a host's folder, as it must be."""
-
-    name: str = Field(pattern=FILE_PATTERN)
-    length_bytes: Count
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class DiskSnapshot(_Model):

@@ -9,14 +9,15 @@ import numpy as np
 
 from dcres.errors import NotFound
 from dcres.model.formats import MemoryFormat
-from dcres.model.pages import Mask, Pages
+from dcres.model.pages import Mask
 from dcres.storage import layout, tables
 from dcres.storage.atomic import write_all_durably
 from dcres.storage.contents import MemoryFile
 from dcres.storage.damage import corrupt
-from dcres.storage.digest import Sums, bytes_sum
-from dcres.storage.manifest import FileSum, HostSlice, Manifest, Role
+from dcres.storage.digest import FileSum, bytes_sum
+from dcres.storage.manifest import HostSlice, Manifest, Role
 from dcres.storage.memory_file import SavedMemory
+from dcres.storage.part import MemoryPart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,35 +47,21 @@ def listed(manifest: Manifest, part: HostSlice, name: str) -> FileSum:
     return found
 
 
-def read_sums(folder: Path, manifest: Manifest, part: HostSlice) -> tuple[Mask, Sums]:
-    """Mask and checksums of the pages here. Raises CheckpointCorrupt."""
-    expected = listed(manifest, part, layout.SUMS)
-    mask, sums = tables.read_sums(folder / layout.SUMS, manifest.page_count, expected)
-    count = int(np.count_nonzero(mask))
-    if count != part.pages:
-        what = f"it lists {count} pages and the manifest {part.pages}"
-        raise corrupt(folder / layout.SUMS, what)
-    return mask, sums
-
-
-def read_order(folder: Path, manifest: Manifest, part: HostSlice) -> Pages | None:
-    """The page at every place of a packed memory file; None for a sparse one."""
-    match manifest.memory_format:
-        case MemoryFormat.SPARSE:
-            return None
-        case MemoryFormat.PACKED:
-            expected = listed(manifest, part, layout.INDEX)
-            return tables.read_index(folder / layout.INDEX, manifest.page_count, expected)
-
-
-def read_memory(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryFile:
-    """The memory file of `part` as its tables describe it. Raises CheckpointCorrupt."""
-    mask, sums = read_sums(folder, manifest, part)
-    return MemoryFile(folder / part.memory_file, mask, sums, read_order(folder, manifest, part))
+def memory_part(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryPart:
+    """What the manifest says of the memory file of `part`. Raises CheckpointCorrupt."""
+    packed = manifest.memory_format is MemoryFormat.PACKED
+    return MemoryPart(
+        folder=folder,
+        memory_file=part.memory_file,
+        page_count=manifest.page_count,
+        pages=part.pages,
+        sums=listed(manifest, part, layout.SUMS),
+        index=listed(manifest, part, layout.INDEX) if packed else None,
+    )
 
 
 def write_memory_tables(folder: Path, saved: SavedMemory) -> tuple[FileSum, ...]:
-    """Write what `read_memory` reads: durable on return. Raises StoreFull."""
+    """Write what `MemoryPart.read` reads: durable on return. Raises StoreFull."""
     file = saved.file
     made = {layout.SUMS: tables.encode_sums(file.mask, file.sums)}
     if file.order is not None:
@@ -108,7 +95,7 @@ def read_placement(folder: Path, manifest: Manifest) -> tables.Placement:
 def read_slice(folder: Path, manifest: Manifest, host: str) -> Slice:
     """The part of `host` in `folder`. Raises CheckpointCorrupt and NotFound."""
     part = find_slice(manifest, host)
-    memory = read_memory(folder, manifest, part)
+    memory = memory_part(folder, manifest, part).read()
     require_same(folder / layout.PAGES, read_here(folder, manifest, part), memory.mask, host)
     return Slice(host, folder, memory)
 

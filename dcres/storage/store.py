@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,15 @@ from datetime import datetime
 from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
-from dcres.linux.files import fs_free_bytes, locked, shared_lock, sole_lock
+from dcres.linux.files import fs_free_bytes, locked
 from dcres.storage import layout, slices, tables
 from dcres.storage.atomic import make_private_dirs, sync_folder, write_durably
 from dcres.storage.checks import VerifiedPart, Verifier, VerifyReport
 from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.digest import check_file
 from dcres.storage.manifest import Manifest, dumps, loads
-from dcres.storage.page_reader import PageReader
+from dcres.storage.part import MemoryPart
+from dcres.storage.pins import pinned, unpinned
 from dcres.storage.transfer import Progress
 
 
@@ -132,7 +132,7 @@ class Store:
         if (folder / layout.MANIFEST).exists():
             raise Conflict(f"checkpoint {checkpoint} is published; delete it instead")
         if folder.is_dir():
-            with _unpinned(folder):
+            with unpinned(folder):
                 _remove(folder)
 
     def delete(self, checkpoint: str) -> None:
@@ -142,38 +142,20 @@ class Store:
         removes the rest.
         """
         folder = self._require_published(checkpoint)
-        with _unpinned(folder):
+        with unpinned(folder):
             (folder / layout.MANIFEST).unlink()
             sync_folder(folder)
             _remove(folder)
 
-    @contextlib.contextmanager
-    def pin(self, checkpoint: str) -> Iterator[None]:
-        """Keep what this store has of a checkpoint from being removed inside the ``with`` block.
-
-        Any number of processes may pin one checkpoint; a pin ends with its process. It is a
-        lock on the checkpoint's folder, so a read-only store will do, and nothing is written.
-        Raises NotFound if nothing of the checkpoint is here, Conflict while it is being deleted.
-        """
-        folder = self._folder(layout.vm_of(checkpoint), checkpoint)
-        gone = f"nothing of checkpoint {checkpoint} is in {self.root}; see `dcres checkpoints`"
-        with contextlib.ExitStack() as held:
-            try:
-                fd = held.enter_context(shared_lock(folder))
-            except FileNotFoundError:
-                raise NotFound(gone) from None
-            except BlockingIOError:
-                raise Conflict(f"checkpoint {checkpoint} is being deleted") from None
-            # A deletion may have ended after the folder was opened and before it was locked.
-            if os.fstat(fd).st_nlink == 0:
-                raise NotFound(gone)
-            yield
+    def pin(self, checkpoint: str) -> contextlib.AbstractContextManager[None]:
+        """Keep what this store has of a checkpoint from being removed; see `pins.pinned`."""
+        return pinned(self._folder(layout.vm_of(checkpoint), checkpoint))
 
     def require_unpinned(self, checkpoint: str) -> None:
         """Raises Conflict for a checkpoint that is pinned; one that is not here is not."""
         folder = self._folder(layout.vm_of(checkpoint), checkpoint)
         if folder.is_dir():
-            with _unpinned(folder):
+            with unpinned(folder):
                 pass
 
     def parts_here(self, manifest: Manifest) -> tuple[str, ...]:
@@ -192,7 +174,7 @@ class Store:
             mine = layout.is_checkpoint_of(vm, path.name) and path.name not in keep
             if mine and not (path / layout.MANIFEST).exists() and not _is_apart(path):
                 # Hosts that share the store may sweep at the same time.
-                with contextlib.suppress(Conflict, FileNotFoundError), _unpinned(path):
+                with contextlib.suppress(Conflict, FileNotFoundError), unpinned(path):
                     _remove(path)
                     swept.append(path.name)
         return swept
@@ -222,14 +204,14 @@ class Store:
         """What `host` saved, its tables checked. Raises CheckpointCorrupt and NotFound."""
         return slices.read_slice(self._part(manifest, host), manifest, host)
 
-    def open_pages(self, manifest: Manifest, host: str) -> PageReader:
-        """What `host` saved, opened to read single pages. Raises CheckpointCorrupt, NotFound.
+    def folder(self, manifest: Manifest) -> Path:
+        """Where this store has a checkpoint, if it has any of it."""
+        return self._folder(manifest.vm, manifest.checkpoint)
 
-        Of its tables only those of the memory file are read: who wants this wants it soon, and no
-        page comes out of it that its checksum does not vouch for.
-        """
+    def memory_part(self, manifest: Manifest, host: str) -> MemoryPart:
+        """What the memory file of `host` must be; nothing is read. Raises NotFound."""
         part = slices.find_slice(manifest, host)
-        return PageReader(slices.read_memory(self._part(manifest, host), manifest, part))
+        return slices.memory_part(self._part(manifest, host), manifest, part)
 
     def read_placement(self, manifest: Manifest) -> tables.Placement:
         """For every page an index in ``manifest.hosts``, or `tables.NOWHERE`."""
@@ -287,7 +269,7 @@ class Store:
         return self.root / vm / checkpoint
 
     def _part(self, manifest: Manifest, host: str) -> Path:
-        return self._folder(manifest.vm, manifest.checkpoint) / layout.checked_host(host)
+        return self.folder(manifest) / layout.checked_host(host)
 
     def _vms(self) -> Names:
         names = (path.name for path in _folders(self.root))
@@ -324,20 +306,6 @@ def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
-
-
-@contextlib.contextmanager
-def _unpinned(folder: Path) -> Iterator[None]:
-    """Hold a checkpoint's folder alone. Raises Conflict while somebody has it pinned."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(sole_lock(folder))
-        except BlockingIOError:
-            raise Conflict(
-                f"checkpoint {folder.name} is in use: a VM is being restored from it or still "
-                "reads its pages; delete it when the VM has all its memory, or end the VM"
-            ) from None
-        yield
 
 
 def _is_apart(folder: Path) -> bool:

@@ -17,8 +17,7 @@ import pyarrow as pa
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
 from dcres.storage.atomic import write_durably
 from dcres.storage.damage import corrupt
-from dcres.storage.digest import Sums, bytes_sum, read_checked
-from dcres.storage.manifest import FileSum
+from dcres.storage.digest import FileSum, Sums, bytes_sum, read_checked
 
 Placement = npt.NDArray[np.uint8]
 Ticks = npt.NDArray[np.uint32]

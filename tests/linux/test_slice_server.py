@@ -21,7 +21,7 @@ from dcres.paging import settings
 from dcres.paging.puller import pull
 from dcres.paging.settings import SubAddress
 from dcres.storage import layout, tables
-from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
 from tests.support.servers import (
     ME,
@@ -55,7 +55,7 @@ def slices(tmp_path: Path, stored: tuple[Store, Manifest, bytes]) -> Iterator[Se
     """A slice server of the main host's part and of one more."""
     store, manifest, _ = stored
     parts = ("h0", "h2")
-    chosen = slice_settings(tmp_path, "slices", store.root, dumps(manifest), PAGE_COUNT, parts)
+    chosen = slice_settings(tmp_path, "slices", store, manifest, parts)
     with slice_server(tmp_path, "slices", chosen) as server:
         yield server
 
@@ -156,9 +156,7 @@ def test_a_slice_server_is_found_where_it_was(
     folder = VmFolder(tmp_path / "run", tmp_path / "mem")
     folder.make()
     daemon = Daemon("dcres.actors.slice_server", folder, "slices")
-    chosen = slice_settings(
-        folder.run, "slices", store.root, dumps(manifest), PAGE_COUNT, ("h0", "h1", "h2")
-    )
+    chosen = slice_settings(folder.run, "slices", store, manifest, ("h0", "h1", "h2"))
     path = folder.run / "slices.json"
     settings.save(chosen, path)
     daemon.start()
@@ -181,7 +179,6 @@ def test_a_slice_server_is_found_where_it_was(
 @pytest.mark.parametrize(
     ("parts", "page_count", "text"),
     [
-        (("h9",), PAGE_COUNT, "its hosts are h0, h1, h2"),
         (("h0", "h0"), PAGE_COUNT, "is in another memory file as well"),
         (("h0",), PAGE_COUNT + 1, "is of a VM with 96 pages"),
     ],
@@ -194,7 +191,8 @@ def test_what_cannot_be_served(
     text: str,
 ) -> None:
     store, manifest, _ = stored
-    chosen = slice_settings(tmp_path, "bad", store.root, dumps(manifest), page_count, parts)
+    chosen = slice_settings(tmp_path, "bad", store, manifest, parts)
+    chosen = replace(chosen, page_count=page_count)
     with pytest.raises(AssertionError, match=text), slice_server(tmp_path, "bad", chosen):
         pass
     store.delete(manifest.checkpoint)

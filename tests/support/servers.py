@@ -23,6 +23,8 @@ from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages
 from dcres.model.wire import Decoder, Endpoint, Frame, Kind
 from dcres.paging import control, settings
 from dcres.paging.settings import ServerSettings, SubAddress
+from dcres.storage.manifest import Manifest
+from dcres.storage.store import Store
 from tests.support.wait import until
 
 VM = "ab" * 16
@@ -126,20 +128,19 @@ def memory_server(
 
 
 def slice_settings(
-    folder: Path, name: str, store: Path, manifest: str, page_count: int, parts: tuple[str, ...]
+    folder: Path, name: str, store: Store, manifest: Manifest, parts: tuple[str, ...]
 ) -> SliceSettings:
     """Of a slice server for `ME`."""
     return SliceSettings(
         vm=VM,
         generation=ME.generation,
         secret=SECRET,
-        page_count=page_count,
+        page_count=manifest.page_count,
         address="127.0.0.1",
         port=0,
         control=str(folder / f"{name}.sock"),
-        store=str(store),
-        manifest=manifest,
-        parts=parts,
+        checkpoint=store.folder(manifest),
+        parts=tuple(store.memory_part(manifest, host) for host in parts),
     )
 
 

@@ -15,8 +15,8 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
 from dcres.storage import layout, tables
 from dcres.storage.atomic import sync_file
-from dcres.storage.digest import file_sum
-from dcres.storage.manifest import DiskSnapshot, FileSum, HostSlice, Manifest, Mode, Role
+from dcres.storage.digest import FileSum, file_sum
+from dcres.storage.manifest import DiskSnapshot, HostSlice, Manifest, Mode, Role
 from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store

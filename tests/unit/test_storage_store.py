@@ -19,6 +19,7 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, extents_of_mask
 from dcres.storage import layout, memory_file, tables
 from dcres.storage.manifest import Manifest
+from dcres.storage.page_reader import PageReader
 from dcres.storage.store import Store
 from tests.support.stored import (
     HOSTS,
@@ -447,7 +448,8 @@ def test_single_pages_are_read_and_verified(root: Store, published: Manifest, ra
         place = page
     path = folder(root, published) / "h1" / published.hosts[1].memory_file
     length_bytes = path.stat().st_size
-    with root.open_pages(published, "h1") as reader:
+    memory = root.memory_part(published, "h1").read()
+    with PageReader(memory) as reader:
         assert np.array_equal(reader.mask, placement() == 1)
         for first, stop in extents_of_mask(reader.mask).tolist():
             assert reader.read(first, stop) == data[first * PAGE_SIZE : stop * PAGE_SIZE]
@@ -460,9 +462,9 @@ def test_single_pages_are_read_and_verified(root: Store, published: Manifest, ra
         with pytest.raises(CheckpointCorrupt, match=f"it ends at or after page {page}"):
             reader.read(page, page + 1)
     with pytest.raises(CheckpointCorrupt, match=f"instead of {length_bytes}"):
-        root.open_pages(published, "h1")
+        PageReader(memory)
     path.unlink()
     with pytest.raises(CheckpointCorrupt, match="it is missing"):
-        root.open_pages(published, "h1")
+        PageReader(memory)
     with pytest.raises(NotFound, match="its hosts are h0, h1, h2"):
-        root.open_pages(published, "h9")
+        root.memory_part(published, "h9")

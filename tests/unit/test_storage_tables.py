@@ -13,8 +13,7 @@ import pytest
 
 from dcres.errors import CheckpointCorrupt
 from dcres.storage import tables
-from dcres.storage.digest import bytes_sum, file_sum
-from dcres.storage.manifest import FileSum
+from dcres.storage.digest import FileSum, bytes_sum, file_sum
 
 COUNT = 50
 MASK = np.arange(COUNT) % 3 == 1

@@ -1,0 +1,51 @@
+"""Pins: a checkpoint whose pages somebody still reads is not removed.
+
+A pin is a shared lock on the checkpoint's folder, so a read-only store will do, nothing is
+written, and it ends with its process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from dcres.errors import Conflict, NotFound
+from dcres.linux.files import shared_lock, sole_lock
+
+
+@contextmanager
+def pinned(folder: Path) -> Iterator[None]:
+    """Keep what is in a checkpoint's folder from being removed inside the ``with`` block.
+
+    Any number of processes may. Raises NotFound if nothing of the checkpoint is there, Conflict
+    while it is being deleted.
+    """
+    checkpoint, root = folder.name, folder.parent.parent
+    gone = f"nothing of checkpoint {checkpoint} is in {root}; see `dcres checkpoints`"
+    with ExitStack() as held:
+        try:
+            fd = held.enter_context(shared_lock(folder))
+        except FileNotFoundError:
+            raise NotFound(gone) from None
+        except BlockingIOError:
+            raise Conflict(f"checkpoint {checkpoint} is being deleted") from None
+        # A deletion may have ended after the folder was opened and before it was locked.
+        if os.fstat(fd).st_nlink == 0:
+            raise NotFound(gone)
+        yield
+
+
+@contextmanager
+def unpinned(folder: Path) -> Iterator[None]:
+    """Hold a checkpoint's folder alone. Raises Conflict while somebody has it pinned."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(sole_lock(folder))
+        except BlockingIOError:
+            raise Conflict(
+                f"checkpoint {folder.name} is in use: a VM is being restored from it or still "
+                "reads its pages; delete it when the VM has all its memory, or end the VM"
+            ) from None
+        yield
