@@ -140,8 +140,7 @@ class Daemon:
         """Have a process loaded for `start`; it needs no settings yet, and ends with us."""
         with self._spawning:
             if self._prepared is None:
-                environ = {**os.environ, **self._marker}
-                self._prepared = Prepared.start(self._argv, self._log, environ)
+                self._prepared = Prepared.start(self._argv, self._log, self._environ)
 
     def start(self) -> None:
         """Start it, or adopt the one that runs; returns when it answers."""
@@ -239,7 +238,15 @@ class Daemon:
     def _spawn(self) -> ProcessId:
         if self._prepared is not None and self._prepared.process.alive:
             return self._prepared.process
-        return spawn_detached(self._argv, self._log, {**os.environ, **self._marker})
+        return spawn_detached(self._argv, self._log, self._environ)
+
+    @property
+    def _environ(self) -> dict[str, str]:
+        """Without numpy's threads for linear algebra, which nobody needs here.
+
+        To start them takes 60 ms of a processor, as much as all else that numpy imports.
+        """
+        return {**os.environ, **self._marker, "OPENBLAS_NUM_THREADS": "1"}
 
     def _await_answer(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
