@@ -29,7 +29,7 @@ from dcres.model.pages import PAGES_PER_MIB, Mask, mib_of
 from dcres.model.placement import SAVED_NOWHERE, Owners
 from dcres.model.transport import Counts, least_moves, least_moves_with_main
 
-CHUNK_PAGES = 1 << 17
+CHUNK_PAGES = 1 << 19
 _PARTS = 256  # what a placement can tell apart; SAVED_NOWHERE is one of them
 _COLD, _TIE, _HOT = range(3)
 _CLASSES = 3 * _PARTS
