@@ -208,7 +208,8 @@ class Checkpointing:
 
     def _synchronise(self, once_more: bool, host: str) -> Barrier:
         port = self._subject.ports[host]
-        done = port.call("synchronise", self.checkpoint, once_more, timeout_s=_SAVE_TIMEOUT_S)
+        arguments = self.checkpoint, once_more, self._stage_pages
+        done = port.call("synchronise", *arguments, timeout_s=_SAVE_TIMEOUT_S)
         if once_more:
             self.rounds[-1][host] = done
         return Barrier.SYNCHRONISE

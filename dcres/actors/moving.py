@@ -98,7 +98,7 @@ class MovingHost(StartingHost):
         self._await_moves(checkpoint)
         return done
 
-    def synchronise(self, checkpoint: str, once_more: bool) -> HostRound | None:
+    def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
         """As on every host."""
         self._await_moves(checkpoint)
-        return super().synchronise(checkpoint, once_more)
+        return super().synchronise(checkpoint, once_more, most_pages)

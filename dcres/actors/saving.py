@@ -40,6 +40,7 @@ from dcres.model.pages import (
     count_pages,
     extents_of_pages,
     pages_of_extents,
+    split_pages,
 )
 from dcres.model.placement import digest
 from dcres.paging.changes import ChangeMap
@@ -49,20 +50,14 @@ from dcres.storage.memory_file import (
     SAVING_THREADS,
     MemoryFileWriter,
     SavedMemory,
-    read_into_memory,
 )
 from dcres.storage.slices import write_memory_tables
+from dcres.storage.sources import Room, read_into_memory
 from dcres.storage.store import Store
 
 LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
 _ANY_RATE = 1e9  # bytes per second; for a host that has no page to try it with
-
-
-def split_pages(extents: Extents, count: int) -> tuple[Extents, Extents]:
-    """The first `count` pages of `extents`, and the others."""
-    pages = pages_of_extents(extents)
-    return extents_of_pages(pages[:count]), extents_of_pages(pages[count:])
 
 
 def without(extents: Extents, taken: Extents) -> Extents:
@@ -102,6 +97,7 @@ class PartSaver:
         self._gone = EMPTY
         self._rate = 0.0  # at which what is left would be staged; measured in the first round
         self._saved_any = False
+        self._left = 0  # pages marked after the latest round
         with ExitStack() as stack:
             self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._source)
@@ -147,15 +143,16 @@ class PartSaver:
     def _measure_rate(self, here: Extents) -> float:
         """Bytes per second at which single pages are staged, from a sample of `here`.
 
-        What is left for the stop lies scattered, and goes to fresh memory, as here.
+        What is left for the stop lies scattered, and goes to memory that is there, as here.
         """
         pages = pages_of_extents(here)
         sample = extents_of_pages(pages[:: max(1, pages.size // _SAMPLE_PAGES)])
         if not len(sample):
             return _ANY_RATE
+        room = Room.of(count_pages(sample))
         began = time.perf_counter()
-        read_into_memory(self._source, sample)
-        return count_pages(sample) * PAGE_SIZE / (time.perf_counter() - began)
+        read_into_memory(self._source, sample, room)
+        return room.pages * PAGE_SIZE / (time.perf_counter() - began)
 
     def copy(self) -> HostRound:
         """One round while the guest runs. Raises StoreFull, PagingError, Conflict if cancelled.
@@ -171,16 +168,25 @@ class PartSaver:
         with self._meter.measuring("copy", count_pages(here)), priority.background():
             self._writer.discard(self._gone)
             self._writer.save(self._source, here, beside_guest())
-        left = self._scan()
+        self._left = self._scan()
         seconds = time.monotonic() - began
-        return HostRound(count_pages(here), left, seconds, self._rate)
+        return HostRound(count_pages(here), self._left, seconds, self._rate)
+
+    def make_room(self, most_pages: int) -> None:
+        """Have memory for `stage` ready while the guest still runs. Raises NoRoom.
+
+        For what the latest round left and a quarter more, since the guest goes on writing.
+        """
+        with priority.background():
+            self._writer.make_room(min(self._left + self._left // 4, most_pages))
 
     def stage(self, most_pages: int) -> None:
         """The VM stands still: take the rest, at most `most_pages` of it into memory.
 
         What is more is written at once. Afterwards nothing of the host's memory is needed.
         """
-        self._scan()
+        if self._saved_any:  # else all that is here is taken, whatever was written
+            self._scan()
         here = self._take()
         at_once, later = split_pages(here, max(0, count_pages(here) - most_pages))
         if len(at_once):
@@ -267,9 +273,13 @@ class SavingHost:
         with self._current(checkpoint) as saver:
             return saver.copy()
 
-    def synchronise(self, checkpoint: str, once_more: bool) -> HostRound | None:
-        """The barrier before the stop, with a last quick round if `once_more`: what it did."""
+    def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
+        """The barrier before the stop, with a last quick round if `once_more`: what it did.
+
+        `most_pages` is what `stage` may then hold in memory.
+        """
         with self._current(checkpoint) as saver:
+            saver.make_room(most_pages)
             return saver.copy() if once_more else None
 
     def stage(self, checkpoint: str, most_pages: int) -> None:

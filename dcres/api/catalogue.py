@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,17 +13,18 @@ from dcres.actors import _ray
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api.operation import HostProgress, OperationProgress, ProgressOption, shown_progress
 from dcres.config import HostSettings
-from dcres.errors import ClusterError, DcresError, NotFound, OperationFailed
+from dcres.errors import CheckpointCorrupt, ClusterError, DcresError, NotFound, OperationFailed
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.checks import VerifiedPart, VerifyReport
 from dcres.storage.layout import stamp_of, vm_of
 from dcres.storage.manifest import Manifest
-from dcres.storage.store import Listed, Listing, Store
+from dcres.storage.store import Listed, Listing, Names, Store
 
 _T = TypeVar("_T")
 _LOOK_TIMEOUT_S = 60.0
 _READ_ALL_TIMEOUT_S = 24 * 3600.0
 _AT_ONCE = 16
+_LEFT = "no host that answers has its part; if it comes back, remove {vm}/{name} from its store"
 
 
 class Catalogue(Protocol):
@@ -99,14 +100,17 @@ class StoresOfHosts:
         """See `Catalogue`; nothing is removed anywhere if it is pinned on one host.
 
         One host after the other, since they may share a store, and first the one that has the
-        manifest: whatever fails then, no checkpoint is listed that lacks a part.
+        manifest: whatever fails then, no checkpoint is listed that lacks a part. Raises
+        OperationFailed for files that are left, on hosts that do not answer, too.
         """
         first = self._publisher(checkpoint)
+        out_of_reach = self._out_of_reach(first, checkpoint)
         others = [host for host in _alive() if host != first]
         for host in (first, *others):
             _ray.run_on(host, _require_unpinned, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
         _ray.run_on(first, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
-        failures = {}
+        left = _LEFT.format(vm=vm_of(checkpoint), name=checkpoint)
+        failures: dict[str, str] = dict.fromkeys(out_of_reach, left)
         for host in others:
             try:
                 _ray.run_on(host, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
@@ -114,6 +118,14 @@ class StoresOfHosts:
                 failures[host] = str(error)
         if failures:
             raise OperationFailed(f"{checkpoint} is deleted, but not all of its files", failures)
+
+    def _out_of_reach(self, first: str, checkpoint: str) -> Names:
+        """Whose part no host has that answers; nobody's if the manifest does not tell."""
+        with suppress(CheckpointCorrupt):
+            manifest = _ray.run_on(first, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+            found = {part for here in _on_all(_parts_here, manifest) for part in here}
+            return [part.host for part in manifest.hosts if part.host not in found]
+        return []
 
     def _publisher(self, checkpoint: str) -> str:
         """A host whose store has the manifest, readable or not. Raises NotFound."""
@@ -227,6 +239,10 @@ def _verify_together(manifest: Manifest, parts: Sequence[VerifiedPart]) -> Verif
 def _has_all_parts(manifest: Manifest) -> bool:
     folder = _store().root / manifest.vm / manifest.checkpoint
     return all((folder / part.host).is_dir() for part in manifest.hosts)
+
+
+def _parts_here(manifest: Manifest) -> tuple[str, ...]:
+    return _store().parts_here(manifest)
 
 
 def _require_unpinned(checkpoint: str) -> None:

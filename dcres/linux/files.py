@@ -36,6 +36,8 @@ from dcres.model.pages import (
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_POPULATED_AT_ONCE = 4 << 20
 _HUGE_PAGE_BYTES = 2 << 20
 _FORGET_EXTENTS_AT = 1 << 16
 _FEW_PAGES = 8192
@@ -153,6 +155,17 @@ def aligned_buffer(length_bytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel without them
             buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
+
+
+def populate(buffer: mmap.mmap) -> None:
+    """Have all of an anonymous `buffer` present, to be written at once. Raises OSError (ENOMEM).
+
+    Memory that nobody has used for long comes from the kernel, and in a virtual machine from the
+    hypervisor, which may take ten times as long as to fill it.
+    """
+    for at in range(0, len(buffer), _POPULATED_AT_ONCE):  # Python holds its lock meanwhile
+        length = min(_POPULATED_AT_ONCE, len(buffer) - at)
+        buffer.madvise(_MADV_POPULATE_WRITE, at, length)
 
 
 def open_direct(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> tuple[int, bool]:

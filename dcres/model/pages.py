@@ -124,6 +124,12 @@ def count_pages(extents: Extents) -> int:
     return int((extents[:, 1] - extents[:, 0]).sum())
 
 
+def split_pages(extents: Extents, count: int) -> tuple[Extents, Extents]:
+    """The first `count` pages of `extents`, and the others."""
+    pages = pages_of_extents(extents)
+    return extents_of_pages(pages[:count]), extents_of_pages(pages[count:])
+
+
 def split(extents: Extents, longest: int) -> Iterator[tuple[int, int]]:
     """`extents` in pieces ``(first, stop)`` of at most `longest` pages, in order."""
     for first, stop in extents.tolist():

@@ -16,27 +16,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 
 from dcres.errors import Conflict, NoRoom, StorageError
-from dcres.linux.files import aligned_buffer, data_extents, fs_free_bytes, open_direct
+from dcres.linux.files import data_extents, fs_free_bytes, open_direct
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import (
     PAGE_SIZE,
     Extents,
     Mask,
     Pages,
-    count_pages,
     extents_of_mask,
-    extents_of_pages,
     mask_of_extents,
     pages_of_extents,
     split,
+    split_pages,
 )
 from dcres.storage.atomic import store_full, sync_folder
-from dcres.storage.bulk import WIDEST_GAP, EndOfFile, read_gathered, write_scattered
+from dcres.storage.bulk import write_scattered
 from dcres.storage.contents import (
     SUM_OF_ZEROS,
     MemoryFile,
@@ -49,14 +48,11 @@ from dcres.storage.contents import (
 from dcres.storage.damage import unreadable
 from dcres.storage.digest import Sums
 from dcres.storage.placed import PackedPlaces, PageFile, Placed, SparsePlaces
+from dcres.storage.sources import NO_ROOM, RamFile, Room, Staged, read_into_memory
 from dcres.storage.transfer import (
-    ANYWHERE,
     BATCH_PAGES,
-    NEAR,
     Batch,
     Progress,
-    Reach,
-    Read,
     Transfer,
     spanning,
 )
@@ -118,6 +114,7 @@ class MemoryFileWriter:
         self._whole = True
         self._sealed = False
         self._staged: list[tuple[Extents, memoryview]] = []
+        self._room = NO_ROOM
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -142,7 +139,7 @@ class MemoryFileWriter:
         """
         self._require_unsealed()
         self._whole = False
-        self._write(extents, _Source(source_fd), threads)
+        self._write(extents, RamFile(source_fd), threads)
         self._whole = True
 
     def discard(self, extents: Extents) -> None:
@@ -154,25 +151,37 @@ class MemoryFileWriter:
         for first, stop in extents.tolist():
             self._mask[first:stop] = False
 
+    def make_room(self, pages: int) -> None:
+        """Get memory for `stage` to read so many pages into, which then need not wait for it.
+
+        It may be given more, and fewer. Raises NoRoom.
+        """
+        if self._room.pages < pages:
+            self._room = NO_ROOM  # given back first
+            self._room = Room.of(pages)
+
     def stage(self, source_fd: int, extents: Extents) -> None:
         """Read `extents` into memory now, as fast as that goes; `settle` saves them later.
 
         Takes as much memory as the pages. Raises ValueError if the source is shorter, OSError.
         """
         self._require_unsealed()
-        if len(extents):
-            self._staged.append((extents, read_into_memory(source_fd, extents)))
+        room, self._room = self._room, NO_ROOM
+        for part in split_pages(extents, room.pages):
+            if len(part):
+                self._staged.append((part, read_into_memory(source_fd, part, room)))
+            room = NO_ROOM
 
     def settle(self, threads: int = SAVING_THREADS) -> None:
         """Save what was staged, oldest first. Raises StoreFull, OSError."""
         self._require_unsealed()
         self._whole = False
         for extents, arena in self._staged:
-            self._write(extents, _Arena(arena, pages_of_extents(extents)), threads)
+            self._write(extents, Staged(arena, pages_of_extents(extents)), threads)
         self._staged.clear()
         self._whole = True
 
-    def _write(self, extents: Extents, source: _Source | _Arena, threads: int) -> None:
+    def _write(self, extents: Extents, source: RamFile | Staged, threads: int) -> None:
         with store_full(self.path):
             passes = self._places.prepare(extents)
         for part, cached in ((passes.direct, False), (passes.cached, True)):
@@ -226,58 +235,6 @@ class MemoryFileWriter:
                 self._places.write(batch, cached)
         with self._lock:
             self._bytes_written += PAGE_SIZE * len(batch.pages)
-
-
-def read_into_memory(source_fd: int, extents: Extents) -> memoryview:
-    """The pages of `extents`, one after the other, in fresh memory that is a little longer.
-
-    As fast as it goes: their checksums are taken and not used, but a call for each page would
-    take Python twice as long. Raises ValueError if the source is shorter, OSError.
-    """
-    arena = memoryview(aligned_buffer((count_pages(extents) + WIDEST_GAP) * PAGE_SIZE))
-    with _source_ends():
-        read_gathered(source_fd, arena, extents)
-    return arena
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A RAM file, where the place of a page is its number."""
-
-    fd: int
-    reach: ClassVar[Reach] = ANYWHERE
-
-    def read(self, buffer: memoryview, extents: Extents) -> tuple[Pages, Sums]:
-        with _source_ends():
-            return read_gathered(self.fd, buffer, extents)
-
-    def extents_of(self, extents: Extents) -> Extents:
-        return extents
-
-    def pages_at(self, places: Pages) -> Pages:
-        return places
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Arena:
-    """Staged pages: `pages`, ascending, one after the other in `data`."""
-
-    data: memoryview
-    pages: Pages
-    reach: ClassVar[Reach] = NEAR
-
-    @property
-    def read(self) -> Read:
-        return spanning(self._read_at)
-
-    def _read_at(self, buffer: memoryview, offset_bytes: int) -> None:
-        buffer[:] = self.data[offset_bytes : offset_bytes + len(buffer)]
-
-    def extents_of(self, extents: Extents) -> Extents:
-        return extents_of_pages(np.searchsorted(self.pages, pages_of_extents(extents)))
-
-    def pages_at(self, places: Pages) -> Pages:
-        return self.pages[places]
 
 
 def _zeros(batch: Batch) -> Mask:
@@ -386,14 +343,6 @@ def _opened(memory: MemoryFile) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _source_ends() -> Iterator[None]:
-    try:
-        yield
-    except EndOfFile as end:
-        raise ValueError(f"the source ends at byte {end}, before the pages to save") from None
 
 
 def _write_target(fd: int, data: memoryview, pages: Pages, slots: Pages) -> None:

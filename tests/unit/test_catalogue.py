@@ -102,6 +102,17 @@ def test_a_checkpoint_is_deleted_everywhere(stores: dict[str, Store], apart: Man
         StoresOfHosts().delete(apart.checkpoint)
 
 
+def test_what_a_host_keeps_that_does_not_answer_is_told(
+    stores: dict[str, Store], apart: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "_alive", lambda: list(HOSTS[:-1]))
+    with pytest.raises(OperationFailed, match="not all of its files") as told:
+        StoresOfHosts().delete(apart.checkpoint)
+    assert list(told.value.failures) == [HOSTS[-1]]
+    assert f"remove {apart.vm}/{apart.checkpoint} from its store" in str(told.value)
+    assert folders(stores, apart) == [HOSTS[-1]]
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_pin_on_one_host_keeps_it_on_all(
     stores: dict[str, Store], apart: Manifest, host: str

@@ -146,7 +146,7 @@ class FakeHost:
         self.world.note(self.host, "copy")
         return HostRound(PAGES, 0, 0.01, 1e9)
 
-    def synchronise(self, checkpoint: str, once_more: bool) -> HostRound | None:
+    def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
         self.world.note(self.host, "synchronise")
         left = self.world.left.pop() if self.world.left else 0
         return HostRound(PAGES, left, 0.01, 1e9) if once_more else None

@@ -87,7 +87,7 @@ def test_orders_for_another_checkpoint_are_refused(host: Host) -> None:
     host.prepare(SECOND)
     for order in (
         lambda: host.copy(FIRST),
-        lambda: host.synchronise(FIRST, True),
+        lambda: host.synchronise(FIRST, True, PAGES),
         lambda: host.stage(FIRST, 0),
         lambda: host.save(FIRST),
     ):
@@ -116,9 +116,9 @@ def test_rounds_go_on_after_a_host_was_ready_for_the_stop(host: Host) -> None:
     assert host.copy(FIRST).saved_pages == PAGES
     expected: dict[int, bytes] = {}
     rounds: tuple[Callable[[], HostRound | None], ...] = (
-        lambda: host.synchronise(FIRST, True),
+        lambda: host.synchronise(FIRST, True, PAGES),
         lambda: host.copy(FIRST),
-        lambda: host.synchronise(FIRST, True),
+        lambda: host.synchronise(FIRST, True, PAGES),
     )
     for page, round_ in enumerate(rounds):
         expected |= {each: write(host, each) for each in (page, PAGES - 1)}
@@ -126,7 +126,7 @@ def test_rounds_go_on_after_a_host_was_ready_for_the_stop(host: Host) -> None:
         assert done is not None
         assert done.saved_pages == 2
     expected[9] = write(host, 9)
-    assert host.synchronise(FIRST, False) is None
+    assert host.synchronise(FIRST, False, PAGES) is None
     host.stage(FIRST, PAGES)
     assert host.save(FIRST).pages == PAGES
     saved = PlainMemory(PAGES * 4096)
