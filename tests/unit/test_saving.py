@@ -22,6 +22,7 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.pages import Extents
 from dcres.storage import layout, tables
+from dcres.storage.memory_file import MemoryFileWriter
 from dcres.storage.store import Store
 from tests.support.stored import folder, memory, placement, take
 from tests.support.vm import PlainMemory
@@ -36,6 +37,7 @@ class Daemon:
 
     def __init__(self) -> None:
         self.tracking: str | None = None
+        self.written = 0  # what the next scans find
 
     def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
         match do:
@@ -43,7 +45,7 @@ class Daemon:
                 self.tracking = arguments["changes"]
             case "untrack":
                 self.tracking = None
-        return {"written": 0, "held_pages": PAGES}
+        return {"written": self.written, "held_pages": PAGES}
 
     call_patiently = call
 
@@ -132,6 +134,20 @@ def test_rounds_go_on_after_a_host_was_ready_for_the_stop(host: Host) -> None:
     saved = PlainMemory(PAGES * 4096)
     saved.add_saved(host._store.host_folder("vm", FIRST, "h1"), "h1")
     assert {page: bytes(saved.at(page)) for page in expected} == expected
+
+
+@pytest.mark.parametrize(("left", "most", "room"), [(0, 9, 0), (16, 99, 20), (40, 45, 45)])
+def test_memory_for_the_stop_is_there_before_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch, left: int, most: int, room: int
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(MemoryFileWriter, "make_room", lambda _, pages: made.append(pages))
+    host.prepare(FIRST)
+    host.daemon.written = left
+    host.copy(FIRST)
+    assert made == []  # another round may come first
+    host.synchronise(FIRST, False, most)
+    assert made == [room]
 
 
 def test_a_prepare_that_comes_late_does_not_take_the_place_of_the_next(host: Host) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from dcres.errors import CheckpointCorrupt, Conflict, HostError, StorageError, StoreFull
+from dcres.errors import CheckpointCorrupt, Conflict, HostError, NoRoom, StorageError, StoreFull
 from dcres.linux import files
 from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
@@ -30,7 +31,7 @@ from dcres.model.pages import (
     extents_of_pages,
     join,
 )
-from dcres.storage import bulk, placed, transfer
+from dcres.storage import bulk, placed, sources, transfer
 from dcres.storage.bulk import stretches, write_fully
 from dcres.storage.contents import MemoryFile
 from dcres.storage.memory_file import (
@@ -394,8 +395,9 @@ def test_a_disk_that_is_full_is_told_at_any_write(
 
 
 @both
+@pytest.mark.parametrize("room", [0, 700, 3000])  # none, for a part, for more
 def test_what_is_staged_comes_last_and_only_once(
-    tmp_path: Path, memory_format: MemoryFormat
+    tmp_path: Path, memory_format: MemoryFormat, room: int
 ) -> None:
     """Staged pages are those of the stop: newer than all that was saved, zeros among them."""
     whole = np.ones(3000, dtype=np.bool_)
@@ -408,6 +410,7 @@ def test_what_is_staged_comes_last_and_only_once(
     with MemoryFileWriter(tmp_path / "m", 3000, done.append, memory_format=memory_format) as writer:
         with opened(old, os.O_RDONLY) as fd:
             writer.save(fd, np.array([[0, 3000]]))
+        writer.make_room(room)
         with opened(new, os.O_RDONLY) as fd:
             writer.stage(fd, extents_of_mask(staged))
         with pytest.raises(StorageError):
@@ -421,6 +424,44 @@ def test_what_is_staged_comes_last_and_only_once(
     pages = [np.frombuffer(path.read_bytes(), np.uint8).reshape(3000, -1) for path in (old, new)]
     expected = np.where(staged[:, None], pages[1], pages[0]).tobytes()
     assert load_into(tmp_path / "back", saved) == expected
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
+
+
+def test_staging_into_room_needs_no_more_memory(tmp_path: Path) -> None:
+    count = 16 << 8
+    source, every = memory(tmp_path / "ram", np.ones(count, dtype=np.bool_)), [[0, count]]
+    taken: list[list[int]] = []
+    for room in (0, count):
+        with writing(tmp_path / "m", source, count, MemoryFormat.SPARSE) as (writer, fd):
+            laps = [resident_bytes()]
+            writer.make_room(room)
+            writer.make_room(room // 2)  # there is more already
+            laps.append(resident_bytes())
+            writer.stage(fd, np.array(every))
+            laps.append(resident_bytes())
+        (tmp_path / "m").unlink(missing_ok=True)
+        taken.append(np.diff(laps).tolist())
+    half = count * PAGE_SIZE // 2
+    (none, all_late), (all_early, nothing) = taken
+    assert none < half < all_late
+    assert nothing < half < all_early
+
+
+def test_room_that_cannot_be_had_is_told_before_the_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(buffer: mmap.mmap) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(sources, "populate", none)
+    with (
+        MemoryFileWriter(tmp_path / "m", PAGES) as writer,
+        pytest.raises(NoRoom, match=r"no memory for 8 MiB .*--mode stop"),
+    ):
+        writer.make_room(8 << 8)
 
 
 @both
