@@ -198,11 +198,9 @@ class PartServing:
             vm=incarnation.identity,
             generation=incarnation.generation,
             secret=incarnation.secret,
-            page_count=manifest.page_count,
             address=self._settings.address,
             port=0,
             control=str(self._slices.control),
-            checkpoint=self._store.folder(manifest),
             parts=tuple(self._store.memory_part(manifest, host) for host in order.parts),
         )
         paging_settings.save(settings, self._slices_path)

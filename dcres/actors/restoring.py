@@ -16,6 +16,7 @@ from typing import Any
 from dcres.actors.messages import (
     Incarnation,
     LoadOrder,
+    MainPart,
     PartsOrder,
     Planned,
     PlanOrder,
@@ -24,7 +25,7 @@ from dcres.actors.messages import (
 )
 from dcres.actors.ports import Fleet, Pending, Port
 from dcres.config import Layout, VmSpec
-from dcres.errors import DcresError, NotFound
+from dcres.errors import CheckpointCorrupt, DcresError, NotFound
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.paging.evictor import headroom_pages
 from dcres.paging.settings import SubAddress
@@ -103,7 +104,7 @@ class Where:
 
 @dataclass(slots=True)
 class Restoring:
-    """A restore between its plan and its end. `ports` are the VM's hosts', the main host first."""
+    """A restore from when its parts are found; `vm_ports` begin with the main host's."""
 
     manifest: Manifest
     vm_ports: Mapping[str, Port]
@@ -117,13 +118,20 @@ class Restoring:
     starting: dict[str, tuple[Parts, Pending]] = field(default_factory=dict)  # servers, by host
     sources: dict[str, SubAddress] = field(default_factory=dict)  # by part
     servers: list[str] = field(default_factory=list)
-    _planned: Planned | None = None
+    _planned: Planned | None = field(default=None, init=False)
+    _main_part: MainPart | None = field(default=None, init=False)
 
     def await_plan(self) -> Planned:
         """Which pages go where. Repeatable; raises NoRoom, CheckpointCorrupt."""
         if self._planned is None:
             self._planned = self.planning.result(_PLAN_TIMEOUT_S)
         return self._planned
+
+    def await_main_part(self) -> MainPart | None:
+        """The main host's part if it came from another host. Repeatable; CheckpointCorrupt."""
+        if self._main_part is None and self.reading is not None:
+            self._main_part = self.reading.result(_PLAN_TIMEOUT_S)
+        return self._main_part
 
     @property
     def moved_pages(self) -> int:
@@ -191,11 +199,21 @@ class Restoring:
     @property
     def resumption(self) -> Resumption:
         """What the main host goes on from."""
-        targets = self.await_plan().targets
-        main_part = None if self.reading is None else self.reading.result(_PLAN_TIMEOUT_S)
+        targets, main_part = self.await_plan().targets, self.await_main_part()
         self.await_servers()
+        if self.lazy:
+            self._require_served()
         sources = dict(self.sources) if self.lazy else {}
         return Resumption(dumps(self.manifest), targets, main_part, sources)
+
+    def _require_served(self) -> None:
+        """CheckpointCorrupt for pages that nobody serves: the guest would read zeros."""
+        for part, flow in zip(self.where.parts, self.await_plan().flow, strict=True):
+            if any(flow) and part not in self.sources:
+                raise CheckpointCorrupt(
+                    f"page placement gives {part} pages that it did not save according to the "
+                    f"manifest of {self.manifest.checkpoint}"
+                )
 
     @property
     def server_ports(self) -> dict[str, Port]:
@@ -254,5 +272,7 @@ def prepare(
     planning = planner.submit("plan", order)
     reading = None if where.holds[0][0] else planner.submit("read_main_part", text)
     made = Restoring(manifest, ports, fleet, incarnation, lazy, where, helpers, planning, reading)
+    if not lazy:  # nothing is loaded from a checkpoint that cannot be resumed
+        made.await_main_part()
     made.serve()
     return made

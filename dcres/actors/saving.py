@@ -175,10 +175,10 @@ class PartSaver:
     def make_room(self, most_pages: int) -> None:
         """Have memory for `stage` ready while the guest still runs. Raises NoRoom.
 
-        For what the latest round left and a quarter more, since the guest goes on writing.
+        For what the latest round left and a quarter more, since the guest goes on writing; so
+        this is not left to the background either.
         """
-        with priority.background():
-            self._writer.make_room(min(self._left + self._left // 4, most_pages))
+        self._writer.make_room(min(self._left + self._left // 4, most_pages))
 
     def stage(self, most_pages: int) -> None:
         """The VM stands still: take the rest, at most `most_pages` of it into memory.

@@ -44,19 +44,22 @@ _NOT_HERE = 0xFF
 class SliceSettings:
     """A slice server's settings. Port 0 lets the kernel choose at the first start.
 
-    `checkpoint` is the checkpoint's folder, `parts` what is served of it. No manifest is read
-    here: that would take a third of this process's start.
+    `parts`, one or more, are all of one checkpoint. No manifest is read here: that would take a
+    third of this process's start.
     """
 
     vm: str
     generation: int
     secret: str
-    page_count: int
     address: str
     port: int
     control: str
-    checkpoint: Path
     parts: tuple[MemoryPart, ...]
+
+    @property
+    def page_count(self) -> int:
+        """Pages of the VM's memory."""
+        return self.parts[0].page_count
 
     @property
     def identity(self) -> Identity:
@@ -173,10 +176,7 @@ def _open_table(settings: SliceSettings, held: ExitStack) -> SliceTable:
     """Pin the checkpoint and open its parts; `held` lets go of them."""
     if len(settings.parts) >= _NOT_HERE:
         raise ConfigError(f"{len(settings.parts)} parts are more than one process serves")
-    for part in settings.parts:
-        if part.page_count != settings.page_count:
-            raise ConfigError(f"{part.folder} is of a VM with {part.page_count} pages")
-    held.enter_context(pinned(settings.checkpoint))
+    held.enter_context(pinned(settings.parts[0].folder.parent))
     readers = [held.enter_context(PageReader(part.read())) for part in settings.parts]
     return SliceTable(readers, settings.page_count)
 

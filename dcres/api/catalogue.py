@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _LOOK_TIMEOUT_S = 60.0
 _READ_ALL_TIMEOUT_S = 24 * 3600.0
 _AT_ONCE = 16
-_LEFT = "no host that answers has its part; if it comes back, remove {vm}/{name} from its store"
+_LEFT = "it does not answer; when it is back, remove {vm}/{name} from its store"
 
 
 class Catalogue(Protocol):
@@ -40,7 +40,10 @@ class Catalogue(Protocol):
         """Read every byte and compare; `done` gets pages done since its last call."""
 
     def delete(self, checkpoint: str) -> None:
-        """Remove a checkpoint. Raises NotFound, and Conflict while somebody reads its pages."""
+        """Remove a checkpoint. Raises NotFound, and Conflict while somebody reads its pages.
+
+        OperationFailed says which hosts keep files of one that is deleted.
+        """
 
 
 class StoreHere:
@@ -120,11 +123,15 @@ class StoresOfHosts:
             raise OperationFailed(f"{checkpoint} is deleted, but not all of its files", failures)
 
     def _out_of_reach(self, first: str, checkpoint: str) -> Names:
-        """Whose part no host has that answers; nobody's if the manifest does not tell."""
+        """Hosts of a checkpoint that do not answer, if nobody else has their part either.
+
+        None if the manifest does not tell.
+        """
         with suppress(CheckpointCorrupt):
             manifest = _ray.run_on(first, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
             found = {part for here in _on_all(_parts_here, manifest) for part in here}
-            return [part.host for part in manifest.hosts if part.host not in found]
+            there = found.union(_alive())
+            return [part.host for part in manifest.hosts if part.host not in there]
         return []
 
     def _publisher(self, checkpoint: str) -> str:

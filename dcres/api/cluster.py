@@ -120,7 +120,7 @@ class Cluster:
         return Checkpoint(self._session, self._session.catalogue.get(checkpoint))
 
     def delete(self, checkpoint: str) -> None:
-        """Remove a checkpoint for good, readable or not. Raises NotFound."""
+        """Remove a checkpoint for good, readable or not. Raises as `Checkpoint.delete` does."""
         self._session.catalogue.delete(checkpoint)
 
     def restore(

@@ -285,7 +285,10 @@ class Checkpoint:
         return verify(self._session.catalogue, self.id, progress)
 
     def delete(self) -> None:
-        """Remove it from the store for good. Raises NotFound."""
+        """Remove it from the store for good. Raises NotFound, Conflict while it is read.
+
+        OperationFailed says which hosts keep files of it: those that do not answer.
+        """
         self._session.catalogue.delete(self.id)
 
     def plan(

@@ -228,11 +228,9 @@ def _serving(source: Source, place: Place) -> Iterator[SubAddress]:
             vm=source.identity.vm.hex(),
             generation=source.identity.generation,
             secret=source.identity.secret.hex(),
-            page_count=source.manifest.page_count,
             address=place.address,
             port=0,
             control=str(folder / "slices.sock"),
-            checkpoint=store.folder(source.manifest),
             parts=(store.memory_part(source.manifest, _HOST),),
         )
         settings.save(chosen, folder / "slices.json")

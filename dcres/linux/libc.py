@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -10,6 +11,7 @@ _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.syscall.restype = ctypes.c_long
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 SYS_USERFAULTFD = 323
 SYS_PIPE2 = 293
@@ -42,6 +44,13 @@ def pidfd_getfd(pidfd: int, target_fd: int) -> int:
 def fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> int:
     """fallocate(2)."""
     return check(_libc.fallocate(fd, mode, offset_bytes, length_bytes), "fallocate")
+
+
+def madvise(buffer: mmap.mmap, advice: int) -> int:
+    """madvise(2) about all of `buffer`, without the interpreter's lock."""
+    # Holds the buffer's memory, so that it cannot be closed meanwhile.
+    held = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    return check(_libc.madvise(held, len(buffer), advice), "madvise")
 
 
 def setns(fd: int, kind: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+from dcres.errors import ConfigError
 from dcres.linux.files import open_own
 from dcres.model.handshake import Identity
 
@@ -84,13 +85,22 @@ def save(settings: Settings, path: Path) -> None:
     fresh = path.with_suffix(".new")
     fd = open_own(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     with os.fdopen(fd, "w") as file:
-        json.dump(asdict(settings), file, default=str)  # paths
+        json.dump(asdict(settings), file, default=os.fspath)
     fresh.rename(path)
 
 
 def load(kind: type[T], path: Path) -> T:
-    """Read settings of `kind` back; they may have others, tuples of one type, and paths in them."""
-    made: T = _made(kind, json.loads(path.read_text()))
+    """Read settings of `kind` back; they may have others, tuples of one type, and paths in them.
+
+    Raises ConfigError for what another version of dcres wrote.
+    """
+    values = json.loads(path.read_text())
+    try:
+        made: T = _made(kind, values)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not of this version of dcres ({error}); stop the VM and restore it"
+        ) from None
     return made
 
 

@@ -127,6 +127,8 @@ class MemoryFileWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The traceback of an error may keep us for long, and this memory is a guest's.
+        self._room, self._staged = NO_ROOM, []
         self._files.close()
 
     def save(self, source_fd: int, extents: Extents, threads: int = SAVING_THREADS) -> None:

@@ -86,13 +86,13 @@ class Room:
     @classmethod
     def of(cls, pages: int) -> Self:
         """Room for `pages` that is present already; see `populate`. Raises NoRoom."""
-        buffer = _fresh(pages)
         try:
+            buffer = _fresh(pages)
             populate(buffer)
         except OSError as error:
             raise NoRoom(
-                f"there is no memory for {mib_of(pages)} MiB that the guest wrote last "
-                f"({error.strerror}); free some on this host, or take a checkpoint with --mode stop"
+                f"there is no memory to hold {mib_of(pages)} MiB of pages ({error.strerror}); free "
+                "some on this host, or take a checkpoint with --mode stop, which needs none"
             ) from None
         return cls(pages, memoryview(buffer))
 

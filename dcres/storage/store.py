@@ -204,10 +204,6 @@ class Store:
         """What `host` saved, its tables checked. Raises CheckpointCorrupt and NotFound."""
         return slices.read_slice(self._part(manifest, host), manifest, host)
 
-    def folder(self, manifest: Manifest) -> Path:
-        """Where this store has a checkpoint, if it has any of it."""
-        return self._folder(manifest.vm, manifest.checkpoint)
-
     def memory_part(self, manifest: Manifest, host: str) -> MemoryPart:
         """What the memory file of `host` must be; nothing is read. Raises NotFound."""
         part = slices.find_slice(manifest, host)
@@ -269,7 +265,7 @@ class Store:
         return self.root / vm / checkpoint
 
     def _part(self, manifest: Manifest, host: str) -> Path:
-        return self.folder(manifest) / layout.checked_host(host)
+        return self._folder(manifest.vm, manifest.checkpoint) / layout.checked_host(host)
 
     def _vms(self) -> Names:
         names = (path.name for path in _folders(self.root))

@@ -135,11 +135,9 @@ def slice_settings(
         vm=VM,
         generation=ME.generation,
         secret=SECRET,
-        page_count=manifest.page_count,
         address="127.0.0.1",
         port=0,
         control=str(folder / f"{name}.sock"),
-        checkpoint=store.folder(manifest),
         parts=tuple(store.memory_part(manifest, host) for host in parts),
     )
 

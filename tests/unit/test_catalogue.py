@@ -113,6 +113,14 @@ def test_what_a_host_keeps_that_does_not_answer_is_told(
     assert folders(stores, apart) == [HOSTS[-1]]
 
 
+def test_a_part_that_is_lost_does_not_keep_the_rest(
+    stores: dict[str, Store], apart: Manifest
+) -> None:
+    shutil.rmtree(folder(stores[HOSTS[-1]], apart))
+    StoresOfHosts().delete(apart.checkpoint)
+    assert folders(stores, apart) == []
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_pin_on_one_host_keeps_it_on_all(
     stores: dict[str, Store], apart: Manifest, host: str

@@ -46,7 +46,7 @@ from dcres.errors import (
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.paging.settings import SubAddress
-from dcres.storage.manifest import Manifest, loads
+from dcres.storage.manifest import Manifest, dumps, loads
 from tests.support.fleet import LocalFleet
 from tests.support.wait import until
 
@@ -862,6 +862,18 @@ def test_a_lazy_restore_boots_while_the_plan_is_made(
     )
     coordinator.restore(checkpoint, lazy=True)
     assert world.done.index("h0.plan") < world.done.index("h0.run")
+
+
+def test_pages_that_nobody_would_serve_are_not_taken_for_zeros(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
+) -> None:
+    manifest = loads(checkpoint, Path("manifest.json"))
+    first, second, *others = manifest.hosts
+    hosts = (first, second.model_copy(update={"pages": 0}), *others)
+    wrong = dumps(manifest.model_copy(update={"hosts": hosts}))
+    with pytest.raises(CheckpointCorrupt, match="h1 pages that it did not save"):
+        coordinator.restore(wrong, lazy=True)
+    require_nothing(world, fleet)
 
 
 def test_a_lazy_restore_whose_plan_fails_leaves_nothing(

@@ -38,8 +38,10 @@ class Daemon:
     def __init__(self) -> None:
         self.tracking: str | None = None
         self.written = 0  # what the next scans find
+        self.done: list[str] = []
 
     def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        self.done.append(do)
         match do:
             case "track":
                 self.tracking = arguments["changes"]
@@ -134,6 +136,18 @@ def test_rounds_go_on_after_a_host_was_ready_for_the_stop(host: Host) -> None:
     saved = PlainMemory(PAGES * 4096)
     saved.add_saved(host._store.host_folder("vm", FIRST, "h1"), "h1")
     assert {page: bytes(saved.at(page)) for page in expected} == expected
+
+
+def test_a_stopped_checkpoint_needs_no_scan_and_a_live_one_does(host: Host) -> None:
+    host.prepare(FIRST)
+    host.stage(FIRST, 0)
+    assert "scan" not in host.daemon.done
+    assert host.save(FIRST).pages == PAGES
+    host.prepare(SECOND)
+    host.copy(SECOND)
+    host.daemon.done.clear()
+    host.stage(SECOND, PAGES)
+    assert host.daemon.done[0] == "scan"
 
 
 @pytest.mark.parametrize(("left", "most", "room"), [(0, 9, 0), (16, 99, 20), (40, 45, 45)])

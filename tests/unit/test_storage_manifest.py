@@ -71,6 +71,15 @@ def test_round_trip() -> None:
     assert text == changed()
 
 
+def core(**changes: object) -> str:
+    """The manifest with another VM core, where it is named and where it is listed."""
+    sound = json.loads(dumps(manifest()))
+    vmcore = {**sound["vmcore"], **changes}
+    main, *subs = sound["hosts"]
+    files = [vmcore if each == sound["vmcore"] else each for each in main["files"]]
+    return changed(vmcore=vmcore, hosts=[{**main, "files": files}, *subs])
+
+
 def test_durations_never_need_an_exponent() -> None:
     values = json.loads(dumps(manifest()))
     assert (values["seconds"], values["downtime_seconds"]) == (1.0, 0.0)
@@ -109,6 +118,14 @@ def test_every_truncation_is_found() -> None:
         (changed(memory_bytes=5000), "memory_bytes: "),
         (changed(vm="../x"), "vm: "),
         (changed(tick="3"), "other bytes"),
+        (core(name="../x"), "files.0: .*cannot be the name of a file"),
+        (core(length_bytes=-1), "files.0: .*cannot have -1 bytes"),
+        (core(sha256="0" * 63), "files.0: .*is not a SHA-256"),
+        (core(sha256=None), "sha256: "),
+        (core(length_bytes="five"), "length_bytes: "),
+        (core(length_bytes=5.0), "other bytes"),
+        (core(length_bytes="5"), "other bytes"),
+        (core(colour="red"), "other bytes|colour"),
         (dumps(manifest()) + "\n", "other bytes"),
         (dumps(manifest()).replace('"tick"', '"tick": 3, "tick"'), "other bytes"),
     ],

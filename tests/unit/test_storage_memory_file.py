@@ -459,7 +459,7 @@ def test_room_that_cannot_be_had_is_told_before_the_stop(
     monkeypatch.setattr(sources, "populate", none)
     with (
         MemoryFileWriter(tmp_path / "m", PAGES) as writer,
-        pytest.raises(NoRoom, match=r"no memory for 8 MiB .*--mode stop"),
+        pytest.raises(NoRoom, match=r"no memory to hold 8 MiB .*--mode stop"),
     ):
         writer.make_room(8 << 8)
 
