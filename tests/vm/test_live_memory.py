@@ -45,4 +45,5 @@ def test_a_live_checkpoint_is_the_busy_guests_memory_at_the_stop(tmp_path: Path)
             assert manifest.pages_moved_for_checkpoint == 0
             rounds += int(facts["rounds"])
             vm.store.delete(manifest.checkpoint)
-    assert rounds > 3 * CHECKPOINTS  # the last of each is that in which hosts synchronise
+    # Besides the first and that in which hosts synchronise: what was saved was saved again.
+    assert rounds > 2 * CHECKPOINTS
