@@ -15,7 +15,8 @@ from tests.support.watched import Watched, require_same, require_tables_agree, s
 pytestmark = pytest.mark.vm
 
 MEMORY_MIB = 256
-CHECKPOINTS = 16
+CHECKPOINTS, MOST_CHECKPOINTS = 16, 24
+ROUNDS = 3 * CHECKPOINTS
 
 
 def test_a_live_checkpoint_is_the_busy_guests_memory_at_the_stop(tmp_path: Path) -> None:
@@ -33,8 +34,9 @@ def test_a_live_checkpoint_is_the_busy_guests_memory_at_the_stop(tmp_path: Path)
     with watched() as vm:
         vm.coordinator.start(spec)
         until(lambda: "WROTE" in vm.console.read_text(), 120, "the guest writes")
-        rounds = 0
-        for number in range(CHECKPOINTS):
+        rounds = number = 0
+        # How many rounds a checkpoint takes is for the machine to say; so many are looked at.
+        while number < CHECKPOINTS or (rounds <= ROUNDS and number < MOST_CHECKPOINTS):
             facts = vm.coordinator.checkpoint(
                 "live", downtime_s=0.05, memory_format=list(MemoryFormat)[number % 2]
             )
@@ -45,5 +47,5 @@ def test_a_live_checkpoint_is_the_busy_guests_memory_at_the_stop(tmp_path: Path)
             assert manifest.pages_moved_for_checkpoint == 0
             rounds += int(facts["rounds"])
             vm.store.delete(manifest.checkpoint)
-    # Besides the first and that in which hosts synchronise: what was saved was saved again.
-    assert rounds > 2 * CHECKPOINTS
+            number += 1
+    assert rounds > ROUNDS  # the last of each is that in which hosts synchronise
