@@ -12,14 +12,15 @@ from rich.console import Console
 
 from dcres import bench
 from dcres.bench import page
-from dcres.bench.command import view
+from dcres.bench.command import ALL, view
 from dcres.errors import DcresError
 
 
 def main(arguments: list[str]) -> int:
     """Run benchmarks, keep their results, draw their figures, write the page."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=main.__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(bench.NAMES)}")
+    known = ", ".join(bench.NAMES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; none, or {ALL}: all")
     parser.add_argument("--quick", action="store_true", help="less data, fewer rounds")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: /tmp")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes")
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     console = Console(stderr=True, highlight=False)
     logging.basicConfig(level=logging.WARNING)
     try:
-        for name in given.names or bench.NAMES:
+        for name in bench.NAMES if given.names in ([], [ALL]) else given.names:
             _run(name, given.quick, given.folder, given.docs, console)
     except DcresError as error:
         console.print(f"error: {error}", markup=False)
