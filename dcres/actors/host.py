@@ -244,7 +244,7 @@ class Daemon:
     def _environ(self) -> dict[str, str]:
         """Without numpy's threads for linear algebra, which nobody needs here.
 
-        To start them takes 60 ms of a processor, as much as all else that numpy imports.
+        To start them takes 60 ms of a processor, as much as to import numpy without them.
         """
         return {**os.environ, **self._marker, "OPENBLAS_NUM_THREADS": "1"}
 

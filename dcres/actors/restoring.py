@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dcres.actors.messages import (
@@ -102,7 +103,7 @@ class Where:
         return next(host for host, parts in self.here.items() if part in parts)
 
 
-@dataclass(slots=True)
+@dataclass
 class Restoring:
     """A restore from when its parts are found; `vm_ports` begin with the main host's."""
 
@@ -118,27 +119,24 @@ class Restoring:
     starting: dict[str, tuple[Parts, Pending]] = field(default_factory=dict)  # servers, by host
     sources: dict[str, SubAddress] = field(default_factory=dict)  # by part
     servers: list[str] = field(default_factory=list)
-    _planned: Planned | None = field(default=None, init=False)
-    _main_part: MainPart | None = field(default=None, init=False)
 
-    def await_plan(self) -> Planned:
-        """Which pages go where. Repeatable; raises NoRoom, CheckpointCorrupt."""
-        if self._planned is None:
-            self._planned = self.planning.result(_PLAN_TIMEOUT_S)
-        return self._planned
+    @cached_property
+    def planned(self) -> Planned:
+        """Which pages go where; waits until that is known. Raises NoRoom, CheckpointCorrupt."""
+        planned: Planned = self.planning.result(_PLAN_TIMEOUT_S)
+        return planned
 
-    def await_main_part(self) -> MainPart | None:
-        """The main host's part if it came from another host. Repeatable; CheckpointCorrupt."""
-        if self._main_part is None and self.reading is not None:
-            self._main_part = self.reading.result(_PLAN_TIMEOUT_S)
-        return self._main_part
+    @cached_property
+    def main_part(self) -> MainPart | None:
+        """The main host's part if another host has it; waits for it. Raises CheckpointCorrupt."""
+        return None if self.reading is None else self.reading.result(_PLAN_TIMEOUT_S)
 
     @property
     def moved_pages(self) -> int:
         """Pages that cross the network."""
         return sum(
             pages
-            for flow, held in zip(self.await_plan().flow, self.where.holds, strict=True)
+            for flow, held in zip(self.planned.flow, self.where.holds, strict=True)
             for pages, here in zip(flow, held, strict=True)
             if not here
         )
@@ -166,7 +164,7 @@ class Restoring:
         return [
             part
             for part, flow, held in zip(
-                self.where.parts, self.await_plan().flow, self.where.holds, strict=True
+                self.where.parts, self.planned.flow, self.where.holds, strict=True
             )
             if any(pages and not here for pages, here in zip(flow, held, strict=True))
         ]
@@ -185,7 +183,7 @@ class Restoring:
         target = self.where.targets.index(host)
         readings = tuple(
             Reading(self.where.parts[part], pages, self._afar(self.where.parts[part], host))
-            for (part, to), pages in self.await_plan().masks.items()
+            for (part, to), pages in self.planned.masks.items()
             if to == target
         )
         return LoadOrder(dumps(self.manifest), readings)
@@ -199,7 +197,7 @@ class Restoring:
     @property
     def resumption(self) -> Resumption:
         """What the main host goes on from."""
-        targets, main_part = self.await_plan().targets, self.await_main_part()
+        targets, main_part = self.planned.targets, self.main_part
         self.await_servers()
         if self.lazy:
             self._require_served()
@@ -208,7 +206,7 @@ class Restoring:
 
     def _require_served(self) -> None:
         """CheckpointCorrupt for pages that nobody serves: the guest would read zeros."""
-        for part, flow in zip(self.where.parts, self.await_plan().flow, strict=True):
+        for part, flow in zip(self.where.parts, self.planned.flow, strict=True):
             if any(flow) and part not in self.sources:
                 raise CheckpointCorrupt(
                     f"page placement gives {part} pages that it did not save according to the "
@@ -228,7 +226,7 @@ class Restoring:
                 "host": host,
                 "role": "main" if index == 0 else "sub",
                 "memory_bytes": share,
-                "pages": sum(flow[index] for flow in self.await_plan().flow),
+                "pages": sum(flow[index] for flow in self.planned.flow),
             }
             for index, (host, share) in enumerate(zip(self.vm_ports, shares_bytes, strict=True))
         ]
@@ -272,7 +270,7 @@ def prepare(
     planning = planner.submit("plan", order)
     reading = None if where.holds[0][0] else planner.submit("read_main_part", text)
     made = Restoring(manifest, ports, fleet, incarnation, lazy, where, helpers, planning, reading)
-    if not lazy:  # nothing is loaded from a checkpoint that cannot be resumed
-        made.await_main_part()
+    if not lazy:
+        _ = made.main_part  # nothing is loaded from a checkpoint that cannot be resumed
     made.serve()
     return made

@@ -105,7 +105,10 @@ def load(kind: type[T], path: Path) -> T:
 
 
 def _made(kind: Any, value: Any) -> Any:
-    """A value of type `kind`, which `save` wrote as the JSON `value`."""
+    """A value of type `kind`, which `save` wrote as the JSON `value`.
+
+    pydantic does as much, and to import it would take as long as all else that a pager does.
+    """
     if is_dataclass(kind) and isinstance(kind, type):
         kinds = get_type_hints(kind)
         return kind(**{name: _made(kinds[name], each) for name, each in value.items()})
