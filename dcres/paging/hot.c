@@ -25,6 +25,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
@@ -36,8 +37,8 @@
 #include <unistd.h>
 
 enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 4, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
-enum { HEADER = 16, RUN = 20, FAULTS = 16, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
-enum { ANSWER_NS = 100000, GUEST_NS = 20000 };
+enum { HEADER = 16, RUN = 20, FAULTS = 16, UNTOLD = 256, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
+enum { SOON_NS = 100000, HOLD_NS = 20000000, OFTEN_LATE = 3, AGAIN_AFTER = 16 };
 enum { PIECE_PAGES = 16, LOOK_EVERY = 4 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) + MAX_PAGES / 8 };
 enum { PARTS = 3 };
@@ -61,11 +62,22 @@ typedef struct {
 } Peer;
 
 typedef struct {
+    uint64_t page;
+    uint32_t number; /* of the request for it, or 0 */
+    int sent, code;
+    int64_t at_ns;
+} Fault;
+
+typedef struct {
     PyObject_HEAD
     int epoll, uffd;
+    int alone; /* no other thread of Python's could want the interpreter's lock */
     int all_asked, put_some; /* of the last events */
+    int late, not_held; /* answers in a row that took long, faults that are not to wait for one */
     uint64_t base, pages;
-    PyObject *faults, *told; /* what Python has not heard of yet */
+    int untold; /* faults, and `told`: what Python has not heard of yet */
+    Fault faults[UNTOLD];
+    PyObject *told;
     Py_buffer owners, asked;
     int used; /* peers, vacant places among them */
     Peer peers[PEERS];
@@ -104,7 +116,7 @@ static void put_head(Frame *frame, int kind, uint32_t number, uint64_t first, ui
 }
 
 /* Ask for a page that was missed. Sent bytes; 0 when Python has to see to it. */
-static ssize_t ask(Hot *hot, uint64_t page, int code, uint32_t *number) {
+static int ask(Hot *hot, uint64_t page, int code, uint32_t *number) {
     uint32_t *asked = hot->asked.buf;
     Peer *peer = holder(hot, code);
     Frame frame;
@@ -112,7 +124,7 @@ static ssize_t ask(Hot *hot, uint64_t page, int code, uint32_t *number) {
     *number = shared(peer)[NUMBER] % 0xFFFFFFFF + 1;
     put_head(&frame, PAGE_IN, *number, page, page + 1, 0);
     ssize_t sent = send(peer->fd, &frame, sizeof frame, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (sent <= 0) return 0;
+    if (sent <= 0) return *number = 0;
     shared(peer)[NUMBER] = asked[page] = *number;
     shared(peer)[MAY_SEND] = sent == sizeof frame ? NOW : HALF_SENT;
     return sent;
@@ -124,9 +136,10 @@ static int append(PyObject *list, PyObject *item) {
     return failed;
 }
 
-/* Adds (page, number or 0, bytes sent, owner code, when) of each to `faults`. */
+/* Notes each, for Python. What is not read yet waits in the kernel. */
 static int answer_faults(Hot *hot) {
     struct uffd_msg faults[FAULTS];
+    if (hot->untold > UNTOLD - FAULTS) return 0;
     ssize_t got = read(hot->uffd, faults, sizeof faults);
     if (got < 0 && errno != EAGAIN)  /* Python meets the same error, and knows what it means */
         return append(hot->told, Py_BuildValue("iI", hot->uffd, (unsigned)EPOLLIN));
@@ -137,13 +150,22 @@ static int answer_faults(Hot *hot) {
         uint32_t number = 0;
         if (faults[n].event != UFFD_EVENT_PAGEFAULT || page >= hot->pages) continue;
         int code = ((uint8_t *)hot->owners.buf)[page];
-        ssize_t sent = ask(hot, page, code, &number);
+        int sent = ask(hot, page, code, &number);
         if (!sent) hot->all_asked = 0;
-        PyObject *entry = Py_BuildValue("KIniL", page, sent ? number : 0, sent, code,
-                                        (long long)at_ns);
-        if (append(hot->faults, entry)) return -1;
+        hot->faults[hot->untold++] = (Fault){page, number, sent, code, at_ns};
     }
     return 0;
+}
+
+/* A list of (page, number or 0, bytes sent, owner code, when) for Python. */
+static PyObject *told_faults(Hot *hot) {
+    PyObject *list = PyList_New(0);
+    for (Fault *fault = hot->faults; list && fault < hot->faults + hot->untold; fault++)
+        if (append(list, Py_BuildValue("KIiiL", fault->page, fault->number, fault->sent,
+                                       fault->code, (long long)fault->at_ns)))
+            Py_CLEAR(list);
+    hot->untold = 0;
+    return list;
 }
 
 /* Receive behind what is there. 0: nothing came, or Python has to look. */
@@ -322,20 +344,21 @@ static PyObject *attend(Hot *hot, PyObject *Py_UNUSED(ignored)) {
 
 static int wait_ns(Hot *hot, struct epoll_event *events, int64_t ns) {
     struct timespec timeout = {ns / 1000000000, ns % 1000000000};
-    int ready;
     if (!ns) return epoll_wait(hot->epoll, events, EVENTS, 0);
-    Py_BEGIN_ALLOW_THREADS /* epoll_pwait2, which glibc names from 2.35 on: Linux 5.11 */
-    ready = syscall(SYS_epoll_pwait2, hot->epoll, events, EVENTS, &timeout, NULL, 0);
-    Py_END_ALLOW_THREADS
+    /* Letting go of a lock that nobody wants, and taking it, is 4 µs of waking up. */
+    PyThreadState *python = hot->alone ? NULL : PyEval_SaveThread();
+    /* epoll_pwait2, which glibc names from 2.35 on: Linux 5.11 */
+    int ready = syscall(SYS_epoll_pwait2, hot->epoll, events, EVENTS, &timeout, NULL, 0);
+    int error = errno;
+    if (python) PyEval_RestoreThread(python);
+    errno = error;
     return ready;
 }
 
 /* Wait for events once and do what is simple of them. How many there were; -1: an exception. */
 static int look(Hot *hot, int64_t timeout_ns) {
     struct epoll_event events[EVENTS];
-    if (!hot->told) hot->told = PyList_New(0);
-    if (!hot->faults) hot->faults = PyList_New(0);
-    if (!hot->told || !hot->faults) return -1;
+    if (!hot->told && !(hot->told = PyList_New(0))) return -1;
     int ready = wait_ns(hot, events, timeout_ns);
     if (ready < 0) {
         if (errno == EINTR) return PyErr_CheckSignals();
@@ -349,42 +372,58 @@ static int look(Hot *hot, int64_t timeout_ns) {
 }
 
 static Py_ssize_t unheard(Hot *hot) {
-    return (hot->told ? PyList_GET_SIZE(hot->told) : 0) +
-           (hot->faults ? PyList_GET_SIZE(hot->faults) : 0);
+    return hot->untold + (hot->told ? PyList_GET_SIZE(hot->told) : 0);
 }
 
-/* How long Python need not hear of it yet; 0: at once.
- *
- * Its bookkeeping for a fault takes as long as the memory server's answer, and for a page that is
- * put in place longer than the guest's next step, which the kernel may want to make on this very
- * processor: it goes on when we sleep. So we wait for the answer, and then for the guest. */
-static int64_t hold_ns(Hot *hot, int *stage) {
-    if (*stage == 0 && hot->all_asked && !PyList_GET_SIZE(hot->told))
-        return *stage = 1, ANSWER_NS;
-    if (*stage < 2 && hot->put_some) return *stage = 2, GUEST_NS;
-    return 0;
+/* Wait for the answer to a request before Python hears of it, which takes as long; unless answers
+ * take longer, when it may as well be told meanwhile. From time to time that is tried again.
+ * The time allowed is beyond the kernel's next tick: an earlier timer is 10 µs of work for it. */
+static int look_for_answer(Hot *hot) {
+    int64_t since = now_ns();
+    int ready = look(hot, HOLD_NS);
+    hot->late = now_ns() - since > SOON_NS ? hot->late + 1 : 0;
+    if (hot->late >= OFTEN_LATE) hot->not_held = AGAIN_AFTER;
+    return ready;
+}
+
+/* Python's bookkeeping for a page in place takes longer than the guest's next step, which the
+ * kernel may want to make on this very processor. */
+static int look_after_guest(Hot *hot) {
+    sched_yield();
+    return look(hot, 0);
+}
+
+/* Wait for events, and do what is simple, until Python has to hear of it. -1: an exception. */
+static int work(Hot *hot, int64_t timeout_ns) {
+    int ready = look(hot, timeout_ns);
+    if (ready > 0 && hot->all_asked && !PyList_GET_SIZE(hot->told)) {
+        if (hot->not_held) hot->not_held--;
+        else ready = look_for_answer(hot);
+    }
+    if (ready > 0 && hot->put_some) ready = look_after_guest(hot);
+    return ready;
 }
 
 static PyObject *turn(Hot *hot, PyObject *arguments) {
     double timeout_s;
     if (!PyArg_ParseTuple(arguments, "d", &timeout_s)) return NULL;
-    int stage = timeout_s < 0 || unheard(hot) ? 2 : 0;
-    int64_t timeout_ns = stage ? 0 : timeout_s * 1e9;
-    for (int n = 0; n < BY_ITSELF; n++) {
-        int ready = look(hot, timeout_ns);
-        if (ready < 0) return NULL;
-        if (!ready || (unheard(hot) && !(timeout_ns = hold_ns(hot, &stage)))) break;
+    int64_t timeout_ns = timeout_s * 1e9;
+    hot->alone = !PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get()));
+    if (timeout_s < 0 || unheard(hot)) {
+        if (look(hot, 0) < 0) return NULL;
+    } else {
+        for (int n = 0, ready = 1; n < BY_ITSELF && ready && !unheard(hot); n++)
+            if ((ready = work(hot, timeout_ns)) < 0) return NULL;
     }
     /* Faults first: Python counts requests in the order in which they were sent, and may send some
      * for whatever else it is told. */
-    PyObject *told = hot->told, *faults = hot->faults;
-    hot->told = hot->faults = NULL;
-    if (PyList_GET_SIZE(faults)) {
-        PyObject *entry = Py_BuildValue("iO", hot->uffd, faults);
+    PyObject *told = hot->told;
+    hot->told = NULL;
+    if (hot->untold) {
+        PyObject *entry = Py_BuildValue("iN", hot->uffd, told_faults(hot));
         if (!entry || PyList_Insert(told, 0, entry)) Py_CLEAR(told);
         Py_XDECREF(entry);
     }
-    Py_DECREF(faults);
     return told;
 }
 
@@ -510,7 +549,6 @@ static void hot_free(Hot *hot) {
     for (int n = 0; n < PEERS; n++) forget_peer(&hot->peers[n]);
     PyBuffer_Release(&hot->owners);
     PyBuffer_Release(&hot->asked);
-    Py_XDECREF(hot->faults);
     Py_XDECREF(hot->told);
     PyMem_Free(hot->page_data);
     Py_TYPE(hot)->tp_free(hot);

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.linux
 
 PAGES = 2048
 HELD = range(0, 1500)
+HOLD_S = 0.02  # how long an answer is awaited before Python hears of the fault
 
 
 def test_this_installation_has_the_hot_path() -> None:
@@ -167,34 +168,35 @@ def test_pages_of_zeros_come_back_as_such(
                 assert page in emptied or int.from_bytes(data[:8], "little") == page
 
 
-@pytest.fixture
-def linked() -> Iterator[SimpleNamespace]:
-    """A hot path with four pages of this process's memory and a link to the test."""
+@contextlib.contextmanager
+def linked_with(asked: list[int]) -> Iterator[SimpleNamespace]:
+    """A hot path with pages of this process's memory and a link to the test."""
     if loop.HOT is None:
         pytest.skip("not compiled")
     with ExitStack() as stack:
         fd = os.memfd_create("guest")
         stack.callback(os.close, fd)
-        os.ftruncate(fd, 4 * PAGE_SIZE)
-        memory = mmap.mmap(fd, 4 * PAGE_SIZE)
+        length = len(asked) * PAGE_SIZE
+        os.ftruncate(fd, length)
+        memory = mmap.mmap(fd, length)
         uffd = stack.enter_context(Userfaultfd.create())
         uffd.enable()
-        uffd.register(address_of(memory), 4 * PAGE_SIZE, missing=True)
+        uffd.register(address_of(memory), length, missing=True)
         epoll = stack.enter_context(select.epoll())
         ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
         epoll.register(ours, select.EPOLLIN)
         epoll.register(uffd.fd, select.EPOLLIN)
         hot = loop.HOT(epoll.fileno())
         decoder = wire.Decoder(memoryview(mmap.mmap(-1, 2 << 20)))
-        owners = np.full(4, FIRST_SUB, dtype=np.uint8)
-        asked = np.array([0, 7, 7, 9], dtype=np.uint32)
-        hot.watch(uffd.fd, address_of(memory), owners, asked)
+        owners = np.full(len(asked), FIRST_SUB, dtype=np.uint8)
+        numbers = np.array(asked, dtype=np.uint32)
+        hot.watch(uffd.fd, address_of(memory), owners, numbers)
         buffer = decoder._buffer
         hot.client(ours.fileno(), FIRST_SUB, buffer, decoder.shared, False)
         yield SimpleNamespace(
             hot=hot,
             owners=owners,
-            asked=asked,
+            asked=numbers,
             far=theirs,
             fd=fd,
             near=ours,
@@ -203,6 +205,27 @@ def linked() -> Iterator[SimpleNamespace]:
             memory=memory,
         )
         hot.forget(ours.fileno())
+
+
+@pytest.fixture
+def linked() -> Iterator[SimpleNamespace]:
+    """The same with four pages, some of them on their way."""
+    with linked_with([0, 7, 7, 9]) as made:
+        yield made
+
+
+def miss(made: SimpleNamespace, page: int) -> threading.Thread:
+    """A thread that waits for `page`, in the kernel: Python's would wait with the GIL."""
+    sink = os.memfd_create("sink")
+    wanted = memoryview(made.memory)[page * PAGE_SIZE :][:8]
+
+    def read() -> None:
+        os.write(sink, wanted)
+        os.close(sink)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
 
 
 def pages(number: int, first: int, stop: int, data: bytes | None = None) -> bytes:
@@ -349,6 +372,57 @@ def test_a_fault_is_answered_between_two_system_calls_and_told_of_in_the_next_tu
     assert os.read(read_end, 8) == b"x" * 8
     os.close(read_end)
     os.close(write_end)
+
+
+def told_pages(told: list[tuple[int, object]]) -> list[int]:
+    return [fault[0] for _, what in told if isinstance(what, list) for fault in what]
+
+
+def test_an_answer_is_awaited_before_python_hears_of_a_fault_unless_answers_are_late() -> None:
+    count = 12
+    with linked_with([0] * count) as made:
+        made.shared[wire.MAY_SEND] = wire.NOW
+        waited_s = []
+        for page in range(count):
+            began = time.monotonic()
+            reader = miss(made, page)
+            assert told_pages(made.hot.turn(1.0)) == [page]
+            waited_s.append(time.monotonic() - began)
+        assert min(waited_s[:3]) > HOLD_S, "the answer was not awaited"
+        assert min(waited_s[3:]) < HOLD_S, "no answer came in time three times, and it is awaited"
+        made.far.sendall(b"".join(pages(n + 1, n, n + 1) for n in range(1, count)))
+        until(lambda: made.hot.turn(0.1) is not None and not reader.is_alive(), 5, "it goes on")
+
+
+def test_of_more_faults_than_can_be_told_at_once_none_is_lost(tmp_path: Path) -> None:
+    count, most = 300, 256
+    other = tmp_path / "other"
+    other.write_bytes(bytes(PAGE_SIZE))
+    told: list[int] = []
+    with linked_with([0] * count) as made, files.opened(other, os.O_RDWR) as fd:
+        made.far.setblocking(False)
+        made.shared[wire.MAY_SEND] = wire.NOW
+        for page in range(count):
+            miss(made, page)
+
+        def answered_between(enough: int) -> bool:
+            made.hot.carry(loop.PUNCH, -1, fd, np.array([[0, 1]] * 100))
+            received(made.far)
+            return int(np.count_nonzero(made.asked)) >= enough
+
+        until(partial(answered_between, most - 16), 5, "so many are asked for")
+        time.sleep(0.1)  # for the others
+        answered_between(0)
+        assert np.count_nonzero(made.asked) <= most
+        told += told_pages(made.hot.turn(0.0))
+        assert most - 16 < len(told) <= most
+
+        def all_told() -> bool:
+            told.extend(told_pages(made.hot.turn(0.1)))
+            return len(told) == count
+
+        until(all_told, 5, "the rest is told of")
+        assert sorted(told) == list(range(count))
 
 
 def test_what_was_not_told_of_a_connection_that_ended_is_forgotten(tmp_path: Path) -> None:
