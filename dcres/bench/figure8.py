@@ -41,7 +41,7 @@ from dcres.storage.slices import write_memory_tables
 PLACEMENTS = ("contiguous", "random", "alternating")
 FORMATS = tuple(map(str, MemoryFormat))
 _PLAIN = "plain"
-_MEMORY_BYTES = 1 << 30
+_MEMORY_BYTES, _QUICK_MEMORY_BYTES = 1 << 30, 1 << 29
 _NOISE_PAGES = 1 << 14
 _ROUNDS, _QUICK_ROUNDS = 12, 2
 _AGAIN_SHARE = 1 / 8
@@ -65,12 +65,13 @@ class Half:
 
 def measure(setup: Setup) -> list[Row]:
     """Every round's rows."""
+    memory_bytes = _QUICK_MEMORY_BYTES if setup.quick else _MEMORY_BYTES
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="dcres-bench-", dir="/dev/shm") as shm:
         halves = []
         for name in PLACEMENTS:
             setup.say(f"noise in a half of memory: {name}")
-            halves.append(_half(Path(shm), setup.folder, name))
+            halves.append(_half(Path(shm), setup.folder, name, memory_bytes))
         rounds = _QUICK_ROUNDS if setup.quick else _ROUNDS
         for at in range(rounds):
             for half in halves:
@@ -91,14 +92,14 @@ def half_of(name: str, page_count: int) -> Mask:
     return mask
 
 
-def _half(shm: Path, disk: Path, name: str) -> Half:
-    mask = half_of(name, _MEMORY_BYTES // PAGE_SIZE)
+def _half(shm: Path, disk: Path, name: str, memory_bytes: int) -> Half:
+    mask = half_of(name, memory_bytes // PAGE_SIZE)
     folder = disk / name
     folder.mkdir()
     half = Half(name, mask, shm / f"{name}.ram", shm / "target", folder)
     noise = memoryview(np.random.default_rng(1).bytes(_NOISE_PAGES * PAGE_SIZE))
     with opened(half.ram, os.O_RDWR | os.O_CREAT) as fd:
-        os.ftruncate(fd, _MEMORY_BYTES)
+        os.ftruncate(fd, memory_bytes)
         for first, stop in split(half.extents, _NOISE_PAGES // 2):
             begin = first % (_NOISE_PAGES // 2) * PAGE_SIZE
             os.pwrite(fd, noise[begin : begin + (stop - first) * PAGE_SIZE], first * PAGE_SIZE)
@@ -184,7 +185,7 @@ def _target(half: Half) -> Iterator[int]:
     """An empty RAM file on tmpfs, gone in the end."""
     with opened(half.target, os.O_RDWR | os.O_CREAT) as fd:
         try:
-            os.ftruncate(fd, _MEMORY_BYTES)
+            os.ftruncate(fd, len(half.mask) * PAGE_SIZE)
             yield fd
         finally:
             half.target.unlink()

@@ -31,13 +31,13 @@ AIMS = (Aim("page_ins_history_over_random", Direction.AT_MOST, 0.2),)
 _VM = "history"
 _MEMORY_MIB, _MAIN_MIB, _FILL_MIB, _HOT_MIB = 512, 256, 340, 128
 _WORK = f"dirty=20 reads=3 span={_HOT_MIB}"
-_LEARNING_S, _QUICK_LEARNING_S = 30.0, 10.0
+_LEARNING_S, _QUICK_LEARNING_S = 30.0, 7.0
 _TIMEOUT_S = 300.0
 
 
 def measure(setup: Setup, cluster: LocalCluster, rounds: int) -> list[Row]:
     """Page-ins per second in every round."""
-    seconds = 10.0 if setup.quick else 30.0
+    seconds = 7.0 if setup.quick else 30.0
     learning_s = _QUICK_LEARNING_S if setup.quick else _LEARNING_S
     setup.say(f"a guest that works on {_HOT_MIB} of {_MEMORY_MIB} MiB")
     with coordinator(_VM) as port:

@@ -47,7 +47,7 @@ from dcres.vm.command import QEMU
 MIB = 1 << 20
 _VM = "peers"
 _MEMORY_MIB, _QUICK_MEMORY_MIB = 2048, 1024
-_ROUNDS, _QUICK_ROUNDS = 5, 2
+_ROUNDS, _QUICK_ROUNDS = 5, 1
 _TIMEOUT_S = 600.0
 
 

@@ -51,7 +51,7 @@ _APART = 4
 def measure(setup: Setup) -> list[Row]:
     """Every round's rows."""
     rows: list[Row] = []
-    most = 40_000 if setup.quick else 300_000
+    most = 25_000 if setup.quick else 300_000
     for at in range(1 if setup.quick else 3):
         for name, record in (("witness", _record_witness), ("skewed", _record_skewed)):
             setup.say(f"round {at + 1}: recording {name}")
