@@ -41,7 +41,6 @@ from dcres.bench.split import (
     MIB,
     SplitVm,
     checkpoint_details,
-    filled_mib,
     guest_spec,
     layout_of,
     restore_details,
@@ -53,21 +52,21 @@ from dcres.vm import process
 from dcres.vm.command import QEMU, VmFiles
 from dcres.vm.monitor import Monitor
 
-MEMORY_MIB, QUICK_MEMORY_MIB = 1024, 512
+MEMORY_MIB = 1024
 DISK_MB_PER_S, OTHER_DISKS_MB_PER_S = 200, (100, 400)
 ROUNDS, QUICK_ROUNDS = 4, 1
+_LEAST_BYTES = MEMORY_MIB * MIB * 85 // 100  # of a stream that has memory in it
 
 
 def measure(setup: Setup) -> list[Row]:
     """Every round's rows."""
     rounds = QUICK_ROUNDS if setup.quick else ROUNDS
-    memory_mib = QUICK_MEMORY_MIB if setup.quick else MEMORY_MIB
     rows: list[Row] = []
     with ExitStack() as held:
-        hosts, cluster = held.enter_context(slow_cluster(setup.folder, 2, memory_mib * MIB))
-        setup.say(f"guests of {memory_mib} MiB fill their memory, split over two hosts and on one")
-        split = Split(held, setup.folder, hosts, cluster, memory_mib)
-        ordinary = held.enter_context(Ordinary(setup.folder, hosts, memory_mib))  # fills meanwhile
+        hosts, cluster = held.enter_context(slow_cluster(setup.folder, 2, MEMORY_MIB * MIB))
+        setup.say(f"guests of {MEMORY_MIB} MiB fill their memory, split over two hosts and on one")
+        split = Split(held, setup.folder, hosts, cluster)
+        ordinary = held.enter_context(Ordinary(setup.folder, hosts))  # both fill at once
         split.await_filled()
         for at in range(rounds):
             for row in _round(setup, hosts, ordinary, split, at):
@@ -89,29 +88,16 @@ def _round(setup: Setup, hosts: Hosts, ordinary: Ordinary, split: Split, at: int
     yield from split.restore(at)
 
 
-def least_bytes(memory_mib: int) -> int:
-    """Of a stream that has the guest's memory in it."""
-    return filled_mib(memory_mib) * MIB * 95 // 100
-
-
 class Split:
     """The VM over both hosts, which runs except while it is saved."""
 
-    def __init__(
-        self,
-        held: ExitStack,
-        folder: Path,
-        hosts: Hosts,
-        cluster: LocalCluster,
-        memory_mib: int,
-    ) -> None:
-        self._least_bytes = least_bytes(memory_mib)
+    def __init__(self, held: ExitStack, folder: Path, hosts: Hosts, cluster: LocalCluster) -> None:
         self._monitor = folder / "second.sock"
         self._image = Image(folder / "split.image", hosts.argv("h0"))
-        self._layout = layout_of(memory_mib // 2, memory_mib // 2)
+        self._layout = layout_of(MEMORY_MIB // 2, MEMORY_MIB // 2)
         # dcres keeps its own connection to QEMU's monitor, which serves one client.
         self._extra = ("-qmp", f"unix:{self._monitor},server=on,wait=off")
-        self._vm = SplitVm(held, cluster, guest_spec(folder, "figure7", memory_mib))
+        self._vm = SplitVm(held, cluster, guest_spec(folder, "figure7", MEMORY_MIB))
         self._vm.start(self._layout, self._extra)
         self._manifest: Manifest | None = None
 
@@ -127,7 +113,7 @@ class Split:
         yield Row(f"checkpoint_dcres{suffix}", at, saved.seconds, "s", checkpoint_details(saved))
         before = self._paged()
         with Monitor.connect(self._monitor) as monitor:
-            seconds = self._image.save(monitor, self._least_bytes)
+            seconds = self._image.save(monitor, _LEAST_BYTES)
             monitor.cont()
         details = {"image_bytes": self._image.length_bytes, **self._since(before)}
         yield Row(f"checkpoint_traditional{suffix}", at, seconds, "s", details)
@@ -163,12 +149,11 @@ class Split:
 class Ordinary:
     """The same guest in a plain QEMU on the first host; it stands still while others are timed."""
 
-    def __init__(self, folder: Path, hosts: Hosts, memory_mib: int) -> None:
-        self._least_bytes = least_bytes(memory_mib)
+    def __init__(self, folder: Path, hosts: Hosts) -> None:
         self._image = Image(folder / "ordinary.image", hosts.argv("h0"))
         self._folder = folder
-        layout = {"main": f"{memory_mib}MiB"}
-        spec = {**guest_spec(folder, "ordinary", memory_mib), "layout": layout}
+        layout = {"main": f"{MEMORY_MIB}MiB"}
+        spec = {**guest_spec(folder, "ordinary", MEMORY_MIB), "layout": layout}
         self._spec = VmSpec.model_validate(spec)
         self._qemu = str(hosts.program("h0", QEMU))
         self._ended = ExitStack()
@@ -208,7 +193,7 @@ class Ordinary:
     def save(self, at: int, suffix: str = "") -> Row:
         """It stands still in the end."""
         self._monitor.cont()
-        seconds = self._image.save(self._monitor, self._least_bytes)
+        seconds = self._image.save(self._monitor, _LEAST_BYTES)
         details = {"image_bytes": self._image.length_bytes}
         return Row(f"checkpoint_ordinary{suffix}", at, seconds, "s", details)
 

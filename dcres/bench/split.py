@@ -29,11 +29,6 @@ _GUEST_MIB = 96  # what the guest's kernel keeps for itself, and a little more
 _HOT_MIB = 16
 
 
-def filled_mib(memory_mib: int) -> int:
-    """How much of its memory the guest of `guest_spec` fills."""
-    return memory_mib - _GUEST_MIB - memory_mib // 64
-
-
 def guest_spec(folder: Path, name: str, memory_mib: int) -> dict[str, Any]:
     """A VM file's values without its layout.
 
@@ -42,13 +37,14 @@ def guest_spec(folder: Path, name: str, memory_mib: int) -> dict[str, Any]:
     second, and says so: it shows that it lives.
     """
     image = filler_image(folder)
+    fill = memory_mib - _GUEST_MIB - memory_mib // 64
     return {
         "name": name,
         "memory": f"{memory_mib}MiB",
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
         "append": "console=ttyS0 quiet panic=-1 transparent_hugepage=never "
-        f"fill={filled_mib(memory_mib)} dirty=1 span={_HOT_MIB}",
+        f"fill={fill} dirty=1 span={_HOT_MIB}",
         "accel": "tcg",
     }
 
