@@ -38,7 +38,8 @@
 
 enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 4, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
 enum { HEADER = 16, RUN = 20, FAULTS = 16, UNTOLD = 256, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
-enum { SOON_NS = 100000, HOLD_NS = 20000000, OFTEN_LATE = 3, AGAIN_AFTER = 16 };
+enum { SOON_NS = 100000, HOLD_NS = 20000000, GUEST_NS = 20000 };
+enum { OFTEN_LATE = 3, AGAIN_AFTER = 16 };
 enum { PIECE_PAGES = 16, LOOK_EVERY = 4 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) + MAX_PAGES / 8 };
 enum { PARTS = 3 };
@@ -72,8 +73,9 @@ typedef struct {
     PyObject_HEAD
     int epoll, uffd;
     int alone; /* no other thread of Python's could want the interpreter's lock */
-    int all_asked, put_some; /* of the last events */
-    int late, not_held; /* answers in a row that took long, faults that are not to wait for one */
+    int all_asked, put_missed; /* of the last events */
+    int late; /* answers in a row that took long */
+    int not_held, not_yielded; /* so often neither is tried, since it took long */
     uint64_t base, pages;
     int untold; /* faults, and `told`: what Python has not heard of yet */
     Fault faults[UNTOLD];
@@ -151,7 +153,7 @@ static int answer_faults(Hot *hot) {
         if (faults[n].event != UFFD_EVENT_PAGEFAULT || page >= hot->pages) continue;
         int code = ((uint8_t *)hot->owners.buf)[page];
         int sent = ask(hot, page, code, &number);
-        if (!sent) hot->all_asked = 0;
+        if (sent != sizeof(Frame)) hot->all_asked = 0; /* the rest is Python's to send */
         hot->faults[hot->untold++] = (Fault){page, number, sent, code, at_ns};
     }
     return 0;
@@ -238,7 +240,7 @@ static int put(Hot *hot, Peer *peer, Frame *frame) {
         if (errno != EAGAIN) return 0;
         if (copy.copy > 0) done += copy.copy;
     }
-    hot->put_some = 1;
+    hot->put_missed |= count == 1; /* what was missed comes by itself */
     shared(peer)[PUT_AT] = now_ns();
     memset((uint8_t *)hot->owners.buf + frame->first, MAIN, frame->stop - frame->first);
     return 1;
@@ -345,7 +347,7 @@ static PyObject *attend(Hot *hot, PyObject *Py_UNUSED(ignored)) {
 static int wait_ns(Hot *hot, struct epoll_event *events, int64_t ns) {
     struct timespec timeout = {ns / 1000000000, ns % 1000000000};
     if (!ns) return epoll_wait(hot->epoll, events, EVENTS, 0);
-    /* Letting go of a lock that nobody wants, and taking it, is 4 µs of waking up. */
+    /* Letting go of a lock that nobody wants, and taking it, is 2 µs each time. */
     PyThreadState *python = hot->alone ? NULL : PyEval_SaveThread();
     /* epoll_pwait2, which glibc names from 2.35 on: Linux 5.11 */
     int ready = syscall(SYS_epoll_pwait2, hot->epoll, events, EVENTS, &timeout, NULL, 0);
@@ -365,7 +367,7 @@ static int look(Hot *hot, int64_t timeout_ns) {
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;
     }
-    hot->put_some = hot->all_asked = 0;
+    hot->put_missed = hot->all_asked = 0;
     for (int n = 0; n < ready; n++)
         if (handle(hot, &events[n])) return -1;
     return ready;
@@ -381,15 +383,22 @@ static Py_ssize_t unheard(Hot *hot) {
 static int look_for_answer(Hot *hot) {
     int64_t since = now_ns();
     int ready = look(hot, HOLD_NS);
-    hot->late = now_ns() - since > SOON_NS ? hot->late + 1 : 0;
-    if (hot->late >= OFTEN_LATE) hot->not_held = AGAIN_AFTER;
+    if (now_ns() - since > SOON_NS) hot->late++;
+    else if (hot->put_missed) hot->late = 0;
+    if (hot->late < OFTEN_LATE) return ready;
+    hot->late = OFTEN_LATE - 1; /* after the pause one more is enough */
+    hot->not_held = AGAIN_AFTER;
     return ready;
 }
 
 /* Python's bookkeeping for a page in place takes longer than the guest's next step, which the
- * kernel may want to make on this very processor. */
+ * kernel may want to make on this very processor. It may hand it to others as well, for a whole
+ * slice; where it does we sleep, after which we are due at once. */
 static int look_after_guest(Hot *hot) {
+    if (hot->not_yielded) return hot->not_yielded--, look(hot, GUEST_NS);
+    int64_t since = now_ns();
     sched_yield();
+    if (now_ns() - since > SOON_NS) hot->not_yielded = AGAIN_AFTER;
     return look(hot, 0);
 }
 
@@ -400,7 +409,7 @@ static int work(Hot *hot, int64_t timeout_ns) {
         if (hot->not_held) hot->not_held--;
         else ready = look_for_answer(hot);
     }
-    if (ready > 0 && hot->put_some) ready = look_after_guest(hot);
+    if (ready > 0 && hot->put_missed) ready = look_after_guest(hot);
     return ready;
 }
 
@@ -535,7 +544,7 @@ static PyObject *hot_new(PyTypeObject *type, PyObject *arguments, PyObject *keyw
     Hot *hot = (Hot *)type->tp_alloc(type, 0); /* zeroed */
     if (!hot) return NULL;
     hot->epoll = epoll, hot->uffd = -1;
-    prctl(PR_SET_TIMERSLACK, 1000ul, 0, 0, 0); /* 50 µs else: longer than we mean to wait */
+    prctl(PR_SET_TIMERSLACK, 1000ul, 0, 0, 0); /* 50 µs else: longer than GUEST_NS */
     for (int n = 0; n < PEERS; n++) hot->peers[n].fd = -1;
     hot->page_data = PyMem_Malloc(MAX_PAGES * PAGE);
     if (!hot->page_data) {
@@ -556,7 +565,9 @@ static void hot_free(Hot *hot) {
 
 static PyMethodDef methods[] = {
     {"turn", (PyCFunction)turn, METH_VARARGS,
-     "turn(timeout_s): wait, do what is simple, tell; below 0: only what is due."},
+     "turn(timeout_s): wait, do what is simple, tell; below 0: only what is due. It may wait 20 ms\n"
+     "longer for an answer, and keeps the GIL when no other thread state exists: not for a process\n"
+     "in which threads that are not Python's call into it."},
     {"carry", (PyCFunction)carry_runs, METH_VARARGS, "carry(way, from, to, runs): bytes carried."},
     {"watch", (PyCFunction)watch, METH_VARARGS, "watch(uffd, base, owners, asked)"},
     {"client", (PyCFunction)client, METH_VARARGS,
