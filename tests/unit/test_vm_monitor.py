@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from dcres.vm.monitor import Monitor, RunState
+from dcres.vm.monitor import Monitor, RunState, _LoopThread
 
 
 def monitor_of(version: str) -> Monitor:
@@ -40,3 +42,34 @@ def test_how_a_core_is_named(version: str, uri: str, monkeypatch: pytest.MonkeyP
 
 def test_every_run_state_is_spelled_as_qemu_does() -> None:
     assert all(state.value == state.name.lower().replace("_", "-") for state in RunState)
+
+
+def test_closing_ends_what_is_still_under_way(tmp_path: Path) -> None:
+    """A connection that is being made or ended when its QEMU goes."""
+    path, ended = tmp_path / "socket", []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        loop = _LoopThread()
+
+        async def talk() -> None:
+            reader, writer = await asyncio.open_unix_connection(str(path))
+            try:
+                await reader.read()
+            finally:
+                writer.close()
+                await writer.wait_closed()
+                ended.append("closed")
+
+        tasks = []
+
+        async def begin() -> None:
+            tasks.append(asyncio.create_task(talk()))
+            await asyncio.sleep(0.05)
+
+        loop.run(begin(), 5.0)
+        loop.close()
+        assert ended == ["closed"]
+        peer, _ = listener.accept()
+        with peer:
+            assert peer.recv(1) == b"", "the connection is open"
