@@ -40,7 +40,6 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 _T = TypeVar("_T")
 _POLL_S = 0.002
 _RETRY_S = 0.02
-_END_TIMEOUT_S = 5.0
 _BANDWIDTH_BYTES_PER_S = 1 << 40
 _CORE_FD = "dcres-core"
 _KNOWS_FILE_URI = (8, 2, 0)
@@ -71,7 +70,8 @@ class _LoopThread:
     """An event loop in a thread of its own, to which other threads hand coroutines."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="dcres-monitor", daemon=True
         )
@@ -89,20 +89,7 @@ class _LoopThread:
         """End what is still under way, as when QEMU went while we connected, and the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.run_until_complete(_end_tasks())
-        self._loop.close()
-
-
-async def _end_tasks() -> None:
-    """Cancel the other tasks of this loop, and let them close their connections."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        ended, _ = await asyncio.wait(tasks, timeout=_END_TIMEOUT_S)
-        for task in ended:
-            _ = task.cancelled() or task.exception()  # else asyncio prints it
-    await asyncio.sleep(0)  # a transport that was told to close does so in the loop's next turn
+        self._runner.close()
 
 
 class Monitor:

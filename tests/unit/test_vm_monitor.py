@@ -52,8 +52,7 @@ def test_closing_ends_what_is_still_under_way(tmp_path: Path) -> None:
         listener.listen()
         loop = _LoopThread()
 
-        async def talk() -> None:
-            reader, writer = await asyncio.open_unix_connection(str(path))
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 await reader.read()
             finally:
@@ -64,8 +63,9 @@ def test_closing_ends_what_is_still_under_way(tmp_path: Path) -> None:
         tasks = []
 
         async def begin() -> None:
-            tasks.append(asyncio.create_task(talk()))
-            await asyncio.sleep(0.05)
+            both = await asyncio.open_unix_connection(str(path))
+            tasks.append(asyncio.create_task(talk(*both)))
+            await asyncio.sleep(0)  # it has begun
 
         loop.run(begin(), 5.0)
         loop.close()
