@@ -31,17 +31,16 @@ AIMS = (Aim("page_ins_history_over_random", Direction.AT_MOST, 0.2),)
 _VM = "history"
 _MEMORY_MIB, _MAIN_MIB, _FILL_MIB, _HOT_MIB = 512, 256, 340, 128
 _WORK = f"dirty=20 reads=3 span={_HOT_MIB}"
-_LEARNING_S, _QUICK_LEARNING_S = 30.0, 7.0
+_SECONDS, _QUICK_SECONDS = 30.0, 7.0  # to learn, and to count
 _TIMEOUT_S = 300.0
 
 
 def measure(setup: Setup, cluster: LocalCluster, rounds: int) -> list[Row]:
     """Page-ins per second in every round."""
-    seconds = 7.0 if setup.quick else 30.0
-    learning_s = _QUICK_LEARNING_S if setup.quick else _LEARNING_S
+    seconds = _QUICK_SECONDS if setup.quick else _SECONDS
     setup.say(f"a guest that works on {_HOT_MIB} of {_MEMORY_MIB} MiB")
     with coordinator(_VM) as port:
-        subject = _Subject(cluster, port, setup.folder, learning_s)
+        subject = _Subject(cluster, port, setup.folder, seconds)
         rows = []
         for at in range(rounds):
             for what in WHATS:

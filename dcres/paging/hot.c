@@ -37,9 +37,9 @@
 #include <unistd.h>
 
 enum { PAGE = 4096, MAX_PAGES = 256, VERSION = 4, PAGE_IN = 18, PAGES = 19, MAIN = 1 };
-enum { HEADER = 16, RUN = 20, FAULTS = 16, UNTOLD = 256, EVENTS = 16, PEERS = 512, BY_ITSELF = 64 };
+enum { HEADER = 16, RUN = 20, FAULTS = 16, UNTOLD = 256, EVENTS = 16, PEERS = 512 };
 enum { SOON_NS = 100000, HOLD_NS = 20000000, GUEST_NS = 20000 };
-enum { OFTEN_LATE = 3, AGAIN_AFTER = 16 };
+enum { BY_ITSELF = 64, OFTEN_LATE = 3, AGAIN_AFTER = 16 };
 enum { PIECE_PAGES = 16, LOOK_EVERY = 4 };
 enum { FRAME = HEADER + 4 + MAX_PAGES * (16 + PAGE) + MAX_PAGES / 8 };
 enum { PARTS = 3 };
