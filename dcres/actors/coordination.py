@@ -35,6 +35,8 @@ log = logging.getLogger("dcres.coordinator")
 
 _CANCEL_TIMEOUT_S = 45.0
 _RESUME_TIMEOUT_S = 180.0  # it waits for a stop that is under way
+# QEMU's run states in which a checkpoint leaves it: the last from when its core is being saved.
+_HELD = ("paused", "finish-migrate", "postmigrate")
 
 
 class VmPhase(StrEnum):
@@ -117,7 +119,11 @@ class Coordination:
             self._recovered = True
 
     def _settle_what_is_there(self, ports: Sequence[Port]) -> None:
-        descriptions = [describe(port) for port in ports]
+        main = describe(ports[0])
+        if main["running"]:
+            # Before the sub hosts are asked, which may take long: the guest waits for this alone.
+            self._let_go_on(ports[0], main["checkpoint"])
+        descriptions = [main, *map(describe, ports[1:])]
         self._hosts = tuple(each["host"] for each in descriptions)
         if not descriptions[0]["running"]:
             log.warning("VM %s: taking down a start that was not finished", self._vm)
@@ -131,11 +137,8 @@ class Coordination:
         if gone:
             # Ray moves the actors of a dead host to a new one, where nothing of the VM is.
             raise VmLost(f"a host of VM {self._vm} is gone ({', '.join(gone)} has nothing of it)")
-        checkpoint = descriptions[0]["checkpoint"]
-        if checkpoint is not None:
-            log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
-            self._give_up(checkpoint, ports)
-        self._let_go_on(ports[0])
+        if main["checkpoint"] is not None:
+            self._discard(main["checkpoint"], ports)
         self._phase, self._why = VmPhase.RUNNING, ""
         if descriptions[0]["moving"]:
             self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
@@ -148,18 +151,24 @@ class Coordination:
         self._hosts = settle_shape(self._vm, self._fleet)
         return True
 
-    def _let_go_on(self, main: Port) -> None:
-        """A VM that a checkpoint has stopped, and that could not be told to go on then."""
+    def _let_go_on(self, main: Port, checkpoint: str | None) -> None:
+        """A VM that `checkpoint` has stopped or may stop, or that an earlier one left standing.
+
+        As `Checkpointing` does it: the VM waits for a host that saves, so that ends first.
+        """
+        if checkpoint is not None:
+            log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
+            main.call("halt", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
+            main.call("resume", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
+            return
         status = main.call("status")
-        if status["run_state"] == "paused" or status["state"] in ("quiet", "frozen"):
+        if status["run_state"] in _HELD or status["state"] in ("quiet", "frozen"):
             log.warning("VM %s stands still; it goes on", self._vm)
             main.call("resume", "", timeout_s=_RESUME_TIMEOUT_S)
 
-    def _give_up(self, checkpoint: str, ports: Sequence[Port]) -> None:
-        """As `Checkpointing` does it: the VM waits for a host that saves, so that ends first."""
+    def _discard(self, checkpoint: str, ports: Sequence[Port]) -> None:
+        """What is left of a checkpoint that the main host has halted, unless it was published."""
         main, *subs = ports
-        main.call("halt", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
-        main.call("resume", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
         if main.call("published", checkpoint):
             return
         for port in subs:

@@ -124,9 +124,11 @@ class Coordinator(Coordination):
                 manifest = running.run()
             finally:
                 self._checkpointing = None
-                self._recovered = not running.vm_stands  # else the next look lets it go on
-            if running.vm_stands:
-                self._require_going_on(name)
+                self._recovered = not running.vm_stands
+                if running.vm_stands:
+                    self._recover()
+            if not self._recovered:
+                raise VmLost(f"checkpoint {name} was taken, but the VM stands still: {self._why}")
             self._phase = VmPhase.RUNNING
             self._last = checkpoint_facts(manifest, time.monotonic() - began)
             self._last["downtime_parts_seconds"] = running.downtime_parts_s
@@ -134,12 +136,6 @@ class Coordinator(Coordination):
                 self._learn(running.judgement, manifest.downtime_seconds)
                 self._last["verdict"] = str(running.judgement.verdict)
             return self._last
-
-    def _require_going_on(self, checkpoint: str) -> None:
-        """Let a VM go on that stands still although its checkpoint was taken."""
-        self._recover()
-        if not self._recovered:
-            raise VmLost(f"checkpoint {checkpoint} was taken, but the VM stands still: {self._why}")
 
     def _learn(self, judgement: Judgement, downtime_s: float) -> None:
         """The fixed part of the next downtime is what this one had beyond its staging."""

@@ -186,8 +186,11 @@ class MainHost(MovingHost):
             self._forget(published.checkpoint)
 
     def published(self, checkpoint: str) -> bool:
-        """Whether the checkpoint's manifest is there; if so there is nothing left to give up."""
-        found = any(each.checkpoint == checkpoint for each in self._store.list(self._vm))
+        """Whether the checkpoint's manifest is there, durably; if so nothing is left to give up.
+
+        Its writing may have failed after the name was there. Raises OSError if it fails again.
+        """
+        found = self._store.confirm(checkpoint)
         if found:
             self._forget(checkpoint)
         return found

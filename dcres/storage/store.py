@@ -104,6 +104,13 @@ class Store:
             return (folder / layout.MANIFEST).exists()
         return False
 
+    def confirm(self, checkpoint: str) -> bool:
+        """As `is_published`; then it stays published after a power failure. Raises OSError."""
+        found = self.is_published(checkpoint)
+        if found:
+            sync_folder(self._folder(layout.vm_of(checkpoint), checkpoint))
+        return found
+
     def get(self, checkpoint: str) -> Manifest:
         """The manifest of a checkpoint.
 

@@ -80,7 +80,8 @@ class World:
     trouble: str = ""
     published: dict[str, str] = field(default_factory=dict)
     unfinished: set[tuple[str, str]] = field(default_factory=set)
-    frozen: bool = False
+    frozen: bool = False  # paging
+    run_state: str = "running"  # QEMU's
     saved_pages: dict[str, int] = field(default_factory=dict)
     stores: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parts; default: all
     left: list[int] = field(default_factory=list)  # pages after `synchronise`, last first
@@ -104,7 +105,7 @@ class World:
 
     @property
     def runs(self) -> bool:
-        return bool(self.state.get("running")) and not self.frozen
+        return bool(self.state.get("running")) and self.run_state == "running"
 
 
 class FakeHost:
@@ -198,7 +199,7 @@ class FakeMain(FakeHost):
         moving = self.world.moving
         state = {
             "state": "frozen" if self.world.frozen else "running",
-            "run_state": "paused" if self.world.frozen else "running",
+            "run_state": self.world.run_state,
             "lost_why": "",
             "moving": moving,
         }
@@ -271,7 +272,7 @@ class FakeMain(FakeHost):
         return {"pages_in": 0, "pages_out": 0}
 
     def finish(self, checkpoint: str) -> Finished:
-        self.world.frozen = True
+        self.world.frozen, self.world.run_state = True, "postmigrate"
         self.world.note(self.host, "finish")
         return Finished(tick=1, moved=0, pages_in=0, pages_out=0, stopped_at=1.0)
 
@@ -282,7 +283,7 @@ class FakeMain(FakeHost):
 
     def resume(self, checkpoint: str) -> float:
         self.world.note(self.host, "resume")
-        self.world.frozen = False
+        self.world.frozen, self.world.run_state = False, "running"
         return 1.5
 
     def publish(self, manifest: str) -> None:
@@ -569,6 +570,33 @@ def test_a_vm_that_could_not_go_on_is_told_again(
     world.fail["h0.resume"] = error  # type: ignore[assignment]
     world.hooks["h0.publish"] = lambda: world.fail.clear()
     assert started.checkpoint("stop")["checkpoint"] in world.published
+    assert world.runs
+    assert started.status()["phase"] == "running"
+
+
+def test_a_vm_whose_paging_goes_on_and_qemu_does_not_is_told_again(
+    started: Coordinator, world: World
+) -> None:
+    """After its core was saved QEMU is not "paused" (qapi/run-state.json, postmigrate)."""
+
+    def thaw_only() -> None:
+        world.frozen = False
+
+    world.hooks["h0.resume"] = thaw_only
+    world.fail["h0.resume"] = VmLost("QEMU refused cont: the image is locked")
+    world.hooks["h0.publish"] = lambda: world.fail.clear()
+    started.checkpoint("stop")
+    assert world.runs
+
+
+def test_a_vm_that_stands_still_for_a_checkpoint_given_up_is_told_again(
+    started: Coordinator, world: World
+) -> None:
+    world.fail["h0.resume"] = VmLost("QEMU does not answer")
+    world.fail["h1.save"] = StoreFull("the disk is full")
+    world.hooks["h1.halt"] = lambda: world.fail.clear()
+    with pytest.raises(OperationFailed):
+        started.checkpoint("stop")
     assert world.runs
     assert started.status()["phase"] == "running"
 
@@ -1183,6 +1211,21 @@ def test_it_tries_again_when_the_host_answers(
     assert found[0].status()["phase"] == "running"
     assert world.runs
     assert found[0].checkpoint("stop")["checkpoint"] in world.published
+
+
+def test_the_guest_goes_on_although_a_sub_host_does_not_answer(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    world.hooks["h1.stage"] = lambda: world.fail.update(
+        {"h1.describe": ClusterError("h1 did not answer within 10 s")}
+    )
+    world.fail["h1.stage"] = world.fail["h0.resume"] = ActorGone("this coordinator is dead")
+    with pytest.raises(DcresError):
+        started.checkpoint("stop")
+    assert not world.runs
+    del world.fail["h0.resume"]
+    assert successor(fleet).status()["phase"] == "lost"
+    assert world.runs
 
 
 def test_it_tells_of_a_host_that_was_lost_meanwhile(

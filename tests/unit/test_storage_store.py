@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -105,6 +106,21 @@ def test_a_published_checkpoint_comes_back(root: Store, published: Manifest, ram
     assert root.read_placement(published).tolist() == placement().tolist()
     assert root.read_history(published).tolist() == list(range(PAGE_COUNT))
     assert root.vmcore(published).stat().st_size == 10_000
+
+
+def test_confirmed_is_durable(
+    root: Store, published: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest whose name is there, and whose folder could not be made durable."""
+
+    def refused(path: Path) -> None:
+        raise OSError(errno.EIO, "of the disk", str(path))
+
+    assert root.confirm(published.checkpoint)
+    monkeypatch.setattr("dcres.storage.store.sync_folder", refused)
+    assert root.is_published(published.checkpoint)
+    with pytest.raises(OSError, match="of the disk"):
+        root.confirm(published.checkpoint)
 
 
 def test_without_manifest_it_is_not_there_and_swept(root: Store, ram: Path) -> None:
