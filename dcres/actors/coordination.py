@@ -142,6 +142,8 @@ class Coordination:
         self._phase, self._why = VmPhase.RUNNING, ""
         if descriptions[0]["moving"]:
             self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
+        else:
+            self._end_servers(ports)  # of a restore that had come as far as the guest
 
     def _reshaped(self, main: Status) -> bool:
         """Whether shares were being changed; if so that is brought to an end."""

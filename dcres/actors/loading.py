@@ -2,7 +2,8 @@
 
 A host that has parts in its own store reads its pages from there. The others come from a
 *slice server*, a process on a host that has them. With a lazy restore nothing is loaded before
-the guest runs: the pager takes every page from slice servers.
+the guest runs: the pager takes every page from slice servers. From the first question about it to
+the end each host has the checkpoint pinned, so that it is not deleted under the restore.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from dcres.actors.messages import (
 )
 from dcres.actors.slice_server import SliceSettings
 from dcres.config import HostSettings
-from dcres.errors import Conflict
+from dcres.errors import Conflict, NotFound
 from dcres.linux import priority
 from dcres.linux.files import open_own, punch_hole
 from dcres.model import plan as plan_
@@ -45,6 +47,7 @@ from dcres.paging.settings import SubAddress
 from dcres.storage import memory_file
 from dcres.storage.bulk import write_fully
 from dcres.storage.manifest import Manifest, loads
+from dcres.storage.pins import Hold
 from dcres.storage.store import Store
 
 NAME = Path("manifest.json")  # for errors: the text came in a message
@@ -162,23 +165,36 @@ class PartServing:
         self._slices = Daemon("dcres.actors.slice_server", folder, "slices")
         self._starting_slices = threading.Lock()
         self._slices_over = False
+        self._hold = Hold()
         if self._slices_path.exists():
             self._slices.adopt()
+            settings_ = paging_settings.load(SliceSettings, self._slices_path)
+            with suppress(NotFound, Conflict):  # a deletion was faster than this actor's restart
+                self._hold.take(store.pin(settings_.checkpoint))
 
     @property
     def _slices_path(self) -> Path:
         return self._folder.run / "slices.json"
 
     def parts_here(self, manifest: str) -> tuple[str, ...]:
-        """The hosts whose parts of a checkpoint this host's store has."""
-        return self._store.parts_here(parse(manifest))
+        """The hosts whose parts of a checkpoint this host's store has; it is pinned from now on.
+
+        Raises Conflict while it is being deleted, and when the end has come meanwhile.
+        """
+        wanted = parse(manifest)
+        found = self._store.parts_here(wanted)
+        if found:
+            self._hold.take(self._store.pin(wanted.checkpoint))
+        return found
 
     def plan(self, order: PlanOrder) -> Planned:
         """See `make_plan`."""
+        self._hold.take(self._store.pin(parse(order.manifest).checkpoint))
         return make_plan(self._store, order)
 
     def read_main_part(self, manifest: str) -> MainPart:
         """See `read_main_part` of the module."""
+        self._hold.take(self._store.pin(parse(manifest).checkpoint))
         return read_main_part(self._store, manifest)
 
     def serve_parts(self, order: PartsOrder) -> SubAddress:
@@ -192,8 +208,9 @@ class PartServing:
             return self._serve_parts(order)
 
     def _serve_parts(self, order: PartsOrder) -> SubAddress:
-        self._folder.make()
         incarnation, manifest = order.incarnation, parse(order.manifest)
+        self._hold.take(self._store.pin(manifest.checkpoint))
+        self._folder.make()
         settings = SliceSettings(
             vm=incarnation.identity,
             generation=incarnation.generation,
@@ -217,11 +234,15 @@ class PartServing:
         return str(self._slices.call_patiently("status")["trouble"])
 
     def end_serving_parts(self) -> None:
-        """End the slice server, for good; one that is being started, too. Repeatable."""
+        """End the slice server, for good; one that is being started, too. Repeatable.
+
+        The checkpoint is not pinned here any more.
+        """
         self._slices_over = True
         self._slices.stop()
         with self._starting_slices:
             self._stop_slices()
+        self._hold.release()
 
     def _stop_slices(self) -> None:
         self._slices.stop()

@@ -233,12 +233,13 @@ class Restoring:
         return {"layout": layout, "pages_moved": moved, "bytes_moved": moved * PAGE_SIZE}
 
     def end(self) -> None:
-        """End the slice servers; the pages are where they belong. Repeatable."""
-        for host in self.servers:
+        """End the slice servers and unpin; the pages are where they belong. Repeatable."""
+        ending = {host: self._port(host).submit("end_serving_parts") for host in self.where.here}
+        for host, each in ending.items():
             try:
-                self._port(host).call("end_serving_parts")
+                each.result(_ASK_TIMEOUT_S)
             except DcresError as error:
-                log.warning("%s keeps its slice server: %s", host, error)
+                log.warning("%s keeps the checkpoint or its slice server: %s", host, error)
         self.servers.clear()
         self.fleet.leave(self.manifest.vm)
 

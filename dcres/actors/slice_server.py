@@ -62,6 +62,11 @@ class SliceSettings:
         return self.parts[0].page_count
 
     @property
+    def checkpoint(self) -> str:
+        """Its id."""
+        return self.parts[0].folder.parent.name
+
+    @property
     def identity(self) -> Identity:
         """What a client must prove to be: one that belongs to the VM which is restored."""
         return Identity(bytes.fromhex(self.vm), self.generation, bytes.fromhex(self.secret))

@@ -7,8 +7,9 @@ written, and it ends with its process.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from dcres.errors import Conflict, NotFound
@@ -35,6 +36,30 @@ def pinned(folder: Path) -> Iterator[None]:
         if os.fstat(fd).st_nlink == 0:
             raise NotFound(gone)
         yield
+
+
+class Hold:
+    """One pin that is taken with the first need and let go of in the end; for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held = ExitStack()
+        self._has = self._over = False
+
+    def take(self, pin: AbstractContextManager[None]) -> None:
+        """Enter `pin`, unless one is held. Raises what it raises, Conflict after `release`."""
+        with self._lock:
+            if self._over:
+                raise Conflict("this VM was ended before its parts were served")
+            if not self._has:
+                self._held.enter_context(pin)
+                self._has = True
+
+    def release(self) -> None:
+        """For good. Repeatable."""
+        with self._lock:
+            self._over = True
+            self._held.close()
 
 
 @contextmanager

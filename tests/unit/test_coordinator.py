@@ -71,6 +71,7 @@ class World:
     state: dict[str, Any] = field(default_factory=dict)  # the main host's state file
     serving: set[str] = field(default_factory=set)
     serving_parts: set[str] = field(default_factory=set)
+    pinning: set[str] = field(default_factory=set)  # hosts that keep the checkpoint
     moving: bool = False
     to_move: list[int] = field(default_factory=list)  # what move_into answers, last first
     capacities: dict[str, int] = field(default_factory=dict)
@@ -118,10 +119,13 @@ class FakeHost:
         self.world.note(self.host, "clear")
 
     def parts_here(self, manifest: str) -> tuple[str, ...]:
-        return self.world.parts(self.host, manifest)
+        found = self.world.parts(self.host, manifest)
+        self.world.pinning |= {self.host} if found else set()
+        return found
 
     def plan(self, order: PlanOrder) -> Planned:
         """Part i to host i, as far as there are so many."""
+        self.world.pinning.add(self.host)
         self.world.note(self.host, "plan")
         last = len(order.capacities) - 1
         places = [(part, min(part, last)) for part in range(len(order.holds))]
@@ -130,11 +134,13 @@ class FakeHost:
 
     def read_main_part(self, manifest: str) -> MainPart:
         self.world.note(self.host, "read_main_part")
+        self.world.pinning.add(self.host)
         return MainPart(b"", b"", b"")
 
     def serve_parts(self, order: PartsOrder) -> SubAddress:
         self.world.note(self.host, f"serve_parts {' '.join(order.parts)}")
         self.world.serving_parts.add(self.host)
+        self.world.pinning.add(self.host)
         return SubAddress(self.host, "127.0.0.1", 2)
 
     def parts_trouble(self) -> str:
@@ -142,6 +148,7 @@ class FakeHost:
 
     def end_serving_parts(self) -> None:
         self.world.serving_parts.discard(self.host)
+        self.world.pinning.discard(self.host)
 
     def copy(self, checkpoint: str) -> HostRound:
         self.world.note(self.host, "copy")
@@ -397,7 +404,7 @@ def manifest_of(world: World, facts: dict[str, Any]) -> Manifest:
 def require_nothing(world: World, fleet: LocalFleet) -> None:
     """Nothing of the VM is anywhere."""
     assert (world.state, world.serving, world.unfinished) == ({}, set(), set())
-    assert world.serving_parts == set()
+    assert world.serving_parts == world.pinning == set()
     assert (fleet.reserved, fleet.actors) == ({}, {})
 
 
@@ -837,7 +844,7 @@ def test_parts_that_a_host_has_not_come_from_one_that_has(
     assert "h3.serve_parts h2" in world.done
     assert facts["pages_moved"] == PAGES
     assert facts["bytes_moved"] == PAGES * 4096
-    assert world.serving_parts == set()
+    assert world.serving_parts == world.pinning == set()
     assert "h3.destroy" in world.done
     assert fleet.visiting == {}
 
@@ -851,6 +858,25 @@ def test_a_new_main_host_gets_the_old_ones_tables(
     assert "h1.read_main_part" in world.done
     assert world.state["resumption"].main_part is not None
     assert world.state["loaded"] == [("h0", SubAddress("h1", "127.0.0.1", 2))]
+
+
+def test_a_checkpoint_is_kept_while_it_is_loaded(
+    coordinator: Coordinator, world: World, checkpoint: str
+) -> None:
+    pinning: list[set[str]] = []
+    world.hooks["h0.boot"] = lambda: pinning.append(set(world.pinning))
+    coordinator.restore(checkpoint)
+    assert pinning == [{"h0", "h1", "h2"}]
+    assert world.pinning == set()
+
+
+def test_what_a_restore_kept_is_let_go_of_by_the_next_coordinator(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
+) -> None:
+    coordinator.restore(checkpoint)
+    world.pinning = {"h0", "h2"}
+    assert successor(fleet).status()["phase"] == "running"
+    assert world.pinning == set()
 
 
 def test_a_part_that_is_nowhere_is_named(
@@ -876,8 +902,10 @@ def test_a_lazy_restore_serves_parts_until_every_page_is_there(
         coordinator.resize(16 << 20)
     world.trouble = "h0/memory.img: page 7 was altered"
     until(lambda: "page 7" in coordinator.status()["why"], 30, "the trouble is told")
+    assert world.pinning == {"h0", "h1", "h2"}, "actors keep it if a slice server dies"
     world.moving = False
     until(lambda: not world.serving_parts, 30, "the slice server is ended")
+    until(lambda: not world.pinning, 30, "the checkpoint may be deleted")
     assert "h0.settle_moves" in world.done
 
 

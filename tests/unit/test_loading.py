@@ -6,19 +6,70 @@ from pathlib import Path
 
 import pytest
 
+from dcres.actors.host import Daemon, VmFolder
 from dcres.actors.loading import SliceHost
 from dcres.actors.messages import Incarnation, PartsOrder
 from dcres.config import HostSettings
 from dcres.errors import Conflict
+from dcres.paging import settings as paging_settings
+from dcres.storage import tables
+from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.store import Store
+from tests.support.servers import slice_settings
+from tests.support.stored import memory, placement, take
 
 
-def test_parts_are_not_served_after_the_end(tmp_path: Path) -> None:
-    """An order that is overtaken by the end must leave nothing running."""
-    settings = HostSettings(
+@pytest.fixture
+def settings(tmp_path: Path) -> HostSettings:
+    return HostSettings(
         name="h0", run=tmp_path / "run", ram=tmp_path / "ram", store=tmp_path / "store"
     )
+
+
+@pytest.fixture
+def stored(settings: HostSettings, tmp_path: Path) -> Manifest:
+    manifest = take(
+        Store(settings.store), memory(tmp_path / "memory", placement() != tables.NOWHERE)
+    )
+    Store(settings.store).publish(manifest)
+    return manifest
+
+
+def test_parts_are_not_served_after_the_end(settings: HostSettings, stored: Manifest) -> None:
+    """An order that is overtaken by the end must leave nothing running."""
     host = SliceHost("vm", environ=settings.environ())
     host.end_serving_parts()
     with pytest.raises(Conflict, match="ended before its parts were served"):
-        host.serve_parts(PartsOrder(Incarnation("vm", 1, "5e" * 32), "", ("h0",)))
+        host.serve_parts(PartsOrder(Incarnation("vm", 1, "5e" * 32), dumps(stored), ("h0",)))
     assert not settings.run.exists()
+
+
+def test_a_checkpoint_that_is_asked_for_is_kept_to_the_end(
+    settings: HostSettings, stored: Manifest
+) -> None:
+    store = Store(settings.store)
+    host = SliceHost("vm", environ=settings.environ())
+    assert "h0" in host.parts_here(dumps(stored))
+    host.read_main_part(dumps(stored))
+    with pytest.raises(Conflict, match="is in use"):
+        store.delete(stored.checkpoint)
+    host.end_serving_parts()
+    store.delete(stored.checkpoint)
+    with pytest.raises(Conflict, match="was ended before"):
+        host.read_main_part(dumps(stored))
+
+
+def test_an_actor_that_is_started_again_keeps_the_checkpoint(
+    settings: HostSettings, stored: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slice server may be dead, and the guest still needs what it will serve."""
+    monkeypatch.setattr(Daemon, "adopt", lambda daemon: None)
+    store, folder = Store(settings.store), VmFolder.of(settings, "vm.parts")
+    folder.make()
+    chosen = slice_settings(folder.run, "slices", store, stored, ("h0",))
+    paging_settings.save(chosen, folder.run / "slices.json")
+    host = SliceHost("vm", environ=settings.environ())
+    with pytest.raises(Conflict, match="is in use"):
+        store.delete(stored.checkpoint)
+    host.end_serving_parts()
+    store.delete(stored.checkpoint)
