@@ -43,7 +43,7 @@ from dcres.paging.settings import PagerSettings, SubAddress
 from dcres.paging.table import PageTable
 from dcres.vm import accel as accel_
 from dcres.vm import disk, process, safety
-from dcres.vm.command import MACHINE, VmFiles
+from dcres.vm.command import MACHINE, VmFiles, owned_nodes
 from dcres.vm.monitor import Monitor, RunState
 
 _LINKS_TIMEOUT_S = 20.0
@@ -87,8 +87,9 @@ class StartingHost(QemuHost):
         spec = order.spec
         spec.require_files()
         require_tmpfs_room(self._settings.ram, spec.layout.main)
-        self._store.sweep(self._vm)
         manifest = None if order.load is None else parse(order.load.manifest)
+        kept = frozenset() if manifest is None else frozenset({manifest.checkpoint})
+        self._store.sweep(self._vm, keep=kept)
         wanted = spec.accel if manifest is None else Accel(manifest.accel)
         chosen, why = accel_.choose(wanted, spec.kernel, default_cache())
         for each in () if manifest is None else manifest.disks:
@@ -99,7 +100,8 @@ class StartingHost(QemuHost):
         # QEMU has put its firmware into memory by now, and touches none of it until it has a core.
         with self._loading(order):
             self._pager.prepare()
-            safety.require_safe(monitor, self._qemu.process.pid, self._ram)
+            disks = owned_nodes(spec)
+            safety.require_safe(monitor, self._qemu.process.pid, self._ram, disks)
 
     @contextmanager
     def _loading(self, order: RunOrder) -> Iterator[None]:

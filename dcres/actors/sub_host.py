@@ -142,7 +142,8 @@ class SubHost(SavingHost, PartServing):
             self._require_wanted(checkpoint)
             self._require_serving()
             held = int(self._server.call_patiently("status")["held_pages"])
-            self._store.sweep(self._vm, keep=frozenset({checkpoint}))
+            # The main host removes the rest, if that is in this store as well.
+            self._store.sweep(self._vm, keep=frozenset({checkpoint}), whole_parts=False)
             self._store.begin(self._vm, checkpoint)
             require_store_room(self._settings.store, held * PAGE_SIZE)
             self._begin_saving(checkpoint, memory_format, self._store_file, self._server)

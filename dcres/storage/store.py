@@ -170,16 +170,21 @@ class Store:
         parts = (part.host for part in manifest.hosts)
         return tuple(host for host in parts if self._part(manifest, host).is_dir())
 
-    def sweep(self, vm: str, keep: frozenset[str] = frozenset()) -> Names:
+    def sweep(
+        self, vm: str, keep: frozenset[str] = frozenset(), *, whole_parts: bool = True
+    ) -> Names:
         """Remove unpublished checkpoints of `vm`, but for `keep` and pinned ones; their ids.
 
         What sub hosts have saved in a store of their own stays: its manifest is in the store of
-        the main host. Call it only where no other checkpoint than those in `keep` is being taken.
+        the main host. Without `whole_parts` nothing goes that has a part which its host has ended:
+        on network storage a host may not see yet that another has published it (nfs(5), acdirmin).
+        Call it only where no other checkpoint than those in `keep` is being taken.
         """
+        may_be_published = _is_apart if whole_parts else _has_whole_part
         swept = []
         for path in _folders(self.root / layout.checked_vm(vm)):
             mine = layout.is_checkpoint_of(vm, path.name) and path.name not in keep
-            if mine and not (path / layout.MANIFEST).exists() and not _is_apart(path):
+            if mine and not (path / layout.MANIFEST).exists() and not may_be_published(path):
                 # Hosts that share the store may sweep at the same time.
                 with contextlib.suppress(Conflict, FileNotFoundError), unpinned(path):
                     _remove(path)
@@ -314,8 +319,17 @@ def _folders(parent: Path) -> list[Path]:
 def _is_apart(folder: Path) -> bool:
     """Whether all that is here are whole parts of sub hosts, whose main host has another store."""
     parts = _folders(folder)
-    whole = all((part / name).exists() for part in parts for name in (layout.PAGES, layout.SUMS))
-    return bool(parts) and whole and not any((part / layout.HISTORY).exists() for part in parts)
+    of_main_host = any((part / layout.HISTORY).exists() for part in parts)
+    return bool(parts) and all(map(_is_whole, parts)) and not of_main_host
+
+
+def _has_whole_part(folder: Path) -> bool:
+    return any(map(_is_whole, _folders(folder)))
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether its host has written all of it: tables come last."""
+    return (part / layout.PAGES).exists() and (part / layout.SUMS).exists()
 
 
 def _remove(folder: Path) -> None:

@@ -49,6 +49,15 @@ def disk_nodes(spec: VmSpec) -> list[str]:
     return [disk_node(index) for index in range(len(spec.disks))]
 
 
+def owned_nodes(spec: VmSpec) -> list[str]:
+    """The names of all block nodes that the disks of the VM file have."""
+    return [name for node in disk_nodes(spec) for name in (node, _file_node(node))]
+
+
+def _file_node(node: str) -> str:
+    return f"{node}-file"
+
+
 def _quote(path: Path) -> str:
     """A path inside a QEMU ``key=value,…`` option: a comma is written twice."""
     return str(path).replace(",", ",,")
@@ -72,7 +81,7 @@ def _disk(index: int, disk: Disk) -> list[str]:
         "cache": cache,
         "file": {
             "driver": "file",
-            "node-name": f"{disk_node(index)}-file",
+            "node-name": _file_node(disk_node(index)),
             "filename": str(disk.path),
             "aio": "threads",
             "cache": cache,

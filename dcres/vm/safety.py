@@ -1,16 +1,19 @@
-"""Refuse VMs whose memory is written behind the page table's back.
+"""Refuse VMs whose memory is written behind the page table's back, or that checkpoints would miss.
 
 Remote paging takes a page away by punching it out of the RAM file, and finds changes through
 write protection. Both see what goes through page tables: vCPUs, QEMU's own threads, buffered
 I/O. They do not see a device or a kernel thread that holds a page pinned and writes to it by
 its physical address: such writes go to a page that is no longer the guest's, and are lost
 without a word. So each way to pin guest memory is refused before the VM first runs.
+
+A checkpoint has the disks of the VM file. One that came in ``extra_args`` and is written to would
+be newer than the memory that comes back, and is refused as well.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +56,14 @@ _NETDEVS = ("vhost-user", "vhost-vdpa", "af-xdp")
 class Facts:
     """What QEMU and the kernel say about one VM.
 
-    `block_nodes` and `memory` are the answers to query-named-block-nodes and query-memdev;
-    `devices` are pairs of path and type; `network` is HMP's ``info network``; the numbers are
-    VmLck and VmPin of ``/proc/PID/status`` and ShmemPmdMapped of the RAM file's mapping.
+    `disks` are the names of the block nodes that checkpoints have. `block_nodes` and `memory` are
+    the answers to query-named-block-nodes and query-memdev; `devices` are pairs of path and type;
+    `network` is HMP's ``info network``; the numbers are VmLck and VmPin of ``/proc/PID/status``
+    and ShmemPmdMapped of the RAM file's mapping.
     """
 
     block_nodes: tuple[Mapping[str, Any], ...] = ()
+    disks: frozenset[str] = frozenset()
     devices: tuple[tuple[str, str], ...] = ()
     network: str = ""
     memory: tuple[Mapping[str, Any], ...] = ()
@@ -67,9 +72,14 @@ class Facts:
     huge_kib: int = 0
 
 
-def _block_problems(nodes: Iterable[Mapping[str, Any]]) -> list[str]:
+def _block_problems(facts: Facts) -> list[str]:
     problems = []
-    for node in nodes:
+    for path in sorted(_unsaved_files(facts)):
+        problems.append(
+            f"{path} is written to and no checkpoint would have it; list it under disks, or attach "
+            "it with readonly=on"
+        )
+    for node in facts.block_nodes:
         name = f"block node {node['node-name']} ({node.get('file', 'no file')})"
         if node.get("cache", {}).get("direct"):
             problems.append(
@@ -79,6 +89,16 @@ def _block_problems(nodes: Iterable[Mapping[str, Any]]) -> list[str]:
         if node["drv"] in _NODE_DRIVERS:
             problems.append(f"{name}: driver {node['drv']} {_NODE_DRIVERS[node['drv']]}")
     return problems
+
+
+def _unsaved_files(facts: Facts) -> set[str]:
+    """What block nodes write to that are no disk of the VM file; most files have two nodes."""
+    written = (node for node in facts.block_nodes if not node["ro"])
+    return {
+        node.get("file") or f"block node {node['node-name']}"
+        for node in written
+        if node["node-name"] not in facts.disks
+    }
 
 
 def _device_problems(devices: Iterable[tuple[str, str]]) -> list[str]:
@@ -129,7 +149,7 @@ def _memory_problems(facts: Facts) -> list[str]:
 def problems(facts: Facts) -> list[str]:
     """One sentence for each thing that makes remote paging of this VM unsafe; pure."""
     return [
-        *_block_problems(facts.block_nodes),
+        *_block_problems(facts),
         *_device_problems(facts.devices),
         *_network_problems(facts.network),
         *_memory_problems(facts),
@@ -153,7 +173,7 @@ def huge_kib_of(smaps: str, ram: Path) -> int:
     return total
 
 
-def gather(monitor: Monitor, pid: int, ram: Path) -> Facts:
+def gather(monitor: Monitor, pid: int, ram: Path, disks: Collection[str]) -> Facts:
     """Ask QEMU and the kernel. Raises MonitorError; OSError when the process has ended."""
     devices = []
     for folder in _FOLDERS:
@@ -163,6 +183,7 @@ def gather(monitor: Monitor, pid: int, ram: Path) -> Facts:
     locked_kib, pinned_kib = _status_kib(pid, "VmLck", "VmPin")
     return Facts(
         block_nodes=tuple(monitor.execute("query-named-block-nodes")),
+        disks=frozenset(disks),
         devices=tuple(devices),
         network=monitor.execute("human-monitor-command", {"command-line": "info network"}),
         memory=tuple(monitor.execute("query-memdev")),
@@ -172,11 +193,12 @@ def gather(monitor: Monitor, pid: int, ram: Path) -> Facts:
     )
 
 
-def require_safe(monitor: Monitor, pid: int, ram: Path) -> None:
-    """Raise UnsafeDevice, naming each device and its remedy, unless the VM may be paged.
+def require_safe(monitor: Monitor, pid: int, ram: Path, disks: Collection[str] = ()) -> None:
+    """Raise UnsafeDevice, naming each device and its remedy, unless the VM may be paged and saved.
 
-    To be called before the first `Monitor.cont`, and again after a device was added.
+    `disks` are the block nodes that checkpoints have (`command.owned_nodes`). To be called before
+    the first `Monitor.cont`, and again after a device was added.
     """
-    found = problems(gather(monitor, pid, ram))
+    found = problems(gather(monitor, pid, ram, disks))
     if found:
         raise UnsafeDevice("; ".join(found))

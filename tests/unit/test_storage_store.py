@@ -160,6 +160,14 @@ def test_sweep_leaves_the_rest_alone(root: Store, published: Manifest) -> None:
     assert root.sweep("other") == []
 
 
+def test_a_sub_host_sweeps_nothing_that_may_be_published(root: Store, ram: Path) -> None:
+    manifest = take(root, ram)
+    assert root.sweep("demo", whole_parts=False) == []
+    for host in HOSTS:
+        (folder(root, manifest) / host / layout.SUMS).unlink()
+    assert root.sweep("demo", whole_parts=False) == [manifest.checkpoint]
+
+
 def test_publish_may_be_repeated_but_not_changed(root: Store, published: Manifest) -> None:
     root.publish(published)
     with pytest.raises(Conflict, match="other content"):

@@ -13,11 +13,13 @@ from dcres.vm.safety import Facts, huge_kib_of, problems
 
 def node(**more: Any) -> dict[str, Any]:
     cache = {"writeback": True, "direct": False, "no-flush": False}
-    return {"node-name": "disk0", "drv": "qcow2", "file": "/d/a.qcow2", "cache": cache} | more
+    made = {"node-name": "disk0", "drv": "qcow2", "file": "/d/a.qcow2", "ro": False, "cache": cache}
+    return made | more
 
 
 SAFE = Facts(
-    block_nodes=(node(),),
+    block_nodes=(node(), node(**{"node-name": "cdrom", "drv": "raw", "ro": True})),
+    disks=frozenset({"disk0"}),
     devices=(
         ("/machine/peripheral/virtio-disk0", "virtio-blk-pci"),
         ("/machine/peripheral-anon/device[0]", "virtio-net-pci"),
@@ -37,6 +39,12 @@ def test_cache_direct() -> None:
     (problem,) = problems(replace(SAFE, block_nodes=(direct,)))
     assert "disk0 (/d/a.qcow2) has cache.direct=on" in problem
     assert "set cache.direct=off" in problem
+
+
+def test_a_disk_that_no_checkpoint_has() -> None:
+    other = node(**{"node-name": "#block123", "file": "/d/data.raw"})
+    (problem,) = problems(replace(SAFE, block_nodes=(*SAFE.block_nodes, other)))
+    assert problem.startswith("/d/data.raw is written to and no checkpoint would have it; list it")
 
 
 @pytest.mark.parametrize("driver", ["nvme", "virtio-blk-vhost-vdpa", "virtio-blk-vfio-pci"])

@@ -88,11 +88,12 @@ def test_a_disk_with_direct_io_in_the_vm_file(idle: Rig, tmp_path: Path) -> None
     ("arguments", "match"),
     [
         (["-drive", "file={disk},format=qcow2,if=virtio,cache=none"], r"cache\.direct=on"),
+        (["-drive", "file={disk},format=qcow2,if=virtio"], r"disk\.qcow2 is written to and no"),
         (["-device", "virtio-balloon-pci"], "virtio-balloon"),
     ],
-    ids=["cache=none", "balloon"],
+    ids=["cache=none", "a disk that is not saved", "balloon"],
 )
-def test_devices_that_touch_memory_behind_our_back(
+def test_what_would_be_written_behind_our_back(
     idle: Rig, tmp_path: Path, arguments: list[str], match: str
 ) -> None:
     disk = create_disk(tmp_path / "disk.qcow2")

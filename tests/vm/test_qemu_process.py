@@ -15,7 +15,7 @@ from dcres.config import Accel
 from dcres.errors import Conflict, MonitorError, QemuFailed, UnsafeDevice, VmLost
 from dcres.linux.process import ProcessId
 from dcres.vm import accel, process, safety
-from dcres.vm.command import VmFiles
+from dcres.vm.command import VmFiles, owned_nodes
 from dcres.vm.monitor import Monitor, RunState
 from tests.support.guest import create_disk, folders, guest, guest_image, witness_spec
 
@@ -142,12 +142,13 @@ def test_a_vm_outlives_who_started_it_and_is_adopted(files: VmFiles) -> None:
 
 
 def test_an_ordinary_vm_is_safe(files: VmFiles, tmp_path: Path) -> None:
-    disk = create_disk(tmp_path / "disk.qcow2")
+    disk, other = (create_disk(tmp_path / name) for name in ("disk.qcow2", "other.qcow2"))
+    read = ["-drive", f"file={other},format=qcow2,if=virtio,readonly=on"]
     spec = witness_spec(
-        disks=[{"path": disk}], extra_args=["-nic", "user,model=virtio-net-pci", "-smp", "2"]
+        disks=[{"path": disk}], extra_args=["-nic", "user,model=virtio-net-pci", "-smp", "2", *read]
     )
     with guest(spec, files) as vm:
-        safety.require_safe(vm.monitor, vm.qemu.process.pid, files.ram)
+        safety.require_safe(vm.monitor, vm.qemu.process.pid, files.ram, owned_nodes(spec))
 
 
 @pytest.mark.parametrize(
