@@ -44,6 +44,7 @@ _PREPARE_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
 _RESTART_TIMEOUT_S = 30.0  # of an actor whose process died; a host that died takes longer
 _PERSIST_TIMEOUT_S = 300.0
+_HALT_TIMEOUT_S = 20.0  # a host whose disk hangs; the VM need not wait for that
 # Ray starts an actor again in 1 to 3 s, unless its host is gone; the VM's loss is told after this.
 _DISCARD_TIMEOUT_S = 10.0
 _TRIES = 3
@@ -257,7 +258,12 @@ class Checkpointing:
             self.downtime_parts_s = {**parts, "hosts": self._downtime_s - sum(parts.values())}
 
     def _persist(
-        self, host: str, method: str, *args: Any, patience_s: float = _RESTART_TIMEOUT_S
+        self,
+        host: str,
+        method: str,
+        *args: Any,
+        patience_s: float = _RESTART_TIMEOUT_S,
+        timeout_s: float = _PERSIST_TIMEOUT_S,
     ) -> Any:
         """Call what may be repeated, again when the actor dies in it: it is back in a moment.
 
@@ -270,7 +276,7 @@ class Checkpointing:
             except ClusterError as error:
                 raise ActorGone(f"{host} does not answer any more ({error})") from None
             try:
-                return port.call(method, *args, timeout_s=_PERSIST_TIMEOUT_S)
+                return port.call(method, *args, timeout_s=timeout_s)
             except ActorGone:
                 if not tries_left:
                     raise
@@ -302,8 +308,12 @@ class Checkpointing:
         return Published() if published else PublishFailed(why)
 
     def _halt(self) -> None:
-        """Every host stops saving; returns when the main host has, for the VM waits for it."""
-        self._halting = {host: self._in_thread(host, "halt") for host in self._subject.hosts}
+        """Every host stops saving; returns when the main host has, for the VM waits for it.
+
+        Or when it cannot for now: what it still saves is refused later and never published.
+        """
+        halt = partial(self._in_thread, step="halt", timeout_s=_HALT_TIMEOUT_S)
+        self._halting = {host: halt(host) for host in self._subject.hosts}
         self._halting[self._subject.main].join()
 
     def _discard(self) -> None:
@@ -314,14 +324,20 @@ class Checkpointing:
         # A main host whose VM stands still keeps in mind why, for whoever asks it next.
         hosts = self._subject.hosts[1:] if self.vm_stands else self._subject.hosts
         left = [host for host in hosts if host not in self._gone]
-        discarding = [self._in_thread(host, "abandon") for host in left]
+        discarding = [self._in_thread(host, "abandon", _PERSIST_TIMEOUT_S) for host in left]
         for thread in discarding:
             thread.join()
 
-    def _in_thread(self, host: str, step: str) -> threading.Thread:
+    def _in_thread(self, host: str, step: str, timeout_s: float) -> threading.Thread:
         def attempt() -> None:
             try:
-                self._persist(host, step, self.checkpoint, patience_s=_DISCARD_TIMEOUT_S)
+                self._persist(
+                    host,
+                    step,
+                    self.checkpoint,
+                    patience_s=_DISCARD_TIMEOUT_S,
+                    timeout_s=timeout_s,
+                )
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)

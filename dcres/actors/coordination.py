@@ -22,6 +22,7 @@ from dcres.actors.replacing import settle_shape
 from dcres.actors.taking_down import take_down
 from dcres.errors import (
     ActorGone,
+    ClusterError,
     Conflict,
     DcresError,
     NotFound,
@@ -34,6 +35,7 @@ from dcres.model.picture import Picture
 log = logging.getLogger("dcres.coordinator")
 
 _CANCEL_TIMEOUT_S = 45.0
+_HALT_TIMEOUT_S = 20.0
 _RESUME_TIMEOUT_S = 180.0  # it waits for a stop that is under way
 # QEMU's run states in which a checkpoint leaves it: the last from when its core is being saved.
 _HELD = ("paused", "finish-migrate", "postmigrate")
@@ -160,7 +162,8 @@ class Coordination:
         """
         if checkpoint is not None:
             log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
-            main.call("halt", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
+            with suppress(ClusterError):  # its disk hangs: the guest goes on first
+                main.call("halt", checkpoint, timeout_s=_HALT_TIMEOUT_S)
             main.call("resume", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
             return
         status = main.call("status")

@@ -115,10 +115,12 @@ class MainHost(MovingHost):
         )
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
-        """As on every host. Raises PagingError if placement did not stand still meanwhile."""
-        with self._stopping_vm:
-            super().stage(checkpoint, most_pages)
-            self._require_frozen(self._frozen_pid)
+        """As on every host. Raises PagingError if placement did not stand still meanwhile.
+
+        `resume` need not wait for it: a disk may hang, and the VM is not to hang with it.
+        """
+        super().stage(checkpoint, most_pages)
+        self._require_frozen(self._frozen_pid)
 
     def _require_frozen(self, pager_pid: int) -> None:
         """PagingError if pages may have moved since the freeze.

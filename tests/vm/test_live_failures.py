@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from dcres.actors import checkpointing
 from dcres.actors.main_host import MainHost
+from dcres.actors.saving import PartSaver
 from dcres.actors.sub_host import SubHost
 from dcres.errors import OperationFailed
 from tests.support.vm import Rig, await_checks, rig, spec_of
@@ -128,6 +130,31 @@ def test_a_cancel_in_the_middle_of_a_round(
         pending.result(60)
     assert caught.value.failures == {"cancelled": "cancelled by the user"}
     held.end()
+
+
+def test_the_vm_does_not_wait_for_a_disk_that_hangs(
+    vm: Rig, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main host's disk answers nothing while the VM stands still for it."""
+    main = vm.fleet.actor("vm", 0).object
+    hangs, answers, stage = threading.Event(), threading.Event(), PartSaver.stage
+
+    def hanging(saver: PartSaver, most_pages: int) -> None:
+        if saver is main._saver:
+            hangs.set()
+            until(answers.is_set, 60, "the disk answers")
+        stage(saver, most_pages)
+
+    monkeypatch.setattr(PartSaver, "stage", hanging)
+    monkeypatch.setattr(checkpointing, "_HALT_TIMEOUT_S", 0.5)
+    pending = pool.submit(vm.coordinator.checkpoint, "stop")
+    until(hangs.is_set, 60, "the VM stands still")
+    assert vm.coordinator.cancel()
+    await_checks(vm.console, 2)
+    assert not pending.done()
+    answers.set()
+    with pytest.raises(OperationFailed, match="the VM goes on"):
+        pending.result(60)
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["pager", "memory server"])
