@@ -45,7 +45,15 @@ OWNERS = {
     "pydantic": ("dcres/config.py", "dcres/storage/manifest.py"),
     "ctypes": ("dcres/linux/",),
     "fcntl": ("dcres/linux/",),
-    "typer": ("dcres/cli.py", "dcres/cli/"),
+    "typer": ("dcres/cli/",),
+    "rich": (
+        "dcres/cli/",
+        "dcres/api/show.py",
+        "dcres/bench/command.py",
+        "dcres/bench/__main__.py",
+    ),
+    "yaml": ("dcres/config.py",),
+    "xxhash": ("dcres/storage/",),
     "matplotlib": ("dcres/api/placement.py", "dcres/bench/page.py"),
 }
 MODEL_MAY_IMPORT = {"numpy", "dcres", *sys.stdlib_module_names}
