@@ -101,7 +101,7 @@ class Layout(_Model):
 
 
 class VmSpec(_Model):
-    """A VM file: see the README for an example."""
+    """A VM file; docs/operators.md has every key."""
 
     name: str = Field(pattern=NAME_PATTERN)
     memory: Size = Field(gt=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dcres.config import (
     Accel,
     HostSettings,
     Layout,
+    VmSpec,
     default_home,
     format_size,
     load_layout,
@@ -25,6 +27,7 @@ from dcres.errors import ConfigError
 from dcres.model.pages import PAGE_SIZE
 
 MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
 
 
 def values(**changes: object) -> dict[str, Any]:
@@ -227,3 +230,14 @@ def test_the_usual_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
     assert default_home() == Path("/state/dcres")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])
+def test_the_vm_file_that_people_are_shown(page: str, tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?memory:.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    path = tmp_path / "vm.yaml"
+    path.write_text(shown)
+    assert load_vm_spec(path).layout == Layout(main=256 * MIB, subs=(128 * MIB, 128 * MIB))
+    if page == "docs/operators.md":
+        for key in VmSpec.model_fields:
+            assert re.search(rf"^{key}:", shown, re.MULTILINE), f"{key} is not explained"
