@@ -36,7 +36,7 @@ from dcres.actors.local_node import (
     marked,
 )
 from dcres.config import HostSettings, format_size
-from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
+from dcres.errors import ClusterError, Conflict, NoRoom, NotFound, StorageError
 from dcres.linux.interrupt import uninterrupted
 from dcres.linux.memory import free_for_guests
 from dcres.linux.process import ProcessId
@@ -47,6 +47,7 @@ HOST_FIELD = "{host}"  # in the store's path: every host has a store of its own
 _SHARE_OF_FREE_MEMORY = 0.6
 _START_TIMEOUT_S = 90.0
 _POLL_S = 0.05
+_STATE, _TOKEN, _HOSTS, _STORE = "cluster.json", "token", "hosts", "store"  # all in a home
 _MOST_HOSTS = 240  # addresses 127.x.y.10 and up
 
 
@@ -102,7 +103,7 @@ class LocalCluster:
         tmpfs = Path(os.environ.get("DCRES_RAM", "/dev/shm"))
         tmpfs.mkdir(parents=True, exist_ok=True)
         memory = _memory_for(hosts, memory_per_host, tmpfs)
-        state = _new_state(tmpfs, store or home / "store", memory, dashboard, places)
+        state = _new_state(tmpfs, store or default_store(home), memory, dashboard, places)
         cluster = cls(home, state)
         cluster._claim()
         try:
@@ -119,11 +120,11 @@ class LocalCluster:
         home = home.absolute()
         missing = NotFound(f"no local cluster runs in {home}; start one with `dcres up`")
         try:
-            state = _State(**json.loads((home / "cluster.json").read_text()))
+            state = _State(**json.loads((home / _STATE).read_text()))
         except FileNotFoundError:
             raise missing from None
         except (ValueError, TypeError):
-            raise ClusterError(f"{home}/cluster.json is damaged; remove it") from None
+            raise ClusterError(f"{home / _STATE} is damaged; remove it") from None
         cluster = cls(home, state)
         if not cluster._lives():
             cluster.stop()
@@ -143,7 +144,7 @@ class LocalCluster:
     @property
     def token_path(self) -> Path:
         """The private file with the token that every process of the cluster must show."""
-        return self.home / "token"
+        return self.home / _TOKEN
 
     @property
     def dashboard_url(self) -> str | None:
@@ -170,7 +171,7 @@ class LocalCluster:
             raise NotFound(f"no host {name} in this cluster; it has {', '.join(self.hosts)}")
         return HostSettings(
             name=name,
-            run=self.home / "hosts" / name / "run",
+            run=self.home / _HOSTS / name / "run",
             ram=Path(self._state.ram) / name,
             store=Path(self._state.store.replace(HOST_FIELD, name)),
             address=address,
@@ -218,7 +219,7 @@ class LocalCluster:
     def stop(self) -> None:
         """End everything that runs on this cluster and remove all but the store; repeatable."""
         end_all({CLUSTER_MARK: self.id})
-        for folder in (self._state.ram, self._state.temp, self.home / "hosts"):
+        for folder in (self._state.ram, self._state.temp, self.home / _HOSTS):
             shutil.rmtree(folder, ignore_errors=True)
         self.token_path.unlink(missing_ok=True)
         self._file.unlink(missing_ok=True)
@@ -231,7 +232,7 @@ class LocalCluster:
 
     @property
     def _file(self) -> Path:
-        return self.home / "cluster.json"
+        return self.home / _STATE
 
     def _claim(self) -> None:
         """Write cluster.json, unless a cluster runs (or is being started) in this home."""
@@ -248,7 +249,7 @@ class LocalCluster:
 
     def _save(self, state: _State) -> None:
         self._state = state
-        beside = self._file.with_suffix(".new")
+        beside = _beside(self._file)
         beside.unlink(missing_ok=True)
         _write_private(beside, _text(state))
         beside.replace(self._file)
@@ -323,6 +324,50 @@ class LocalCluster:
                 if node.is_ready():
                     del waiting[node]
             time.sleep(_POLL_S)
+
+
+def default_store(home: Path) -> Path:
+    """The store of a cluster that was given no other."""
+    return home / _STORE
+
+
+def purgeable(home: Path) -> tuple[list[Path], list[Path]]:
+    """What clusters have made in `home`, which `purge` removes, and what else is there."""
+    state = home / _STATE
+    made = {state, _beside(state), home / _TOKEN, home / _HOSTS, default_store(home)}
+    children = sorted(home.iterdir())
+    return [each for each in children if each in made], [
+        each for each in children if each not in made
+    ]
+
+
+def purge(home: Path) -> tuple[list[Path], list[Path]]:
+    """Remove what clusters have made in `home`, checkpoints too, and `home` if that was all.
+
+    No cluster runs there. A store that was named stays where it is, also if a link in `home`
+    leads to it. Returns what was removed and what is left. Raises StorageError.
+    """
+    made, left = purgeable(home)
+    for path in made:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            why = f"{error.strerror}: {error.filename}"
+            raise StorageError(f"cannot remove all of {path} ({why})") from None
+    if left:
+        return made, left
+    try:
+        home.rmdir()
+    except OSError:  # a mount point, or a link
+        return made, [home]
+    return [*made, home], []
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".new")
 
 
 def _require_alive(node: LocalNode, process: ProcessId, deadline: float) -> None:

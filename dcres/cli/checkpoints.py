@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +16,7 @@ from dcres.api.defaults import (
     require_kind,
 )
 from dcres.cli.commands import VmArgument, app, open_catalogue, open_cluster
-from dcres.cli.frame import Answer, Options, add_command
+from dcres.cli.frame import Answer, Options, YesOption, add_command, confirm
 
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CKPT", help="The checkpoint's id; see `dcres checkpoints`.")
@@ -150,15 +149,10 @@ def restore(
 def delete(
     options: Options,
     ckpt: CheckpointArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
 ) -> Answer:
     """Remove a checkpoint for good."""
-    from dcres.errors import ConfigError
-
-    if not yes:
-        if options.json or not sys.stdin.isatty():
-            raise ConfigError(f"deleting {ckpt} has to be confirmed; say --yes")
-        typer.confirm(f"remove checkpoint {ckpt} for good?", abort=True, err=True)
+    confirm(options, f"deleting {ckpt}", f"remove checkpoint {ckpt} for good?", yes=yes)
     with open_catalogue(options) as catalogue:
         catalogue.delete(ckpt)
     return Answer({"checkpoint": ckpt, "deleted": True}, f"{ckpt} is deleted")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcres.cli.frame import Answer, Options, add_command
+from dcres.cli.frame import Answer, Options, YesOption, add_command, confirm
 
 if TYPE_CHECKING:
+    from dcres.actors.local_cluster import LocalCluster
     from dcres.api.catalogue import Catalogue
     from dcres.api.cluster import Cluster
 
@@ -133,8 +133,14 @@ def up(
 def down(
     options: Options,
     purge: Annotated[
-        bool, typer.Option("--purge", help="Remove the home with all its checkpoints, too.")
+        bool,
+        typer.Option(
+            "--purge",
+            help="Remove what clusters made in the home, too: all checkpoints in its own store. "
+            "Asks first; needs no cluster that runs.",
+        ),
     ] = False,
+    yes: YesOption = False,
 ) -> Answer:
     """End the local cluster and its VMs; checkpoints stay."""
     from dcres.actors.local_cluster import LocalCluster
@@ -142,13 +148,50 @@ def down(
     from dcres.config import default_home
     from dcres.linux.interrupt import uninterrupted
 
-    local = LocalCluster.load(default_home())
-    with working("ending the cluster"), uninterrupted():
-        local.stop()
-        if purge:
-            shutil.rmtree(local.home, ignore_errors=True)
-    values = {"stopped": True, "hosts": list(local.hosts)}
-    return Answer(values, f"ended the cluster in {local.home} ({len(local.hosts)} hosts)")
+    home = default_home()
+    local = _cluster_to_purge(options, home, yes) if purge else LocalCluster.load(home)
+    values: dict[str, Any] = {"stopped": local is not None, "hosts": []}
+    told: list[str] = []
+    if local is not None:
+        with working("ending the cluster"), uninterrupted():
+            local.stop()
+        values["hosts"] = list(local.hosts)
+        told.append(f"ended the cluster in {home} ({len(local.hosts)} hosts)")
+    if purge:
+        removed, left = _purge(home)
+        values |= {"removed": removed, "left": left}
+        told += [f"removed {path}" for path in removed] + [f"left {path}" for path in left]
+    return Answer(values, "\n".join(told))
+
+
+def _cluster_to_purge(options: Options, home: Path, yes: bool) -> LocalCluster | None:
+    """The cluster to end before `home` is purged, if one runs, once that is confirmed."""
+    from dcres.actors.local_cluster import LocalCluster, purgeable
+    from dcres.errors import NotFound
+
+    local = None
+    try:
+        local = LocalCluster.load(home)
+    except NotFound:
+        if not home.is_dir():
+            raise
+    made, other = purgeable(home)
+    if other and not made:
+        raise NotFound(f"no local cluster runs in {home}, and none has left anything there")
+    what = f"{', '.join(path.name for path in made)} in {home}" if made else str(home)
+    end = "" if local is None else f"end the cluster in {home} and "
+    question = f"{end}remove {what} for good, with all checkpoints there?"
+    confirm(options, f"removing {what}", question, yes=yes)
+    return local
+
+
+def _purge(home: Path) -> tuple[list[str], list[str]]:
+    from dcres.actors.local_cluster import purge
+    from dcres.api.show import working
+
+    with working(f"removing what clusters made in {home}"):
+        removed, left = purge(home)
+    return [str(path) for path in removed], [str(path) for path in left]
 
 
 @add_command(app, "start", panel=_VMS)

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
+from dcres.errors import ConfigError
+
 JSON_FLAG = "--json"
 DEBUG_FLAG = "--debug"
 
@@ -38,6 +40,8 @@ StoreOption = Annotated[
         "the local cluster's, or the hosts are asked.",
     ),
 ]
+
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,15 @@ def add_command(
 
 def _merge(options: Options, given: dict[str, Any]) -> Options:
     return replace(options, **{key: value for key, value in given.items() if value})
+
+
+def confirm(options: Options, what: str, question: str, *, yes: bool) -> None:
+    """Ask before something is gone for good, unless `yes`. Raises ConfigError, typer.Abort."""
+    if yes:
+        return
+    if options.json or not sys.stdin.isatty():
+        raise ConfigError(f"{what} has to be confirmed; say --yes")
+    typer.confirm(question, abort=True, err=True)
 
 
 def write(answer: Answer, *, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 
 import dcres
 from dcres import doctor
+from dcres.actors.local_cluster import LocalCluster
 from dcres.api import cluster as api_cluster
 from dcres.api.draining import DrainPlan
 from dcres.api.placement import Placement
@@ -239,6 +240,94 @@ class TestUsage:
         assert answer_of(capsys) == {"checkpoints": []}
         assert main(["verify", "box-20260101-000000-0000", "--store", str(tmp_path)]) == 2
         assert "there is no checkpoint" in capsys.readouterr().err
+
+
+class TestPurging:
+    """`dcres down --purge`: what clusters made, and nothing else."""
+
+    @pytest.fixture
+    def home(self, nowhere: Path) -> Path:
+        """What a reboot leaves of a cluster, beside a folder of somebody else's."""
+        (nowhere / "store" / "box").mkdir(parents=True)
+        (nowhere / "hosts" / "h0").mkdir(parents=True)
+        (nowhere / "token").write_text("secret")
+        (nowhere / "photos").mkdir()
+        return nowhere
+
+    def test_what_clusters_made_without_one_that_runs(
+        self, home: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["down", "--purge", "--yes", "--json"]) == 0
+        assert answer_of(capsys) == {
+            "stopped": False,
+            "hosts": [],
+            "removed": [str(home / name) for name in ("hosts", "store", "token")],
+            "left": [str(home / "photos")],
+        }
+        assert [path.name for path in home.iterdir()] == ["photos"]
+        assert main(["down", "--purge", "--yes"]) == 2
+        assert "none has left anything there" in capsys.readouterr().err
+
+    def test_the_home_when_that_was_all(
+        self, home: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (home / "photos").rmdir()
+        assert main(["down", "--purge", "--yes"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"removed {path}" for path in (home / "hosts", home / "store", home / "token", home)
+        ]
+        assert not home.exists()
+        assert main(["down", "--purge", "--yes"]) == 2
+        assert f"no local cluster runs in {home}" in capsys.readouterr().err
+
+    def test_a_running_cluster_is_ended_first(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Running:
+            hosts = ("h0",)
+
+            def stop(self) -> None:
+                (home / "token").unlink()
+
+        monkeypatch.setattr(LocalCluster, "load", lambda _: Running())
+        assert main(["down", "--purge"]) == 2
+        assert (home / "token").exists(), "nothing is ended before it is confirmed"
+        capsys.readouterr()
+        assert main(["down", "--purge", "--yes", "--json"]) == 0
+        values = answer_of(capsys)
+        assert (values["stopped"], values["hosts"]) == (True, ["h0"])
+        assert values["removed"] == [str(home / "hosts"), str(home / "store")]
+
+    @pytest.mark.parametrize("options", [["--json"], []])
+    def test_has_to_be_confirmed(
+        self, options: list[str], home: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["down", "--purge", *options]) == 2
+        assert f"removing hosts, store, token in {home} has to be confirmed; say --yes" in (
+            capsys.readouterr().err
+        )
+        assert len(list(home.iterdir())) == 4
+
+    def test_a_store_elsewhere_stays(self, home: Path, tmp_path_factory: Any) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (elsewhere / "box").mkdir()
+        (home / "store" / "box").rmdir()
+        (home / "store").rmdir()
+        (home / "store").symlink_to(elsewhere)
+        assert main(["down", "--purge", "--yes"]) == 0
+        assert (elsewhere / "box").is_dir()
+        assert not (home / "store").is_symlink()
+
+    def test_what_cannot_be_removed_is_said(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(path: Path, **_: object) -> None:
+            raise PermissionError(1, "Operation not permitted", "memory.pack")
+
+        monkeypatch.setattr("shutil.rmtree", fail)
+        assert main(["down", "--purge", "--yes"]) == 1
+        words = f"cannot remove all of {home}/hosts (Operation not permitted: memory.pack)"
+        assert words in capsys.readouterr().err
 
 
 class TestErrors:
