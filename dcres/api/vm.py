@@ -132,7 +132,7 @@ class Vm:
             title=f"checkpoint of {self.name}",
             progress=progress,
         )
-        return Checkpoint(self._session, self._session.catalogue.get(facts["checkpoint"]), facts)
+        return Checkpoint(self._session, facts)
 
     def cancel(self) -> bool:
         """Give up the checkpoint, start, restore or change of shares under way, if there is one."""
@@ -248,22 +248,31 @@ class Vm:
 class Checkpoint:
     """A published checkpoint. `facts` is what ``dcres checkpoint --json`` prints of it."""
 
-    def __init__(
-        self, session: Session, manifest: Manifest, facts: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, session: Session, known: Manifest | dict[str, Any]) -> None:
+        """`known` is its manifest, or the facts of one that was just taken.
+
+        These do without the store, which this machine may not reach, or not by its usual name.
+        """
         self._session = session
-        self.manifest = manifest
-        self.facts = facts or checkpoint_facts(manifest)
+        self._manifest = known if isinstance(known, Manifest) else None
+        self.facts = checkpoint_facts(known) if isinstance(known, Manifest) else known
+
+    @property
+    def manifest(self) -> Manifest:
+        """All that is known of it. Raises NotFound where this session reads another store."""
+        if self._manifest is None:
+            self._manifest = self._session.catalogue.get(self.id)
+        return self._manifest
 
     @property
     def id(self) -> str:
         """Its name, for the command line and for `Cluster.checkpoint`."""
-        return self.manifest.checkpoint
+        return str(self.facts["checkpoint"])
 
     @property
     def vm(self) -> str:
         """The name of the VM that was saved."""
-        return self.manifest.vm
+        return str(self.facts["vm"])
 
     @property
     def created(self) -> datetime:
@@ -272,9 +281,10 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         saved = ", ".join(
-            f"{part.host} {format_size(part.pages * PAGE_SIZE)}" for part in self.manifest.hosts
+            f"{part['host']} {format_size(part['pages'] * PAGE_SIZE)}"
+            for part in self.facts["hosts"]
         )
-        return f"<Checkpoint {self.id} ({self.manifest.mode}): {saved}>"
+        return f"<Checkpoint {self.id} ({self.facts['mode']}): {saved}>"
 
     def inspect(self) -> dict[str, Any]:
         """The manifest as plain values: hosts, files with checksums, VM file, times."""

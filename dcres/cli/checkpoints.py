@@ -16,7 +16,7 @@ from dcres.api.defaults import (
     require_kind,
 )
 from dcres.cli.commands import VmArgument, app, open_catalogue, open_cluster
-from dcres.cli.frame import Answer, Options, YesOption, add_command, confirm
+from dcres.cli.frame import CHECKPOINTS, Answer, Options, YesOption, add_command, confirm
 
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CKPT", help="The checkpoint's id; see `dcres checkpoints`.")
@@ -70,7 +70,7 @@ def cancel(options: Options, vm: VmArgument) -> Answer:
     return Answer({"vm": vm, "cancelled": done}, text)
 
 
-@add_command(app, "checkpoints", panel=_CHECKPOINTS)
+@add_command(app, "checkpoints", panel=_CHECKPOINTS, shared=CHECKPOINTS)
 def checkpoints(
     options: Options,
     vm: Annotated[str | None, typer.Argument(metavar="[VM]", help="Of this VM alone.")] = None,
@@ -85,7 +85,7 @@ def checkpoints(
     return Answer(values, checkpoints_view(listing))
 
 
-@add_command(app, "inspect", panel=_CHECKPOINTS)
+@add_command(app, "inspect", panel=_CHECKPOINTS, shared=CHECKPOINTS)
 def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
     """What a checkpoint holds: its manifest."""
     from dcres.cli.tables import inspect_view
@@ -95,7 +95,7 @@ def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
     return Answer(values, inspect_view(values))
 
 
-@add_command(app, "verify", panel=_CHECKPOINTS)
+@add_command(app, "verify", panel=_CHECKPOINTS, shared=CHECKPOINTS)
 def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
     """Read every byte of a checkpoint and compare it with its checksums."""
     from dcres.api import catalogue as catalogues
@@ -108,7 +108,7 @@ def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
     return Answer(values, verify_view(report), 0 if report.ok else 1)
 
 
-@add_command(app, "restore", panel=_CHECKPOINTS)
+@add_command(app, "restore", panel=_CHECKPOINTS, shared=CHECKPOINTS)
 def restore(
     options: Options,
     ckpt: CheckpointArgument,
@@ -145,7 +145,7 @@ def restore(
     return Answer(facts, restore_view(facts))
 
 
-@add_command(app, "delete", panel=_CHECKPOINTS)
+@add_command(app, "delete", panel=_CHECKPOINTS, shared=CHECKPOINTS)
 def delete(
     options: Options,
     ckpt: CheckpointArgument,

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcres.cli.frame import Answer, Options, YesOption, add_command, confirm
+from dcres.cli.frame import (
+    CHECKPOINTS,
+    HERE,
+    Answer,
+    Options,
+    YesOption,
+    add_command,
+    confirm,
+)
 
 if TYPE_CHECKING:
     from dcres.actors.local_cluster import LocalCluster
@@ -28,7 +36,6 @@ app = typer.Typer(
 )
 
 VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
-_HERE = ("json", "debug")  # for commands that join no cluster
 _CLUSTER = "Cluster"
 _VMS = "VMs"
 
@@ -56,7 +63,7 @@ def open_catalogue(options: Options) -> Iterator[Catalogue]:
             disconnect()
 
 
-@add_command(app, "doctor", panel=_CLUSTER, shared=_HERE)
+@add_command(app, "doctor", panel=_CLUSTER, shared=HERE)
 def doctor(options: Options) -> Answer:
     """What this host can do for dcres, found out by doing it, and the remedy for what it cannot."""
     from dcres import doctor
@@ -68,7 +75,7 @@ def doctor(options: Options) -> Answer:
     return Answer(values, checks_view(checks), 0 if values["ok"] else 1)
 
 
-@add_command(app, "demo", panel=_CLUSTER, shared=_HERE)
+@add_command(app, "demo", panel=_CLUSTER, shared=HERE)
 def demo(
     options: Options,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="The guest's memory.")] = "512MiB",
@@ -87,7 +94,7 @@ def demo(
     return Answer(story.to_dict(), story_view(story), 0 if story.good else 1)
 
 
-@add_command(app, "up", panel=_CLUSTER, shared=_HERE)
+@add_command(app, "up", panel=_CLUSTER, shared=HERE)
 def up(
     options: Options,
     hosts: Annotated[int, typer.Option(min=1, max=200, help="How many hosts.")] = 3,
@@ -129,7 +136,7 @@ def up(
     return Answer(values, hosts_view(found, local.address))
 
 
-@add_command(app, "down", panel=_CLUSTER, shared=_HERE)
+@add_command(app, "down", panel=_CLUSTER, shared=HERE)
 def down(
     options: Options,
     purge: Annotated[
@@ -226,7 +233,7 @@ def list_vms(options: Options) -> Answer:
     return Answer(values, vms_view(statuses))
 
 
-@add_command(app, "status", panel=_VMS)
+@add_command(app, "status", panel=_VMS, shared=CHECKPOINTS)
 def status(
     options: Options,
     vm: VmArgument,
@@ -345,7 +352,7 @@ def console(
             time.sleep(0.5)
 
 
-@add_command(app, "bench", panel=_CLUSTER, shared=_HERE)
+@add_command(app, "bench", panel=_CLUSTER, shared=HERE)
 def bench(
     options: Options,
     name: Annotated[str, typer.Argument(metavar="NAME|all", help="See docs/measurements.md.")],

@@ -36,8 +36,8 @@ StoreOption = Annotated[
     typer.Option(
         "--store",
         metavar="DIR",
-        help="The checkpoint store, where this machine reaches it; default: DCRES_STORE, "
-        "the local cluster's, or the hosts are asked.",
+        help="Where this machine reads checkpoints (hosts write to their own DCRES_STORE); "
+        "default: DCRES_STORE, the local cluster's, or the hosts are asked.",
     ),
 ]
 
@@ -46,7 +46,7 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options that every command has; they may stand before the command, too."""
+    """The options that commands share; they may stand before the command, too."""
 
     json: bool = False
     debug: bool = False
@@ -73,10 +73,13 @@ _SHARED = {
     "address": (AddressOption, None),
     "store": (StoreOption, None),
 }
+HERE = ("json", "debug")  # for commands that join no cluster
+CLUSTER = (*HERE, "address")  # that ask the cluster alone
+CHECKPOINTS = (*CLUSTER, "store")  # that read checkpoints, too
 
 
 def add_command(
-    app: typer.Typer, name: str, *, panel: str, shared: tuple[str, ...] = tuple(_SHARED)
+    app: typer.Typer, name: str, *, panel: str, shared: tuple[str, ...] = CLUSTER
 ) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
     """Make a command of a function that takes `Options` first and returns an `Answer`.
 

@@ -17,6 +17,7 @@ from rich.console import Console
 import dcres
 from dcres.actors import local_cluster
 from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
 from dcres.api.operation import HostProgress, OperationProgress, attend
@@ -264,6 +265,9 @@ class FakeSession(Session):
 
     answers: list[dict[str, Any]] = field(default_factory=list)
     asked: list[Any] = field(default_factory=list)
+    done: dict[str, Any] = field(
+        default_factory=lambda: {"vm": "v", "phase": "running", "why": "", "hosts": [MAIN, SUB]}
+    )
 
     def existing(self, vm: str) -> Any:
         return self
@@ -275,7 +279,7 @@ class FakeSession(Session):
 
     def submit(self, method: str, *args: Any) -> FakePending:
         self.asked.append((method, *args))
-        pending = FakePending({"vm": "v", "phase": "running", "why": "", "hosts": [MAIN, SUB]})
+        pending = FakePending(self.done)
         pending.ended.set()
         return pending
 
@@ -344,6 +348,22 @@ class TestCheckpoints:
         assert checkpoint.inspect()["memory_bytes"] == MEMORY
         assert checkpoint.verify(progress=False).ok
         assert checkpoint.facts["pages"] == manifest.pages
+
+    def test_taken_where_this_machine_does_not_read(
+        self, store: Store, manifest: Manifest, tmp_path: Path
+    ) -> None:
+        facts = checkpoint_facts(manifest, 1.5)
+        for root in (tmp_path, store.root):
+            session = FakeSession("nowhere", StoreHere(root), None, done=facts)
+            taken = Vm(session, "demo").checkpoint(progress=False)
+            assert (taken.id, taken.vm) == (manifest.checkpoint, "demo")
+            assert taken.facts == facts
+            assert repr(taken) == repr(Checkpoint(session, manifest))
+            if root == store.root:
+                assert taken.manifest == manifest
+            else:
+                with pytest.raises(NotFound):
+                    taken.inspect()
 
     def test_listed(self, store: Store, manifest: Manifest) -> None:
         (entry,) = StoreHere(store.root).list("demo")

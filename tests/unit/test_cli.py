@@ -383,18 +383,28 @@ class TestOptions:
     @pytest.mark.parametrize(
         "arguments",
         [
-            ["--json", "--address", "a:1", "--store", "s", "list"],
-            ["list", "--json", "--address", "a:1", "--store", "s"],
-            ["--address", "b:2", "list", "--json", "--address", "a:1", "--store", "s"],
+            ["--json", "--address", "a:1", "--store", "s", "status", "box"],
+            ["status", "box", "--json", "--address", "a:1", "--store", "s"],
+            ["--address", "b:2", "status", "box", "--json", "--address", "a:1", "--store", "s"],
         ],
     )
     def test_shared_options_before_or_after_the_command(
         self, arguments: list[str], fake: FakeCluster, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(arguments) == 0
-        assert fake.asked == [("connect", "a:1", Path("s"))]
-        (found,) = answer_of(capsys)["vms"]
-        assert found["hosts"][0]["page_in_median_us"] == 123.0
+        assert fake.asked[0] == ("connect", "a:1", Path("s"))
+        assert answer_of(capsys)["hosts"][0]["page_in_median_us"] == 123.0
+
+    def test_a_store_only_for_what_reads_checkpoints(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def takes_store(command: str) -> bool:
+            assert main([command, "--help"]) == 0
+            return "--store" in capsys.readouterr().out
+
+        reading = {"status", "checkpoints", "inspect", "verify", "restore", "delete"}
+        others = {"start", "list", "resize", "drain", "stop", "console", "checkpoint", "cancel"}
+        assert {each for each in reading | others if takes_store(each)} == reading
 
 
 class TestJson:
