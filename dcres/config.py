@@ -206,6 +206,12 @@ def default_home() -> Path:
     return Path(state) / "dcres"
 
 
+def store_of_environ() -> Path | None:
+    """What $DCRES_STORE names; with ``{host}`` in it, for `dcres up`, a store for each host."""
+    named = os.environ.get("DCRES_STORE")
+    return Path(named) if named else None
+
+
 def default_cache() -> Path:
     """Where dcres keeps what it can make again: $DCRES_CACHE, or the usual place."""
     if "DCRES_CACHE" in os.environ:

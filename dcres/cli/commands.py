@@ -106,8 +106,8 @@ def up(
         Path | None,
         typer.Option(
             metavar="DIR",
-            envvar="DCRES_STORE",
-            help="Where checkpoints go; with {host} in it every host has a store of its own.",
+            help="Where checkpoints go; with {host} in it every host has a store of its own. "
+            "Default: DCRES_STORE, or `store` in the home.",
         ),
     ] = None,
     dashboard: Annotated[
@@ -119,11 +119,12 @@ def up(
     from dcres.api.cluster import connect, memory_size
     from dcres.api.show import working
     from dcres.cli.tables import hosts_view
-    from dcres.config import default_home
+    from dcres.config import default_home, store_of_environ
 
     size = None if memory is None else memory_size(memory)
     with working(f"starting {hosts} hosts"):
-        local = LocalCluster.start(default_home(), hosts, size, store, dashboard=dashboard)
+        place = store or store_of_environ()
+        local = LocalCluster.start(default_home(), hosts, size, place, dashboard=dashboard)
         with connect(local.address) as cluster:
             found = cluster.hosts()
     values = {

@@ -83,14 +83,19 @@ def add_command(
 ) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
     """Make a command of a function that takes `Options` first and returns an `Answer`.
 
-    The shared options are added to its own.
+    The shared options are added to its own. One that stands before the command counts for the
+    function's own parameter of that name as well.
     """
 
     def decorate(function: Callable[..., Answer]) -> Callable[..., Answer]:
         @functools.wraps(function)
         def run(ctx: typer.Context, **arguments: Any) -> None:
             given = {key: arguments.pop(key) for key in shared}
-            options = _merge(ctx.obj or Options(), given)
+            before = ctx.obj or Options()
+            _require_known(ctx, before, {*given, *arguments})
+            for key in arguments.keys() & _SHARED.keys():
+                arguments[key] = arguments[key] or getattr(before, key)
+            options = _merge(before, given)
             try:
                 answer = function(options, **arguments)
             except KeyboardInterrupt:
@@ -116,6 +121,14 @@ def add_command(
         return function
 
     return decorate
+
+
+def _require_known(ctx: typer.Context, before: Options, known: set[str]) -> None:
+    """Refuse an option before a command that does not have it, as it is refused after it."""
+    for key in _SHARED:
+        if getattr(before, key) and key not in known:
+            command = ctx.command_path
+            raise ConfigError(f"`{command}` has no option --{key}; see `{command} --help`")
 
 
 def _merge(options: Options, given: dict[str, Any]) -> Options:

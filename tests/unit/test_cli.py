@@ -395,6 +395,56 @@ class TestOptions:
         assert fake.asked[0] == ("connect", "a:1", Path("s"))
         assert answer_of(capsys)["hosts"][0]["page_in_median_us"] == 123.0
 
+    @pytest.mark.parametrize(
+        ("arguments", "option"),
+        [
+            (["--address", "a:1", "doctor"], "address"),
+            (["--address", "a:1", "down"], "address"),
+            (["--store", "s", "down"], "store"),
+            (["--address", "a:1", "up"], "address"),
+            (["--json", "--store", "s", "stop", "box"], "store"),
+        ],
+    )
+    def test_one_that_the_command_does_not_have_is_refused_before_it_too(
+        self,
+        arguments: list[str],
+        option: str,
+        nowhere: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        command = next(each for each in arguments if each in ("doctor", "down", "up", "stop"))
+        assert main(arguments) == 2
+        words = f"`dcres {command}` has no option --{option}; see `dcres {command} --help`"
+        assert words in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "environ", "expected"),
+        [
+            (["--store", "before", "up"], "environ", "before"),
+            (["--store", "before", "up", "--store", "after"], "environ", "after"),
+            (["up"], "environ", "environ"),
+            (["up"], "", None),
+        ],
+    )
+    def test_the_store_of_a_new_cluster(
+        self,
+        arguments: list[str],
+        environ: str,
+        expected: str | None,
+        nowhere: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        asked: list[Path | None] = []
+
+        def start(home: Path, hosts: int, memory: int | None, store: Path | None, **_: Any) -> None:
+            asked.append(store)
+            raise NotFound("it is not started here")
+
+        monkeypatch.setattr(LocalCluster, "start", start)
+        monkeypatch.setenv("DCRES_STORE", environ)
+        assert main(arguments) == 2
+        assert asked == [None if expected is None else Path(expected)]
+
     def test_a_store_only_for_what_reads_checkpoints(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
