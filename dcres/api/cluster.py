@@ -143,9 +143,9 @@ def connect(address: str | None = None, *, store: str | Path | None = None) -> C
     """The cluster at `address` (``host:port``).
 
     By default: the one that this process is connected to (inside a Ray job or actor), the one
-    that RAY_ADDRESS names, or the one that ``dcres up`` started on this machine. `store` is the
-    checkpoint store if this machine reaches it; else DCRES_STORE, and else the hosts are asked.
-    Raises NotFound, ClusterError.
+    that RAY_ADDRESS names, or the one that ``dcres up`` started on this machine. `store` is where
+    this machine reads checkpoints; else DCRES_STORE, else a local cluster's store, and else the
+    hosts are asked. Raises NotFound, ClusterError.
     """
     return Cluster(open_session(address, None if store is None else Path(store)))
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from dcres.actors import _ray
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import HOST_FIELD, LocalCluster
+from dcres.actors.local_cluster import HOST_FIELD, LocalCluster, default_store
+from dcres.actors.local_node import CLUSTER_MARK
 from dcres.actors.ports import Port
 from dcres.api.catalogue import Catalogue, StoreHere, StoresOfHosts
-from dcres.config import default_home
+from dcres.config import default_home, store_of_environ
 from dcres.errors import ConfigError, Conflict, DcresError, NotFound
 
 _PREFIX = coordinator_name("")
@@ -77,7 +78,7 @@ def open_session(address: str | None, store: Path | None) -> Session:
         address = local.address
     address = address or os.environ["RAY_ADDRESS"]
     _ray.connect(address, None if local is None else local.token_path)
-    return Session(address, catalogue_of(store, local), local)
+    return Session(address, catalogue_of(named_store(store), local), local)
 
 
 def local_cluster_at(address: str | None) -> LocalCluster | None:
@@ -99,31 +100,45 @@ def open_catalogue(address: str | None, store: Path | None) -> tuple[Catalogue, 
 
     The second value says whether a cluster was joined. Raises what `open_session` raises.
     """
-    if store is None and address is None and "RAY_ADDRESS" not in os.environ:
-        try:
-            local = local_cluster_at(None)
-        except NotFound:
-            kept = default_home() / "store"
-            if "DCRES_STORE" not in os.environ and not kept.is_dir():
-                raise
-            store = Path(os.environ.get("DCRES_STORE", kept))
-        else:
-            if local is None or local.shared_store is None:
-                return open_session(None, None).catalogue, True
-            return catalogue_of(None, local), False
-    if store is not None or "DCRES_STORE" in os.environ:
-        return catalogue_of(store, None), False
-    return open_session(address, None).catalogue, True
+    named = named_store(store)
+    if named is not None:
+        return catalogue_of(named, None), False
+    if address is not None or "RAY_ADDRESS" in os.environ:
+        return open_session(address, None).catalogue, True
+    try:
+        local = local_cluster_at(None)
+    except NotFound:
+        given, kept = store_of_environ(), default_store(default_home())
+        if given is None and not kept.is_dir():
+            raise
+        return catalogue_of(_one_store(given or kept), None), False
+    if local is None or local.shared_store is None:
+        return open_session(None, None).catalogue, True
+    return catalogue_of(None, local), False
 
 
-def catalogue_of(store: Path | None, local: LocalCluster | None) -> Catalogue:
-    """The checkpoints in the store that is named, else in the cluster's: one store, or many."""
-    if store is None and local is not None:
-        store = local.shared_store
-    elif store is None and "DCRES_STORE" in os.environ:
-        store = Path(os.environ["DCRES_STORE"])
-    if store is not None and HOST_FIELD in str(store):
+def named_store(store: Path | None) -> Path | None:
+    """The one store to read: `store` where it is given, else what DCRES_STORE names, if anything.
+
+    With ``{host}`` in it the variable is for `dcres up` and names no single store. In a process
+    of a local cluster it is the store of that host alone. Raises ConfigError.
+    """
+    if store is not None:
+        return _one_store(store)
+    named = None if CLUSTER_MARK in os.environ else store_of_environ()
+    return None if named is None or HOST_FIELD in str(named) else named.absolute()
+
+
+def _one_store(store: Path) -> Path:
+    if HOST_FIELD in str(store):
         raise ConfigError(
             f"{store} is many stores, one for each host; start their cluster, or name one of them"
         )
-    return StoresOfHosts() if store is None else StoreHere(store.absolute())
+    return store.absolute()
+
+
+def catalogue_of(store: Path | None, local: LocalCluster | None) -> Catalogue:
+    """The checkpoints in `store` where it is given, else in the cluster's: one store, or many."""
+    if store is None and local is not None:
+        store = local.shared_store
+    return StoresOfHosts() if store is None else StoreHere(store)

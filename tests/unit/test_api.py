@@ -15,13 +15,19 @@ import pytest
 from rich.console import Console
 
 import dcres
-from dcres.actors import local_cluster
+from dcres.actors import _ray, local_cluster
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
 from dcres.api.operation import HostProgress, OperationProgress, attend
-from dcres.api.session import Session, catalogue_of, open_catalogue
+from dcres.api.session import (
+    Session,
+    catalogue_of,
+    named_store,
+    open_catalogue,
+    open_session,
+)
 from dcres.api.show import progress_bars
 from dcres.api.status import HostStatus, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm
@@ -408,9 +414,47 @@ class TestCheckpoints:
         assert isinstance(catalogue_of(None, shared), StoreHere)
         assert isinstance(catalogue_of(None, private), StoresOfHosts)
         assert isinstance(catalogue_of(tmp_path / "h1", private), StoreHere)
-        monkeypatch.setenv("DCRES_STORE", str(many))
         with pytest.raises(ConfigError, match="many stores, one for each host"):
-            catalogue_of(None, None)
+            named_store(many)
+        monkeypatch.setenv("DCRES_STORE", str(many))
+        monkeypatch.setenv("DCRES_HOME", str(tmp_path))
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with pytest.raises(ConfigError, match="many stores, one for each host"):
+            open_catalogue(None, None)
+
+    @pytest.mark.parametrize(
+        ("option", "environ", "inside", "read"),
+        [
+            ("option", "environ", False, "option"),
+            (None, "environ", False, "environ"),
+            (None, "", False, "cluster"),
+            (None, "{host}", False, "cluster"),
+            (None, "h0", True, "cluster"),
+        ],
+    )
+    def test_which_store_is_read_beside_a_local_cluster(
+        self,
+        option: str | None,
+        environ: str,
+        inside: bool,
+        read: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        local = local_cluster_with(tmp_path, tmp_path / "cluster")
+        monkeypatch.setattr(LocalCluster, "load", lambda _: local)
+        monkeypatch.setattr(_ray, "connect", lambda *_: None)
+        monkeypatch.setattr(_ray, "connected_address", lambda: None)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setenv("DCRES_STORE", environ and str(tmp_path / environ))
+        if inside:
+            monkeypatch.setenv("DCRES_CLUSTER", local.id)
+        given = None if option is None else tmp_path / option
+        catalogue, joined = open_catalogue(None, given)
+        assert not joined
+        for found in (catalogue, open_session(None, given).catalogue):
+            assert isinstance(found, StoreHere)
+            assert found._store.root == tmp_path / read
 
 
 def local_cluster_with(home: Path, store: Path) -> LocalCluster:
