@@ -12,6 +12,7 @@ from typing import Any
 from dcres.actors.ports import Pending, Port
 from dcres.api.show import progress_bars
 from dcres.errors import DcresError
+from dcres.linux.interrupt import OperationInterrupted
 
 _NO_LIMIT_S = 7 * 24 * 3600.0
 _LOOK_EVERY_S = 0.25
@@ -85,7 +86,8 @@ def attend(
 
     KeyboardInterrupt gives the operation up and is raised once that is done: a checkpoint is
     cancelled, what a start or restore had brought up is taken down, and pages that were being
-    moved stay where they are.
+    moved stay where they are. It is an `OperationInterrupted` then, whose text says when it was too
+    late for that: a checkpoint that is being published is there in a moment.
     """
     future = _in_thread(coordinator.submit(method, *args))
     with shown_progress(progress, title) as show:
@@ -97,8 +99,17 @@ def attend(
             _give_up(coordinator, future)
             if method in ("start", "restore") and future.exception() is None:
                 coordinator.call("stop", timeout_s=_NO_LIMIT_S)
-            raise
+            raise OperationInterrupted(_what_became(method, title, future)) from None
         return future.result()
+
+
+def _what_became(method: str, title: str, future: Future[Any]) -> str:
+    """What whoever interrupted an operation has to know of it, now that it has ended."""
+    if method in ("start", "restore") or future.exception() is not None:
+        return "what was under way is given up"
+    if method == "checkpoint":
+        return f"checkpoint {future.result()['checkpoint']} was published before that"
+    return f"{title} was done before that"
 
 
 def _in_thread(pending: Pending) -> Future[Any]:

@@ -112,8 +112,9 @@ class Vm:
         writes, or ``sparse``, every page at its place in memory. `progress` is called with an
         `OperationProgress` four times a second.
 
-        Ctrl-C cancels it. Raises OperationFailed when it was given up (the VM goes on, earlier
-        checkpoints are as they were), ConfigError for a mode or format that there is not.
+        Ctrl-C cancels it, unless it is being published: KeyboardInterrupt's text has its id then.
+        Raises OperationFailed when it was given up (the VM goes on, earlier checkpoints are as they
+        were), ConfigError for a mode or format that there is not.
         """
         require_kind(mode, format)
         if not (downtime_s > 0 and max_rounds >= 1):

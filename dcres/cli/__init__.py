@@ -90,8 +90,10 @@ def judge(error: BaseException) -> tuple[int, str]:
             context = getattr(error, "ctx", None)
             command = "dcres" if context is None else context.command_path
             return WRONG_INPUT, f"{error.format_message().rstrip('.')}; see `{command} --help`"
+        case Interrupted() if str(error):
+            return INTERRUPTED, f"interrupted; {error}"
         case KeyboardInterrupt() | Interrupted():
-            return INTERRUPTED, "interrupted; what was under way is given up"
+            return INTERRUPTED, "interrupted"
         case typer.Abort():
             return FAILED, "nothing was done"
         case _:

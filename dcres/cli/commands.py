@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dcres.actors.local_cluster import LocalCluster
     from dcres.api.catalogue import Catalogue
     from dcres.api.cluster import Cluster
+    from dcres.api.vm import Vm
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +39,7 @@ app = typer.Typer(
 VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
 _CLUSTER = "Cluster"
 _VMS = "VMs"
+_CONSOLE_POLL_S = 0.5
 
 
 @contextmanager
@@ -342,15 +344,28 @@ def console(
         machine = cluster.vm(vm)
         if options.json:
             return Answer({"vm": vm, "console": machine.console()})
-        offset = 0
+        offset = _write_console(machine, 0)
+        if follow:
+            _follow_console(machine, offset)
+    return Answer({})
+
+
+def _write_console(machine: Vm, offset: int) -> int:
+    """Write what the VM's console has from `offset` on; returns where that ends."""
+    text = machine.console_from(offset)
+    sys.stdout.buffer.write(text)
+    sys.stdout.flush()
+    return offset + len(text)
+
+
+def _follow_console(machine: Vm, offset: int) -> None:
+    """Go on until Ctrl-C or the VM's end, which are no failures: nothing else ends it."""
+    from dcres.errors import NotFound, VmLost
+
+    with suppress(KeyboardInterrupt, NotFound, VmLost):
         while True:
-            text = machine.console_from(offset)
-            offset += len(text)
-            sys.stdout.buffer.write(text)
-            sys.stdout.flush()
-            if not follow:
-                return Answer({})
-            time.sleep(0.5)
+            time.sleep(_CONSOLE_POLL_S)
+            offset = _write_console(machine, offset)
 
 
 @add_command(app, "bench", panel=_CLUSTER, shared=HERE)

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from dcres.errors import ConfigError
+from dcres.linux.interrupt import OperationInterrupted
 
 JSON_FLAG = "--json"
 DEBUG_FLAG = "--debug"
@@ -64,7 +65,10 @@ class Answer:
 
 
 class Interrupted(Exception):
-    """KeyboardInterrupt on its way out: typer would end the program by itself, without a word."""
+    """KeyboardInterrupt on its way out: typer would end the program by itself, without a word.
+
+    Its text is that of an `OperationInterrupted`.
+    """
 
 
 _SHARED = {
@@ -98,6 +102,8 @@ def add_command(
             options = _merge(before, given)
             try:
                 answer = function(options, **arguments)
+            except OperationInterrupted as error:
+                raise Interrupted(str(error)) from None
             except KeyboardInterrupt:
                 raise Interrupted from None
             write(answer, as_json=options.json)

@@ -12,6 +12,10 @@ from typing import NoReturn
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class OperationInterrupted(KeyboardInterrupt):
+    """An interrupt while an operation was attended; its text says what became of that."""
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(signal.Signals(number).name)
 

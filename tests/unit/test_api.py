@@ -33,7 +33,15 @@ from dcres.api.status import HostStatus, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm
 from dcres.config import VmSpec
 from dcres.demo import Life, Story, layout_for
-from dcres.errors import ActorGone, ClusterError, ConfigError, Conflict, NotFound, VmLost
+from dcres.errors import (
+    ActorGone,
+    ClusterError,
+    ConfigError,
+    Conflict,
+    NotFound,
+    OperationFailed,
+    VmLost,
+)
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
@@ -199,14 +207,28 @@ class TestAttending:
         assert attend(coordinator, "start", title="t", progress=lambda _: None) == "done"
 
     def test_a_checkpoint_that_is_interrupted_is_cancelled(self) -> None:
-        coordinator = FakeCoordinator("done", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        coordinator = FakeCoordinator(OperationFailed("cancelled", {}), interrupt)
+        with pytest.raises(KeyboardInterrupt, match="what was under way is given up"):
             attend(coordinator, "checkpoint", title="t", progress=lambda _: None)
         assert coordinator.called == ["checkpoint", "progress", "cancel"]
 
+    @pytest.mark.parametrize(
+        ("method", "result", "words"),
+        [
+            ("checkpoint", {"checkpoint": "v-1"}, "checkpoint v-1 was published before that"),
+            ("drain", {}, "drain h1 of v was done before that"),
+        ],
+    )
+    def test_what_was_done_before_it_could_be_given_up_is_said(
+        self, method: str, result: dict[str, Any], words: str
+    ) -> None:
+        coordinator = FakeCoordinator(result, interrupt)
+        with pytest.raises(KeyboardInterrupt, match=f"^{words}$"):
+            attend(coordinator, method, title="drain h1 of v", progress=lambda _: None)
+
     def test_a_start_that_ended_all_the_same_is_taken_down(self) -> None:
         coordinator = FakeCoordinator("done", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="what was under way is given up"):
             attend(coordinator, "start", title="t", progress=lambda _: None)
         assert coordinator.called == ["start", "progress", "cancel", "stop"]
 

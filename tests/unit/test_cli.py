@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from rich.console import Console, RenderableType
@@ -23,11 +23,19 @@ from dcres.api.draining import DrainPlan
 from dcres.api.placement import Placement
 from dcres.api.plan import PlannedHost, RestorePlan
 from dcres.api.status import Host, HostStatus, VmStatus
-from dcres.cli import judge, main, tables
+from dcres.cli import commands, judge, main, tables
 from dcres.cli.stage import ConsoleStage
 from dcres.config import Layout
 from dcres.demo import Life, Step, Story
-from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound, OperationFailed
+from dcres.errors import (
+    CheckpointCorrupt,
+    Conflict,
+    DcresError,
+    NotFound,
+    OperationFailed,
+    VmLost,
+)
+from dcres.linux.interrupt import OperationInterrupted
 from dcres.storage.checks import FileResult, VerifyReport
 from dcres.storage.store import Listed
 from dcres.vm.witness import WitnessReport
@@ -71,9 +79,6 @@ class FakeVm:
 
     def console(self) -> str:
         return "hello"
-
-    def checkpoint(self, mode: str, **aims: object) -> Any:
-        raise KeyboardInterrupt
 
 
 class FakeCluster:
@@ -374,9 +379,70 @@ class TestErrors:
         assert main(["console", "box", "-f", "--json"]) == 2
         assert "does not go with --follow" in answer_of(capsys)["message"]
 
-    def test_interrupted(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (KeyboardInterrupt("SIGINT"), "error: interrupted\n"),
+            (
+                OperationInterrupted("checkpoint box-1 was published before that"),
+                "error: interrupted; checkpoint box-1 was published before that\n",
+            ),
+        ],
+    )
+    def test_interrupted(
+        self,
+        error: BaseException,
+        words: str,
+        fake: FakeCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(FakeVm, "checkpoint", raising(error), raising=False)
         assert main(["checkpoint", "box"]) == 130
-        assert "interrupted" in capsys.readouterr().err
+        assert capsys.readouterr().err == words
+
+
+class TestConsole:
+    """What is followed ends with Ctrl-C or the VM: no failure. A VM that is not there is one."""
+
+    @pytest.mark.parametrize("end", [KeyboardInterrupt(), NotFound("no VM"), VmLost("lost")])
+    def test_following(
+        self,
+        end: BaseException,
+        fake: FakeCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        capfdbinary: pytest.CaptureFixture[bytes],
+    ) -> None:
+        told = iter([b"one ", b"two"])
+        seen = []
+
+        def console_from(vm: FakeVm, offset: int) -> bytes:
+            seen.append(offset)
+            text = next(told, None)
+            if text is None:
+                raise end
+            return text
+
+        monkeypatch.setattr(commands, "_CONSOLE_POLL_S", 0)
+        monkeypatch.setattr(FakeVm, "console_from", console_from, raising=False)
+        assert main(["console", "box", "-f"]) == 0
+        assert capfdbinary.readouterr() == (b"one two", b"")
+        assert seen == [0, 4, 7]
+
+    def test_one_that_has_ended(
+        self, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(FakeVm, "console_from", raising(VmLost("it is lost")), raising=False)
+        for follow in ([], ["-f"]):
+            assert main(["console", "box", *follow]) == 1
+            assert "it is lost" in capsys.readouterr().err
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
 
 
 class TestOptions:
