@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ GOOD = Facts(
     busybox_error=None,
     guest_kernel=True,
     python=(3, 11, 7),
+    not_compiled=(),
     ray="2.60.0",
 )
 
@@ -88,6 +90,12 @@ def test_a_good_host() -> None:
         (replace(GOOD, busybox_error="no busybox"), "busybox", "warn", "busybox-static"),
         (replace(GOOD, guest_kernel=False), "guest", "warn", "scripts/setup"),
         (replace(GOOD, python=(3, 10, 1)), "python", "fail", "3.11"),
+        (
+            replace(GOOD, not_compiled=("dcres.storage._bulk",)),
+            "modules in C",
+            "warn",
+            "gcc libc6-dev python3-dev libxxhash-dev, then install dcres again",
+        ),
         (replace(GOOD, ray=None), "ray", "fail", "pip install"),
     ],
 )
@@ -106,6 +114,17 @@ def test_json_is_plain_and_a_warning_is_no_failure() -> None:
     assert warned["ok"]
     assert set(warned["checks"][0]) == {"name", "status", "detail", "remedy"}
     assert not as_json(evaluate(replace(GOOD, qemu=None)))["ok"]
+
+
+def test_modules_in_c_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ("dcres.paging._hot", "dcres.storage._bulk")
+    for name in both:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    assert doctor._not_compiled() == both
+    detail = check(replace(GOOD, not_compiled=both), "modules in C").detail
+    assert "page-in takes about twice as long without dcres.paging._hot" in detail
+    monkeypatch.setitem(sys.modules, both[0], sys)
+    assert doctor._not_compiled() == both[1:]
 
 
 @pytest.mark.parametrize(
