@@ -22,11 +22,13 @@ from dcres.cli.frame import (
     DEBUG_FLAG,
     JSON_FLAG,
     AddressOption,
+    Answer,
     DebugOption,
     Interrupted,
     JsonOption,
     Options,
     StoreOption,
+    write,
     write_error,
 )
 from dcres.errors import DcresError, InputError
@@ -48,7 +50,8 @@ def _shared(
 ) -> None:
     ctx.obj = Options(json, debug, address, store)
     if version:
-        print(f"dcres {importlib.metadata.version('dcres')}")
+        found = importlib.metadata.version("dcres")
+        write(Answer({"version": found}, f"dcres {found}"), as_json=json)
         raise typer.Exit
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from dcres import bench
+from dcres.bench import __main__ as script
 from dcres.bench import page, paging
 from dcres.bench.command import bench_command, view
 from dcres.bench.machine import machine, versions
@@ -209,3 +210,45 @@ def test_all_of_them_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> Non
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(told)
     assert "live failed: no QEMU here" in console.export_text()
+
+
+class TestScript:
+    """`python -m dcres.bench`, which scripts/bench runs: as `dcres bench`, and it keeps results."""
+
+    @pytest.fixture(autouse=True)
+    def fake(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(name: str, **_: object) -> Result:
+            if name == "live":
+                raise UnsupportedHost("no QEMU here")
+            return replace(result(), bench=name)
+
+        monkeypatch.setattr(bench, "run", run)
+        monkeypatch.setattr(page, "plot", lambda *_: True)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+
+    def test_goes_on_after_one_that_fails(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert script.main(["--docs", str(tmp_path), "live", "paging"]) == 1
+        assert [each.bench for each in page.load(tmp_path / "figures")] == ["paging"]
+        assert "error: live failed: no QEMU here" in capsys.readouterr().err
+
+    def test_a_wrong_name_is_found_before_anything_runs(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert script.main(["paging", "nix"]) == 2
+        assert "no benchmark is called nix" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_short_run_leaves_the_page_alone(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert script.main(["--quick", "paging"]) == 0
+        (folder,) = tmp_path.iterdir()
+        assert folder.name.startswith("dcres-bench-quick-")
+        assert f"the page is {folder}/measurements.md" in capsys.readouterr().err
+        assert script.main(["paging"]) == 0
+        assert (tmp_path / "docs" / "measurements.md").exists()
+        assert script.main(["--quick", "--docs", "named", "paging"]) == 0
+        assert (tmp_path / "named" / "measurements.md").exists()

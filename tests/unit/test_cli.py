@@ -193,6 +193,9 @@ class TestStarting:
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out == f"dcres {dcres.__version__}\n"
+        for arguments in (["--version", "--json"], ["--json", "--version"]):
+            assert main(arguments) == 0
+            assert answer_of(capsys) == {"version": dcres.__version__}
 
     def test_without_a_command_it_shows_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([]) == 2
