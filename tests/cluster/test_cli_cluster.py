@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cli(folder: Path) -> Iterator[Cli]:
-    """``dcres up`` with three hosts; ``dcres down`` must leave nothing but the store."""
+    """``dcres up`` with three hosts; ``dcres down`` must leave the store alone, or nothing."""
     cli = Cli.at(folder / "home")
     up = cli.json("up", "--hosts", "3", "--memory", HOST_MEMORY)
     assert [host["memory_bytes"] for host in up["hosts"]] == [parse_size(HOST_MEMORY)] * 3
@@ -43,7 +44,10 @@ def cli(folder: Path) -> Iterator[Cli]:
         down = cli.json("down")
     assert down["stopped"] is True
     require_nothing_left(cluster_id)
-    assert {path.name for path in (folder / "home").iterdir()} <= {"store", "cache"}
+    home = folder / "home"
+    assert [path.name for path in home.iterdir()] == ["store"]
+    removed = cli.json("down", "--purge", "--yes")["removed"]
+    assert (removed, home.exists()) == ([str(home / "store"), str(home)], False)
 
 
 def vm_file(folder: Path, name: str, **changes: Any) -> str:
@@ -94,9 +98,11 @@ def box(cli: Cli, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def saved(cli: Cli, box: str) -> dict[str, Any]:
-    """A checkpoint of it, taken while it stood still."""
-    taken = cli.json("checkpoint", box, "--mode", "stop")
+def saved(cli: Cli, box: str, folder: Path) -> dict[str, Any]:
+    """A checkpoint of it, taken while it stood still, from where another store is read."""
+    other = replace(cli, environ={**cli.environ, "DCRES_STORE": str(folder / "elsewhere")})
+    taken = other.json("checkpoint", box, "--mode", "stop")
+    assert other.json("checkpoints")["checkpoints"] == []
     assert isinstance(taken, dict)
     return taken
 

@@ -316,6 +316,20 @@ class TestPurging:
         )
         assert len(list(home.iterdir())) == 4
 
+    def test_a_no_on_a_terminal(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Terminal(StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+        assert main(["down", "--purge"]) == 1
+        printed = capsys.readouterr()
+        assert f"remove hosts, store, token in {home} for good" in printed.out + printed.err
+        assert "nothing was done" in printed.err
+        assert len(list(home.iterdir())) == 4
+
     def test_a_store_elsewhere_stays(self, home: Path, tmp_path_factory: Any) -> None:
         elsewhere = tmp_path_factory.mktemp("elsewhere")
         (elsewhere / "box").mkdir()
