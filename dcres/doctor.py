@@ -237,7 +237,12 @@ def _programs(facts: Facts) -> list[Check]:
             Status.WARN,
         ),
         _check("python", facts.python[:2] >= NEEDED_PYTHON, python, "use Python 3.11 or newer"),
-        _check("ray", facts.ray is not None, facts.ray or "not installed", "pip install dcres"),
+        _check(
+            "ray",
+            facts.ray is not None,
+            facts.ray or "not installed",
+            "pip install 'ray[default]' where dcres is installed",
+        ),
     ]
 
 

@@ -131,7 +131,7 @@ def _matplotlib() -> Any:
         import matplotlib.figure
     except ImportError:
         raise UnsupportedHost(
-            "drawing needs matplotlib, which is not installed; pip install 'dcres[plot]'"
+            "drawing needs matplotlib, which is not installed; pip install matplotlib"
         ) from None
     return matplotlib
 

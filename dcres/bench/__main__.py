@@ -81,7 +81,7 @@ def _run(name: str, quick: bool, folder: Path | None, docs: Path, console: Conso
     console.print(f"{name}: done in {time.monotonic() - began:.0f} s")
     page.save(result, figures)
     if not page.plot(result, bench.figures(name), figures):
-        console.print("no plots without matplotlib; pip install 'dcres[bench]'", markup=False)
+        console.print("no plots without matplotlib; pip install matplotlib", markup=False)
     page.write(docs / _PAGE, figures)
 
 
