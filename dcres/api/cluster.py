@@ -17,7 +17,7 @@ from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
 from dcres.config import Layout, VmSpec, load_vm_spec, parse_size, vm_spec
-from dcres.errors import ConfigError, NotFound
+from dcres.errors import ConfigError, Conflict, NotFound
 from dcres.linux.interrupt import uninterrupted
 from dcres.storage.store import Listing
 
@@ -41,8 +41,12 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Leave the cluster; it goes on, and so do its VMs."""
-        _ray.disconnect()
+        """Leave the cluster; it goes on, and so do its VMs.
+
+        A connection that this process had before, as in a Ray job or actor or after
+        ``ray.init()``, stays.
+        """
+        self._session.close()
 
     @property
     def address(self) -> str:
@@ -165,29 +169,40 @@ def local_cluster(
     `memory` is what VMs may use on each host. Checkpoints are removed at the end as well,
     unless `store` names a folder for them (or `home` one for everything); with ``{host}`` in
     its path every host has a store of its own, as machines with disks of their own do. With
-    `keep` it is
-    left running, unless the block is interrupted: ``dcres down`` with DCRES_HOME set to its
-    home ends it. Raises NoRoom, Conflict, ClusterError.
+    `keep` it is left running, unless the block is interrupted: ``dcres down`` with DCRES_HOME
+    set to its home ends it. Raises NoRoom, ClusterError, and Conflict if this process is
+    connected to a cluster already.
     """
+    _require_unconnected()
+    memory_bytes = None if memory is None else memory_size(memory)
     # Not /tmp: that may be a tmpfs, which is memory again and may not know O_DIRECT.
     folder = Path(tempfile.mkdtemp(prefix="dcres-", dir="/var/tmp") if home is None else home)
-    memory_bytes = None if memory is None else memory_size(memory)
     local: LocalCluster | None = None
     try:
         store_folder = None if store is None else Path(store)
         local = LocalCluster.start(folder, hosts, memory_bytes, store_folder, dashboard=dashboard)
-        _ray.connect(local.address, local.token_path)
-        yield Cluster(Session(local.address, catalogue_of(None, local), local))
+        joined = _ray.connect(local.address, local.token_path)
+        yield Cluster(Session(local.address, catalogue_of(None, local), local, joined=joined))
     except KeyboardInterrupt:
         keep = False
         raise
     finally:
         with uninterrupted():
-            _ray.disconnect()
+            _ray.disconnect()  # there was no connection before, so it is ours
             if local is not None and not keep:
                 local.stop()
             if home is None and not (keep and local):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_unconnected() -> None:
+    connected = _ray.connected_address()
+    if connected is not None:
+        raise Conflict(
+            f"this process is connected to the cluster at {connected} already; "
+            "use that one with dcres.connect(), or leave it first: "
+            "close what dcres.connect() returned, or call ray.shutdown()"
+        )
 
 
 def memory_size(text: int | str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcres.actors import _ray
@@ -23,11 +23,20 @@ _READY_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A connection to one cluster; `local` when all its hosts are on this machine."""
+    """A connection to one cluster; `local` when all its hosts are on this machine.
+
+    `joined`: dcres made it. Otherwise it was there before, and is its maker's to end.
+    """
 
     address: str
     catalogue: Catalogue
     local: LocalCluster | None
+    joined: bool = field(default=False, kw_only=True)
+
+    def close(self) -> None:
+        """Leave the cluster if dcres joined it; what goes on there goes on."""
+        if self.joined:
+            _ray.disconnect()
 
     def coordinator(self, vm: str) -> Port:
         """The VM's coordinator, spawned unless there is one already."""
@@ -65,20 +74,12 @@ class Session:
 
 def open_session(address: str | None, store: Path | None) -> Session:
     """Connect this process and find the store; see `dcres.connect`."""
-    connected = _ray.connected_address()
-    if connected is not None:
-        if address not in (None, connected):
-            raise Conflict(
-                f"this process is connected to the cluster at {connected}; "
-                f"close that connection before using {address}"
-            )
-        address = connected
-    local = local_cluster_at(address or os.environ.get("RAY_ADDRESS"))
-    if local is not None:
-        address = local.address
-    address = address or os.environ["RAY_ADDRESS"]
-    _ray.connect(address, None if local is None else local.token_path)
-    return Session(address, catalogue_of(named_store(store), local), local)
+    named = address or _ray.connected_address() or os.environ.get("RAY_ADDRESS") or None
+    local = local_cluster_at(named)
+    address = local.address if local is not None else str(named)
+    catalogue = catalogue_of(named_store(store), local)
+    joined = _ray.connect(address, None if local is None else local.token_path)
+    return Session(address, catalogue, local, joined=joined)
 
 
 def local_cluster_at(address: str | None) -> LocalCluster | None:
@@ -98,13 +99,14 @@ def local_cluster_at(address: str | None) -> LocalCluster | None:
 def open_catalogue(address: str | None, store: Path | None) -> tuple[Catalogue, bool]:
     """The checkpoints, without joining a cluster if they are to be found on this machine.
 
-    The second value says whether a cluster was joined. Raises what `open_session` raises.
+    The second value says whether a cluster was joined, which is then to be left. Raises what
+    `open_session` raises.
     """
     named = named_store(store)
     if named is not None:
         return catalogue_of(named, None), False
-    if address is not None or "RAY_ADDRESS" in os.environ:
-        return open_session(address, None).catalogue, True
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        return _joining(address)
     try:
         local = local_cluster_at(None)
     except NotFound:
@@ -113,8 +115,13 @@ def open_catalogue(address: str | None, store: Path | None) -> tuple[Catalogue, 
             raise
         return catalogue_of(_one_store(given or kept), None), False
     if local is None or local.shared_store is None:
-        return open_session(None, None).catalogue, True
+        return _joining(None)
     return catalogue_of(None, local), False
+
+
+def _joining(address: str | None) -> tuple[Catalogue, bool]:
+    session = open_session(address, None)
+    return session.catalogue, session.joined
 
 
 def named_store(store: Path | None) -> Path | None:

@@ -376,7 +376,10 @@ import dcres
 from dcres.actors import _ray
 
 def inside():
-    return sorted(host.name for host in dcres.connect().hosts() if host.alive)
+    with dcres.connect() as cluster:
+        found = sorted(host.name for host in cluster.hosts() if host.alive)
+    assert _ray.connected_address(), "the task's own connection stays"
+    return found
 
 with dcres.connect() as cluster:
     seen = []

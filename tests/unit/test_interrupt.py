@@ -107,7 +107,7 @@ def start_a_cluster(cleaning: Cleaning, home: Path, patch: pytest.MonkeyPatch) -
 def leave_a_cluster(cleaning: Cleaning, home: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalCluster, "_bring_up", lambda *_: None)
     patch.setattr(LocalCluster, "stop", cleaning.clean)
-    for name in ("connect", "disconnect"):
+    for name in ("connected_address", "connect", "disconnect"):
         patch.setattr(_ray, name, lambda *_: None)
     with api_cluster.local_cluster(hosts=1, memory="1MiB", home=home):
         cleaning.begin()

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import services
 from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_token_setup import (
     AuthenticationTokenLoader,
@@ -20,7 +21,7 @@ from ray._private.authentication.authentication_token_setup import (
 )
 from ray._private.node import GcsClient
 
-from dcres.errors import ClusterError
+from dcres.errors import ClusterError, Conflict
 
 NAMESPACE = "dcres"
 
@@ -29,14 +30,18 @@ _CONNECT_TIMEOUT_S = 3.0
 _log = logging.getLogger("dcres.ray")
 
 
-def connect(address: str, token_path: Path | None = None) -> None:
+def connect(address: str, token_path: Path | None = None) -> bool:
     """Connect this process to the cluster at `address` (``host:port``); repeatable.
 
-    Inside a Ray worker, where Ray is connected already, nothing happens. Raises ClusterError
-    within a few seconds if nothing answers there, or if the token is not the cluster's.
+    Returns whether this call made the connection: if so, the caller is to leave. Otherwise it
+    is there already, as inside a Ray worker, and somebody else's. Raises Conflict if it is to
+    another cluster, ClusterError within a few seconds if nothing answers there, or if the token
+    is not the cluster's.
     """
-    if ray.is_initialized():
-        return
+    connected = connected_address()
+    if connected is not None:
+        _require_same(connected, address)
+        return False
     _require_listener(address)
     _set_environment(token_path)
     _require_token(address, token_path)
@@ -56,6 +61,7 @@ def connect(address: str, token_path: Path | None = None) -> None:
         raise ClusterError(f"cannot join the Ray cluster at {address}: {error}") from error
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+    return True
 
 
 def connected_address() -> str | None:
@@ -66,6 +72,23 @@ def connected_address() -> str | None:
 def disconnect() -> None:
     """Leave the cluster; detached actors and reservations stay. Repeatable."""
     ray.shutdown()
+
+
+def _require_same(connected: str, address: str) -> None:
+    if connected not in (address, _as_ray_writes(address)):
+        raise Conflict(
+            f"this process is connected to the cluster at {connected}; "
+            f"close that connection before using {address}"
+        )
+
+
+def _as_ray_writes(address: str) -> str | None:
+    """With this machine's own address for ``localhost``; None if it is not an address."""
+    try:
+        found: str | None = services.canonicalize_bootstrap_address(address)
+    except ValueError:
+        return None
+    return found
 
 
 def _require_listener(address: str) -> None:
