@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,8 @@ _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$"
 MAX_SUBS = 200
+
+_T = TypeVar("_T")
 
 
 def parse_size(text: object) -> int:
@@ -46,6 +48,13 @@ def format_size(length_bytes: int) -> str:
         if length_bytes >= factor:
             return f"{length_bytes / factor:.4g} {unit}"
     return f"{length_bytes} B"
+
+
+def listed(values: str | Sequence[_T]) -> list[str | _T]:
+    """What is named or sized one by one: a sequence, or one string with commas (``h1,h2``)."""
+    if isinstance(values, str):
+        return [each.strip() for each in values.split(",") if each.strip()]
+    return list(values)
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]

@@ -13,7 +13,7 @@ from dcres.actors import _ray
 from dcres.actors.fleet import parts_in_store
 from dcres.actors.room import HostInfo, host_named, require_room
 from dcres.api.session import Session
-from dcres.config import HostSettings, Layout, VmSpec, format_size
+from dcres.config import HostSettings, Layout, VmSpec, format_size, listed
 from dcres.errors import ConfigError, Conflict, DcresError, NoRoom, NotFound
 from dcres.linux.memory import free_for_guests
 from dcres.model.choice import Candidate, Share, choose, choose_evenly, choose_for
@@ -78,9 +78,7 @@ def wish_of(
 ) -> Wish:
     """What a caller asks for. Raises ConfigError for wishes that contradict each other."""
     count = hosts if isinstance(hosts, int) else None
-    if isinstance(hosts, str):
-        hosts = hosts.split(",")
-    names = None if hosts is None or isinstance(hosts, int) else tuple(hosts)
+    names = None if hosts is None or isinstance(hosts, int) else tuple(listed(hosts))
     number = count if names is None else len(names)
     if number is not None and number < 1:
         raise ConfigError(f"a restore needs at least one host, not {number}")

@@ -74,15 +74,16 @@ class Cluster:
     def start(
         self,
         spec: str | Path | Mapping[str, Any] | VmSpec,
-        hosts: Sequence[str] | None = None,
+        hosts: str | Sequence[str] | None = None,
         *,
         progress: ProgressOption = None,
     ) -> Vm:
         """Boot a VM over the hosts of its layout: those named, the main host first, or any.
 
         `spec` is a VM file's path, its values, or a `VmSpec`; file names in it are the main
-        host's. Ctrl-C takes down what was brought up. Raises ConfigError, Conflict when the VM
-        runs, NoRoom, QemuFailed; then nothing of the VM is left running.
+        host's. `hosts` is ``["h1", "h2"]`` or ``"h1,h2"``. Ctrl-C takes down what was brought
+        up. Raises ConfigError, Conflict when the VM runs, NoRoom, QemuFailed; then nothing of
+        the VM is left running.
         """
         return start_vm(self._session, _spec_of(spec), hosts, progress)
 
@@ -144,7 +145,7 @@ class Cluster:
 
 
 def connect(address: str | None = None, *, store: str | Path | None = None) -> Cluster:
-    """The cluster at `address` (``host:port``).
+    """The cluster at `address` (``host:port``, or ``auto``, as Ray finds it).
 
     By default: the one that this process is connected to (inside a Ray job or actor), the one
     that RAY_ADDRESS names, or the one that ``dcres up`` started on this machine. `store` is where

@@ -74,12 +74,21 @@ class Session:
 
 def open_session(address: str | None, store: Path | None) -> Session:
     """Connect this process and find the store; see `dcres.connect`."""
-    named = address or _ray.connected_address() or os.environ.get("RAY_ADDRESS") or None
+    named = _named(address)
     local = local_cluster_at(named)
     address = local.address if local is not None else str(named)
     catalogue = catalogue_of(named_store(store), local)
     joined = _ray.connect(address, None if local is None else local.token_path)
     return Session(address, catalogue, local, joined=joined)
+
+
+def _named(address: str | None) -> str | None:
+    """The address of the cluster that is meant; None if nothing names one."""
+    connected = _ray.connected_address()
+    if connected is not None and address in (None, "", "auto"):
+        return connected
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    return None if address is None else _ray.resolve(address)
 
 
 def local_cluster_at(address: str | None) -> LocalCluster | None:

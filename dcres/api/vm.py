@@ -28,7 +28,7 @@ from dcres.api.placement import Placement
 from dcres.api.plan import RestorePlan, plan_restore
 from dcres.api.session import Session
 from dcres.api.status import VmStatus, status_of, with_rates
-from dcres.config import Layout, VmSpec, format_size, parse_size
+from dcres.config import Layout, VmSpec, format_size, listed, parse_size
 from dcres.errors import (
     ActorGone,
     ClusterError,
@@ -162,21 +162,22 @@ class Vm:
     def resize(
         self,
         main: int | str | None = None,
-        subs: Sequence[int | str] | None = None,
+        subs: str | Sequence[int | str] | None = None,
         *,
         progress: ProgressOption = None,
     ) -> VmStatus:
         """Change how much the main host and the sub hosts keep, while the VM runs.
 
-        Pages move to where there is room, which can take minutes. Of more `subs` than there
-        are, the last ones join on hosts with room; with fewer the last sub hosts are emptied
-        and leave. Ctrl-C gives it up, and the VM runs on. Raises ConfigError when the shares
-        would be too small, NoRoom, and Conflict while a lazy restore brings pages in.
+        `subs` are sizes, as in ``["1GiB", "1GiB"]`` or ``"1GiB,1GiB"``. Pages move to where
+        there is room, which can take minutes. Of more `subs` than there are, the last ones join
+        on hosts with room; with fewer the last sub hosts are emptied and leave. Ctrl-C gives it
+        up, and the VM runs on. Raises ConfigError when the shares would be too small, NoRoom,
+        and Conflict while a lazy restore brings pages in.
         """
         if main is None and subs is None:
             raise ConfigError(f"say what VM {self.name} is to have: main, subs or both")
         main_bytes = None if main is None else _share(main)
-        subs_bytes = None if subs is None else [_share(each) for each in subs]
+        subs_bytes = None if subs is None else [_share(each) for each in listed(subs)]
         return self._reshape("resize", (main_bytes, subs_bytes), f"resize of {self.name}", progress)
 
     def drain(self, host: str, *, progress: ProgressOption = None) -> VmStatus:
@@ -333,10 +334,11 @@ class Checkpoint:
     ) -> Vm:
         """Bring the VM back: over `layout`, or `single`, as an ordinary VM.
 
-        `hosts` names the hosts, the main host first, or says how many; with as many as the
-        checkpoint has, their shares are as they were if they fit, and otherwise even. Without
-        any of these dcres finds hosts with room: those that have parts of the checkpoint first,
-        and as few as will do. The facts of the VM say what was ``chosen``.
+        `hosts` names the hosts, ``["h1", "h2"]`` or ``"h1,h2"``, the main host first, or says
+        how many; with as many as the checkpoint has, their shares are as they were if they fit,
+        and otherwise even. Without any of these dcres finds hosts with room: those that have
+        parts of the checkpoint first, and as few as will do. The facts of the VM say what was
+        ``chosen``.
 
         Every byte is verified before the guest reads it. With `lazy` the guest runs at once and
         its memory follows (`Vm.wait_until_whole`); otherwise all of it is there first.
@@ -360,7 +362,7 @@ class Checkpoint:
 def start_vm(
     session: Session,
     spec: VmSpec,
-    hosts: Sequence[str] | None = None,
+    hosts: str | Sequence[str] | None = None,
     progress: ProgressOption = None,
 ) -> Vm:
     """Boot a VM; see `Cluster.start`."""
@@ -368,7 +370,7 @@ def start_vm(
         spec.require_files()  # at once, rather than when the hosts are reserved
     began = time.monotonic()
     values = spec.model_dump(mode="json", by_alias=True)
-    names = None if hosts is None else list(hosts)
+    names = None if hosts is None else listed(hosts)
     call = ("start", values, names)
     answer = _bring_up(session, spec.name, call, f"start of {spec.name}", progress)
     seconds = time.monotonic() - began

@@ -135,7 +135,8 @@ def restore(
     from dcres.config import load_layout
 
     wanted = None if layout is None else load_layout(layout)
-    where = int(hosts) if hosts is not None and hosts.isdigit() else hosts
+    # isdigit by itself is true of ², which is no number to int().
+    where = int(hosts) if hosts and hosts.isascii() and hosts.isdigit() else hosts
     with open_cluster(options) as cluster:
         found = cluster.checkpoint(ckpt)
         if dry_run:

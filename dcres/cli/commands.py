@@ -220,7 +220,7 @@ def start(
 
     spec = load_vm_spec(file)
     with open_cluster(options) as cluster:
-        vm = cluster.start(spec, None if hosts is None else hosts.split(","))
+        vm = cluster.start(spec, hosts)
         status: VmStatus = vm.status()
     return Answer(vm.facts, status_view(status))
 
@@ -292,9 +292,8 @@ def resize(
     """Change how much the hosts keep, while the VM runs; Ctrl-C gives it up."""
     from dcres.cli.tables import status_view
 
-    sizes = None if subs is None else [size for size in subs.split(",") if size]
     with open_cluster(options) as cluster:
-        found = cluster.vm(vm).resize(main, sizes)
+        found = cluster.vm(vm).resize(main, subs)
     return Answer(found.to_dict(), status_view(found))
 
 

@@ -53,11 +53,6 @@ class TestConnecting:
             with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}"):
                 connection._require_listener(address)
 
-    @pytest.mark.parametrize("address", ["auto", "localhost", "ray://x", ""])
-    def test_no_address(self, address: str) -> None:
-        with pytest.raises(ClusterError, match="write host:port"):
-            connection._require_listener(address)
-
     def test_a_token_that_is_not_there(self, cluster: LocalCluster, tmp_path: Path) -> None:
         with pytest.raises(ClusterError, match=r"token file .* is missing"):
             connection._require_token(cluster.address, tmp_path / "none")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.util
+from ray._private import services
 from rich.console import Console
 
 import dcres
@@ -22,6 +23,7 @@ from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
+from dcres.api.cluster import Cluster
 from dcres.api.operation import HostProgress, OperationProgress, attend
 from dcres.api.session import (
     Session,
@@ -302,6 +304,8 @@ class FakeSession(Session):
     def existing(self, vm: str) -> Any:
         return self
 
+    coordinator = existing
+
     def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
         if method == "status":
             return self.answers.pop(0)
@@ -329,13 +333,21 @@ class TestChangesOfShares:
         assert vm.resize("64MiB", progress=False).phase == "running"
         vm.resize(subs=["1MiB", 8192], progress=False)
         vm.resize(subs=[], progress=False)
+        vm.resize(subs="", progress=False)
         vm.drain("h1", progress=False)
         assert session.asked == [
             ("resize", 64 << 20, None),
             ("resize", None, [1 << 20, 8192]),
             ("resize", None, []),
+            ("resize", None, []),
             ("drain", "h1"),
         ]
+
+    @pytest.mark.parametrize("subs", ["1MiB,8KiB", " 1MiB, 8KiB,", ("1MiB", "8KiB")])
+    def test_sizes_in_one_string(self, subs: str | tuple[str, ...]) -> None:
+        session = session_with()
+        Vm(session, "v").resize(subs=subs, progress=False)
+        assert session.asked == [("resize", None, [1 << 20, 8192])]
 
     def test_nothing_asked_for(self) -> None:
         with pytest.raises(ConfigError, match="say what VM v is to have: main, subs or both"):
@@ -548,6 +560,29 @@ class TestConnections:
         with pytest.raises(NotFound, match="dcres up"):
             dcres.connect()
 
+    @pytest.mark.parametrize("named", ["argument", "environment"])
+    def test_auto_is_what_ray_means_by_it(
+        self, named: str, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if named == "environment":
+            monkeypatch.setenv("RAY_ADDRESS", "auto")
+        monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.1.2.3:4"})
+        monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
+        auto = "auto" if named == "argument" else None
+        with dcres.connect(auto) as cluster:
+            assert cluster.address == fake_ray.connected == "127.1.2.3:4"
+            fake_ray.connected = "a:1"
+            assert dcres.connect(auto).address == "a:1", "it is connected already"
+            fake_ray.connected = None
+        monkeypatch.setattr(services, "find_gcs_addresses", set)
+        with pytest.raises(ClusterError, match="no Ray cluster has a node on this machine"):
+            dcres.connect(auto)
+
+    @pytest.mark.parametrize("address", ["localhost", "ray://x", "h:²", "h:65536", ""])
+    def test_what_is_no_address(self, address: str) -> None:
+        with pytest.raises(ClusterError, match="write host:port"):
+            connection._require_listener(address)
+
     def test_no_local_cluster_beside_it(
         self, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -584,6 +619,17 @@ class TestSpecs:
         file = tmp_path / "vm.yaml"
         file.write_text("{name: v, memory: 4096, kernel: k, layout: {main: 4096}}")
         assert api_cluster._spec_of(str(file)).kernel == tmp_path / "k"
+
+    @pytest.mark.parametrize("hosts", ["h1,h2", ["h1", "h2"], ("h1", "h2")])
+    def test_hosts_are_named_one_by_one_or_in_one_string(
+        self, hosts: str | tuple[str, ...]
+    ) -> None:
+        session = session_with()
+        values = {"name": "v", "memory": 4096, "kernel": "k", "layout": {"main": 4096}}
+        Cluster(session).start(values, hosts, progress=False)
+        (called,) = session.asked
+        assert called[0] == "start"
+        assert called[2] == ["h1", "h2"]
 
     def test_a_bad_size(self) -> None:
         with pytest.raises(ConfigError, match="unit 'MB' is not known"):

@@ -29,6 +29,7 @@ from dcres.actors._ray.connection import (
     current_actor_name,
     disconnect,
     own_node_address,
+    resolve,
 )
 from dcres.actors._ray.nodes import hosts
 from dcres.actors._ray.placing import spawn
@@ -59,6 +60,7 @@ __all__ = [
     "release",
     "reservation",
     "reserve",
+    "resolve",
     "run_apart",
     "run_on",
     "spawn",

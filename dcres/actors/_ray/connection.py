@@ -69,6 +69,26 @@ def connected_address() -> str | None:
     return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
 
 
+def resolve(address: str) -> str:
+    """`address`, or for ``auto`` the cluster that Ray means by it.
+
+    That is the one which RAY_ADDRESS names, the one that ``ray start`` began last on this
+    machine, or any that has a node here. Raises ClusterError when there is none.
+    """
+    if address != "auto":
+        return address
+    try:
+        found = _as_ray_writes(address)
+    except ConnectionError:
+        found = None
+    if found is None:
+        raise ClusterError(
+            "the address is `auto`, and no Ray cluster has a node on this machine; start one "
+            "with `dcres up`, or write host:port of another in --address or RAY_ADDRESS"
+        )
+    return found
+
+
 def disconnect() -> None:
     """Leave the cluster; detached actors and reservations stay. Repeatable."""
     ray.shutdown()
@@ -93,7 +113,7 @@ def _as_ray_writes(address: str) -> str | None:
 
 def _require_listener(address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not _is_port(port):
         raise ClusterError(f"{address!r} is not the address of a Ray cluster; write host:port")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
@@ -102,6 +122,10 @@ def _require_listener(address: str) -> None:
             f"no Ray cluster answers at {address} ({error.strerror or error}); "
             "start one with `dcres up`, or name another with --address"
         ) from None
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) < 1 << 16
 
 
 def _set_environment(token_path: Path | None) -> None:
