@@ -17,7 +17,7 @@ from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
 from dcres.config import Layout, VmSpec, load_vm_spec, parse_size, vm_spec
-from dcres.errors import ConfigError, Conflict, NotFound
+from dcres.errors import ConfigError, Conflict
 from dcres.linux.interrupt import uninterrupted
 from dcres.storage.store import Listing
 
@@ -89,10 +89,7 @@ class Cluster:
 
     def vm(self, name: str) -> Vm:
         """The VM of that name. Raises NotFound unless it runs, is lost or is being worked on."""
-        statuses = self.statuses()
-        if name not in (status.vm for status in statuses):
-            known = ", ".join(status.vm for status in statuses) or "none"
-            raise NotFound(f"there is no VM {name} in the cluster; it has {known}")
+        self._session.require(name)
         return Vm(self._session, name)
 
     def vms(self) -> list[Vm]:

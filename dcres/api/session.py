@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from dcres.actors import _ray
@@ -19,6 +20,7 @@ from dcres.errors import ConfigError, Conflict, DcresError, NotFound
 
 _PREFIX = coordinator_name("")
 _READY_TIMEOUT_S = 60.0
+_STATUS_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,32 @@ class Session:
         """The coordinator of a VM that there is. Raises NotFound."""
         port = _ray.find(coordinator_name(vm))
         if port is None:
-            known = ", ".join(self.vms()) or "none"
-            raise NotFound(f"there is no VM {vm} in the cluster; it has {known}")
+            raise self._unknown(vm)
         port.wait_ready(_READY_TIMEOUT_S)
         return port
+
+    def require(self, vm: str) -> None:
+        """Raise NotFound unless the VM runs, is lost or is being worked on.
+
+        Only its own coordinator is asked; if that is silent, there is something to be done.
+        """
+        port = _ray.find(coordinator_name(vm))
+        if port is None:
+            raise self._unknown(vm)
+        try:
+            phase = port.call("status", timeout_s=_STATUS_TIMEOUT_S)["phase"]
+        except DcresError:
+            return
+        if phase == "absent":
+            raise self._unknown(vm)
+
+    def _unknown(self, vm: str) -> NotFound:
+        known = [each for each in self.vms() if each != vm]
+        similar = get_close_matches(vm, known)
+        hint = f"it has {', '.join(known) or 'none'};"
+        if similar:
+            hint = f"did you mean {' or '.join(similar)}?"
+        return NotFound(f"there is no VM {vm} in the cluster; {hint} see `dcres list`")
 
     def retire(self, vm: str) -> None:
         """End the VM's coordinator unless there is something to coordinate."""

@@ -12,13 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray.util
-from ray._private import services
 from rich.console import Console
 
 import dcres
-from dcres.actors import _ray, local_cluster
-from dcres.actors._ray import connection
+from dcres.actors import local_cluster
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
@@ -498,116 +495,6 @@ def local_cluster_with(home: Path, store: Path) -> LocalCluster:
     state = local_cluster._new_state(home, store, 1 << 20, False)
     hosts = {"h0": "127.0.0.2", "h1": "127.0.0.3"}
     return LocalCluster(home, replace(state, hosts=hosts))
-
-
-@dataclass
-class FakeRay:
-    """This process and Ray: which cluster it is connected to, and how often dcres left one."""
-
-    connected: str | None = None
-    left: int = 0
-
-    def connect(self, address: str, token_path: Path | None = None) -> bool:
-        before, self.connected = self.connected, address
-        return before is None
-
-    def disconnect(self) -> None:
-        self.connected = None
-        self.left += 1
-
-
-@pytest.fixture
-def fake_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    """A process that is not connected, where nothing names a cluster."""
-    fake = FakeRay()
-    for name in ("RAY_ADDRESS", "DCRES_STORE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DCRES_HOME", str(tmp_path))
-    monkeypatch.setattr(_ray, "connected_address", lambda: fake.connected)
-    monkeypatch.setattr(_ray, "connect", fake.connect)
-    monkeypatch.setattr(_ray, "disconnect", fake.disconnect)
-    return fake
-
-
-class TestConnections:
-    def test_the_one_that_dcres_made_is_left(self, fake_ray: FakeRay) -> None:
-        with dcres.connect("a:1") as cluster:
-            assert cluster.address == fake_ray.connected == "a:1"
-            with dcres.connect():
-                pass
-            assert fake_ray.left == 0, "the outer block goes on"
-        assert fake_ray.left == 1
-
-    def test_one_that_was_there_before_stays(self, fake_ray: FakeRay) -> None:
-        fake_ray.connected = "a:1"
-        with dcres.connect() as cluster:
-            assert cluster.address == "a:1"
-        assert open_catalogue("a:1", None)[1] is False
-        assert fake_ray.left == 0
-
-    def test_for_the_catalogue(self, fake_ray: FakeRay) -> None:
-        assert open_catalogue("a:1", None)[1] is True
-
-    def test_none_is_made_when_the_store_cannot_be(self, fake_ray: FakeRay) -> None:
-        with pytest.raises(ConfigError, match="many stores"):
-            dcres.connect("a:1", store="/x/{host}")
-        assert fake_ray.connected is None
-
-    def test_an_empty_ray_address_names_none(
-        self, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("RAY_ADDRESS", "")
-        with pytest.raises(NotFound, match="dcres up"):
-            dcres.connect()
-
-    @pytest.mark.parametrize("named", ["argument", "environment"])
-    def test_auto_is_what_ray_means_by_it(
-        self, named: str, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if named == "environment":
-            monkeypatch.setenv("RAY_ADDRESS", "auto")
-        monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.1.2.3:4"})
-        monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
-        auto = "auto" if named == "argument" else None
-        with dcres.connect(auto) as cluster:
-            assert cluster.address == fake_ray.connected == "127.1.2.3:4"
-            fake_ray.connected = "a:1"
-            assert dcres.connect(auto).address == "a:1", "it is connected already"
-            fake_ray.connected = None
-        monkeypatch.setattr(services, "find_gcs_addresses", set)
-        with pytest.raises(ClusterError, match="no Ray cluster has a node on this machine"):
-            dcres.connect(auto)
-
-    @pytest.mark.parametrize("address", ["localhost", "ray://x", "h:²", "h:65536", ""])
-    def test_what_is_no_address(self, address: str) -> None:
-        with pytest.raises(ClusterError, match="write host:port"):
-            connection._require_listener(address)
-
-    def test_no_local_cluster_beside_it(
-        self, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        started: list[object] = []
-        monkeypatch.setattr(LocalCluster, "start", lambda *values, **_: started.append(values))
-        fake_ray.connected = "a:1"
-        with (
-            pytest.raises(Conflict, match=r"connected to the cluster at a:1 .* ray\.shutdown\(\)"),
-            dcres.local_cluster(),
-        ):
-            pass
-        assert started == []
-        assert fake_ray.left == 0
-
-    def test_to_another_cluster(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(connection, "connected_address", lambda: "127.1.2.3:4")
-        assert connection.connect("127.1.2.3:4") is False
-        for other in ("127.1.2.3:5", "nix"):
-            with pytest.raises(Conflict, match=f"close that connection before using {other}"):
-                connection.connect(other)
-
-    def test_to_this_machine_by_its_other_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        here = f"{ray.util.get_node_ip_address()}:4"
-        monkeypatch.setattr(connection, "connected_address", lambda: here)
-        assert connection.connect("localhost:4") is False
 
 
 class TestSpecs:
