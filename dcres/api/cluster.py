@@ -147,7 +147,8 @@ def connect(address: str | None = None, *, store: str | Path | None = None) -> C
     By default: the one that this process is connected to (inside a Ray job or actor), the one
     that RAY_ADDRESS names, or the one that ``dcres up`` started on this machine. `store` is where
     this machine reads checkpoints; else DCRES_STORE, else a local cluster's store, and else the
-    hosts are asked. Raises NotFound, ClusterError.
+    hosts are asked. Raises NotFound, ClusterError, and Conflict if this process is connected to
+    another cluster.
     """
     return Cluster(open_session(address, None if store is None else Path(store)))
 
