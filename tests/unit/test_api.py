@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import dcres
-from dcres.actors import local_cluster
+from dcres.actors import _ray, local_cluster
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
@@ -476,7 +476,7 @@ class TestCheckpoints:
     ) -> None:
         local = local_cluster_with(tmp_path, tmp_path / "cluster")
         monkeypatch.setattr(LocalCluster, "load", lambda _: local)
-        monkeypatch.setattr(_ray, "connect", lambda *_: None)
+        monkeypatch.setattr(_ray, "connect", lambda *_: False)
         monkeypatch.setattr(_ray, "connected_address", lambda: None)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         monkeypatch.setenv("DCRES_STORE", environ and str(tmp_path / environ))

@@ -146,6 +146,9 @@ class Host:
     def clear(self) -> None:
         """Nothing was left."""
 
+    def end_serving_parts(self) -> None:
+        """None are served."""
+
     def destroy(self) -> None:
         """Nothing runs."""
 
