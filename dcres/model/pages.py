@@ -126,6 +126,10 @@ def count_pages(extents: Extents) -> int:
 
 def split_pages(extents: Extents, count: int) -> tuple[Extents, Extents]:
     """The first `count` pages of `extents`, and the others."""
+    if count <= 0:
+        return EMPTY, extents
+    if count >= count_pages(extents):
+        return extents, EMPTY
     pages = pages_of_extents(extents)
     return extents_of_pages(pages[:count]), extents_of_pages(pages[count:])
 
