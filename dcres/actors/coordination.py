@@ -123,6 +123,7 @@ class Coordination:
     def _settle_what_is_there(self, ports: Sequence[Port]) -> None:
         main = describe(ports[0])
         if main["running"]:
+            self._hosts = tuple(main["hosts"])
             # Before the sub hosts are asked, which may take long: the guest waits for this alone.
             self._let_go_on(ports[0], main["checkpoint"])
         descriptions = [main, *map(describe, ports[1:])]
@@ -172,8 +173,12 @@ class Coordination:
             main.call("resume", "", timeout_s=_RESUME_TIMEOUT_S)
 
     def _discard(self, checkpoint: str, ports: Sequence[Port]) -> None:
-        """What is left of a checkpoint that the main host has halted, unless it was published."""
+        """What is left of a checkpoint, unless it was published.
+
+        Which is certain once the main host has halted it: a publishing under way ends first.
+        """
         main, *subs = ports
+        main.call("halt", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
         if main.call("published", checkpoint):
             return
         for port in subs:

@@ -8,11 +8,11 @@ the end each host has the checkpoint pinned, so that it is not deleted under the
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from dcres.actors.messages import (
 )
 from dcres.actors.slice_server import SliceSettings
 from dcres.config import HostSettings
-from dcres.errors import Conflict, NotFound
+from dcres.errors import Conflict, DcresError
 from dcres.linux import priority
 from dcres.linux.files import open_own, punch_hole
 from dcres.model import plan as plan_
@@ -49,6 +49,8 @@ from dcres.storage.bulk import write_fully
 from dcres.storage.manifest import Manifest, loads
 from dcres.storage.pins import Hold
 from dcres.storage.store import Store
+
+log = logging.getLogger("dcres.host")
 
 NAME = Path("manifest.json")  # for errors: the text came in a message
 
@@ -168,9 +170,8 @@ class PartServing:
         self._hold = Hold()
         if self._slices_path.exists():
             self._slices.adopt()
-            settings_ = paging_settings.load(SliceSettings, self._slices_path)
-            with suppress(NotFound, Conflict):  # a deletion was faster than this actor's restart
-                self._hold.take(store.pin(settings_.checkpoint))
+            # The store may hang, and this actor has more to adopt.
+            threading.Thread(target=self._pin_again, name="pin", daemon=True).start()
 
     @property
     def _slices_path(self) -> Path:
@@ -184,17 +185,27 @@ class PartServing:
         wanted = parse(manifest)
         found = self._store.parts_here(wanted)
         if found:
-            self._hold.take(self._store.pin(wanted.checkpoint))
+            self._pin(wanted.checkpoint)
         return found
+
+    def _pin(self, checkpoint: str) -> None:
+        self._hold.take(checkpoint, self._store.pin(checkpoint))
+
+    def _pin_again(self) -> None:
+        """What an actor before this one had pinned, unless a deletion was faster."""
+        try:
+            self._pin(paging_settings.load(SliceSettings, self._slices_path).checkpoint)
+        except (DcresError, OSError, ValueError) as error:
+            log.warning("what the slice server here serves may be deleted: %s", error)
 
     def plan(self, order: PlanOrder) -> Planned:
         """See `make_plan`."""
-        self._hold.take(self._store.pin(parse(order.manifest).checkpoint))
+        self._pin(parse(order.manifest).checkpoint)
         return make_plan(self._store, order)
 
     def read_main_part(self, manifest: str) -> MainPart:
         """See `read_main_part` of the module."""
-        self._hold.take(self._store.pin(parse(manifest).checkpoint))
+        self._pin(parse(manifest).checkpoint)
         return read_main_part(self._store, manifest)
 
     def serve_parts(self, order: PartsOrder) -> SubAddress:
@@ -209,7 +220,7 @@ class PartServing:
 
     def _serve_parts(self, order: PartsOrder) -> SubAddress:
         incarnation, manifest = order.incarnation, parse(order.manifest)
-        self._hold.take(self._store.pin(manifest.checkpoint))
+        self._pin(manifest.checkpoint)
         self._folder.make()
         settings = SliceSettings(
             vm=incarnation.identity,
@@ -246,6 +257,7 @@ class PartServing:
 
     def _stop_slices(self) -> None:
         self._slices.stop()
+        self._hold.drop()
         self._slices_path.unlink(missing_ok=True)
 
 

@@ -234,10 +234,9 @@ class Restoring:
 
     def end(self) -> None:
         """End the slice servers and unpin; the pages are where they belong. Repeatable."""
-        ending = {host: self._port(host).submit("end_serving_parts") for host in self.where.here}
-        for host, each in ending.items():
+        for host in self.where.here:
             try:
-                each.result(_ASK_TIMEOUT_S)
+                self._port(host).call("end_serving_parts")
             except DcresError as error:
                 log.warning("%s keeps the checkpoint or its slice server: %s", host, error)
         self.servers.clear()
@@ -265,6 +264,7 @@ def prepare(
     if where.missing:
         where = where.completed(fleet.holders(text), manifest.checkpoint)
     helpers = {host: fleet.visit(manifest.vm, host) for host in where.here if host not in ports}
+    keeping = [helper.submit("parts_here", text) for helper in helpers.values()]
     planner = {**ports, **helpers}[where.holder(parts[0])]
     capacities = capacities_of(shares_bytes, manifest.pages)
     order = PlanOrder(text, capacities, where.holds, masks=not lazy)
@@ -273,5 +273,7 @@ def prepare(
     made = Restoring(manifest, ports, fleet, incarnation, lazy, where, helpers, planning, reading)
     if not lazy:
         _ = made.main_part  # nothing is loaded from a checkpoint that cannot be resumed
+        for each in keeping:  # who serves parts for a lazy restore keeps them from its start
+            each.result(_PLAN_TIMEOUT_S)
     made.serve()
     return made

@@ -89,7 +89,7 @@ class StartingHost(QemuHost):
         require_tmpfs_room(self._settings.ram, spec.layout.main)
         manifest = None if order.load is None else parse(order.load.manifest)
         kept = frozenset() if manifest is None else frozenset({manifest.checkpoint})
-        self._store.sweep(self._vm, keep=kept)
+        self._store.sweep(self._vm, keep=kept, whole_parts=False)
         wanted = spec.accel if manifest is None else Accel(manifest.accel)
         chosen, why = accel_.choose(wanted, spec.kernel, default_cache())
         for each in () if manifest is None else manifest.disks:
@@ -100,7 +100,8 @@ class StartingHost(QemuHost):
         # QEMU has put its firmware into memory by now, and touches none of it until it has a core.
         with self._loading(order):
             self._pager.prepare()
-            disks = owned_nodes(spec)
+            # Who comes back has the disks that it had, and its memory is worth more without.
+            disks = owned_nodes(spec) if manifest is None else None
             safety.require_safe(monitor, self._qemu.process.pid, self._ram, disks)
 
     @contextmanager

@@ -104,8 +104,13 @@ def attend(
 
 
 def _what_became(method: str, title: str, future: Future[Any]) -> str:
-    """What whoever interrupted an operation has to know of it, now that it has ended."""
-    if method in ("start", "restore") or future.exception() is not None:
+    """What whoever interrupted an operation has to know of it, now that it has ended.
+
+    An error says so itself: that it was given up, or failed before, or that nobody can tell.
+    """
+    if (error := future.exception()) is not None:
+        return str(error)
+    if method in ("start", "restore"):
         return "what was under way is given up"
     if method == "checkpoint":
         return f"checkpoint {future.result()['checkpoint']} was published before that"

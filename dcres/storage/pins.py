@@ -39,27 +39,41 @@ def pinned(folder: Path) -> Iterator[None]:
 
 
 class Hold:
-    """One pin that is taken with the first need and let go of in the end; for several threads."""
+    """The pin of one checkpoint, taken with the first need and let go of later; for threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held = ExitStack()
-        self._has = self._over = False
+        self._checkpoint = ""
+        self._over = False
 
-    def take(self, pin: AbstractContextManager[None]) -> None:
-        """Enter `pin`, unless one is held. Raises what it raises, Conflict after `release`."""
+    def take(self, checkpoint: str, pin: AbstractContextManager[None]) -> None:
+        """Enter `pin`, unless `checkpoint` is held; another one no longer is.
+
+        Raises what `pin` raises, Conflict after `release`.
+        """
         with self._lock:
             if self._over:
                 raise Conflict("this VM was ended before its parts were served")
-            if not self._has:
+            if checkpoint != self._checkpoint:
+                self._drop()
                 self._held.enter_context(pin)
-                self._has = True
+                self._checkpoint = checkpoint
+
+    def drop(self) -> None:
+        """What an earlier life of the VM needed. Repeatable."""
+        with self._lock:
+            self._drop()
 
     def release(self) -> None:
         """For good. Repeatable."""
         with self._lock:
             self._over = True
-            self._held.close()
+            self._drop()
+
+    def _drop(self) -> None:
+        self._held.close()
+        self._checkpoint = ""
 
 
 @contextmanager

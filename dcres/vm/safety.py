@@ -56,14 +56,14 @@ _NETDEVS = ("vhost-user", "vhost-vdpa", "af-xdp")
 class Facts:
     """What QEMU and the kernel say about one VM.
 
-    `disks` are the names of the block nodes that checkpoints have. `block_nodes` and `memory` are
-    the answers to query-named-block-nodes and query-memdev; `devices` are pairs of path and type;
-    `network` is HMP's ``info network``; the numbers are VmLck and VmPin of ``/proc/PID/status``
-    and ShmemPmdMapped of the RAM file's mapping.
+    `disks` are the names of the block nodes that checkpoints have, None if that does not matter.
+    `block_nodes` and `memory` are the answers to query-named-block-nodes and query-memdev;
+    `devices` are pairs of path and type; `network` is HMP's ``info network``; the numbers are VmLck
+    and VmPin of ``/proc/PID/status`` and ShmemPmdMapped of the RAM file's mapping.
     """
 
     block_nodes: tuple[Mapping[str, Any], ...] = ()
-    disks: frozenset[str] = frozenset()
+    disks: frozenset[str] | None = frozenset()
     devices: tuple[tuple[str, str], ...] = ()
     network: str = ""
     memory: tuple[Mapping[str, Any], ...] = ()
@@ -76,8 +76,8 @@ def _block_problems(facts: Facts) -> list[str]:
     problems = []
     for path in sorted(_unsaved_files(facts)):
         problems.append(
-            f"{path} is written to and no checkpoint would have it; list it under disks, or attach "
-            "it with readonly=on"
+            f"{path} may be written to and no checkpoint would have it; list it under disks, or "
+            "attach it with readonly=on (-drive) or read-only=on (-blockdev)"
         )
     for node in facts.block_nodes:
         name = f"block node {node['node-name']} ({node.get('file', 'no file')})"
@@ -92,7 +92,9 @@ def _block_problems(facts: Facts) -> list[str]:
 
 
 def _unsaved_files(facts: Facts) -> set[str]:
-    """What block nodes write to that are no disk of the VM file; most files have two nodes."""
+    """What block nodes may write to that are no disk of the VM file; most files have two nodes."""
+    if facts.disks is None:
+        return set()
     written = (node for node in facts.block_nodes if not node["ro"])
     return {
         node.get("file") or f"block node {node['node-name']}"
@@ -173,7 +175,7 @@ def huge_kib_of(smaps: str, ram: Path) -> int:
     return total
 
 
-def gather(monitor: Monitor, pid: int, ram: Path, disks: Collection[str]) -> Facts:
+def gather(monitor: Monitor, pid: int, ram: Path, disks: Collection[str] | None) -> Facts:
     """Ask QEMU and the kernel. Raises MonitorError; OSError when the process has ended."""
     devices = []
     for folder in _FOLDERS:
@@ -183,7 +185,7 @@ def gather(monitor: Monitor, pid: int, ram: Path, disks: Collection[str]) -> Fac
     locked_kib, pinned_kib = _status_kib(pid, "VmLck", "VmPin")
     return Facts(
         block_nodes=tuple(monitor.execute("query-named-block-nodes")),
-        disks=frozenset(disks),
+        disks=None if disks is None else frozenset(disks),
         devices=tuple(devices),
         network=monitor.execute("human-monitor-command", {"command-line": "info network"}),
         memory=tuple(monitor.execute("query-memdev")),
@@ -193,11 +195,11 @@ def gather(monitor: Monitor, pid: int, ram: Path, disks: Collection[str]) -> Fac
     )
 
 
-def require_safe(monitor: Monitor, pid: int, ram: Path, disks: Collection[str] = ()) -> None:
+def require_safe(monitor: Monitor, pid: int, ram: Path, disks: Collection[str] | None = ()) -> None:
     """Raise UnsafeDevice, naming each device and its remedy, unless the VM may be paged and saved.
 
-    `disks` are the block nodes that checkpoints have (`command.owned_nodes`). To be called before
-    the first `Monitor.cont`, and again after a device was added.
+    `disks` are the block nodes that checkpoints have (`command.owned_nodes`), None where others
+    may be. To be called before the first `Monitor.cont`, and again after a device was added.
     """
     found = problems(gather(monitor, pid, ram, disks))
     if found:

@@ -208,8 +208,8 @@ class TestAttending:
         assert attend(coordinator, "start", title="t", progress=lambda _: None) == "done"
 
     def test_a_checkpoint_that_is_interrupted_is_cancelled(self) -> None:
-        coordinator = FakeCoordinator(OperationFailed("cancelled", {}), interrupt)
-        with pytest.raises(KeyboardInterrupt, match="what was under way is given up"):
+        coordinator = FakeCoordinator(OperationFailed("it was given up", {}), interrupt)
+        with pytest.raises(KeyboardInterrupt, match="it was given up"):
             attend(coordinator, "checkpoint", title="t", progress=lambda _: None)
         assert coordinator.called == ["checkpoint", "progress", "cancel"]
 

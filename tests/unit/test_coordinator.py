@@ -147,6 +147,7 @@ class FakeHost:
         return self.world.trouble
 
     def end_serving_parts(self) -> None:
+        self.world.note(self.host, "end_serving_parts")
         self.world.serving_parts.discard(self.host)
         self.world.pinning.discard(self.host)
 
@@ -870,6 +871,28 @@ def test_a_checkpoint_is_kept_while_it_is_loaded(
     assert world.pinning == set()
 
 
+def test_a_host_outside_the_vm_keeps_its_part_before_anything_is_loaded(
+    coordinator: Coordinator, world: World, checkpoint: str
+) -> None:
+    world.stores = {"h0": ("h0",), "h1": ("h1",), "h2": (), "h3": ("h2",)}
+    everybody = {"h0", "h1", "h3"}
+    world.hooks["h0.plan"] = lambda: until(lambda: world.pinning == everybody, 5, "all keep it")
+    coordinator.restore(checkpoint, Layout(main=32 << 20, subs=(32 << 20,)))
+    assert world.pinning == set()
+
+
+def test_a_host_that_dies_after_a_restore_does_not_undo_it(
+    coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
+) -> None:
+    """What it kept went with it; the others let go of theirs."""
+    world.stores = {"h0": ("h0",), "h1": ("h1",), "h2": (), "h3": ("h2",)}
+    world.fail["h1.end_serving_parts"] = ActorGone("h1 has died")
+    coordinator.restore(checkpoint, Layout(main=32 << 20, subs=(32 << 20,)))
+    assert world.runs
+    assert world.pinning == {"h1"}
+    assert fleet.visiting == {}
+
+
 def test_what_a_restore_kept_is_let_go_of_by_the_next_coordinator(
     coordinator: Coordinator, world: World, fleet: LocalFleet, checkpoint: str
 ) -> None:
@@ -1239,6 +1262,37 @@ def test_it_tries_again_when_the_host_answers(
     assert found[0].status()["phase"] == "running"
     assert world.runs
     assert found[0].checkpoint("stop")["checkpoint"] in world.published
+
+
+def test_a_vm_that_ended_with_its_coordinator_can_be_restored(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    checkpoint = world.published[started.checkpoint("stop")["checkpoint"]]
+    world.fail["h0.status"] = VmLost("QEMU of VM vm has ended")
+    world.hooks["h0.destroy"] = lambda: world.fail.clear()
+    found = successor(fleet)
+    assert found.status()["phase"] == "lost"
+    found.restore(checkpoint)
+    assert world.runs
+
+
+def test_a_publishing_under_way_ends_before_parts_are_removed(
+    started: Coordinator, fleet: LocalFleet, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main host's disk hangs longer than the guest waits for it, and then answers."""
+    world.state["checkpoint"] = "vm-20260101-000000-0000"
+    answers: list[Exception | None] = [ClusterError("h0.halt did not answer within 20 s"), None]
+
+    def halt() -> None:
+        error = answers.pop(0)
+        if error is not None:
+            raise error
+        world.published["vm-20260101-000000-0000"] = "by now"
+
+    world.hooks["h0.halt"] = halt
+    assert successor(fleet).status()["phase"] == "running"
+    assert world.runs
+    assert world.count("h1.abandon") == 0
 
 
 def test_the_guest_goes_on_although_a_sub_host_does_not_answer(

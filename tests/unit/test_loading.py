@@ -9,6 +9,7 @@ import pytest
 from dcres.actors.host import Daemon, VmFolder
 from dcres.actors.loading import SliceHost
 from dcres.actors.messages import Incarnation, PartsOrder
+from dcres.actors.sub_host import SubHost
 from dcres.config import HostSettings
 from dcres.errors import Conflict
 from dcres.paging import settings as paging_settings
@@ -17,6 +18,7 @@ from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
 from tests.support.servers import slice_settings
 from tests.support.stored import memory, placement, take
+from tests.support.wait import until
 
 
 @pytest.fixture
@@ -35,6 +37,14 @@ def stored(settings: HostSettings, tmp_path: Path) -> Manifest:
     return manifest
 
 
+def is_kept(store: Store, manifest: Manifest) -> bool:
+    try:
+        store.require_unpinned(manifest.checkpoint)
+    except Conflict:
+        return True
+    return False
+
+
 def test_parts_are_not_served_after_the_end(settings: HostSettings, stored: Manifest) -> None:
     """An order that is overtaken by the end must leave nothing running."""
     host = SliceHost("vm", environ=settings.environ())
@@ -51,10 +61,9 @@ def test_a_checkpoint_that_is_asked_for_is_kept_to_the_end(
     host = SliceHost("vm", environ=settings.environ())
     assert "h0" in host.parts_here(dumps(stored))
     host.read_main_part(dumps(stored))
-    with pytest.raises(Conflict, match="is in use"):
-        store.delete(stored.checkpoint)
+    assert is_kept(store, stored)
     host.end_serving_parts()
-    store.delete(stored.checkpoint)
+    assert not is_kept(store, stored)
     with pytest.raises(Conflict, match="was ended before"):
         host.read_main_part(dumps(stored))
 
@@ -69,7 +78,18 @@ def test_an_actor_that_is_started_again_keeps_the_checkpoint(
     chosen = slice_settings(folder.run, "slices", store, stored, ("h0",))
     paging_settings.save(chosen, folder.run / "slices.json")
     host = SliceHost("vm", environ=settings.environ())
-    with pytest.raises(Conflict, match="is in use"):
-        store.delete(stored.checkpoint)
+    until(lambda: is_kept(store, stored), 10, "it is pinned")
     host.end_serving_parts()
-    store.delete(stored.checkpoint)
+    assert not is_kept(store, stored)
+
+
+def test_what_an_earlier_life_kept_is_let_go_of(settings: HostSettings, stored: Manifest) -> None:
+    store = Store(settings.store)
+    host = SubHost("vm", environ=settings.environ())
+    assert host.parts_here(dumps(stored))
+    assert is_kept(store, stored)
+    host.clear()
+    assert not is_kept(store, stored)
+    assert host.parts_here(dumps(stored)), "and the next may be kept"
+    assert is_kept(store, stored)
+    host.end_serving_parts()

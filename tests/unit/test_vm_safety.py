@@ -44,7 +44,8 @@ def test_cache_direct() -> None:
 def test_a_disk_that_no_checkpoint_has() -> None:
     other = node(**{"node-name": "#block123", "file": "/d/data.raw"})
     (problem,) = problems(replace(SAFE, block_nodes=(*SAFE.block_nodes, other)))
-    assert problem.startswith("/d/data.raw is written to and no checkpoint would have it; list it")
+    assert problem.startswith("/d/data.raw may be written to and no checkpoint would have it; ")
+    assert problems(replace(SAFE, block_nodes=(other,), disks=None)) == []
 
 
 @pytest.mark.parametrize("driver", ["nvme", "virtio-blk-vhost-vdpa", "virtio-blk-vfio-pci"])
