@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from dcres.actors.host import Daemon, VmFolder
 from dcres.actors.loading import SliceHost
-from dcres.actors.messages import Incarnation, PartsOrder
+from dcres.actors.main_host import MainHost
+from dcres.actors.messages import Incarnation, PartsOrder, RunOrder
 from dcres.actors.sub_host import SubHost
-from dcres.config import HostSettings
-from dcres.errors import Conflict
+from dcres.config import HostSettings, vm_spec
+from dcres.errors import Conflict, QemuFailed
 from dcres.paging import settings as paging_settings
-from dcres.storage import tables
+from dcres.storage import layout, tables
 from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
+from dcres.vm import accel
 from tests.support.servers import slice_settings
-from tests.support.stored import memory, placement, take
+from tests.support.stored import folder, memory, placement, take
 from tests.support.wait import until
+
+SHARES = {"main": "384KiB"}
 
 
 @pytest.fixture
@@ -93,3 +98,41 @@ def test_what_an_earlier_life_kept_is_let_go_of(settings: HostSettings, stored: 
     assert host.parts_here(dumps(stored)), "and the next may be kept"
     assert is_kept(store, stored)
     host.end_serving_parts()
+
+
+def test_a_manifest_that_is_not_durable_is_not_told_as_published(
+    settings: HostSettings, stored: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = MainHost("demo", environ=settings.environ())
+    assert host.published(stored.checkpoint)
+
+    def refused(path: Path) -> None:
+        raise OSError(errno.EIO, "of the disk", str(path))
+
+    monkeypatch.setattr("dcres.storage.store.sync_folder", refused)
+    with pytest.raises(OSError, match="of the disk"):
+        host.published(stored.checkpoint)
+
+
+def test_a_start_sweeps_nothing_that_may_be_published(
+    settings: HostSettings, stored: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On network storage the manifest of another host may not be seen here yet."""
+    store = Store(settings.store)
+    (folder(store, stored) / layout.MANIFEST).unlink()
+    half = folder(store, stored).with_name("demo-20260301-130000-0000")
+    (half / "h0").mkdir(parents=True)
+
+    def nothing_more(*_: object) -> None:
+        raise QemuFailed("that was all")
+
+    monkeypatch.setattr(accel, "choose", nothing_more)
+    settings.ram.mkdir()
+    kernel = settings.store / "kernel"
+    kernel.write_bytes(b"")
+    spec = vm_spec({"name": "demo", "memory": "384KiB", "kernel": str(kernel), "layout": SHARES})
+    order = RunOrder(Incarnation("demo", 1, "5e" * 32), spec, ("h0",), (), None)
+    with pytest.raises(QemuFailed, match="that was all"):
+        MainHost("demo", environ=settings.environ()).boot(order)
+    assert folder(store, stored).is_dir()
+    assert not half.exists()
