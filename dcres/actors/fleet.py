@@ -13,7 +13,7 @@ from typing import Any
 
 from dcres.actors import _ray
 from dcres.actors.host import VmFolder, end_leftovers
-from dcres.actors.loading import SliceHost, parse
+from dcres.actors.loading import SliceHost, name_of_parts, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Pending, Port
 from dcres.actors.room import HostInfo, host_named
@@ -168,15 +168,21 @@ class RayFleet:
         return _ray.spawn(SliceHost, _visitor_name(vm, host), (vm, _address_of(host)), on_host=host)
 
     def leave(self, vm: str) -> None:
-        """The actors end what they started, then they are ended."""
-        for name in _ray.list_actors(f"dcres-parts/{vm}/"):
-            port = _ray.ActorPort(name)
+        """The actors end what they started, then they are ended; hosts are swept after the others.
+
+        A slice server that was left would keep its checkpoint from being deleted.
+        """
+        silent = []
+        for name in _ray.list_actors(_visitor_name(vm, "")):
             try:
-                port.call("destroy")
+                _ray.ActorPort(name).call("destroy")
             except DcresError:
-                continue  # its host is gone, and with it what ran there
+                silent.append(name.removeprefix(_visitor_name(vm, "")))
             finally:
                 _ray.kill(name)
+        for host in filter(self.alive, silent):
+            with suppress(DcresError):
+                self.sweep(name_of_parts(vm), host)
 
 
 def _on_all_hosts(function: Callable[..., Any], *args: Any) -> dict[str, Pending]:

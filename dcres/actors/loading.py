@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +54,14 @@ from dcres.storage.store import Store
 
 log = logging.getLogger("dcres.host")
 
+_PIN_AGAIN_S = 0.05
+
 NAME = Path("manifest.json")  # for errors: the text came in a message
+
+
+def name_of_parts(vm: str) -> str:
+    """What a host that only has parts of `vm` calls it: no VM's name, since it may have that too."""
+    return f"{vm}.parts"
 
 
 def parse(manifest: str) -> Manifest:
@@ -194,7 +203,13 @@ class PartServing:
     def _pin_again(self) -> None:
         """What an actor before this one had pinned, unless a deletion was faster."""
         try:
-            self._pin(paging_settings.load(SliceSettings, self._slices_path).checkpoint)
+            checkpoint = paging_settings.load(SliceSettings, self._slices_path).checkpoint
+            while not self._slices_over:
+                # Who only looks whether it may be deleted is in the way for a moment.
+                with suppress(Conflict):
+                    self._pin(checkpoint)
+                    return
+                time.sleep(_PIN_AGAIN_S)
         except (DcresError, OSError, ValueError) as error:
             log.warning("what the slice server here serves may be deleted: %s", error)
 
@@ -268,8 +283,7 @@ class SliceHost(PartServing):
         self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
     ) -> None:
         settings = HostSettings.from_environ(environ, address)
-        # No VM has such a name, so that the host may serve another VM's memory as well.
-        folder = VmFolder.of(settings, f"{vm}.parts")
+        folder = VmFolder.of(settings, name_of_parts(vm))
         super().__init__(settings, folder, Store(settings.store))
 
     def describe(self) -> Status:
