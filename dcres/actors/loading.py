@@ -60,7 +60,7 @@ NAME = Path("manifest.json")  # for errors: the text came in a message
 
 
 def name_of_parts(vm: str) -> str:
-    """What a host that only has parts of `vm` calls it: no VM's name, since it may have that too."""
+    """What `vm` is called where only parts of it are: no VM's name, and that one may be there, too."""
     return f"{vm}.parts"
 
 
