@@ -60,7 +60,7 @@ NAME = Path("manifest.json")  # for errors: the text came in a message
 
 
 def name_of_parts(vm: str) -> str:
-    """What `vm` is called where only parts of it are: no VM's name, and that one may be there, too."""
+    """What `vm` is called where only parts of it are; no VM has such a name."""
     return f"{vm}.parts"
 
 
