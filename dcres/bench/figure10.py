@@ -1,4 +1,4 @@
-"""The report's figure 10: how long a restore takes over main:sub ratios from 1:7 to 7:1.
+"""Figure 10 of Murata and Kourai (2019): restores over main:sub ratios from 1:7 to 7:1.
 
 The VM is checkpointed once at every ratio, with disks as fast as they are. In each round every
 one of these checkpoints is restored as it was saved, on the same two hosts, whose disks are then

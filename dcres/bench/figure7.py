@@ -1,4 +1,4 @@
-"""The report's figure 7: checkpoint and restore of a 1 GiB VM that is split 512/512 over two hosts.
+"""Figure 7 of Murata and Kourai (2019): a 1 GiB VM that is split 512/512 over two hosts.
 
 Three ways, in each round one after the other, on hosts with disks and links of their own
 (`dcres.bench.hosts`):
@@ -17,7 +17,7 @@ may run. That of dcres and the traditional one begin with Ray setting memory asi
 and starting actors there; the ordinary one only starts QEMU.
 
 Each host's disk reads and writes `DISK_MB_PER_S`, as a hard disk of today does, and links have
-1 Gbit, as the report's. So disks and link decide, as on the report's machines, and not the two
+1 Gbit, as theirs. So disks and link decide, as on their machines, and not the two
 processors that all hosts have in common here. How the three ways compare depends on it: what goes
 through paging cannot be faster than the link, whatever the disk. A full run therefore also takes
 checkpoints with other disks (``_at_100``, ``_at_400`` MB/s). ``disk_of_a_host`` and ``link`` are

@@ -1,4 +1,4 @@
-"""The report's figure 9: how long a checkpoint takes over main:sub ratios from 1:7 to 7:1.
+"""Figure 9 of Murata and Kourai (2019): checkpoints over main:sub ratios from 1:7 to 7:1.
 
 The VM runs on while its shares are changed from one ratio to the next (`dcres.bench.ratios`); at
 each it is checkpointed stopped. Every host's disk is as slow as in `dcres.bench.figure7`, so the
