@@ -40,7 +40,7 @@ ROUNDS = int(os.environ.get("DCRES_ROUNDS", "2"))
 FILES = 72  # of the witness, 1 MiB each; it checks one a tick
 VM = "crash"
 TAKEN = "taken"
-SPEC = {
+SPEC: dict[str, Any] = {
     "name": VM,
     "memory": "192MiB",
     "main": "72MiB",
@@ -98,7 +98,7 @@ class Campaign:
         return Path(found[0])
 
     def start(self) -> None:
-        values = spec_of(**SPEC)  # type: ignore[arg-type]
+        values = spec_of(**SPEC)
         self.coordinator.call("start", values, timeout_s=100)
 
     def newest(self) -> Manifest | None:
@@ -335,7 +335,7 @@ def find_victims(campaign: Campaign, name: str) -> list[int]:
 def test_a_kill_during_start_or_restore(running: Campaign, name: str, what: str) -> None:
     newest = running.newest()
     assert newest is not None
-    values = spec_of(**SPEC)  # type: ignore[arg-type]
+    values = spec_of(**SPEC)
     order = ("start", values) if what == "start" else ("restore", dumps(newest))
     running.clean()
     delay_s = running.random.uniform(0.0, 0.4)

@@ -177,12 +177,21 @@ def rig(
         yield made
         made.coordinator.stop()
         made.require_nothing_left()
-        until(lambda: descriptors() <= before, 30, "no descriptor that was not there before")
+        require_closed(before)
     finally:
         with suppress(DcresError):
             made.coordinator.stop()
         shutil.rmtree(folder)
         shutil.rmtree(ram)
+
+
+def require_closed(before: set[tuple[str, str]]) -> None:
+    """What this process has opened since `before` is closed soon; else AssertionError names it."""
+    try:
+        until(lambda: descriptors() <= before, 30, "no descriptor that was not there before")
+    except AssertionError as error:
+        error.add_note(f"open: {sorted(descriptors() - before)}")
+        raise
 
 
 def descriptors() -> set[tuple[str, str]]:
