@@ -44,7 +44,7 @@ _PREPARE_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 24 * 3600.0
 _RESTART_TIMEOUT_S = 30.0  # of an actor whose process died; a host that died takes longer
 _PERSIST_TIMEOUT_S = 300.0
-_HALT_TIMEOUT_S = 20.0  # a host whose disk hangs; the VM need not wait for that
+HALT_TIMEOUT_S = 20.0  # a host whose disk hangs; the VM need not wait for that
 # Ray starts an actor again in 1 to 3 s, unless its host is gone; the VM's loss is told after this.
 _DISCARD_TIMEOUT_S = 10.0
 _TRIES = 3
@@ -250,7 +250,8 @@ class Checkpointing:
             resumed_at = self._persist(self._subject.main, "resume", self.checkpoint)
         except Exception as error:  # whatever it is, the coordinator must try again
             log.error("VM %s cannot go on: %s", self._subject.vm, error)
-            self._stuck, self.vm_stands = f"the VM cannot go on: {error}", True
+            self._stuck = f"the VM could not be told to go on ({error}) and is told again,"
+            self.vm_stands = True
             return
         if self._finished is not None:
             self._downtime_s = resumed_at - self._finished.stopped_at
@@ -312,7 +313,7 @@ class Checkpointing:
 
         Or when it cannot for now: what it still saves is refused later and never published.
         """
-        halt = partial(self._in_thread, step="halt", timeout_s=_HALT_TIMEOUT_S)
+        halt = partial(self._in_thread, step="halt", timeout_s=HALT_TIMEOUT_S)
         self._halting = {host: halt(host) for host in self._subject.hosts}
         self._halting[self._subject.main].join()
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from dcres.actors.asking import ask_all, ask_progress, describe
-from dcres.actors.checkpointing import Checkpointing
+from dcres.actors.checkpointing import HALT_TIMEOUT_S, Checkpointing
 from dcres.actors.fleet import RayFleet
 from dcres.actors.following import Follower
 from dcres.actors.messages import Status
@@ -35,7 +35,6 @@ from dcres.model.picture import Picture
 log = logging.getLogger("dcres.coordinator")
 
 _CANCEL_TIMEOUT_S = 45.0
-_HALT_TIMEOUT_S = 20.0
 _RESUME_TIMEOUT_S = 180.0  # it waits for a stop that is under way
 # QEMU's run states in which a checkpoint leaves it: the last from when its core is being saved.
 _HELD = ("paused", "finish-migrate", "postmigrate")
@@ -164,7 +163,7 @@ class Coordination:
         if checkpoint is not None:
             log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
             with suppress(ClusterError):  # its disk hangs: the guest goes on first
-                main.call("halt", checkpoint, timeout_s=_HALT_TIMEOUT_S)
+                main.call("halt", checkpoint, timeout_s=HALT_TIMEOUT_S)
             main.call("resume", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
             return
         status = main.call("status")

@@ -168,9 +168,10 @@ class RayFleet:
         return _ray.spawn(SliceHost, _visitor_name(vm, host), (vm, _address_of(host)), on_host=host)
 
     def leave(self, vm: str) -> None:
-        """The actors end what they started, then they are ended; hosts are swept after the others.
+        """The actors end what they started, then they are ended.
 
-        A slice server that was left would keep its checkpoint from being deleted.
+        Where one does not answer the host is swept: a slice server that was left would keep its
+        checkpoint from being deleted.
         """
         silent = []
         for name in _ray.list_actors(_visitor_name(vm, "")):

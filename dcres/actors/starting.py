@@ -100,7 +100,7 @@ class StartingHost(QemuHost):
         # QEMU has put its firmware into memory by now, and touches none of it until it has a core.
         with self._loading(order):
             self._pager.prepare()
-            # Who comes back has the disks that it had, and its memory is worth more without.
+            # Who comes back has the disks that it had; to refuse it would lose its memory, too.
             disks = owned_nodes(spec) if manifest is None else None
             safety.require_safe(monitor, self._qemu.process.pid, self._ram, disks)
 

@@ -146,7 +146,7 @@ def test_the_vm_does_not_wait_for_a_disk_that_hangs(
         stage(saver, most_pages)
 
     monkeypatch.setattr(PartSaver, "stage", hanging)
-    monkeypatch.setattr(checkpointing, "_HALT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(checkpointing, "HALT_TIMEOUT_S", 0.5)
     pending = pool.submit(vm.coordinator.checkpoint, "stop")
     until(hangs.is_set, 60, "the VM stands still")
     assert vm.coordinator.cancel()
