@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ from dcres.storage.memory_file import (
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.sources import Room, read_into_memory
 from dcres.storage.store import Store
+from dcres.storage.transfer import BATCH_PAGES, BUFFERS
 
 LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
@@ -110,6 +112,9 @@ class PartSaver:
             stack.callback(changes.unlink, missing_ok=True)
             daemon.call("track", changes=str(changes))
             stack.callback(self._untrack)
+            # Meanwhile the hosts agree and the VM is stopped: its pages need not wait for memory.
+            warming = partial(BUFFERS.warm, SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
+            threading.Thread(target=warming, daemon=True).start()
             self._stack = stack.pop_all()
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 No checksums, no index and no second save of a page: what it takes at least to bring pages from
 tmpfs to the disk and back. It uses the disk as the formats do (O_DIRECT in pieces of 4 MiB, by as
-many threads, blocks taken at once, reads through small gaps) and shares no code with them.
+many threads, buffers that are kept, blocks taken at once, reads through small gaps) and shares
+nothing else with them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from dcres.errors import StorageError
-from dcres.linux.files import aligned_buffer, allocate, open_direct
+from dcres.linux.files import allocate, open_direct
 from dcres.model.pages import PAGE_SIZE, Pages
+from dcres.storage.buffers import Buffers
 
 _SAVING_THREADS, _LOADING_THREADS = 8, 4
 _PIECE_PAGES = 1024
 _WIDEST_PAGES = 4096
+_PIECES, _WIDE = Buffers(_PIECE_PAGES * PAGE_SIZE), Buffers(_WIDEST_PAGES * PAGE_SIZE)
 
 Move = Callable[[memoryview, memoryview, int, Pages], None]
 
@@ -97,16 +100,15 @@ def _in_pieces(pages: Pages, move: Move, threads: int) -> None:
     failures: list[BaseException] = []
 
     def work() -> None:
-        piece = memoryview(aligned_buffer(_PIECE_PAGES * PAGE_SIZE))
-        wide = memoryview(aligned_buffer(_WIDEST_PAGES * PAGE_SIZE))
         try:
-            while True:
-                with turn:
-                    at = next(starts, None)
-                if at is None or failures:
-                    return
-                some = pages[at : at + _PIECE_PAGES]
-                move(piece[: len(some) * PAGE_SIZE], wide, at, some)
+            with _PIECES.lent() as piece, _WIDE.lent() as wide:
+                while True:
+                    with turn:
+                        at = next(starts, None)
+                    if at is None or failures:
+                        return
+                    some = pages[at : at + _PIECE_PAGES]
+                    move(piece[: len(some) * PAGE_SIZE], wide, at, some)
         except BaseException as error:
             failures.append(error)
 

@@ -156,14 +156,14 @@ def aligned_buffer(length_bytes: int) -> mmap.mmap:
     return buffer
 
 
-def populate(buffer: mmap.mmap) -> None:
-    """Have all of an anonymous `buffer` present, to be written at once. Raises OSError (ENOMEM).
+def populate(buffer: mmap.mmap, length_bytes: int) -> None:
+    """Have the start of an anonymous `buffer` present, to be written at once. Raises OSError.
 
     Memory that nobody has used for long comes from the kernel, and in a virtual machine from the
     hypervisor, which may take ten times as long as to fill it. Other threads run meanwhile, as
     they would not with `mmap.madvise`.
     """
-    libc.madvise(buffer, _MADV_POPULATE_WRITE)
+    libc.madvise(buffer, length_bytes, _MADV_POPULATE_WRITE)
 
 
 def open_direct(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> tuple[int, bool]:

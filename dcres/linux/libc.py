@@ -46,11 +46,11 @@ def fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> int:
     return check(_libc.fallocate(fd, mode, offset_bytes, length_bytes), "fallocate")
 
 
-def madvise(buffer: mmap.mmap, advice: int) -> int:
-    """madvise(2) about all of `buffer`, without the interpreter's lock."""
+def madvise(buffer: mmap.mmap, length_bytes: int, advice: int) -> int:
+    """madvise(2) about the first bytes of `buffer`, without the interpreter's lock."""
     # Holds the buffer's memory, so that it cannot be closed meanwhile.
     held = (ctypes.c_char * len(buffer)).from_buffer(buffer)
-    return check(_libc.madvise(held, len(buffer), advice), "madvise")
+    return check(_libc.madvise(held, length_bytes, advice), "madvise")
 
 
 def setns(fd: int, kind: int) -> int:

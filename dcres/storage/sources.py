@@ -88,7 +88,7 @@ class Room:
         """Room for `pages` that is present already; see `populate`. Raises NoRoom."""
         try:
             buffer = _fresh(pages)
-            populate(buffer)
+            populate(buffer, len(buffer))
         except OSError as error:
             raise NoRoom(
                 f"there is no memory to hold {mib_of(pages)} MiB of pages ({error.strerror}); free "

@@ -2,9 +2,9 @@
 
 Pages are moved in *batches*: runs that one read covers, gaps between them included, or, where a
 page can be read as well by itself, runs that lie anywhere.
-Several threads take batches from one queue, each with one buffer that it uses again, so while
-one waits for the disk another reads or computes.
-A batch is cut by how much has to be read, so no thread is left with the long end of the work.
+Several threads take batches from one queue, each with one of `BUFFERS`, so while one waits for
+the disk another reads or computes. A batch is cut by how much has to be read, so no thread is
+left with the long end of the work.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcres.errors import StorageError
-from dcres.linux.files import aligned_buffer
 from dcres.model.pages import PAGE_SIZE, Extents, Pages, count_pages, pages_of_extents
+from dcres.storage.buffers import Buffers
 from dcres.storage.bulk import WIDEST_GAP, page_sums
 from dcres.storage.digest import Sums
 
@@ -27,6 +27,8 @@ Read = Callable[[memoryview, Extents], tuple[Pages, Sums]]
 BATCH_PAGES = 1024
 WIDEST_BATCH = 2 * BATCH_PAGES
 _ROWS_AT_ONCE = 1 << 16
+
+BUFFERS = Buffers(WIDEST_BATCH * PAGE_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +94,14 @@ class Batch:
         first = int(self.slots[low])
         return self.data[first * PAGE_SIZE : (first + high - low) * PAGE_SIZE]
 
-    def together(self, scratch: memoryview) -> Batch:
-        """The same with the pages one after the other, copied to `scratch` if they are not.
+    @property
+    def together(self) -> bool:
+        """Whether the pages lie one after the other."""
+        return not (np.diff(self.slots) != 1).any()
 
-        Copying costs a tenth of what a request of many small segments does to the disk.
-        """
+    def copied(self, scratch: memoryview) -> Batch:
+        """The same with the pages one after the other, in `scratch`."""
         count = len(self.slots)
-        if not (np.diff(self.slots) != 1).any():
-            return self
         source = np.frombuffer(self.data, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)
         target = np.frombuffer(scratch, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)[:count]
         np.take(source, self.slots, axis=0, out=target, mode="clip")
@@ -199,11 +201,10 @@ class _Crew:
     def _member(self) -> None:
         place = 0
         try:
-            # Not closed by hand: the traceback of an error may still hold a view of it.
-            buffer = memoryview(aligned_buffer(WIDEST_BATCH * PAGE_SIZE))
-            while (extents := self._take()) is not None:
-                place = int(extents[0, 0])
-                self._report(self._transfer.step(extents, buffer))
+            with BUFFERS.lent() as buffer:
+                while (extents := self._take()) is not None:
+                    place = int(extents[0, 0])
+                    self._report(self._transfer.step(extents, buffer))
         except BaseException as error:  # whatever it is, it must not end this thread unseen
             self._fail(place, error)
 

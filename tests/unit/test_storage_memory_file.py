@@ -31,7 +31,8 @@ from dcres.model.pages import (
     extents_of_pages,
     join,
 )
-from dcres.storage import bulk, placed, sources, transfer
+from dcres.storage import buffers, bulk, placed, sources, transfer
+from dcres.storage.buffers import Buffers
 from dcres.storage.bulk import stretches, write_fully
 from dcres.storage.contents import MemoryFile
 from dcres.storage.memory_file import (
@@ -453,7 +454,7 @@ def test_staging_into_room_needs_no_more_memory(tmp_path: Path) -> None:
 def test_room_that_cannot_be_had_is_told_before_the_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(buffer: mmap.mmap) -> None:
+    def none(buffer: mmap.mmap, length_bytes: int) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(sources, "populate", none)
@@ -722,7 +723,8 @@ def test_a_thread_that_cannot_begin_is_an_error(
     with writing(tmp_path / "m", source, PAGES, memory_format) as (writer, fd):
         writer.save(fd, extents_of_mask(mask))
         saved = writer.seal()
-        monkeypatch.setattr(transfer, "aligned_buffer", no_memory)
+        monkeypatch.setattr(transfer, "BUFFERS", Buffers(BATCH_PAGES * PAGE_SIZE))
+        monkeypatch.setattr(buffers, "aligned_buffer", no_memory)
         with pytest.raises(OSError, match="no memory"):
             verify(saved.file)
     with writing(tmp_path / "n", source, PAGES, memory_format) as (writer, fd):
