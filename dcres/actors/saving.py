@@ -112,9 +112,6 @@ class PartSaver:
             stack.callback(changes.unlink, missing_ok=True)
             daemon.call("track", changes=str(changes))
             stack.callback(self._untrack)
-            # Meanwhile the hosts agree and the VM is stopped: its pages need not wait for memory.
-            warming = partial(BUFFERS.warm, SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
-            threading.Thread(target=warming, daemon=True).start()
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -240,6 +237,9 @@ class SavingHost:
         self._saving = threading.RLock()
         self._saver: PartSaver | None = None
         self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
+        # A VM that stands still does not wait for memory then.
+        warming = partial(BUFFERS.warm, SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
+        threading.Thread(target=warming, daemon=True).start()
 
     def _require_wanted(self, checkpoint: str) -> None:
         if checkpoint in self._halted:
