@@ -36,12 +36,11 @@ from dcres.model.placement import (
     to_saved,
 )
 from dcres.paging.table import PageTable
-from dcres.storage import tables
-from dcres.storage.atomic import write_durably
-from dcres.storage.digest import FileSum, file_sum
-from dcres.storage.layout import HISTORY, PAGES, VMCORE
+from dcres.storage.digest import FileSum
+from dcres.storage.layout import VMCORE
 from dcres.storage.manifest import loads
 from dcres.storage.memory_file import SavedMemory
+from dcres.storage.slices import write_main_files
 from dcres.vm import disk
 from dcres.vm.command import disk_nodes
 
@@ -143,21 +142,17 @@ class MainHost(MovingHost):
         owners, ticks = self._frozen
         codes = self._state["codes"]
 
-        def write_tables(saved: SavedMemory) -> list[FileSum]:
+        def write_files(saved: SavedMemory) -> tuple[FileSum, ...]:
             if not codes:  # nothing is ever missing, so the pager keeps no account of it
                 owners[:] = np.where(saved.mask, MAIN, NOWHERE)
             wrong = int((saved.mask != (owners == MAIN)).sum())
             if wrong:
                 raise PagesLost(f"the memory file and the page table disagree about {wrong} pages")
-            hosts = tuple(self._state["hosts"])
-            write_durably(folder / VMCORE, self._core.read_bytes())
-            return [
-                tables.write_placement(folder / PAGES, to_saved(owners, codes), hosts),
-                tables.write_history(folder / HISTORY, ticks, tick),
-                file_sum(folder / VMCORE),
-            ]
+            placement, hosts = to_saved(owners, codes), tuple(self._state["hosts"])
+            core = self._core.read_bytes()
+            return write_main_files(folder, core, (ticks, tick), placement, hosts)
 
-        saved = self._settle(checkpoint, write_tables)
+        saved = self._settle(checkpoint, write_files)
         self._frozen = None
         masks = [owners == code for code in codes]
         placed = tuple(Placed(int(mask.sum()), digest(mask)) for mask in masks)

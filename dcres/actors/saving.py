@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -204,7 +205,9 @@ class PartSaver:
             self._writer.settle(beside_guest())
         saved = self._writer.seal()
         self.close()
-        files = (*tables_of(saved), *write_memory_tables(self._folder, saved))
+        with ThreadPoolExecutor(1) as beside:
+            of_memory = beside.submit(write_memory_tables, self._folder, saved)
+            files = (*tables_of(saved), *of_memory.result())
         return Saved(
             host=host,
             pages=saved.pages,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from dcres.errors import StoreFull
@@ -64,33 +64,28 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     An existing file is replaced. Two writers of one path need a lock. Raises StoreFull.
     """
-    write_all_durably(path.parent, {path.name: data}, mode)
+    with replaced(path, mode) as fd:
+        write_whole(fd, data)
 
 
-def write_all_durably(folder: Path, files: Mapping[str, bytes], mode: int = 0o600) -> None:
-    """The same for several files of one folder, which is made durable once for all of them.
-
-    After a crash each file has its old content or the new, and any of them may have either.
-    """
-    temporaries = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+@contextlib.contextmanager
+def replaced(path: Path, mode: int = 0o600) -> Iterator[int]:
+    """The same for what the block writes to the descriptor; if it fails nothing has changed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        for name, data in files.items():
-            with store_full(folder / name):
-                _write_new(temporaries[name], data, mode)
-        for name, temporary in temporaries.items():
-            with store_full(folder / name):
-                os.rename(temporary, folder / name)
-        with store_full(folder):
-            sync_folder(folder)
+        with store_full(path):
+            with opened_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode) as fd:
+                yield fd
+                os.fsync(fd)
+            os.rename(temporary, path)
+            sync_folder(path.parent)
     except BaseException:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _write_new(path: Path, data: bytes, mode: int) -> None:
-    with opened_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode) as fd:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(fd, rest) :]
-        os.fsync(fd)
+def write_whole(fd: int, data: bytes | memoryview) -> None:
+    """write(2) as often as it takes. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dcres.storage.atomic import write_whole
 from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.layout import FILE_PATTERN
 
@@ -38,6 +39,38 @@ class FileSum:
 def bytes_sum(name: str, data: bytes) -> FileSum:
     """The checksum of `data`, to be stored as `name`."""
     return FileSum(name=name, length_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+class SummedFile:
+    """A descriptor that is written to, with the checksum of it all: a file as pyarrow wants one.
+
+    Tables have megabytes, and memory that is fresh is slow: they are kept nowhere in between.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._sha256 = hashlib.sha256()
+        self._length_bytes = 0
+        self.closed = False
+
+    def write(self, data: bytes | memoryview) -> int:
+        """All of `data`; its length. Raises OSError."""
+        view = memoryview(data)
+        write_whole(self._fd, view)
+        self._sha256.update(view)
+        self._length_bytes += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def close(self) -> None:
+        """The descriptor stays open: it is its opener's."""
+        self.closed = True
+
+    def sum(self, name: str) -> FileSum:
+        """The checksum of what was written, to be stored as `name`."""
+        return FileSum(name, self._length_bytes, self._sha256.hexdigest())
 
 
 def file_sum(path: Path) -> FileSum:

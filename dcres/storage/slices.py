@@ -11,7 +11,7 @@ from dcres.errors import NotFound
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import Mask
 from dcres.storage import layout, tables
-from dcres.storage.atomic import write_all_durably
+from dcres.storage.atomic import write_durably
 from dcres.storage.contents import MemoryFile
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum, bytes_sum
@@ -61,13 +61,33 @@ def memory_part(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryPart
 
 
 def write_memory_tables(folder: Path, saved: SavedMemory) -> tuple[FileSum, ...]:
-    """Write what `MemoryPart.read` reads: durable on return. Raises StoreFull."""
-    file = saved.file
-    made = {layout.SUMS: tables.encode_sums(file.mask, file.sums)}
+    """Write what `MemoryPart.read` reads, the sums last: durable on return. Raises StoreFull."""
+    file, written = saved.file, []
     if file.order is not None:
-        made[layout.INDEX] = tables.encode_index(file.order, len(file.mask))
-    write_all_durably(folder, made)
-    return tuple(bytes_sum(name, data) for name, data in made.items())
+        index = tables.write_index(folder / layout.INDEX, file.order, len(file.mask))
+        written.append(index)
+    written.append(tables.write_sums(folder / layout.SUMS, file.mask, file.sums))
+    return tuple(written)
+
+
+def write_main_files(
+    folder: Path,
+    core: bytes,
+    history: tuple[tables.Ticks, int],
+    placement: tables.Placement,
+    hosts: tuple[str, ...],
+) -> tuple[FileSum, ...]:
+    """Write what only the main host has, page placement last: durable on return.
+
+    `history` is the tick of each page's last access and the tick now. A part whose page placement
+    and sums are there is whole (`Store.sweep`). Raises StoreFull.
+    """
+    write_durably(folder / layout.VMCORE, core)
+    return (
+        bytes_sum(layout.VMCORE, core),
+        tables.write_history(folder / layout.HISTORY, *history),
+        tables.write_placement(folder / layout.PAGES, placement, hosts),
+    )
 
 
 def read_here(folder: Path, manifest: Manifest, part: HostSlice) -> Mask:

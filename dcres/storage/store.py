@@ -328,7 +328,7 @@ def _has_whole_part(folder: Path) -> bool:
 
 
 def _is_whole(part: Path) -> bool:
-    """Whether its host has written all of it: tables come last."""
+    """Whether its host has written all of it: each of these is written after all but the other."""
     return (part / layout.PAGES).exists() and (part / layout.SUMS).exists()
 
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
-from dcres.storage.atomic import write_durably
+from dcres.storage.atomic import replaced
 from dcres.storage.damage import corrupt
-from dcres.storage.digest import FileSum, Sums, bytes_sum, read_checked
+from dcres.storage.digest import FileSum, SummedFile, Sums, read_checked
 
 Placement = npt.NDArray[np.uint8]
 Ticks = npt.NDArray[np.uint32]
@@ -77,10 +77,9 @@ def read_existence(path: Path, page_count: int, expected: FileSum | None = None)
     return here
 
 
-def encode_sums(mask: Mask, sums: Sums) -> bytes:
-    """The checksums of the pages in `mask`; `sums` has one entry per page of the VM."""
-    pages = np.flatnonzero(mask).astype(np.uint64)
-    return _encode("sums", len(mask), [pages, sums[mask]])
+def write_sums(path: Path, mask: Mask, sums: Sums) -> FileSum:
+    """Write the checksums of the pages in `mask`; `sums` has one entry per page of the VM."""
+    return _write(path, "sums", len(mask), [np.flatnonzero(mask).view(np.uint64), sums[mask]])
 
 
 def read_sums(path: Path, page_count: int, expected: FileSum | None = None) -> tuple[Mask, Sums]:
@@ -96,9 +95,9 @@ def read_sums(path: Path, page_count: int, expected: FileSum | None = None) -> t
     return mask, sums
 
 
-def encode_index(order: Pages, page_count: int) -> bytes:
-    """The index of a packed memory file: for every place the page that lies there."""
-    return _encode("index", page_count, [order.astype(np.uint32)])
+def write_index(path: Path, order: Pages, page_count: int) -> FileSum:
+    """Write the index of a packed memory file: for every place the page that lies there."""
+    return _write(path, "index", page_count, [order.astype(np.uint32)])
 
 
 def read_index(path: Path, page_count: int, expected: FileSum | None = None) -> Pages:
@@ -148,19 +147,13 @@ def _write(
     columns: list[Any],
     more: dict[str, str] | None = None,
 ) -> FileSum:
-    data = _encode(kind, page_count, columns, more)
-    write_durably(path, data)
-    return bytes_sum(path.name, data)
-
-
-def _encode(
-    kind: str, page_count: int, columns: list[Any], more: dict[str, str] | None = None
-) -> bytes:
     schema = _schema(kind, page_count, more or {})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=schema))
-    return bytes(sink.getvalue().to_pybytes())
+    batch = pa.record_batch([pa.array(column) for column in columns], schema=schema)
+    with replaced(path) as fd:
+        file = SummedFile(fd)
+        with pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch)
+    return file.sum(path.name)
 
 
 def _read(

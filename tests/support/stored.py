@@ -14,11 +14,10 @@ from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
 from dcres.storage import layout, tables
-from dcres.storage.atomic import sync_file
-from dcres.storage.digest import FileSum, file_sum
+from dcres.storage.digest import FileSum
 from dcres.storage.manifest import DiskSnapshot, HostSlice, Manifest, Mode, Role
 from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
-from dcres.storage.slices import write_memory_tables
+from dcres.storage.slices import write_main_files, write_memory_tables
 from dcres.storage.store import Store
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -160,12 +159,6 @@ def _slice(
 
 
 def _main_files(folder: Path, where: tables.Placement) -> list[FileSum]:
-    core = folder / layout.VMCORE
-    core.write_bytes(np.random.default_rng(3).bytes(10_000))
-    sync_file(core)
+    core = np.random.default_rng(3).bytes(10_000)
     history = np.arange(PAGE_COUNT, dtype=np.uint32)
-    return [
-        tables.write_placement(folder / layout.PAGES, where, HOSTS),
-        tables.write_history(folder / layout.HISTORY, history, 7),
-        file_sum(core),
-    ]
+    return [*write_main_files(folder, core, (history, 7), where, HOSTS)]

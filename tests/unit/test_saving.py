@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -16,7 +16,7 @@ from dcres.actors.host import Meter, write_state
 from dcres.actors.messages import Saved
 from dcres.actors.saving import SavingHost
 from dcres.actors.sub_host import SubHost
-from dcres.errors import Conflict
+from dcres.errors import Conflict, StoreFull
 from dcres.linux.files import data_extents
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
@@ -99,6 +99,21 @@ def test_orders_for_another_checkpoint_are_refused(host: Host) -> None:
             order()
     host.stage(SECOND, 0)
     assert host.save(SECOND).pages == PAGES
+
+
+def test_memory_tables_that_fail_are_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written by a thread of their own."""
+
+    def full(*_: object) -> NoReturn:
+        raise StoreFull("no room to write it")
+
+    host.prepare(FIRST)
+    host.stage(FIRST, 0)
+    monkeypatch.setattr(saving, "write_memory_tables", full)
+    with pytest.raises(StoreFull, match="no room to write it"):
+        host.save(FIRST)
+    host.abandon(FIRST)
+    assert host.files(FIRST) == set()
 
 
 def write(host: Host, page: int) -> bytes:

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -73,41 +74,25 @@ def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
         atomic.make_private_dirs(tmp_path / "a")
 
 
-def test_several_files_have_their_folder_made_durable_once(
+def test_a_block_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic.write_durably(path, b"old")
+
+    def fail() -> NoReturn:
+        with atomic.replaced(path) as fd:
+            atomic.write_whole(fd, b"half")
+            raise ValueError("as planned")
+
+    with pytest.raises(ValueError, match="as planned"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_write_that_takes_a_part_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[str] = []
-    fsync, rename = os.fsync, os.rename
-
-    def noted_fsync(fd: int) -> None:
-        steps.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
-        fsync(fd)
-
-    def noted_rename(source: Path, target: Path) -> None:
-        steps.append(target.name)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "rename", noted_rename)
-    atomic.write_all_durably(tmp_path, {"one": b"1", "two": b"2"})
-    assert steps == ["file", "file", "one", "two", "folder"]
-    assert [(tmp_path / name).read_bytes() for name in ("one", "two")] == [b"1", b"2"]
-    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
-
-
-def test_of_several_files_that_do_not_fit_none_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    atomic.write_all_durably(tmp_path, {"one": b"old", "two": b"old"})
     write = os.write
-
-    def full_at_the_second(fd: int, data: memoryview) -> int:
-        if bytes(data) == b"2":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(fd, data)
-
-    monkeypatch.setattr(os, "write", full_at_the_second)
-    with pytest.raises(StoreFull, match="two"):
-        atomic.write_all_durably(tmp_path, {"one": b"1", "two": b"2"})
-    assert {(tmp_path / name).read_bytes() for name in ("one", "two")} == {b"old"}
-    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+    atomic.write_durably(tmp_path / "file", b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"

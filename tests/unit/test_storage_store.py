@@ -20,7 +20,9 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, extents_of_mask
 from dcres.storage import layout, memory_file, tables
 from dcres.storage.manifest import Manifest
+from dcres.storage.memory_file import SavedMemory
 from dcres.storage.page_reader import PageReader
+from dcres.storage.slices import write_main_files, write_memory_tables
 from dcres.storage.store import Store
 from tests.support.stored import (
     HOSTS,
@@ -166,6 +168,45 @@ def test_a_sub_host_sweeps_nothing_that_may_be_published(root: Store, ram: Path)
     for host in HOSTS:
         (folder(root, manifest) / host / layout.SUMS).unlink()
     assert root.sweep("demo", whole_parts=False) == [manifest.checkpoint]
+
+
+@pytest.mark.parametrize("renames", range(5))
+@pytest.mark.parametrize("memory_first", [True, False])
+def test_a_main_host_that_dies_among_its_tables_leaves_nothing_that_passes_for_whole(
+    root: Store, ram: Path, renames: int, memory_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory tables and the others are written side by side, so either may be done first."""
+    manifest = take(root, ram, memory_format=MemoryFormat.PACKED)
+    part = folder(root, manifest) / HOSTS[0]
+    memory_file = root.read_slice(manifest, HOSTS[0]).memory
+    saved = SavedMemory(memory_file, 1, 1, 1, 1.0)
+    for path in (*folder(root, manifest).glob("h[12]/*"), *part.glob("*.arrow")):
+        path.unlink()
+    for host in HOSTS[1:]:
+        (folder(root, manifest) / host).rmdir()
+    history = np.zeros(PAGE_COUNT, dtype=np.uint32), 7
+    rename = os.rename
+    done: list[Path] = []
+
+    def write_tables() -> None:
+        if memory_first:
+            write_memory_tables(part, saved)
+        write_main_files(part, b"core", history, placement(), HOSTS)
+        if not memory_first:
+            write_memory_tables(part, saved)
+
+    def rename_or_die(source: Path, target: Path) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        write_tables()
+    monkeypatch.undo()
+    assert len(done) == renames
+    assert root.sweep("demo") == [manifest.checkpoint]
 
 
 def test_publish_may_be_repeated_but_not_changed(root: Store, published: Manifest) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dcres.errors import CheckpointCorrupt
 from dcres.storage import tables
-from dcres.storage.digest import FileSum, bytes_sum, file_sum
+from dcres.storage.digest import FileSum, file_sum
 
 COUNT = 50
 MASK = np.arange(COUNT) % 3 == 1
@@ -27,19 +27,14 @@ Write = Callable[[Path], FileSum]
 Read = Callable[..., Any]
 
 
-def written(path: Path, data: bytes) -> FileSum:
-    path.write_bytes(data)
-    return bytes_sum(path.name, data)
-
-
 KINDS: dict[str, tuple[Write, Read]] = {
     "placement": (
         lambda path: tables.write_placement(path, PLACEMENT, ("h0", "h1")),
         tables.read_placement,
     ),
     "existence": (lambda path: tables.write_existence(path, MASK), tables.read_existence),
-    "sums": (lambda path: written(path, tables.encode_sums(MASK, SUMS)), tables.read_sums),
-    "index": (lambda path: written(path, tables.encode_index(ORDER, COUNT)), tables.read_index),
+    "sums": (lambda path: tables.write_sums(path, MASK, SUMS), tables.read_sums),
+    "index": (lambda path: tables.write_index(path, ORDER, COUNT), tables.read_index),
     "history": (lambda path: tables.write_history(path, HISTORY, 9), tables.read_history),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -67,8 +62,7 @@ def test_round_trips(tmp_path: Path) -> None:
 
 def test_a_vm_without_a_page_here(tmp_path: Path) -> None:
     nothing = np.zeros(COUNT, dtype=np.bool_)
-    data = tables.encode_sums(nothing, np.zeros(COUNT, dtype=np.uint64))
-    (tmp_path / "s").write_bytes(data)
+    tables.write_sums(tmp_path / "s", nothing, np.zeros(COUNT, dtype=np.uint64))
     assert not tables.read_sums(tmp_path / "s", COUNT)[0].any()
 
 
