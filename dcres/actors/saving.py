@@ -101,6 +101,9 @@ class PartSaver:
         self._rate = 0.0  # at which what is left would be staged; measured in the first round
         self._saved_any = False
         self._left = 0  # pages marked after the latest round
+        # Before the VM is stopped: it is not to wait for memory then.
+        warming = partial(BUFFERS.warm, SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
+        threading.Thread(target=warming, daemon=True).start()
         with ExitStack() as stack:
             self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._source)
@@ -240,9 +243,6 @@ class SavingHost:
         self._saving = threading.RLock()
         self._saver: PartSaver | None = None
         self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
-        # A VM that stands still does not wait for memory then.
-        warming = partial(BUFFERS.warm, SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
-        threading.Thread(target=warming, daemon=True).start()
 
     def _require_wanted(self, checkpoint: str) -> None:
         if checkpoint in self._halted:
