@@ -17,7 +17,7 @@ from typing import Self
 
 import numpy as np
 
-from dcres.errors import NoRoom
+from dcres.errors import NoRoom, PagingError
 from dcres.linux.files import open_own
 from dcres.model.pages import Extents, Pages, extents_of_pages
 
@@ -44,6 +44,14 @@ class ChangeMap:
         """A new file without marks in place of any that is there. Raises NoRoom."""
         path.unlink(missing_ok=True)
         return cls(path, page_count)
+
+    @classmethod
+    def shared(cls, path: Path, page_count: int) -> Self:
+        """The file that whoever saves has made. Raises NoRoom, or PagingError without it."""
+        try:
+            return cls(path, page_count)
+        except OSError as error:
+            raise PagingError(f"cannot mark what changes in {path}: {error.strerror}") from None
 
     def mark(self, first: int, stop: int) -> None:
         """Pages ``[first, stop)`` have just changed."""

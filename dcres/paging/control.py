@@ -30,6 +30,22 @@ def failure(error: errors.DcresError) -> Answer:
     return {"ok": False, "error": type(error).__name__, "message": str(error)}
 
 
+def text(arguments: dict[str, Any], name: str) -> str:
+    """The argument `name` of an order. Raises ProtocolError unless it is a text."""
+    value = arguments.get(name)
+    if not isinstance(value, str):
+        raise errors.ProtocolError(f"{value!r} is no {name}")
+    return value
+
+
+def pages(arguments: dict[str, Any], name: str) -> int:
+    """The argument `name` of an order. Raises ProtocolError unless it is a number of pages."""
+    value = arguments.get(name)
+    if type(value) is not int or value < 0:  # true and false are int, too
+        raise errors.ProtocolError(f"{value!r} is no number of pages")
+    return value
+
+
 class ControlServer:
     """Accepts control connections in a `Loop` and hands each request to `handler`."""
 
@@ -99,7 +115,7 @@ class _ControlConnection:
         try:
             request = json.loads(line)
             name = request.pop("do")
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             self._reply(failure(errors.ProtocolError("a control request is not understood")))
             return
         try:

@@ -24,6 +24,7 @@ from dcres.linux.pagemap import WriteTracker
 from dcres.model.pages import PAGE_SIZE, Extents, Mask
 from dcres.model.placement import MAIN, pages_by_host
 from dcres.model.wire import Kind
+from dcres.paging import control
 from dcres.paging import moves as moves_
 from dcres.paging import settings as settings_
 from dcres.paging.alone import alone
@@ -236,16 +237,17 @@ class Pager:
                 self._standstill.thaw()
                 reply({"ok": True})
             case "resize":
-                self._resize(int(arguments["limit_pages"]))
+                self._resize(control.pages(arguments, "limit_pages"))
                 reply({"ok": True})
             case "reload":
                 self._reload()
                 reply({"ok": True})
             case "track":
-                self._track(Path(arguments["changes"]))
+                self._track(Path(control.text(arguments, "changes")))
                 reply({"ok": True})
             case "scan":
-                reply({"ok": True, "written": self._scan(arguments["changes"])})
+                changes = control.text(arguments, "changes")
+                reply({"ok": True, "written": self._scan(changes)})
             case "untrack":
                 self._evictor.changes = NOBODY_LOOKS
                 self._tracking = ""
@@ -256,8 +258,9 @@ class Pager:
     def _track(self, changes: Path) -> None:
         """From now on mark in `changes` what comes, goes and is written. Repeatable."""
         self._standstill.require_alive()
+        marks = ChangeMap.shared(changes, self._settings.page_count)
         self._evictor.note_writes()  # what was written before is not news
-        self._evictor.changes = ChangeMap(changes, self._settings.page_count)
+        self._evictor.changes = marks
         self._tracking = str(changes)
 
     def _scan(self, changes: str) -> int:

@@ -18,6 +18,7 @@ from dcres.errors import DcresError, PagingError, ProtocolError
 from dcres.model.handshake import Role
 from dcres.model.placement import digest
 from dcres.model.wire import Endpoint
+from dcres.paging import control
 from dcres.paging import settings as settings_
 from dcres.paging.alone import alone
 from dcres.paging.changes import ChangeMap
@@ -63,18 +64,20 @@ class MemoryServer:
             case "status":
                 reply({"ok": True, **self.status()})
             case "track":
-                path = Path(arguments["changes"])
-                self._pages.changes = ChangeMap(path, self._pages.page_count)
-                self._tracking = arguments["changes"]
+                changes = control.text(arguments, "changes")
+                self._pages.changes = ChangeMap.shared(Path(changes), self._pages.page_count)
+                self._tracking = changes
                 reply({"ok": True})
             case "scan":
-                reply({"ok": True, "written": self._scan(arguments["changes"])})
+                changes = control.text(arguments, "changes")
+                reply({"ok": True, "written": self._scan(changes)})
             case "untrack":
                 self._pages.changes = None
                 self._tracking = ""
                 reply({"ok": True})
             case "resize":
-                self._resize(arguments.get("capacity_pages"))
+                # Less than is held drops nothing; nothing more is taken then.
+                self._pages.capacity_pages = control.pages(arguments, "capacity_pages")
                 reply({"ok": True})
             case _:
                 raise ProtocolError(f"a memory server cannot {do}")
@@ -84,12 +87,6 @@ class MemoryServer:
         if changes != self._tracking or self._pages.changes is None:
             raise PagingError("the memory server was started again and does not track this")
         return self._pages.changes.count()
-
-    def _resize(self, capacity_pages: object) -> None:
-        """It may be less than is held: nothing is dropped then, and nothing more is taken."""
-        if not isinstance(capacity_pages, int) or capacity_pages < 0:
-            raise ProtocolError(f"{capacity_pages!r} is no number of pages")
-        self._pages.capacity_pages = capacity_pages
 
     def status(self) -> dict[str, Any]:
         """Counters and the digest of the existence map, as JSON values."""
