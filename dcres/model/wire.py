@@ -243,6 +243,14 @@ def unpack_only_extents(
     return extents
 
 
+def unpack_release(payload: memoryview, page_count: int) -> Extents:
+    """Extents of a RELEASE. Raises ProtocolError, also for so many that others would wait long."""
+    extents = unpack_only_extents(payload, page_count)
+    if len(extents) > MAX_RELEASE_EXTENTS:
+        raise ProtocolError(f"a RELEASE of {len(extents)} extents; {MAX_RELEASE_EXTENTS} at most")
+    return extents
+
+
 def unpack_pages(
     payload: memoryview, page_count: int, *, may_be_none: bool = False
 ) -> tuple[Extents, memoryview]:
@@ -267,7 +275,10 @@ def unpack_fetch(payload: memoryview, page_count: int) -> tuple[Endpoint, Extent
     port, length = _SOURCE.unpack_from(payload)
     at = _SOURCE.size + length
     try:
-        address = str(ipaddress.ip_address(bytes(payload[_SOURCE.size : at]).decode("ascii")))
+        text = bytes(payload[_SOURCE.size : at]).decode("ascii")
+        address = str(ipaddress.ip_address(text))
+        if "%" in text:  # a zone may be a name, and names are looked up
+            raise ValueError(text)
     except ValueError:
         raise ProtocolError("the source of a FETCH frame is not an IP address") from None
     extents = unpack_only_extents(payload[at:], page_count)

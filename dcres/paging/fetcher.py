@@ -220,7 +220,13 @@ class FetchingTable:
         parts = [_Part(fetch, low, min(low + wire.MAX_PAGES, len(pages))) for low in starts]
         fetch.parts.update(parts)
         self._fetches.add(fetch)
-        connection = self._source(source)
+        try:
+            connection = self._source(source)
+        except OSError as error:  # no socket for it: this host may not have its kind of addresses
+            log.warning("source %s port %d: %s", source.address, source.port, error)
+            for part in parts:
+                self._done(part)
+            return
         for part in parts:
             connection.ask(part)
 

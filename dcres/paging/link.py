@@ -366,9 +366,9 @@ class Link:
         match request.kind, frame.kind:
             case Kind.PAGE_IN, Kind.PAGES:
                 self._pages_came(request, frame, self._buffer_address)
-            case Kind.PAGE_OUT, Kind.STORED:
+            case Kind.PAGE_OUT, Kind.STORED if not frame.payload:
                 self._user.pages_stored(self, cast(Extents, request.extents))
-            case Kind.RELEASE, Kind.RELEASED:
+            case Kind.RELEASE, Kind.RELEASED if not frame.payload:
                 pass
             case Kind.EXISTENCE, Kind.EXISTENCE_MAP:
                 self._reconcile(cast(Extents, request.extents), frame)

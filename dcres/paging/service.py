@@ -121,7 +121,8 @@ class Connection:
             self._service.serve(self.role, self.stream, frame)
         except (CheckpointCorrupt, NoRoom, PagesLost, ProtocolError) as error:
             self.stream.send([wire.frame(Kind.ERROR, frame.request, wire.pack_error(error))])
-            self.stream.close(PagingError(str(error)))
+            self.stream.end(PagingError(str(error)))
+            self.since = time.monotonic()
 
     def _greet(self, frame: Frame) -> None:
         try:
@@ -160,6 +161,7 @@ class PageService:
         self._store = store  # a file of pages and who is in it, which the hot path may serve from
         self._strangers: list[Connection] = []
         self._members: dict[Role, list[Connection]] = {role: [] for role in Role}
+        self._ending: list[Connection] = []
         family = socket.AF_INET6 if ":" in at.address else socket.AF_INET
         self._listener = socket.create_server((at.address, at.port), family=family, backlog=64)
         self._listener.setblocking(False)
@@ -175,6 +177,10 @@ class PageService:
         deadline = time.monotonic() - HANDSHAKE_TIMEOUT_S
         for stranger in [each for each in self._strangers if each.since < deadline]:
             stranger.refuse(Refused("it did not prove itself in time"))
+        for each in self._ending:
+            if each.since < deadline:
+                each.stream.drop()
+        self._ending = [each for each in self._ending if each.stream.ending]
 
     def close(self) -> None:
         """Stop listening and end all connections."""
@@ -182,6 +188,8 @@ class PageService:
         self._listener.close()
         for each in [*self._strangers, *(one for some in self._members.values() for one in some)]:
             each.stream.close(ConnectionAbortedError("the server ends"))
+        for each in self._ending:
+            each.stream.drop()
 
     @property
     def pages_served(self) -> int:
@@ -221,6 +229,8 @@ class PageService:
             return
         self._members[connection.role].remove(connection)
         self.pages_in += connection.stream.shared[wire.SERVED]
+        if connection.stream.ending:
+            self._ending.append(connection)
         if connection.role is Role.PAGER:
             self._table.gone(connection.stream)
             self._end_express()
@@ -254,8 +264,7 @@ class PageService:
                 self.pages_out += count_pages(extents)
                 stream.send([wire.frame(Kind.STORED, frame.request)])
             case Kind.RELEASE:
-                extents = wire.unpack_only_extents(frame.payload, self.page_count)
-                self._table.release(extents)
+                self._table.release(wire.unpack_release(frame.payload, self.page_count))
                 stream.send([wire.frame(Kind.RELEASED, frame.request)])
             case Kind.FETCH:
                 source, extents = wire.unpack_fetch(frame.payload, self.page_count)

@@ -6,6 +6,7 @@ import mmap
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from dcres.errors import PagingError
 from dcres.linux.network import watch_peer
@@ -47,6 +48,8 @@ class FrameStream:
         self._unsent: deque[Part] = deque()
         self._blocked = False  # epoll waits for room to write
         self.open = True
+        self.ending = False
+        """Whether the peer has not taken all yet that was sent before `end`."""
         loop.add(sock.fileno(), self._ready)
 
     def send(self, parts: Sequence[Part]) -> None:
@@ -87,6 +90,40 @@ class FrameStream:
         self._sock.close()
         self._unsent.clear()
         self._on_close(why)
+
+    def end(self, why: PagingError | OSError) -> None:
+        """Close the connection when the peer has taken what was sent; `on_close` is told now.
+
+        To close a socket at which requests still arrive resets it, and the peer may never see
+        what was sent last: the ERROR that says why. So what comes is dropped until it closes.
+        """
+        if not self.open or self.shared[wire.MAY_SEND] == wire.HALF_SENT:
+            self.close(why)
+            return
+        self.open, self.ending = False, True
+        self._loop.remove(self._sock.fileno())
+        self._loop.add(self._sock.fileno(), self._drain, READ | WRITE)
+        self._on_close(why)
+
+    def drop(self) -> None:
+        """Wait no longer for the peer of a connection that is `ending`."""
+        if self.ending:
+            self.ending = False
+            self._loop.remove(self._sock.fileno())
+            self._sock.close()
+            self._unsent.clear()
+
+    def _drain(self, _: int) -> None:
+        try:
+            with suppress(BlockingIOError, InterruptedError):
+                self._push()
+                self._sock.shutdown(socket.SHUT_WR)
+                self._loop.want(self._sock.fileno(), READ)
+            with suppress(BlockingIOError, InterruptedError):
+                if not self._sock.recv_into(self.buffer):
+                    self.drop()
+        except OSError:
+            self.drop()
 
     def _ready(self, events: int | bytes | tuple[int, int, int, int]) -> None:
         if isinstance(events, tuple):
@@ -140,9 +177,7 @@ class FrameStream:
         if self.shared[wire.MAY_SEND] == wire.HALF_SENT:
             return
         try:
-            while self._unsent:
-                parts = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PARTS))]
-                self._sent(self._sock.sendmsg(parts))
+            self._push()
         except (BlockingIOError, InterruptedError):
             self._loop.want(self._sock.fileno(), READ | WRITE)
             self._blocked = True
@@ -154,6 +189,11 @@ class FrameStream:
         if self._blocked:
             self._loop.want(self._sock.fileno(), READ)
             self._blocked = False
+
+    def _push(self) -> None:
+        while self._unsent:
+            parts = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PARTS))]
+            self._sent(self._sock.sendmsg(parts))
 
     def _sent(self, length: int) -> None:
         while length:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from dcres.model import wire
 from dcres.model.handshake import Role
 from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.model.wire import Endpoint, Kind
-from dcres.paging import fetcher, loop
+from dcres.paging import fetcher, loop, service
 from dcres.paging.changes import ChangeMap
 from dcres.paging.fetcher import FetchingTable
 from dcres.paging.loop import Loop
 from dcres.paging.puller import pull
+from dcres.paging.service import PageService
 from dcres.paging.settings import SubAddress
 from dcres.paging.stream import FrameStream
 from dcres.paging.subtable import SubTable
@@ -215,6 +217,55 @@ def test_earlier_versions_are_hung_up_on(one: Server, version: int) -> None:
         ),
         what="it is logged",
     )
+
+
+@pytest.mark.parametrize("role", [Role.PAGER, Role.READER])
+def test_an_error_comes_behind_every_answer(one: Server, role: Role) -> None:
+    """Also to somebody who has not taken them yet, and goes on asking."""
+    many = wire.pack_run(0, wire.MAX_PAGES)
+    with Client(one) as pager:
+        pager.page_out(np.array([[0, wire.MAX_PAGES]]))
+    with Client(one, role) as client:
+        for _ in range(30):  # more than sockets hold
+            client.tell(Kind.PEEK, many)
+        client.tell(Kind.PEEK, b"")
+        for _ in range(30):
+            client.tell(Kind.PEEK, many)
+            assert client.next().kind is Kind.PAGES
+        client.tell(Kind.PEEK, many)
+        assert ended(client) == b"ProtocolError: a frame ends inside its extents"
+    until(lambda: one.status()["connected"] is False, what="the server has let go of it")
+
+
+def test_a_peer_that_does_not_hang_up_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "HANDSHAKE_TIMEOUT_S", 0.1)
+    loop = Loop()
+    with SubTable(tmp_path / "store.ram", PAGES, PAGES) as pages:
+        at = Endpoint("127.0.0.1", 0)
+        served = PageService(loop, ME, PAGES, at, FetchingTable(loop, ME, pages))
+        with socket.create_connection(("127.0.0.1", served.port)) as peer:
+            until(lambda: served._strangers or loop.turn(0.01), what="it is accepted")
+            (connection,) = served._strangers
+            connection.handshake.accepted = True
+            served.admit(connection)
+            connection.stream.end(PagingError("the test wants it"))
+            assert served._ending == [connection]
+            connection.since = time.monotonic()
+            while served._ending:
+                served.turn(0.01)
+            assert peer.recv(1) == b""
+        served.close()
+    loop.close()
+
+
+@pytest.mark.parametrize("order", ["track", "scan"])
+def test_an_order_without_sense_ends_nobody(one: Server, tmp_path: Path, order: str) -> None:
+    for wrong in ({}, {"changes": 5}, {"changes": str(tmp_path / "no" / "such")}):
+        with pytest.raises(PagingError):
+            one.order(order, **wrong)
+    assert one.status()["tracking"] is False
 
 
 # Capacity
@@ -442,6 +493,28 @@ def test_a_source_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return bool(select.select([pager], [], [], 0)[0])
 
         until(answered, what="FETCHED")
+        assert pager.recv(100) == wire.frame(Kind.FETCHED, 5, wire.pack_extents(extents()))
+        asker.close(PagingError("the test is over"))
+    loop.close()
+
+
+def test_a_source_to_which_there_is_no_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop()
+    with (
+        SubTable(tmp_path / "store.ram", PAGES, PAGES) as pages,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as pager,
+    ):
+        table = FetchingTable(loop, ME, pages)
+        asker = FrameStream(loop, listener.accept()[0], lambda _: None, lambda _: None)
+        with monkeypatch.context() as patch:  # as on a host without IPv6
+            patch.setattr(
+                "dcres.paging.fetcher.socket.socket",
+                Mock(side_effect=OSError(97, "no such family")),
+            )
+            table.fetch(asker, 5, Endpoint("::1", 9), extents(1, 2))
         assert pager.recv(100) == wire.frame(Kind.FETCHED, 5, wire.pack_extents(extents()))
         asker.close(PagingError("the test is over"))
     loop.close()

@@ -247,6 +247,27 @@ def test_a_host_that_fetched_what_it_was_not_to_is_not_believed(
     assert (patient.user.fetched, patient.user.unanswered) == ([], [Kind.FETCH])
 
 
+@pytest.mark.parametrize(
+    ("asked", "answer"), [(Kind.PAGE_OUT, Kind.STORED), (Kind.RELEASE, Kind.RELEASED)]
+)
+def test_an_answer_with_something_in_it_that_should_be_empty_ends_the_link(
+    patient: Wire, asked: Kind, answer: Kind
+) -> None:
+    patient.turn_until(patient.ready, server=True)
+    patient.turn_until(lambda: patient.link.settled, server=True)
+    if asked is Kind.PAGE_OUT:
+        patient.link.page_out(np.array([[3, 4]]), [b"x" * PAGE_SIZE])
+    else:
+        patient.link.release(np.array([[3, 4]]))
+        patient.link.flush_releases()
+    (request,), stream = patient.link._unanswered, patient.link._stream
+    assert stream is not None
+    with pytest.raises(ProtocolError) as raised:
+        patient.link._frame(Frame(answer, request.number, memoryview(b"x"), 0))
+    stream.close(raised.value)
+    assert (patient.user.stored, patient.user.unanswered) == (0, [asked])
+
+
 def test_who_answers_slowly_one_by_one_is_not_silent() -> None:
     silence = Silence(10.0)
     assert not any(silence.too_long(number, 9.0 * number) for number in range(1, 20))

@@ -158,6 +158,7 @@ def fetch(address: bytes, port: int, rest: bytes) -> bytes:
         ("the address is cut", fetch(b"127.0.0.1", 1, b"")[:7]),
         ("no address", fetch(b"", 1, raw((0, 1)))),
         ("a name, which would have to be looked up", fetch(b"localhost", 1, raw((0, 1)))),
+        ("a zone, which may be a name", fetch(b"fe80::1%lo", 1, raw((0, 1)))),
         ("not ASCII", fetch(b"127.0.0.\xb2", 1, raw((0, 1)))),
         ("port 0", fetch(b"127.0.0.1", 0, raw((0, 1)))),
         ("no extents", fetch(b"127.0.0.1", 1, raw())),
@@ -179,6 +180,16 @@ def test_a_fetch_of_too_many_pages_is_refused() -> None:
             continue
         with pytest.raises(ProtocolError, match=f"asks for {many} pages"):
             wire.unpack_fetch(payload, many)
+
+
+@pytest.mark.parametrize(("extents", "fits"), [(4096, True), (4097, False)])
+def test_a_release_of_too_many_extents_is_refused(extents: int, fits: bool) -> None:
+    payload = memoryview(raw(*((2 * n, 2 * n + 1) for n in range(extents))))
+    if fits:
+        assert len(wire.unpack_release(payload, 2 * extents)) == extents
+        return
+    with pytest.raises(ProtocolError, match="a RELEASE of 4097 extents; 4096 at most"):
+        wire.unpack_release(payload, 2 * extents)
 
 
 def test_no_extents_are_understood_only_where_they_may_be() -> None:
