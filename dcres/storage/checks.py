@@ -14,7 +14,7 @@ from dcres.errors import CheckpointCorrupt
 from dcres.model.pages import Mask
 from dcres.storage import layout, memory_file, slices, tables
 from dcres.storage.digest import FileSum, Sums, check_file
-from dcres.storage.manifest import HostSlice, Manifest
+from dcres.storage.manifest import HostSlice, Manifest, Role
 from dcres.storage.transfer import Progress
 
 T = TypeVar("T")
@@ -91,6 +91,9 @@ class Verifier:
         for file in part.files:
             if file.name not in (layout.SUMS, layout.PAGES):
                 self._try(host, file.name, partial(self._check_other, folder / file.name, file))
+        if part.role is Role.MAIN:  # a restore needs it, and would miss it no sooner
+            listed = partial(slices.listed, self.manifest, part, layout.HISTORY)
+            self._try(host, layout.HISTORY, listed)
         if sums is not None and not self._problems.get((host, layout.INDEX)):
             self._try(host, part.memory_file, partial(self._check_memory, folder, part))
         return mask

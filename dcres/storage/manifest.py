@@ -32,6 +32,7 @@ from dcres.storage.layout import (
     FILE_PATTERN,
     HOST_PATTERN,
     MEMORY,
+    MEMORY_FILES,
     VM_PATTERN,
 )
 
@@ -140,6 +141,11 @@ class Manifest(_Model):
             raise ValueError("a host is named twice")
         if [slice_.role for slice_ in self.hosts] != [Role.MAIN] + [Role.SUB] * (len(names) - 1):
             raise ValueError("the first host is the main host, and the only one")
+        if any(slice_.memory_file != MEMORY_FILES[self.memory_format] for slice_ in self.hosts):
+            raise ValueError(f"a memory file has not the name of {self.memory_format} ones")
+        for slice_ in self.hosts:
+            if len({file.name for file in slice_.files}) < len(slice_.files):
+                raise ValueError(f"a file of {slice_.host} is listed twice")
         if self.pages > self.page_count:
             raise ValueError("the hosts saved more pages than the VM has")
         if self.vmcore not in self.main.files:

@@ -34,6 +34,9 @@ def part(host: str, role: Role, pages: int = 1) -> HostSlice:
     )
 
 
+MAIN = part("h0", Role.MAIN)
+
+
 def manifest(**changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "checkpoint": "demo-20260301-120000-00ab",
@@ -146,6 +149,8 @@ def test_what_is_not_a_manifest(text: str, message: str) -> None:
         ({"hosts": (part("h0", Role.MAIN, pages=3),)}, "more pages than the VM has"),
         ({"vmcore": FileSum(name="x", length_bytes=5, sha256="0" * 64)}, "VM core"),
         ({"seconds": float("inf")}, "finite"),
+        ({"hosts": (MAIN.model_copy(update={"files": (CORE, CORE)}),)}, "h0 is listed twice"),
+        ({"hosts": (MAIN.model_copy(update={"memory_file": "memory.pack"}),)}, "of sparse ones"),
     ],
 )
 def test_what_cannot_be(changes: dict[str, Any], message: str) -> None:

@@ -427,6 +427,13 @@ def test_a_table_that_the_manifest_does_not_list(root: Store, published: Manifes
     assert "does not list it" in problems(root, forged)[0]
 
 
+def test_a_history_that_the_manifest_does_not_list(root: Store, published: Manifest) -> None:
+    files = tuple(file for file in published.main.files if file.name != layout.HISTORY)
+    main = published.main.model_copy(update={"files": files})
+    forged = published.model_copy(update={"hosts": (main, *published.hosts[1:])})
+    assert "does not list it" in problems(root, forged)[0]
+
+
 def test_unknown_hosts(root: Store, published: Manifest) -> None:
     with pytest.raises(NotFound, match="its hosts are h0, h1, h2"):
         root.read_slice(published, "h9")
