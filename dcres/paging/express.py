@@ -13,7 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
-from dcres.errors import PagingError, ProtocolError
+from dcres.errors import PagingError, ProtocolError, Refused
 from dcres.linux.pipe import address_of
 from dcres.model import wire
 from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
@@ -47,13 +47,14 @@ class Express:
         loop: Loop,
         sub: SubAddress,
         identity: Identity,
+        page_count: int,
         on_answer: Callable[[Request, Frame, int], None],
         on_put: Callable[[Request, int, int, int], None],
         on_close: Callable[[PagingError | OSError], None],
     ) -> None:
         self.ready = False
         self.unanswered: deque[Request] = deque()
-        self._loop, self._sub = loop, sub
+        self._loop, self._sub, self._page_count = loop, sub, page_count
         self._on_answer, self._on_put = on_answer, on_put
         self._handshake = ClientHandshake(identity, secrets.token_bytes(NONCE_BYTES), Role.EXPRESS)
         self._stream = connect(loop, sub, self._frame, on_close, self._put)
@@ -116,6 +117,8 @@ class Express:
         if answer is not None:
             self._stream.send([answer])
             return
+        if self._handshake.page_count != self._page_count:
+            raise Refused(f"{self._sub.host} serves a VM of another size")
         self.ready = True
         hot, stream = self._loop.hot, self._stream
         if hot is not None:  # it asks here for what is missed from now on

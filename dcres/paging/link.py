@@ -281,7 +281,7 @@ class Link:
         """A slice server is asked for what is missed on the one connection that it has."""
         if not self.source:
             told = (self._pages_came, self._pages_put, self._express_closed)
-            express = Express(self._loop, self.sub, self._identity, *told)
+            express = Express(self._loop, self.sub, self._identity, self._page_count, *told)
             if self.state is LinkState.READY:  # else it could not be opened, and all is down
                 self._express = express
 

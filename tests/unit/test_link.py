@@ -206,6 +206,14 @@ def test_both_connections_end_together_and_are_made_again(wire: Wire, role: Role
     wire.turn_until(lambda: wire.user.arrived, server=True)
 
 
+def test_an_express_connection_to_a_vm_of_another_size_ends_the_link(wire: Wire) -> None:
+    wire.turn_until(lambda: wire.link.state is LinkState.READY, server=True)
+    wire.service.page_count += 1  # for connections that are accepted from now on
+    wire.turn_until(lambda: wire.link.trouble, server=True)
+    assert wire.link.trouble == "h1 serves a VM of another size"
+    assert not wire.link.express
+
+
 def test_an_express_connection_that_falls_silent_is_noticed(wire: Wire) -> None:
     hold_pages(wire)
     wire.link.page_in([(5, 6)], hurry=True)
