@@ -83,6 +83,15 @@ def core(**changes: object) -> str:
     return changed(vmcore=vmcore, hosts=[{**main, "files": files}, *subs])
 
 
+def test_strings_are_escaped_as_documented() -> None:
+    """Another program that escapes otherwise would write what no reader takes."""
+    text = '"\\/ ~\b\f\n\r\t\0\x1f\x7f\xe9\u2028\U0001f600'
+    escaped = r'"\"\\/ ~\b\f\n\r\t\u0000\u001f\u007f\u00e9\u2028\ud83d\ude00"'
+    written = dumps(manifest(vm_spec={"append": text}))
+    assert f'"append": {escaped}\n' in written
+    assert loads(written, PATH).vm_spec == {"append": text}
+
+
 def test_durations_never_need_an_exponent() -> None:
     values = json.loads(dumps(manifest()))
     assert (values["seconds"], values["downtime_seconds"]) == (1.0, 0.0)
