@@ -197,6 +197,14 @@ def load_vm_spec(path: Path) -> VmSpec:
     return vm_spec(_read_yaml(path), source=str(path), base=path.parent)
 
 
+def layout_of(main: int, subs: Sequence[int]) -> Layout:
+    """The layout with these shares in bytes. Raises ConfigError."""
+    try:
+        return Layout(main=main, subs=tuple(subs))
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error)) from None
+
+
 def load_layout(path: Path) -> Layout:
     """Read a layout file: the ``layout`` part of a VM file, by itself. Raises ConfigError."""
     try:

@@ -77,7 +77,7 @@ class Coordination:
     def _exclusively(self, phase: VmPhase, wait_s: float = 0.0) -> Iterator[None]:
         """One operation at a time; if it fails, the VM is what it was before, or was taken down."""
         if not self._operation.acquire(timeout=wait_s):
-            raise Conflict(f"VM {self._vm} is {self._phase}; wait until that is done")
+            raise self._busy()
         try:
             if not self._recovered:
                 self._recover()
@@ -90,6 +90,15 @@ class Coordination:
                 raise
         finally:
             self._operation.release()
+
+    def _busy(self) -> Conflict:
+        return Conflict(f"VM {self._vm} is {self._phase}; wait until that is done")
+
+    def _require_idle(self) -> None:
+        """Conflict where an operation would meet one, without being one."""
+        self._recover_if_due()
+        if self._operation.locked():
+            raise self._busy()
 
     def _ports(self) -> dict[str, Port]:
         """The hosts' ports by host name, the main host first."""
@@ -238,7 +247,7 @@ class Coordination:
     def placement(self, buckets: int) -> Picture:
         """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
         if self._phase in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
-            raise Conflict(f"VM {self._vm} is {self._phase}; wait until that is done")
+            raise self._busy()
         picture: Picture = self._main().call("picture", buckets)
         return picture
 

@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +22,10 @@ from typing import Any, TypeVar
 from dcres.actors.bringing_up import BringingUp
 from dcres.actors.checkpointing import Checkpointing
 from dcres.actors.coordination import Coordination, VmPhase
-from dcres.actors.messages import Status
+from dcres.actors.messages import Foreseen, Status
 from dcres.actors.ports import Port
 from dcres.actors.publishing import Subject, checkpoint_facts
-from dcres.actors.replacing import Replacing, settle_shape
+from dcres.actors.replacing import Replacing, Shares, settle_shape
 from dcres.actors.restoring import Restoring, spec_for
 from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import (
@@ -35,7 +36,6 @@ from dcres.errors import (
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, MAX_ROUNDS, Judgement, Target
-from dcres.model.pages import pages_of
 from dcres.storage.manifest import Mode, loads
 from dcres.storage.store import Store
 
@@ -203,42 +203,44 @@ class Coordinator(Coordination):
         """
         with self._exclusively(VmPhase.RESIZING):
             spec = self._running_spec()
-            subs = spec.layout.subs if subs_bytes is None else tuple(subs_bytes)
-            now = len(spec.layout.subs)
-            wanted = [*subs[:now], *[0] * (now - len(subs))]
-            main = spec.layout.main if main_bytes is None else main_bytes
-            self._reshape(spec, main, wanted, subs[now:])
+            self._reshape(spec, Shares.of(spec.layout, main_bytes, subs_bytes))
         return self.status()
+
+    def plan_resize(
+        self, main_bytes: int | None = None, subs_bytes: Sequence[int] | None = None
+    ) -> Foreseen:
+        """What `resize` would do as things are now, or its refusal. Changes nothing.
+
+        Raises Conflict where `resize` does, and NotFound.
+        """
+        self._require_idle()
+        spec = self._running_spec()
+        return self._replacing(spec, Shares.of(spec.layout, main_bytes, subs_bytes)).foresee()
 
     def drain(self, host: str) -> Status:
         """Empty one sub host while the VM runs, then leave it. Raises NotFound, NoRoom."""
         with self._exclusively(VmPhase.RESIZING):
             spec = self._running_spec()
-            wanted = self._without(host, spec)
-            self._reshape(spec, spec.layout.main, list(wanted.values()), ())
+            self._reshape(spec, self._without(host, spec))
         return self.status()
 
-    def plan_drain(self, host: str) -> dict[str, int]:
-        """How many pages `drain` would bring to each other host, as things are now.
+    def plan_drain(self, host: str) -> Foreseen:
+        """What `drain` would do as things are now, or its refusal. Changes nothing.
 
-        Raises what `drain` raises before it begins.
+        Raises Conflict where `drain` does, and NotFound.
         """
+        self._require_idle()
         spec = self._running_spec()
-        wanted = self._without(host, spec)
-        layout = Layout(main=spec.layout.main, subs=tuple(filter(None, wanted.values())))
-        layout.require_room_for(spec.memory)
-        capacities = {name: pages_of(share) for name, share in wanted.items()}
-        moves: dict[str, int] = self._main().call("plan_moves", capacities)
-        return moves
+        return self._replacing(spec, self._without(host, spec)).foresee()
 
-    def _without(self, host: str, spec: VmSpec) -> dict[str, int]:
-        """Every sub host's share, but none for `host`. Raises NotFound."""
+    def _without(self, host: str, spec: VmSpec) -> Shares:
+        """As they are, but none for the sub host `host`. Raises NotFound."""
         shares = dict(zip(self._hosts[1:], spec.layout.subs, strict=True))
         if host not in shares:
             raise NotFound(
                 f"{host} is no sub host of VM {self._vm}; it has {', '.join(shares) or 'none'}"
             )
-        return {**shares, host: 0}
+        return Shares(spec.layout.main, tuple({**shares, host: 0}.values()))
 
     def _running_spec(self) -> VmSpec:
         description = self._main().call("describe")
@@ -246,23 +248,24 @@ class Coordinator(Coordination):
             raise Conflict(f"VM {self._vm} is still being restored; wait until its pages are there")
         return VmSpec.model_validate(description["spec"])
 
-    def _reshape(
-        self, spec: VmSpec, main_bytes: int, wanted: Sequence[int], added: Sequence[int]
-    ) -> None:
+    def _replacing(self, spec: VmSpec, shares: Shares) -> Replacing:
+        return Replacing(self._vm, self._fleet, spec, self._hosts, shares)
+
+    def _reshape(self, spec: VmSpec, shares: Shares) -> None:
         stopped = self._moves_unwanted = threading.Event()
 
         def require_wanted() -> None:
             if stopped.is_set():
                 raise Conflict(f"moving the pages of VM {self._vm} was cancelled; it runs on")
 
-        replacing = Replacing(
-            self._vm, self._fleet, spec, self._hosts, main_bytes, wanted, added, require_wanted
-        )
+        replacing = replace(self._replacing(spec, shares), require_wanted=require_wanted)
         try:
-            self._hosts = replacing.run()
-        except BaseException:
-            self._hosts = settle_shape(self._vm, self._fleet)
-            raise
+            checked = replacing.check()
+            try:
+                self._hosts = replacing.run(checked)
+            except BaseException:
+                self._hosts = settle_shape(self._vm, self._fleet)
+                raise
         finally:
             self._moves_unwanted = None
         self._phase = VmPhase.RUNNING

@@ -7,19 +7,20 @@ is to hold more or on one that joins, is a group of its own, since groups cannot
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from dcres.actors import _ray
-from dcres.actors.host import VmFolder, end_leftovers
+from dcres.actors.host import VmFolder, end_leftovers, require_tmpfs_room
 from dcres.actors.loading import SliceHost, name_of_parts, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Pending, Port
-from dcres.actors.room import HostInfo, host_named
+from dcres.actors.room import HostInfo, host_named, hosts_to_join, require_room
 from dcres.actors.sub_host import SubHost
-from dcres.config import HostSettings, format_size
-from dcres.errors import DcresError, NoRoom, NotFound
+from dcres.config import HostSettings
+from dcres.errors import DcresError, NotFound
 from dcres.storage.store import Store
 
 _READY_TIMEOUT_S = 60.0
@@ -90,6 +91,28 @@ class RayFleet:
         found = _ray.list_actors(f"dcres-host/{vm}/")
         return sorted(int(name.rpartition("/")[2]) for name in found)
 
+    def room_for(self, vm: str, extras: Mapping[int, int], shares: Sequence[int]) -> list[str]:
+        """By the table of reservations, and by the tmpfs of a host that is to join."""
+        for index, extra in extras.items():
+            if extra > 0:
+                self._require_room_to_extend(vm, index, extra)
+        if not shares:
+            return []
+        taken = {self._host_of(vm, index) for index in self.indices(vm)}
+        hosts = hosts_to_join(shares, taken, _alive())
+        for host, share in zip(hosts, shares, strict=True):
+            _ray.run_on(host, require_ram_here, share, timeout_s=_LOOK_TIMEOUT_S)
+        return hosts
+
+    def _require_room_to_extend(self, vm: str, index: int, extra: int) -> None:
+        """An earlier extension there is given back for it."""
+        name, before = self._host_of(vm, index), _ray.reservation(_extra_name(vm, index))
+        host = host_named(name, _alive())
+        given_back = 0 if before is None else before.length_bytes
+        roomier = replace(host, memory_free_bytes=host.memory_free_bytes + given_back)
+        others = [each for each in _alive() if each.name != name]
+        require_room([extra], [name], sorted([*others, roomier], key=lambda each: each.name))
+
     def extend(self, vm: str, index: int, extra: int) -> None:
         """A second reservation on that host for what the first lacks."""
         _ray.release(_extra_name(vm, index))
@@ -105,12 +128,9 @@ class RayFleet:
             raise NotFound(f"VM {vm} has no reservation")
         return reservation.host_of(index)
 
-    def add(self, vm: str, share: int) -> tuple[str, Port]:
-        """On the host with the most room of those that have no part of the VM."""
-        indices = self.indices(vm)
-        taken = {self._host_of(vm, index) for index in indices}
-        host = _roomiest([each for each in _alive() if each.name not in taken], share)
-        index = max(indices) + 1
+    def add(self, vm: str, share: int, host: str) -> Port:
+        """In a placement group of its own."""
+        index = max(self.indices(vm)) + 1
         reservation = _ray.reserve(_own_name(vm, index), [share], [host])
         try:
             port = self._spawn(vm, index, host, reservation, 0)
@@ -118,7 +138,7 @@ class RayFleet:
         except BaseException:
             self.dismiss(vm, index)
             raise
-        return host, port
+        return port
 
     def dismiss(self, vm: str, index: int) -> None:
         """A bundle of the first placement group stays set aside until the VM ends."""
@@ -203,11 +223,9 @@ def _address_of(host: str) -> str:
     return host_named(host, _ray.hosts()).address
 
 
-def _roomiest(hosts: Sequence[HostInfo], share: int) -> str:
-    best = max(hosts, key=lambda host: host.memory_free_bytes, default=None)
-    if best is None or best.memory_free_bytes < share:
-        raise NoRoom(f"no host that is not the VM's already has {format_size(share)} free")
-    return best.name
+def require_ram_here(share: int) -> None:
+    """NoRoom unless the tmpfs of the host that this runs on can take the share."""
+    require_tmpfs_room(HostSettings.from_environ(os.environ).ram, share)
 
 
 def end_what_is_left(vm: str) -> None:

@@ -25,6 +25,7 @@ from dcres.actors.prepared import Prepared
 from dcres.config import HostSettings
 from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
 from dcres.linux.files import fs_free_bytes, open_own, require_own
+from dcres.linux.memory import free_in
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
@@ -56,7 +57,8 @@ class VmFolder:
     def make(self) -> None:
         """Create both, private to us. Raises HostError where somebody else could reach them."""
         for folder in (self.run, self.ram):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             require_own(folder.parent)
             require_own(folder)
 
@@ -389,8 +391,7 @@ class Meter:
 
 def require_tmpfs_room(ram: Path, share_bytes: int) -> None:
     """NoRoom unless the tmpfs that holds guest memory can take `share_bytes` more."""
-    ram.mkdir(mode=0o700, parents=True, exist_ok=True)
-    free = fs_free_bytes(ram)
+    free = free_in(ram)
     if free < share_bytes:
         raise NoRoom(
             f"{ram} has {free >> 20} MiB free and this host's share is {share_bytes >> 20} MiB; "

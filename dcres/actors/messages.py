@@ -152,6 +152,28 @@ class RunOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfer:
+    """Pages that go from one host of a VM to another."""
+
+    source: str
+    target: str
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What a change of shares would do, or the `problem` for which it would be refused.
+
+    `hosts` are host, bytes it may keep, and bytes it would: 0 before it joins, 0 after it has
+    left. The main host is the first; one that would join has no name while there is none for it.
+    """
+
+    hosts: tuple[tuple[str, int, int], ...]
+    transfers: tuple[Transfer, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The main host after FINISH: VM stopped, core saved, placement frozen, the rest staged."""
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dcres.actors.reshaping import moves_into
+from dcres.actors.messages import Transfer
+from dcres.actors.picturing import owners_in
+from dcres.actors.reshaping import Shape, foresee, moves_into
 from dcres.actors.starting import StartingHost
 from dcres.model.live import HostRound
-from dcres.model.moves import NO_MOVES, Moves
+from dcres.model.moves import NO_MOVES
 from dcres.model.pages import pages_of
-from dcres.model.placement import MAIN, free_codes
+from dcres.model.placement import MAIN, codes_of
 from dcres.paging import moves as paging_moves
 from dcres.paging.settings import SubAddress
 from dcres.paging.table import PageTable
@@ -34,7 +36,11 @@ class MovingHost(StartingHost):
         self._repage()
 
     def begin_reshape(self) -> None:
-        """Shares are being changed until `set_layout` is called; a later coordinator will see."""
+        """Shares are being changed until `set_layout` is called; a later coordinator will see.
+
+        Raises VmLost when QEMU has ended.
+        """
+        self._require_qemu()
         self._remember(reshaping=True)
 
     def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
@@ -43,39 +49,51 @@ class MovingHost(StartingHost):
         A sub host that was there keeps its code. Raises PagingError if one that is left out
         still has pages.
         """
-        known = dict(zip(self._state["hosts"][1:], self._state["codes"], strict=True))
-        fresh = iter(free_codes(list(known.values()), len(subs)))
-        codes = [known[host] if host in known else next(fresh) for host in hosts[1:]]
+        known, codes = self._state["hosts"][1:], self._codes_of(hosts[1:])
         coded = tuple(replace(sub, code=code) for sub, code in zip(subs, codes, strict=True))
         # A host that may have pages is always in the state file: what is not there is ended.
-        joined = {"hosts": list(hosts), "codes": codes} if known.keys() <= set(hosts) else {}
+        joined = {"hosts": list(hosts), "codes": codes} if set(known) <= set(hosts) else {}
         self._remember(**joined)
         self._repage(subs=coded)
         self._remember(hosts=list(hosts), codes=codes)
         self._await_links()
 
-    def _moves_into(self, capacities: Mapping[str, int]) -> Moves:
-        hosts, codes = self._state["hosts"], self._state["codes"]
-        by_code = {code: capacities[host] for host, code in zip(hosts[1:], codes, strict=True)}
-        table = PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
-        now = int(table.ticks.max(initial=0))
-        return moves_into(table.owners.copy(), table.ticks, now, by_code, table.limit_pages)
+    def _codes_of(self, subs: Sequence[str]) -> list[int]:
+        """The owner codes of sub hosts; those that join get free ones. Raises NoRoom."""
+        known = dict(zip(self._state["hosts"][1:], self._state["codes"], strict=True))
+        return codes_of(subs, known)
 
-    def plan_moves(self, capacities: Mapping[str, int]) -> dict[str, int]:
-        """What `move_into` would do: how many pages would go to each host. Raises NoRoom."""
-        rows = self._moves_into(capacities)
-        lengths = rows[:, 1] - rows[:, 0]
-        main, *subs = self._state["hosts"]
-        hosts = {MAIN: main, **dict(zip(self._state["codes"], subs, strict=True))}
-        pages = {host: int(lengths[rows[:, 3] == code].sum()) for code, host in hosts.items()}
-        return {host: count for host, count in pages.items() if count}
+    def _table(self) -> PageTable:
+        return PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
 
-    def move_into(self, capacities: Mapping[str, int]) -> int:
+    def plan_moves(
+        self, capacities: Mapping[str, int], limit_pages: int, replaced: bool
+    ) -> tuple[Transfer, ...]:
+        """Which pages would go where if shares became these, as things are now; see `foresee`.
+
+        `capacities` are pages by sub host, also of those that would join, 0 for one that would
+        leave; `replaced` says whether they are others than now. Changes nothing. Raises NoRoom as
+        `reshape` and `move_into` do, VmLost when QEMU has ended.
+        """
+        self._require_qemu()
+        codes = self._codes_of(list(capacities))
+        shape = Shape(dict(zip(codes, capacities.values(), strict=True)), limit_pages, replaced)
+        table = self._table()
+        owners = owners_in(table, self._ram, only_main=not self._state["codes"])
+        hosts = {MAIN: self._host, **dict(zip(codes, capacities, strict=True))}
+        flow = foresee(owners.copy(), table.ticks, table.limit_pages, shape)
+        return tuple(Transfer(hosts[a], hosts[b], pages) for (a, b), pages in flow.items())
+
+    def move_into(self, capacities: Mapping[str, int], limit_pages: int) -> int:
         """Begin to move pages so that no sub host has more than this many; how many move.
 
-        `capacities` are pages by sub host, all of them. Raises NoRoom.
+        `capacities` are pages by sub host, all of them; the main host is to have `limit_pages`
+        in the end. Raises NoRoom.
         """
-        rows = self._moves_into(capacities)
+        codes, table = self._codes_of(list(capacities)), self._table()
+        shape = Shape(dict(zip(codes, capacities.values(), strict=True)), limit_pages)
+        now = int(table.ticks.max(initial=0))
+        rows = moves_into(table.owners.copy(), table.ticks, now, shape)
         paging_moves.save(self._moves_path, rows)
         self._repage()
         return int((rows[:, 1] - rows[:, 0]).sum())

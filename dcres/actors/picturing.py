@@ -24,9 +24,8 @@ def look(
 ) -> Picture:
     """The picture as it is now; `hosts` as for `summarise`. Raises PagingError, OSError."""
     seen = PageTable(table, page_count, writable=False)
-    only_main = len(set(hosts.values())) == 1
     return summarise(
-        _from_ram_file(seen.owners, ram) if only_main else seen.owners,
+        owners_in(seen, ram, only_main=len(set(hosts.values())) == 1),
         seen.ticks,
         hosts,
         buckets=buckets,
@@ -35,8 +34,14 @@ def look(
     )
 
 
-def _from_ram_file(owners: Owners, ram: Path) -> Owners:
-    """Without sub hosts the pager keeps no account of pages that come to the main host."""
+def owners_in(table: PageTable, ram: Path, *, only_main: bool) -> Owners:
+    """Where every page is. Raises PagingError, OSError.
+
+    Without sub hosts the pager keeps no account of pages that come to the main host.
+    """
+    owners = table.owners
+    if not only_main:
+        return owners
     with opened(ram, os.O_RDONLY) as fd:
         here = present(fd, owners.size)
     elsewhere = np.where(owners == MAIN, NOWHERE, owners)

@@ -6,7 +6,7 @@ tests hold them to the same behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -42,11 +42,21 @@ class Fleet(Protocol):
     def find(self, vm: str) -> list[Port]:
         """The ports of a VM's hosts, the main host first; empty when nothing is reserved."""
 
+    def room_for(self, vm: str, extras: Mapping[int, int], shares: Sequence[int]) -> list[str]:
+        """The hosts to `add` for `shares`, where they and what `extend` is to do have room.
+
+        `extras` are bytes by the index of a host. Reserves nothing, so that somebody faster may
+        have the room by the time it is. Raises NoRoom, NotFound for a host that is gone.
+        """
+
     def extend(self, vm: str, index: int, extra: int) -> None:
         """Set `extra` bytes more aside on host `index`; 0 gives back what was set aside."""
 
-    def add(self, vm: str, share: int) -> tuple[str, Port]:
-        """Set memory aside on one host more and start its actor. Raises NoRoom."""
+    def add(self, vm: str, share: int, host: str) -> Port:
+        """Set memory aside on `host`, which is not the VM's yet, and start its actor.
+
+        Raises NoRoom.
+        """
 
     def dismiss(self, vm: str, index: int) -> None:
         """End the actor of host `index` and its reservation, as far as it has one of its own."""

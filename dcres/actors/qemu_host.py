@@ -109,6 +109,13 @@ class QemuHost(SavingHost, PartServing):
     def _has_qemu(self) -> bool:
         return bool(self._state) and self._qemu.alive
 
+    def _require_qemu(self) -> QemuProcess:
+        """The VM's QEMU, which runs. Raises NotFound, VmLost."""
+        qemu = self._qemu
+        if not qemu.alive:
+            raise VmLost(self._obituary(qemu))
+        return qemu
+
     @property
     def _spec(self) -> VmSpec:
         return VmSpec.model_validate(self._state["spec"])
@@ -150,9 +157,7 @@ class QemuHost(SavingHost, PartServing):
 
     def status(self) -> Status:
         """The VM and its paging as they are now. Raises VmLost when QEMU has ended."""
-        qemu = self._qemu
-        if not qemu.alive:
-            raise VmLost(self._obituary(qemu))
+        qemu = self._require_qemu()
         if self._pager.given_up:
             raise VmLost(f"VM {self._vm} cannot go on ({self._pager.given_up})")
         with self._qmp() as monitor:
@@ -173,9 +178,7 @@ class QemuHost(SavingHost, PartServing):
 
     def picture(self, buckets: int) -> Picture:
         """Where memory is and how hot, in at most `buckets` stretches. Raises NotFound, VmLost."""
-        qemu = self._qemu
-        if not qemu.alive:
-            raise VmLost(self._obituary(qemu))
+        self._require_qemu()
         page_count = pages_of(self._spec.memory)
         main, *subs = self._state["hosts"]
         by_code = dict(zip(self._state["codes"], subs, strict=True))

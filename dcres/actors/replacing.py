@@ -7,19 +7,20 @@
 
 Until the last step every host still serves, so that a failure in the middle leaves a VM that
 runs over the hosts it has. `settle_shape` then gives everybody the share that it had.
+Whatever can be known before the first step is asked before it, and a dry run asks the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dcres.actors.asking import describe
-from dcres.actors.messages import ServeOrder, Status
+from dcres.actors.messages import Foreseen, ServeOrder, Status
 from dcres.actors.ports import Fleet, Port
-from dcres.config import Layout, VmSpec
-from dcres.errors import PagingError
+from dcres.config import Layout, VmSpec, layout_of
+from dcres.errors import DcresError, PagingError, VmLost
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.paging.settings import SubAddress
 
@@ -28,65 +29,133 @@ _TRIES = 20
 _SERVE_TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Other shares for a VM, in bytes: of sub hosts that there are, 0 for one that leaves, and
+    of those that join.
+    """
+
+    main: int
+    wanted: tuple[int, ...]
+    added: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, now: Layout, main: int | None, subs: Sequence[int] | None) -> Shares:
+        """As they are now, but for what is given. The last sub hosts leave, others join."""
+        wanted = now.subs if subs is None else tuple(subs)
+        count = len(now.subs)
+        leaving = (0,) * (count - len(wanted))
+        added = tuple(filter(None, wanted[count:]))
+        return cls(now.main if main is None else main, wanted[:count] + leaving, added)
+
+    @property
+    def subs(self) -> tuple[int, ...]:
+        """Of all sub hosts, those that leave and those that join among them."""
+        return self.wanted + self.added
+
+    @property
+    def layout(self) -> Layout:
+        """What the VM has afterwards. Raises ConfigError for what no VM can have."""
+        return layout_of(self.main, [*filter(None, self.subs)])
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What `Replacing.check` has found out."""
+
+    growth: Mapping[int, int]  # bytes to be set aside beyond the first reservation, by index
+    joining: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Replacing:
-    """One change of shares. `wanted` is bytes per sub host that there is; 0: it leaves.
-
-    `added` are the shares of sub hosts that join. `require_wanted` raises once it was cancelled.
-    """
+    """One change of shares. `require_wanted` raises once it was cancelled."""
 
     vm: str
     fleet: Fleet
     spec: VmSpec
     hosts: tuple[str, ...]
-    main_bytes: int
-    wanted: Sequence[int]
-    added: Sequence[int]
-    require_wanted: Callable[[], None]
+    shares: Shares
+    require_wanted: Callable[[], None] = lambda: None
 
-    def run(self) -> tuple[str, ...]:
+    def foresee(self) -> Foreseen:
+        """What `run` would do, or why it would not begin; changes and reserves nothing."""
+        joining: tuple[str, ...] = ("",) * len(self.shares.added)
+        try:
+            joining = self.check().joining
+            capacities = self._capacities(self.hosts + joining)
+            order = (capacities, pages_of(self.shares.main), self._replaces)
+            transfers = self.fleet.find(self.vm)[0].call("plan_moves", *order)
+        except DcresError as error:
+            return Foreseen(self._before_and_after(joining), problem=str(error))
+        return Foreseen(self._before_and_after(joining), transfers)
+
+    def _before_and_after(self, joining: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+        before = self.spec.layout.shares + (0,) * len(joining)
+        after = (self.shares.main, *self.shares.subs)
+        return tuple(zip(self.hosts + joining, before, after, strict=True))
+
+    def check(self) -> Checked:
+        """Whether all is as `run` needs it, as far as that can be known without reserving.
+
+        Raises ConfigError for shares that do not hold the VM's memory, VmLost, NoRoom.
+        """
+        self.shares.layout.require_room_for(self.spec.memory)
+        for host in self.hosts:
+            if not self.fleet.alive(host):
+                raise VmLost(f"host {host} of VM {self.vm} is gone; restore a checkpoint")
+        growth = self._growth()
+        return Checked(growth, tuple(self.fleet.room_for(self.vm, growth, self.shares.added)))
+
+    def run(self, checked: Checked) -> tuple[str, ...]:
         """Do it; the VM's hosts afterwards.
 
-        Raises ConfigError for shares that do not hold the VM's memory, NoRoom, Conflict when it
-        was cancelled; `settle_shape` ends what is half-done.
+        Raises NoRoom, VmLost, Conflict when it was cancelled; `settle_shape` ends what is
+        half-done.
         """
-        layout = Layout(main=self.main_bytes, subs=tuple(filter(None, [*self.wanted, *self.added])))
-        layout.require_room_for(self.spec.memory)
         ports = self.fleet.find(self.vm)
         main = ports[0]
         main.call("begin_reshape")
-        self._reserve_growth(ports)
-        if self.main_bytes > self.spec.layout.main:
-            main.call("resize", pages_of(self.main_bytes))
-        hosts = self.hosts
-        if [*self.wanted, *self.added] != list(self.spec.layout.subs):
-            hosts = self._replace(ports)
-        if self.main_bytes < self.spec.layout.main:
-            main.call("resize", pages_of(self.main_bytes))
-        main.call("set_layout", layout.model_dump())
+        for index, extra in checked.growth.items():
+            self.fleet.extend(self.vm, index, extra)
+        if self.shares.main > self.spec.layout.main:
+            main.call("resize", pages_of(self.shares.main))
+        hosts = self._replace(ports, checked.joining) if self._replaces else self.hosts
+        if self.shares.main < self.spec.layout.main:
+            main.call("resize", pages_of(self.shares.main))
+        main.call("set_layout", self.shares.layout.model_dump())
         return hosts
 
-    def _reserve_growth(self, ports: Sequence[Port]) -> None:
-        """Beyond what was set aside when the host became one of the VM's."""
-        before, after = self.spec.layout.shares, (self.main_bytes, *self.wanted)
-        indices = self.fleet.indices(self.vm)
+    @property
+    def _replaces(self) -> bool:
+        return self.shares.subs != self.spec.layout.subs
+
+    def _growth(self) -> dict[int, int]:
+        """Bytes by index, beyond what was set aside when the host became one of the VM's."""
+        before, after = self.spec.layout.shares, (self.shares.main, *self.shares.wanted)
+        indices, ports = self.fleet.indices(self.vm), self.fleet.find(self.vm)
+        growth = {}
         for index, port, now, share in zip(indices, ports, before, after, strict=True):
             if share > now:
-                reserved = int(port.call("describe")["reserved"])
-                self.fleet.extend(self.vm, index, max(0, share - reserved))
+                growth[index] = max(0, share - int(port.call("describe")["reserved"]))
+        return growth
 
-    def _replace(self, ports: Sequence[Port]) -> tuple[str, ...]:
+    def _capacities(self, hosts: Sequence[str]) -> dict[str, int]:
+        """Pages by sub host."""
+        return dict(zip(hosts[1:], map(pages_of, self.shares.subs), strict=True))
+
+    def _replace(self, ports: Sequence[Port], joining: Sequence[str]) -> tuple[str, ...]:
         subs = [
-            self._resized(port, share) for port, share in zip(ports[1:], self.wanted, strict=True)
+            self._resized(port, share)
+            for port, share in zip(ports[1:], self.shares.wanted, strict=True)
         ]
-        hosts = list(self.hosts)
-        for share in self.added:
-            host, port = self.fleet.add(self.vm, share)
-            hosts.append(host)
+        for host, share in zip(joining, self.shares.added, strict=True):
+            port = self.fleet.add(self.vm, share, host)
             subs.append(self._served(ports[0], port, share))
-        ports[0].call("reshape", tuple(hosts), tuple(subs))
-        self._move(ports[0], {sub.host: sub.capacity_pages for sub in subs})
-        return self._without_leavers(ports[0], tuple(hosts), tuple(subs))
+        hosts = (*self.hosts, *joining)
+        ports[0].call("reshape", hosts, tuple(subs))
+        self._move(ports[0], self._capacities(hosts))
+        return self._without_leavers(ports[0], hosts, tuple(subs))
 
     def _resized(self, port: Port, share: int) -> SubAddress:
         address: SubAddress = port.call("resize", pages_of(share))
@@ -101,7 +170,7 @@ class Replacing:
     def _move(self, main: Port, capacities: dict[str, int]) -> None:
         """Move until nobody holds too much; the guest pages out meanwhile, so ask again."""
         for _ in range(_TRIES):
-            if not main.call("move_into", capacities):
+            if not main.call("move_into", capacities, pages_of(self.shares.main)):
                 return
             while main.call("status")["moving"]:
                 self.require_wanted()
@@ -111,7 +180,7 @@ class Replacing:
     def _without_leavers(
         self, main: Port, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]
     ) -> tuple[str, ...]:
-        shares = [*self.wanted, *self.added]
+        shares = self.shares.subs
         staying = [index for index, share in enumerate(shares) if share]
         left = (hosts[0], *(hosts[1 + index] for index in staying))
         if len(left) == len(hosts):

@@ -5,7 +5,7 @@ Ray would leave a reservation that can never be met pending, and say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dcres.config import format_size
@@ -45,6 +45,25 @@ def host_named(name: str, hosts: Sequence[HostInfo]) -> HostInfo:
     if name not in alive:
         raise NotFound(f"no host {name} in the cluster; it has {', '.join(alive) or 'none'}")
     return alive[name]
+
+
+def hosts_to_join(
+    shares_bytes: Sequence[int], taken: Collection[str], hosts: Sequence[HostInfo]
+) -> list[str]:
+    """A live host for each share that is none of `taken`: the larger, the more room it has.
+
+    Raises NoRoom.
+    """
+    others = [host for host in hosts if host.alive and host.name not in taken]
+    others.sort(key=lambda host: host.memory_free_bytes, reverse=True)
+    found: dict[int, str] = {}
+    largest_first = sorted(range(len(shares_bytes)), key=lambda each: -shares_bytes[each])
+    for place, each in enumerate(largest_first):
+        share = shares_bytes[each]
+        if place == len(others) or whole_mib(share) * MIB > others[place].memory_free_bytes:
+            raise NoRoom(f"no host that is not the VM's already has {format_size(share)} free")
+        found[each] = others[place].name
+    return [found[each] for each in range(len(shares_bytes))]
 
 
 def require_room(

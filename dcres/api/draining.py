@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+from dcres.actors.messages import Foreseen
 from dcres.config import format_size
 from dcres.model.pages import PAGE_SIZE
+
+
+def problems_of(foreseen: Foreseen) -> tuple[str, ...]:
+    """Sentences that say why it would not be tried: one, or none."""
+    return (foreseen.problem,) if foreseen.problem else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +24,14 @@ class DrainPlan:
     host: str
     moves: dict[str, int]  # host → pages
     problems: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, vm: str, host: str, foreseen: Foreseen) -> Self:
+        """From what the coordinator says."""
+        moves: Counter[str] = Counter()
+        for each in foreseen.transfers:
+            moves[each.target] += each.pages
+        return cls(vm, host, dict(moves), problems_of(foreseen))
 
     @property
     def pages(self) -> int:

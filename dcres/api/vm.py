@@ -12,6 +12,7 @@ from typing import Any
 
 from dcres.actors import _ray
 from dcres.actors.fleet import RayFleet
+from dcres.actors.messages import Foreseen
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api.catalogue import verify
 from dcres.api.choosing import choose_hosts, look_around, obstacles, phase_of, wish_of
@@ -26,6 +27,7 @@ from dcres.api.draining import DrainPlan
 from dcres.api.operation import ProgressOption, attend
 from dcres.api.placement import Placement
 from dcres.api.plan import RestorePlan, plan_restore
+from dcres.api.resizing import ResizePlan
 from dcres.api.session import Session
 from dcres.api.status import VmStatus, status_of, with_rates
 from dcres.config import Layout, VmSpec, format_size, listed, parse_size
@@ -174,11 +176,33 @@ class Vm:
         up, and the VM runs on. Raises ConfigError when the shares would be too small, NoRoom,
         and Conflict while a lazy restore brings pages in.
         """
+        shares = self._shares(main, subs)
+        return self._reshape("resize", shares, f"resize of {self.name}", progress)
+
+    def plan_resize(
+        self,
+        main: int | str | None = None,
+        subs: str | Sequence[int | str] | None = None,
+    ) -> ResizePlan:
+        """What `resize` with the same arguments would do, as things are now; changes nothing.
+
+        What it would refuse is among the plan's problems, in the same words. Nothing is reserved:
+        somebody faster may have the memory by the time of the `resize`. Raises NotFound, and
+        ConfigError for what is no size.
+        """
+        shares = self._shares(main, subs)
+        foreseen = self._foresee("plan_resize", *shares)
+        return ResizePlan.of(self.name, foreseen)
+
+    def _shares(
+        self, main: int | str | None, subs: str | Sequence[int | str] | None
+    ) -> tuple[int | None, list[int] | None]:
         if main is None and subs is None:
             raise ConfigError(f"say what VM {self.name} is to have: main, subs or both")
-        main_bytes = None if main is None else _share(main)
-        subs_bytes = None if subs is None else [_share(each) for each in listed(subs)]
-        return self._reshape("resize", (main_bytes, subs_bytes), f"resize of {self.name}", progress)
+        return (
+            None if main is None else _share(main),
+            None if subs is None else [_share(each) for each in listed(subs)],
+        )
 
     def drain(self, host: str, *, progress: ProgressOption = None) -> VmStatus:
         """Empty a sub host while the VM runs, and leave it; the other hosts take its pages.
@@ -191,13 +215,17 @@ class Vm:
 
     def plan_drain(self, host: str) -> DrainPlan:
         """What `drain` would move where, as things are now; changes nothing. Raises NotFound."""
+        return DrainPlan.of(self.name, host, self._foresee("plan_drain", host))
+
+    def _foresee(self, method: str, *args: Any) -> Foreseen:
+        """A refusal to begin is a problem as well. Raises NotFound."""
         try:
-            moves = self._session.existing(self.name).call("plan_drain", host)
+            foreseen: Foreseen = self._session.existing(self.name).call(method, *args)
         except NotFound:
             raise
         except DcresError as error:
-            return DrainPlan(self.name, host, {}, (str(error),))
-        return DrainPlan(self.name, host, moves)
+            return Foreseen((), problem=str(error))
+        return foreseen
 
     def _reshape(
         self, method: str, args: tuple[Any, ...], title: str, progress: ProgressOption

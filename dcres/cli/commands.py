@@ -37,6 +37,9 @@ app = typer.Typer(
 )
 
 VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would move where, and change nothing.")
+]
 _CLUSTER = "Cluster"
 _VMS = "VMs"
 _CONSOLE_POLL_S = 0.5
@@ -288,12 +291,17 @@ def resize(
             help="What the sub hosts may keep; more of them join, fewer leave from the end.",
         ),
     ] = None,
+    dry_run: DryRunOption = False,
 ) -> Answer:
     """Change how much the hosts keep, while the VM runs; Ctrl-C gives it up."""
-    from dcres.cli.tables import status_view
+    from dcres.cli.tables import resize_view, status_view
 
     with open_cluster(options) as cluster:
-        found = cluster.vm(vm).resize(main, subs)
+        machine = cluster.vm(vm)
+        if dry_run:
+            plan = machine.plan_resize(main, subs)
+            return Answer(plan.to_dict(), resize_view(plan), 0 if plan.possible else 1)
+        found = machine.resize(main, subs)
     return Answer(found.to_dict(), status_view(found))
 
 
@@ -302,9 +310,7 @@ def drain(
     options: Options,
     vm: VmArgument,
     host: Annotated[str, typer.Argument(metavar="HOST", help="One of the VM's sub hosts.")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would move where, and change nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
 ) -> Answer:
     """Empty a sub host while the VM runs, then leave it; Ctrl-C gives it up."""
     from dcres.cli.tables import drain_view, status_view

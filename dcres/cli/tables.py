@@ -12,6 +12,7 @@ from rich.text import Text
 from dcres.api.draining import DrainPlan
 from dcres.api.placement import Placement
 from dcres.api.plan import ASSUMPTION, RestorePlan, plan_cells, verdict
+from dcres.api.resizing import ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli.memory_map import MemoryMap
 from dcres.config import format_size
@@ -229,8 +230,26 @@ def drain_view(plan: DrainPlan) -> RenderableType:
     table = _table("to", "pages", "size", right=("pages", "size"))
     for host, pages in plan.moves.items():
         table.add_row(host, str(pages), _size_of(pages))
+    return Group(head, table, *_verdict_on(plan))
+
+
+def resize_view(plan: ResizePlan) -> RenderableType:
+    """What other shares would mean: for every host, and for the pages that move."""
+    head = f"VM {plan.vm} would be resized; nothing was changed"
+    hosts = _table("host", "role", "share", "would be", "", right=("share", "would be"))
+    for host in plan.hosts:
+        before, after = format_size(host.before_bytes), format_size(host.after_bytes)
+        hosts.add_row(host.host or "?", host.role, before, after, host.change)
+    moves = _table("from", "to", "pages", "size", right=("pages", "size"))
+    for each in plan.moves:
+        moves.add_row(each.source, each.target, str(each.pages), _size_of(each.pages))
+    tables = [table for table in (hosts, moves) if table.row_count]
+    return Group(head, *tables, *_verdict_on(plan))
+
+
+def _verdict_on(plan: DrainPlan | ResizePlan) -> list[Text]:
     problems = [Text(problem, "red") for problem in plan.problems]
-    return Group(head, table, *(problems or [Text(f"{_size_of(plan.pages)} would move", "green")]))
+    return problems or [Text(f"{_size_of(plan.pages)} would move", "green")]
 
 
 def checks_view(checks: Sequence[Check]) -> RenderableType:

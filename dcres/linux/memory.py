@@ -21,7 +21,12 @@ def free_for_guests(tmpfs: Path, reserve_bytes: int = 0) -> int:
     A tmpfs may promise more than there is, so what is available counts too, less
     `reserve_bytes` for the processes that come with a guest.
     """
-    folder = tmpfs.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return max(min(available_bytes() - reserve_bytes, fs_free_bytes(folder)), 0)
+    return max(min(available_bytes() - reserve_bytes, free_in(tmpfs)), 0)
+
+
+def free_in(folder: Path) -> int:
+    """Bytes that the file system of a folder, which need not exist yet, has left."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return fs_free_bytes(there)

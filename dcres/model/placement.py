@@ -14,7 +14,7 @@ and pages of the others must not be looked for elsewhere then.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,16 @@ def free_codes(taken: Sequence[int], count: int) -> list[int]:
             "fewer sub hosts, or restore without --lazy"
         )
     return free[:count]
+
+
+def codes_of(hosts: Sequence[str], known: Mapping[str, int]) -> list[int]:
+    """The owner codes of sub hosts: those that are `known`, free ones for others. Raises NoRoom."""
+    joining = [host for host in hosts if host not in known]
+    codes = {
+        **known,
+        **dict(zip(joining, free_codes([*known.values()], len(joining)), strict=True)),
+    }
+    return [codes[host] for host in hosts]
 
 
 def pages_by_host(owners: Owners, codes: Sequence[int]) -> list[int]:

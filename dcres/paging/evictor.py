@@ -42,7 +42,7 @@ REGION_PAGES = 512
 _GOLDEN = 0.6180339887498949
 
 
-def _homes(page_count: int, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
+def homes_of(page_count: int, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
     """The index of each region's sub host, in proportion to the capacities.
 
     Multiples of the golden ratio fall evenly into the unit interval, so that any stretch of
@@ -117,7 +117,7 @@ class Evictor:
         """Where pages may go from now on, and whether the table says who is here."""
         self._links = links
         self._owners_kept = owners_kept
-        self._homes = _homes(self._table.page_count, [link.sub.capacity_pages for link in links])
+        self._homes = homes_of(self._table.page_count, [link.sub.capacity_pages for link in links])
 
     def recount(self) -> None:
         """The owners were written anew."""

@@ -177,6 +177,7 @@ class LocalFleet:
     sweeper: Callable[[str, str], None] | None = None
     swept: list[str] = field(default_factory=list)
     dead: set[str] = field(default_factory=set)
+    crowded: set[str] = field(default_factory=set)  # hosts that can set nothing more aside
 
     def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
         if vm in self.reserved:
@@ -208,18 +209,24 @@ class LocalFleet:
         names = (self.actor_name(vm, index) for index in self.indices(vm))
         return [LocalPort(name, self.actors) for name in names]
 
+    def room_for(self, vm: str, extras: Mapping[int, int], shares: Sequence[int]) -> list[str]:
+        crowded = self.crowded & set(self.hosts_of(vm, [at for at in extras if extras[at]]))
+        if crowded:
+            raise NoRoom(f"a share does not fit host {', '.join(crowded)}")
+        free = [host for host in self.hosts if host not in self.reserved[vm].values()]
+        if len(free) < len(shares):
+            raise NoRoom(f"no host that is not the VM's already has {shares[-1]} bytes free")
+        return free[: len(shares)]
+
     def extend(self, vm: str, index: int, extra: int) -> None:
         self.extra[vm, index] = extra
 
-    def add(self, vm: str, share: int) -> tuple[str, Port]:
+    def add(self, vm: str, share: int, host: str) -> Port:
         held = self.reserved[vm]
-        free = [host for host in self.hosts if host not in held.values()]
-        if not free:
-            raise NoRoom(f"no host that is not the VM's already has {share} bytes free")
         index = max(held) + 1
-        held[index] = free[0]
-        self._spawn(vm, index, free[0])
-        return free[0], LocalPort(self.actor_name(vm, index), self.actors)
+        held[index] = host
+        self._spawn(vm, index, host)
+        return LocalPort(self.actor_name(vm, index), self.actors)
 
     def dismiss(self, vm: str, index: int) -> None:
         self.actors.pop(self.actor_name(vm, index)).close()

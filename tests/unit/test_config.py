@@ -18,6 +18,7 @@ from dcres.config import (
     VmSpec,
     default_home,
     format_size,
+    layout_of,
     load_layout,
     load_vm_spec,
     parse_size,
@@ -184,6 +185,14 @@ def test_reading_what_is_no_vm_file(content: bytes, why: str, tmp_path: Path) ->
 def test_a_vm_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"cannot read {tmp_path / 'none.yaml'}"):
         load_vm_spec(tmp_path / "none.yaml")
+
+
+def test_a_layout_of_numbers() -> None:
+    assert layout_of(4096, [8192]) == Layout(main=4096, subs=(8192,))
+    with pytest.raises(ConfigError, match=r"^a host's share cannot be 0$"):
+        layout_of(0, [])
+    with pytest.raises(ConfigError, match="at most 200 are supported"):
+        layout_of(4096, [4096] * 201)
 
 
 def test_reading_a_layout(tmp_path: Path) -> None:

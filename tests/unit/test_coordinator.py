@@ -16,6 +16,7 @@ from dcres.actors.coordinator import Coordinator
 from dcres.actors.host import Meter
 from dcres.actors.messages import (
     Finished,
+    Foreseen,
     Incarnation,
     MainPart,
     PartsOrder,
@@ -26,6 +27,7 @@ from dcres.actors.messages import (
     RunOrder,
     Saved,
     ServeOrder,
+    Transfer,
 )
 from dcres.config import Layout
 from dcres.errors import (
@@ -227,10 +229,13 @@ class FakeMain(FakeHost):
         self.world.note(self.host, f"reshape {' '.join(hosts[1:])} {shares}")
         self.world.state["hosts"] = list(hosts)
 
-    def plan_moves(self, capacities: dict[str, int]) -> dict[str, int]:
-        return {host: PAGES for host, pages in capacities.items() if pages}
+    def plan_moves(
+        self, capacities: dict[str, int], limit_pages: int, replaced: bool
+    ) -> tuple[Transfer, ...]:
+        self.world.note(self.host, f"plan_moves {capacities} {limit_pages} {replaced}")
+        return tuple(Transfer(self.host, each, PAGES) for each, most in capacities.items() if most)
 
-    def move_into(self, capacities: dict[str, int]) -> int:
+    def move_into(self, capacities: dict[str, int], limit_pages: int) -> int:
         self.world.note(self.host, f"move_into {list(capacities.values())}")
         return self.world.to_move.pop() if self.world.to_move else 0
 
@@ -1110,14 +1115,112 @@ def test_a_change_that_fails_takes_the_main_hosts_share_back(
 
 
 def test_a_drain_can_be_planned(started: Coordinator, world: World) -> None:
-    with pytest.raises(ConfigError, match="16 MiB more"):
-        started.plan_drain("h1")
+    assert "16 MiB more" in started.plan_drain("h1").problem
     started.resize(48 * MIB)
     world.done.clear()
-    assert started.plan_drain("h1") == {"h2": PAGES}
-    assert steps(world, "resize", "reshape", "move_into", "begin_reshape") == []
+    foreseen = started.plan_drain("h1")
+    assert foreseen.transfers == (Transfer("h0", "h2", PAGES),)
+    assert foreseen.hosts[1] == ("h1", 16 * MIB, 0)
+    assert changes(world) == []
     with pytest.raises(NotFound, match="h9 is no sub host"):
         started.plan_drain("h9")
+
+
+def changes(world: World) -> list[str]:
+    """What was done that is more than to look."""
+    return [each for each in world.done if each.split()[0].partition(".")[2] not in LOOKS]
+
+
+LOOKS = ("describe", "status", "plan_moves")
+
+
+def test_a_resize_can_be_planned(started: Coordinator, world: World, fleet: LocalFleet) -> None:
+    before = dict(fleet.reserved["vm"]), dict(world.state), dict(world.capacities)
+    foreseen = started.plan_resize(24 * MIB, [24 * MIB, 16 * MIB, 8 * MIB])
+    assert foreseen.problem == ""
+    assert foreseen.hosts == (
+        ("h0", 32 * MIB, 24 * MIB),
+        ("h1", 16 * MIB, 24 * MIB),
+        ("h2", 16 * MIB, 16 * MIB),
+        ("h3", 0, 8 * MIB),
+    )
+    assert [each.target for each in foreseen.transfers] == ["h1", "h2", "h3"]
+    assert changes(world) == []
+    assert (fleet.reserved["vm"], world.state, world.capacities) == before
+    assert fleet.extra == {}
+    capacities = {"h1": 6144, "h2": 4096, "h3": 2048}
+    assert f"h0.plan_moves {capacities} 6144 True" in world.done
+    started.plan_resize(40 * MIB)
+    assert f"h0.plan_moves { {'h1': 4096, 'h2': 4096} } 10240 False" in world.done
+    after = started.resize(24 * MIB, [24 * MIB, 16 * MIB, 8 * MIB])
+    assert [each["host"] for each in after["hosts"]] == [host for host, *_ in foreseen.hosts]
+    assert world.capacities == capacities
+
+
+REFUSED = {
+    "the memory is not held": (16 * MIB, None),
+    "a main host without a share": (0, [64 * MIB]),
+    "too many sub hosts": (None, [16 * MIB] * 201),
+    "more hosts than there are": (None, [16 * MIB] * 4),
+    "a host that has no room": (None, [24 * MIB, 16 * MIB]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_plan_says_is_what_is_refused(
+    started: Coordinator, world: World, fleet: LocalFleet, case: str
+) -> None:
+    fleet.crowded = {"h1"}
+    shares: tuple[Any, ...] = REFUSED[case]
+    before = started.status(), dict(world.state)
+    foreseen = started.plan_resize(*shares)
+    with pytest.raises((ConfigError, NoRoom)) as refused:
+        started.resize(*shares)
+    assert foreseen.problem == str(refused.value)
+    assert foreseen.transfers == ()
+    assert foreseen.hosts[0][:2] == ("h0", 32 * MIB)
+    assert changes(world) == [], "nothing was begun"
+    assert (started.status(), world.state) == before
+
+
+def test_a_host_that_would_join_has_no_name_without_room(started: Coordinator) -> None:
+    hosts = started.plan_resize(subs_bytes=[16 * MIB] * 4).hosts
+    assert [host for host, *_ in hosts] == ["h0", "h1", "h2", "", ""]
+
+
+def test_a_share_of_nothing_does_not_join(started: Coordinator, fleet: LocalFleet) -> None:
+    started.resize(subs_bytes=[16 * MIB, 16 * MIB, 0])
+    assert fleet.reserved["vm"] == {0: "h0", 1: "h1", 2: "h2"}
+
+
+def test_pages_that_do_not_fit_are_a_problem(started: Coordinator, world: World) -> None:
+    plan = f"h0.plan_moves { {'h1': 4096, 'h2': 6144} } 8192 True"
+    world.fail[plan] = NoRoom("give them 2 MiB more")
+    foreseen = started.plan_resize(subs_bytes=[16 * MIB, 24 * MIB])
+    assert (foreseen.problem, foreseen.transfers) == ("give them 2 MiB more", ())
+
+
+@pytest.mark.parametrize("order", [("resize", 40 * MIB), ("drain", "h1")])
+def test_nobody_changes_shares_of_a_vm_that_is_lost_or_busy(
+    started: Coordinator, world: World, fleet: LocalFleet, order: tuple[str, Any]
+) -> None:
+    method, argument = order
+    started.resize(48 * MIB)
+    fleet.dead.add("h2")
+    world.done.clear()
+    foreseen: Foreseen = getattr(started, f"plan_{method}")(argument)
+    with pytest.raises(VmLost, match="host h2 of VM vm is gone") as lost:
+        getattr(started, method)(argument)
+    assert foreseen.problem == str(lost.value)
+    assert changes(world) == []
+
+    def ask() -> None:
+        for each in (method, f"plan_{method}"):
+            with pytest.raises(Conflict, match="VM vm is checkpointing; wait until that is done"):
+                getattr(started, each)(argument)
+
+    world.hooks["h0.prepare"] = ask
+    started.checkpoint("stop")
 
 
 def test_what_has_no_room_elsewhere_is_not_drained(started: Coordinator, world: World) -> None:
@@ -1346,7 +1449,7 @@ def test_it_gives_shares_back_that_were_being_changed(
 def test_it_ends_a_host_that_was_about_to_join(
     started: Coordinator, fleet: LocalFleet, world: World
 ) -> None:
-    fleet.add("vm", 8 * MIB)
+    fleet.add("vm", 8 * MIB, "h3")
     found = successor(fleet)
     assert "h3.destroy" in world.done
     assert [each["host"] for each in found.status()["hosts"]] == ["h0", "h1", "h2"]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from dcres.actors import _ray
-from dcres.actors.fleet import RayFleet, end_what_is_left
-from dcres.errors import ActorGone, ClusterError
+from dcres.actors.fleet import RayFleet, end_what_is_left, require_ram_here
+from dcres.actors.room import MIB, HostInfo
+from dcres.errors import ActorGone, ClusterError, NoRoom
 
 
 def test_what_a_silent_helper_leaves_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +35,52 @@ def test_what_a_silent_helper_leaves_is_swept(monkeypatch: pytest.MonkeyPatch) -
     RayFleet().leave("box")
     assert killed == [f"dcres-parts/box/{host}" for host in errors]
     assert swept == [("h2", end_what_is_left, "box.parts")]
+
+
+class FakeReservation:
+    """h0 and h1 are the VM's; on h1 more has been set aside since."""
+
+    def __init__(self, extra: bool) -> None:
+        self.length_bytes = 3 * MIB if extra else 32 * MIB
+
+    def host_of(self, bundle: int) -> str:
+        return f"h{bundle}"
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A cluster that may be looked at, and no more; what was run on hosts."""
+    free = {"h0": 1, "h1": 1, "h2": 8, "h3": 16}
+    hosts = [HostInfo(name, name, "", 64 * MIB, mib * MIB, True) for name, mib in free.items()]
+    ran: list[tuple[Any, ...]] = []
+
+    def reservation(name: str) -> FakeReservation | None:
+        kinds = {"dcres-extra/box/1": True, "dcres/box": False}
+        return FakeReservation(kinds[name]) if name in kinds else None
+
+    monkeypatch.setattr(_ray, "hosts", lambda: hosts)
+    monkeypatch.setattr(_ray, "reservation", reservation)
+    monkeypatch.setattr(_ray, "list_actors", lambda prefix: [f"{prefix}0", f"{prefix}1"])
+    monkeypatch.setattr(_ray, "run_on", lambda *call, timeout_s: ran.append(call))
+    for changing in ("reserve", "release", "spawn"):
+        monkeypatch.setattr(_ray, changing, None)
+    return ran
+
+
+def test_room_is_looked_for_and_not_taken(looked: list[tuple[Any, ...]]) -> None:
+    assert RayFleet().room_for("box", {0: MIB}, [MIB, 9 * MIB]) == ["h2", "h3"]
+    assert looked == [("h2", require_ram_here, MIB), ("h3", require_ram_here, 9 * MIB)]
+    with pytest.raises(NoRoom, match="a share of 2 MiB does not fit host h0: h0 has 1 MiB, h1 has"):
+        RayFleet().room_for("box", {0: 2 * MIB}, [])
+    with pytest.raises(NoRoom, match=r"not the VM's already has 16\.5 MiB free"):
+        RayFleet().room_for("box", {}, [MIB, 33 * MIB // 2])
+
+
+def test_what_was_set_aside_in_addition_counts_as_free_for_more(
+    looked: list[tuple[Any, ...]],
+) -> None:
+    """It is given back when more is set aside in its place."""
+    assert RayFleet().room_for("box", {1: 4 * MIB}, []) == []
+    with pytest.raises(NoRoom, match=r"a share of 5 MiB does not fit host h1: .* h1 has 4 MiB"):
+        RayFleet().room_for("box", {1: 5 * MIB}, [])
+    assert RayFleet().room_for("box", {0: 0, 1: 0}, []) == []

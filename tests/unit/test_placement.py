@@ -18,6 +18,7 @@ from dcres.model.placement import (
     NOWHERE,
     SAVED_NOWHERE,
     Owners,
+    codes_of,
     digest,
     free_codes,
     from_saved,
@@ -72,6 +73,14 @@ def test_free_codes_are_nobodys() -> None:
     assert free_codes([FIRST_SUB, FIRST_SUB + 2], 2) == [FIRST_SUB + 1, FIRST_SUB + 3]
     with pytest.raises(NoRoom, match="without --lazy"):
         free_codes(CODES, 256 - FIRST_SUB)
+
+
+def test_who_is_known_keeps_its_code() -> None:
+    known = {f"h{number}": sub_code(number) for number in range(200)}
+    assert codes_of([*known, "new"], known) == [*known.values(), sub_code(200)]
+    assert codes_of(["new", "h7"], known) == [sub_code(200), sub_code(7)]
+    with pytest.raises(NoRoom, match="241 places for pages"):
+        codes_of([f"n{number}" for number in range(41)], known)
 
 
 @given(st.lists(st.booleans(), max_size=64), st.lists(st.booleans(), max_size=64))

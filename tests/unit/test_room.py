@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcres.actors.room import MIB, HostInfo, free_sentence, host_named, require_room, whole_mib
+from dcres.actors.room import (
+    MIB,
+    HostInfo,
+    free_sentence,
+    host_named,
+    hosts_to_join,
+    require_room,
+    whole_mib,
+)
 from dcres.errors import ConfigError, NoRoom, NotFound
 
 
@@ -35,6 +43,31 @@ def test_it_fits_if_any_assignment_does(shares: list[int], free: list[int]) -> N
         for order in permutations(free, len(shares))
     )
     assert fits(shares, hosts) == possible
+
+
+@given(
+    st.lists(st.integers(1, 4 * MIB), max_size=4),
+    st.lists(st.integers(0, 4), max_size=5),
+)
+def test_hosts_are_found_to_join_if_any_assignment_does(shares: list[int], free: list[int]) -> None:
+    """All but the first, which is the VM's already, and the last, which is dead."""
+    hosts = [host(f"h{number}", mib, alive=number < 4) for number, mib in enumerate(free)]
+    others = {each.name: each.memory_free_bytes for each in hosts[1:] if each.alive}
+    possible = any(
+        all(
+            whole_mib(share) * MIB <= others[name]
+            for share, name in zip(shares, order, strict=True)
+        )
+        for order in permutations(others, len(shares))
+    )
+    if not possible:
+        with pytest.raises(NoRoom, match="no host that is not the VM's already has"):
+            hosts_to_join(shares, {"h0"}, hosts)
+        return
+    found = hosts_to_join(shares, {"h0"}, hosts)
+    assert len(set(found)) == len(shares)
+    for share, name in zip(shares, found, strict=True):
+        assert whole_mib(share) * MIB <= others[name]
 
 
 def test_a_dead_host_has_no_room() -> None:

@@ -20,7 +20,7 @@ from ray.util.placement_group import (
 from dcres.actors._ray import nodes
 from dcres.actors._ray.actors import kill, poll
 from dcres.actors._ray.nodes import LIVE_GROUPS
-from dcres.actors.room import free_sentence, require_room, whole_mib
+from dcres.actors.room import MIB, free_sentence, require_room, whole_mib
 from dcres.errors import Conflict, NoRoom, NotFound
 
 
@@ -46,6 +46,12 @@ class Reservation:
     def hosts(self) -> tuple[str, ...]:
         """The host of every bundle, in order."""
         return tuple(self.host_of(bundle) for bundle in range(len(self._table()["bundles"])))
+
+    @property
+    def length_bytes(self) -> int:
+        """What is set aside, on all its hosts."""
+        bundles = self._table()["bundles"].values()
+        return sum(int(bundle.get("vm_memory", 0)) for bundle in bundles) * MIB
 
     def _table(self) -> Any:
         return placement_group_table(group_named(self.name))
