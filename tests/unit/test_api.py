@@ -17,11 +17,13 @@ from rich.console import Console
 import dcres
 from dcres.actors import _ray, local_cluster
 from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.messages import Foreseen, Transfer
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
 from dcres.api.cluster import Cluster
 from dcres.api.operation import HostProgress, OperationProgress, attend
+from dcres.api.resizing import ResizePlan
 from dcres.api.session import (
     Session,
     catalogue_of,
@@ -39,6 +41,7 @@ from dcres.errors import (
     ClusterError,
     ConfigError,
     Conflict,
+    DcresError,
     NotFound,
     OperationFailed,
     VmLost,
@@ -351,6 +354,52 @@ class TestChangesOfShares:
             Vm(session_with(), "v").resize()
         with pytest.raises(ConfigError, match="'x' is not a size"):
             Vm(session_with(), "v").resize(subs=["x"])
+
+
+@dataclass(frozen=True)
+class PlanningSession(FakeSession):
+    """Its coordinator foresees something, or refuses."""
+
+    answer: Foreseen | DcresError = Foreseen(())
+
+    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        self.asked.append((method, *args))
+        if isinstance(self.answer, DcresError):
+            raise self.answer
+        return self.answer
+
+
+class TestPlanningOtherShares:
+    def planned(self, answer: Foreseen | DcresError) -> Vm:
+        session = PlanningSession("nowhere", StoresOfHosts(), None, answer=answer)
+        self.asked = session.asked
+        return Vm(session, "v")
+
+    def test_sizes_are_read_and_sent(self) -> None:
+        foreseen = Foreseen((("h0", 1, 2),), (Transfer("h0", "h1", 3),))
+        vm = self.planned(foreseen)
+        assert vm.plan_resize("64MiB", "1MiB,8KiB") == ResizePlan.of("v", foreseen)
+        assert vm.plan_drain("h0").moves == {"h1": 3}
+        assert self.asked == [
+            ("plan_resize", 64 << 20, [1 << 20, 8192]),
+            ("plan_drain", "h0"),
+        ]
+        with pytest.raises(ConfigError, match="say what VM v is to have"):
+            vm.plan_resize()
+        with pytest.raises(ConfigError, match="'x' is not a size"):
+            vm.plan_resize(subs=["x"])
+
+    def test_a_refusal_is_a_problem(self) -> None:
+        vm = self.planned(Conflict("VM v is checkpointing"))
+        for plan in (vm.plan_resize("64MiB"), vm.plan_drain("h1")):
+            assert (plan.possible, plan.problems) == (False, ("VM v is checkpointing",))
+
+    def test_nobody_there(self) -> None:
+        vm = self.planned(NotFound("VM v does not run"))
+        with pytest.raises(NotFound):
+            vm.plan_resize("64MiB")
+        with pytest.raises(NotFound):
+            vm.plan_drain("h1")
 
 
 class TestWaitingUntilWhole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ from rich.console import Console, RenderableType
 import dcres
 from dcres import doctor
 from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.messages import Foreseen, Transfer
 from dcres.api import cluster as api_cluster
 from dcres.api.draining import DrainPlan
 from dcres.api.placement import Placement
 from dcres.api.plan import PlannedHost, RestorePlan
+from dcres.api.resizing import ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli import commands, judge, main, tables
 from dcres.cli.stage import ConsoleStage
@@ -47,6 +50,13 @@ PLACEMENT = placement(b"mma", age_s=3.0)
 RUNNING = VmStatus("box", "running", "", "tcg", "running", "/console", (MAIN, SUB))
 
 
+FORESEEN = Foreseen(
+    (("h0", 64 << 20, 48 << 20), ("h1", 32 << 20, 0), ("h2", 0, 32 << 20)),
+    (Transfer("h0", "h2", 256), Transfer("h1", "h2", 16)),
+)
+FULL = Foreseen((("h0", 4096, 8192), ("", 0, 4096)), problem="no host has 4 KiB free")
+
+
 class FakeVm:
     """A VM that remembers what was asked of it."""
 
@@ -63,6 +73,10 @@ class FakeVm:
     def resize(self, main: str | None, subs: str | None) -> VmStatus:
         self.asked.append(("resize", main, subs))
         return RUNNING
+
+    def plan_resize(self, main: str | None, subs: str | None) -> ResizePlan:
+        self.asked.append(("plan_resize", main, subs))
+        return ResizePlan.of("box", FULL if main else FORESEEN)
 
     def drain(self, host: str) -> VmStatus:
         self.asked.append(("drain", host))
@@ -582,6 +596,32 @@ class TestJson:
         assert main(["drain", "box", "h1", "--dry-run"]) == 0
         assert "64 KiB would move" in capsys.readouterr().out
 
+    def test_planning_other_shares(
+        self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["resize", "box", "--subs", "32MiB", "--dry-run", "--json"]) == 0
+        assert fake.asked == [("plan_resize", None, "32MiB")], "and nothing else"
+        plan = answer_of(capsys)
+        assert plan["possible"] is plan["dry_run"] is True
+        assert [host["change"] for host in plan["hosts"]] == ["shrinks", "leaves", "joins"]
+        assert plan["moves"] == [
+            {"from": "h0", "to": "h2", "pages": 256},
+            {"from": "h1", "to": "h2", "pages": 16},
+        ]
+        assert (plan["pages_moved"], plan["bytes_moved"]) == (272, 272 * 4096)
+        assert main(["resize", "box", "--main", "8KiB", "--dry-run", "--json"]) == 1
+        plan = answer_of(capsys)
+        assert (plan["possible"], plan["problems"]) == (False, ["no host has 4 KiB free"])
+        assert plan["hosts"][1] == {
+            "host": None,
+            "role": "sub",
+            "share_bytes_before": 0,
+            "share_bytes_after": 4096,
+            "change": "joins",
+        }
+        assert main(["resize", "box", "--main", "8KiB", "--dry-run"]) == 1
+        assert "no host has 4 KiB free" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
@@ -703,6 +743,21 @@ class TestTables:
         assert "h1 of VM box would be emptied; nothing was changed" in text
         assert "1 MiB would move" in text
         assert "no room" in shown(tables.drain_view(DrainPlan("box", "h1", {}, ("no room",))))
+
+    def test_resize(self) -> None:
+        text = shown(tables.resize_view(ResizePlan.of("box", FORESEEN)))
+        assert "VM box would be resized; nothing was changed" in text
+        assert re.search(r"^h0 +main +64 MiB +48 MiB +shrinks$", text, re.M)
+        assert re.search(r"^h1 +sub +32 MiB +0 B +leaves$", text, re.M)
+        assert re.search(r"^h0 +h2 +256 +1 MiB$", text, re.M)
+        assert "1.062 MiB would move" in text
+        text = shown(tables.resize_view(ResizePlan.of("box", FULL)))
+        assert re.search(r"^\? +sub +0 B +4 KiB +joins$", text, re.M)
+        assert "no host has 4 KiB free" in text
+        assert "would move" not in text
+        assert (
+            shown(tables.resize_view(ResizePlan("box", (), (), ("it is busy",)))).count("\n") == 2
+        )
 
     def test_restored(self) -> None:
         text = shown(tables.restore_view(RESTORED))
