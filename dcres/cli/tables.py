@@ -238,8 +238,9 @@ def resize_view(plan: ResizePlan) -> RenderableType:
     head = f"VM {plan.vm} would be resized; nothing was changed"
     hosts = _table("host", "role", "share", "would be", "", right=("share", "would be"))
     for host in plan.hosts:
-        before, after = format_size(host.before_bytes), format_size(host.after_bytes)
-        hosts.add_row(host.host or "?", host.role, before, after, host.change)
+        both = (host.before_bytes, host.after_bytes)
+        shares = [format_size(share) if share else "" for share in both]
+        hosts.add_row(host.host or "?", host.role, *shares, host.change)
     moves = _table("from", "to", "pages", "size", right=("pages", "size"))
     for each in plan.moves:
         moves.add_row(each.source, each.target, str(each.pages), _size_of(each.pages))

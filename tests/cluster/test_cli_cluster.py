@@ -146,16 +146,29 @@ class TestVm:
         assert "WITNESS ready" in cli.run("console", box).out
 
     def test_resize(self, cli: Cli, box: str, folder: Path) -> None:
+        planned = cli.json("resize", box, "--main", "160MiB", "--dry-run")
+        assert planned["possible"] is True
+        assert planned["hosts"][0]["change"] == "grows"
+        assert {move["to"] for move in planned["moves"]} == {planned["hosts"][0]["host"]}
         grown = cli.json("resize", box, "--main", "160MiB")
         assert grown["hosts"][0]["share_pages"] == 160 << 20 >> 12
+        # 140 MiB of the host are free; the 32 that it was given in addition are so again.
+        cli.json("resize", box, "--main", "290MiB")
         before = report(folder, box).checks
         back = cli.json("resize", box, "--main", "128MiB")
         assert back["hosts"][0]["share_pages"] == 128 << 20 >> 12
         await_checks(folder, box, before + 2)
 
     def test_resize_too_small_or_too_large(self, cli: Cli, box: str) -> None:
-        assert "give the hosts 64 MiB more" in cli.refused("resize", box, "--main", "64MiB")
-        assert "h" in cli.refused("resize", box, "--main", "512MiB", status=1)
+        for size, status, words in (
+            ("64MiB", 2, "give the hosts 64 MiB more"),
+            ("512MiB", 1, "a share of 384 MiB does not fit host h"),
+        ):
+            message = cli.refused("resize", box, "--main", size, status=status)
+            assert words in message
+            planned = cli.run("resize", box, "--main", size, "--dry-run", "--json")
+            assert (planned.status, planned.values["problems"]) == (1, [message])
+            assert planned.values["possible"] is False
         assert cli.json("status", box)["hosts"][0]["share_pages"] == 128 << 20 >> 12
 
     def test_starting_it_again(self, cli: Cli, box: str, folder: Path) -> None:

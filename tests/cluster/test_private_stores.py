@@ -124,9 +124,13 @@ def test_on_other_hosts_lazily_then_drained(cli: Cli, saved: dict[str, Any], fol
     (_, sub) = cli.json("status", "box")["hosts"]
     assert sub["pages"] > 0
 
+    planned = cli.json("resize", "box", "--subs", "96MiB,96MiB", "--dry-run")
+    assert [host["change"] for host in planned["hosts"]][2:] == ["joins"]
+    assert len(cli.json("status", "box")["hosts"]) == 2, "it was only asked"
     grown = cli.json("resize", "box", "--subs", "96MiB,96MiB")
     assert len(grown["hosts"]) == 3
     fresh = grown["hosts"][2]["host"]
+    assert [host["host"] for host in planned["hosts"]] == ["h3", "h4", fresh]
     plan = cli.json("drain", "box", "h4", "--dry-run")
     assert [move["host"] for move in plan["moves"]] == [fresh]
     drained = cli.json("drain", "box", "h4")

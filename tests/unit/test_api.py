@@ -360,7 +360,7 @@ class TestChangesOfShares:
 class PlanningSession(FakeSession):
     """Its coordinator foresees something, or refuses."""
 
-    answer: Foreseen | DcresError = Foreseen(())
+    answer: Foreseen | DcresError = field(default_factory=lambda: Foreseen(()))
 
     def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
         self.asked.append((method, *args))

@@ -134,12 +134,26 @@ def slice_servers(vm: Rig) -> list[int]:
     return [pid for pid, command in vm.running().items() if "slice_server" in command]
 
 
+def shape(vm: Rig) -> object:
+    """Who has how much, and what is set aside for it."""
+    status = vm.coordinator.status()
+    main, *subs = status["hosts"]
+    capacities = [each["capacity_pages"] for each in subs]
+    reserved = dict(vm.fleet.reserved["vm"]), dict(vm.fleet.extra)
+    return status["phase"], main["limit_pages"], capacities, main["moving"], reserved
+
+
 def test_sub_hosts_join_grow_and_leave_while_the_guest_runs(saved: tuple[Rig, Manifest]) -> None:
     vm, manifest = saved
     vm.coordinator.stop()
     vm.restore(manifest, layout=layout_of("64MiB", "64MiB", "64MiB"), hosts=["h0", "h1", "h2"])
     await_checks(vm.console)
     shares = [total_bytes(size) for size in ("48MiB", "80MiB", "96MiB")]
+    before = shape(vm)
+    foreseen = vm.coordinator.plan_resize(None, shares)
+    assert shape(vm) == before, "it was only asked"
+    assert foreseen.problem == ""
+    assert [host for host, *_ in foreseen.hosts] == ["h0", "h1", "h2", "h3"]
     status = vm.coordinator.resize(None, shares)
     assert [each["host"] for each in status["hosts"]] == ["h0", "h1", "h2", "h3"]
     keeps_checking(vm.console, 1)
@@ -157,6 +171,11 @@ def test_all_sub_hosts_leave(saved: tuple[Rig, Manifest]) -> None:
     vm, manifest = saved
     vm.coordinator.stop()
     vm.restore(manifest, layout=layout_of("96MiB", "64MiB", "64MiB"), hosts=["h0", "h1", "h2"])
+    foreseen = vm.coordinator.plan_resize(total_bytes("192MiB"), [])
+    held = sum(each["held_pages"] for each in vm.coordinator.status()["hosts"][1:])
+    assert {each.target for each in foreseen.transfers} == {"h0"}
+    moving = sum(each.pages for each in foreseen.transfers)
+    assert abs(moving - held) < held // 4, "the guest goes on meanwhile"
     status = vm.coordinator.resize(total_bytes("192MiB"), [])
     assert [each["host"] for each in status["hosts"]] == ["h0"]
     keeps_checking(vm.console, 1)
@@ -166,8 +185,9 @@ def test_a_sub_host_that_the_others_have_no_room_for_stays(saved: tuple[Rig, Man
     vm, manifest = saved
     vm.coordinator.stop()
     vm.restore(manifest, layout=layout_of("64MiB", "64MiB", "64MiB"), hosts=["h0", "h1", "h2"])
-    with pytest.raises(DcresError, match="64 MiB more"):
+    with pytest.raises(DcresError, match="64 MiB more") as refused:
         vm.coordinator.drain("h1")
+    assert vm.coordinator.plan_drain("h1").problem == str(refused.value)
     with pytest.raises(NotFound, match="no sub host"):
         vm.coordinator.drain("h0")
     keeps_checking(vm.console, 1)
@@ -178,8 +198,16 @@ def test_an_ordinary_vm_gets_sub_hosts_while_it_runs(saved: tuple[Rig, Manifest]
     vm.coordinator.stop()
     vm.restore(manifest, layout=layout_of("192MiB"), hosts=["h3"])
     await_checks(vm.console)
-    status = vm.coordinator.resize(total_bytes("64MiB"), [total_bytes("80MiB")] * 2)
-    assert len(status["hosts"]) == 3
+    shares = (total_bytes("64MiB"), [total_bytes("80MiB")] * 2)
+    foreseen = vm.coordinator.plan_resize(*shares)
+    (here,) = vm.coordinator.status()["hosts"][0]["pages"]
+    status = vm.coordinator.resize(*shares)
+    assert [each["host"] for each in status["hosts"]] == [host for host, *_ in foreseen.hosts]
+    assert [each.target for each in foreseen.transfers] == ["h0", "h1"]
+    leaving = sum(each.pages for each in foreseen.transfers)
+    assert abs(here - leaving - (64 << 20) // PAGE_BYTES) < MIB * 4 // PAGE_BYTES, (
+        "all but its share"
+    )
     layout = layout_of("64MiB", "80MiB", "80MiB")
     until(lambda: shares_kept(vm, layout), 30, "page-out has come to rest")
     keeps_checking(vm.console, 3)
