@@ -63,6 +63,9 @@ class MovingHost(StartingHost):
         known = dict(zip(self._state["hosts"][1:], self._state["codes"], strict=True))
         return codes_of(subs, known)
 
+    def _by_code(self, capacities: Mapping[str, int]) -> dict[int, int]:
+        return dict(zip(self._codes_of(list(capacities)), capacities.values(), strict=True))
+
     def _table(self) -> PageTable:
         return PageTable(self._folder.ram / "table", pages_of(self._spec.memory), writable=False)
 
@@ -76,24 +79,21 @@ class MovingHost(StartingHost):
         `reshape` and `move_into` do, VmLost when QEMU has ended.
         """
         self._require_qemu()
-        codes = self._codes_of(list(capacities))
-        shape = Shape(dict(zip(codes, capacities.values(), strict=True)), limit_pages, replaced)
-        table = self._table()
+        by_code = self._by_code(capacities)
+        shape, table = Shape(by_code, limit_pages, replaced), self._table()
         owners = owners_in(table, self._ram, only_main=not self._state["codes"])
-        hosts = {MAIN: self._host, **dict(zip(codes, capacities, strict=True))}
-        flow = foresee(owners.copy(), table.ticks, table.limit_pages, shape)
+        hosts = {MAIN: self._host, **dict(zip(by_code, capacities, strict=True))}
+        flow = foresee(owners, table.ticks, table.limit_pages, shape)
         return tuple(Transfer(hosts[a], hosts[b], pages) for (a, b), pages in flow.items())
 
-    def move_into(self, capacities: Mapping[str, int], limit_pages: int) -> int:
+    def move_into(self, capacities: Mapping[str, int]) -> int:
         """Begin to move pages so that no sub host has more than this many; how many move.
 
-        `capacities` are pages by sub host, all of them; the main host is to have `limit_pages`
-        in the end. Raises NoRoom.
+        `capacities` are pages by sub host, all of them. Raises NoRoom.
         """
-        codes, table = self._codes_of(list(capacities)), self._table()
-        shape = Shape(dict(zip(codes, capacities.values(), strict=True)), limit_pages)
+        table, by_code = self._table(), self._by_code(capacities)
         now = int(table.ticks.max(initial=0))
-        rows = moves_into(table.owners.copy(), table.ticks, now, shape)
+        rows = moves_into(table.owners.copy(), table.ticks, now, by_code, table.limit_pages)
         paging_moves.save(self._moves_path, rows)
         self._repage()
         return int((rows[:, 1] - rows[:, 0]).sum())

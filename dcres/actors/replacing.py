@@ -170,7 +170,7 @@ class Replacing:
     def _move(self, main: Port, capacities: dict[str, int]) -> None:
         """Move until nobody holds too much; the guest pages out meanwhile, so ask again."""
         for _ in range(_TRIES):
-            if not main.call("move_into", capacities, pages_of(self.shares.main)):
+            if not main.call("move_into", capacities):
                 return
             while main.call("status")["moving"]:
                 self.require_wanted()

@@ -31,27 +31,36 @@ class Shape:
     replaced: bool = True
 
 
-def moves_into(owners: Owners, ticks: Ticks, now: int, shape: Shape) -> Moves:
-    """The moves to `wanted_in`, hottest first. Raises NoRoom when the pages do not fit."""
-    return moves(owners, wanted_in(owners, ticks, shape), ticks, now)
+def moves_into(
+    owners: Owners,
+    ticks: Ticks,
+    now: int,
+    capacities: Mapping[int, int],
+    limit_pages: int,
+) -> Moves:
+    """The moves to what is `_wanted`, hottest first. Raises NoRoom when the pages do not fit."""
+    return moves(owners, _wanted(owners, ticks, capacities, limit_pages), ticks, now)
 
 
-def wanted_in(owners: Owners, ticks: Ticks, shape: Shape) -> Owners:
+def _wanted(
+    owners: Owners, ticks: Ticks, capacities: Mapping[int, int], limit_pages: int
+) -> Owners:
     """Where every page belongs, by the fewest moves, so that no sub host has more than it may.
 
-    The main host takes pages as far as it has room below its limit; what it holds already is
-    left to the pager. Raises NoRoom when the pages do not fit.
+    `capacities` are pages per owner code, of all sub hosts. The main host takes pages as far as
+    it has room below `limit_pages`; what it holds already is left to the pager. Raises NoRoom
+    when the pages do not fit.
     """
-    codes = list(shape.capacities)
+    codes = list(capacities)
     index_of = np.full(_CODES, SAVED_NOWHERE, dtype=np.uint8)
     index_of[codes] = np.arange(len(codes))
     here = int(np.count_nonzero((owners == MAIN) | (owners == LEAVING)))
-    room = max(0, kept_pages(shape.limit_pages) - here)
+    room = max(0, kept_pages(limit_pages) - here)
     targets = [*codes, MAIN]
     planned = plan(
         index_of[owners],
         ticks,
-        [*shape.capacities.values(), room],
+        [*capacities.values(), room],
         np.eye(len(codes), len(targets), dtype=np.bool_),
         hot_first=False,
     )
@@ -71,15 +80,16 @@ def foresee(
     """How many pages would go from whom to whom (owner codes), from a limit to a new shape.
 
     As the pager would do it by itself, with a guest that stands still: a main host that may
-    keep more is filled, then sub hosts come into shape, then a main host that may keep less
-    sends out what was touched longest ago. Raises NoRoom as `moves_into` does.
+    keep more is filled, then sub hosts come into shape, and only then a main host that may keep
+    less sends out what was touched longest ago. Raises NoRoom as `moves_into` does.
     """
     after = np.where(owners == LEAVING, MAIN, owners).astype(np.uint8)
     before = after.copy()
     if shape.limit_pages > limit_pages:
         _fill(after, ticks, shape)
     if shape.replaced:
-        after = wanted_in(after, ticks, shape).astype(np.uint8)
+        most = max(limit_pages, shape.limit_pages)
+        after = _wanted(after, ticks, shape.capacities, most).astype(np.uint8)
     if shape.limit_pages < limit_pages:
         _page_out(after, ticks, shape)
     return _flow(before, after)

@@ -235,7 +235,7 @@ class FakeMain(FakeHost):
         self.world.note(self.host, f"plan_moves {capacities} {limit_pages} {replaced}")
         return tuple(Transfer(self.host, each, PAGES) for each, most in capacities.items() if most)
 
-    def move_into(self, capacities: dict[str, int], limit_pages: int) -> int:
+    def move_into(self, capacities: dict[str, int]) -> int:
         self.world.note(self.host, f"move_into {list(capacities.values())}")
         return self.world.to_move.pop() if self.world.to_move else 0
 
