@@ -1188,9 +1188,9 @@ def test_a_host_that_would_join_has_no_name_without_room(started: Coordinator) -
     assert [host for host, *_ in hosts] == ["h0", "h1", "h2", "", ""]
 
 
-def test_a_share_of_nothing_does_not_join(started: Coordinator, fleet: LocalFleet) -> None:
+def test_a_share_of_nothing_does_not_join(started: Coordinator, world: World) -> None:
     started.resize(subs_bytes=[16 * MIB, 16 * MIB, 0])
-    assert fleet.reserved["vm"] == {0: "h0", 1: "h1", 2: "h2"}
+    assert "h3.serve" not in world.done
 
 
 def test_pages_that_do_not_fit_are_a_problem(started: Coordinator, world: World) -> None:
@@ -1207,12 +1207,14 @@ def test_nobody_changes_shares_of_a_vm_that_is_lost_or_busy(
     method, argument = order
     started.resize(48 * MIB)
     fleet.dead.add("h2")
+    world.fail["h2.describe"] = ActorGone("it has died")
     world.done.clear()
     foreseen: Foreseen = getattr(started, f"plan_{method}")(argument)
     with pytest.raises(VmLost, match="host h2 of VM vm is gone") as lost:
         getattr(started, method)(argument)
     assert foreseen.problem == str(lost.value)
     assert changes(world) == []
+    world.fail.clear()
 
     def ask() -> None:
         for each in (method, f"plan_{method}"):
