@@ -29,7 +29,7 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import FIRST_SUB, MAIN, NOWHERE, digest, sub_code
 from dcres.model.wire import Kind
 from dcres.paging import settings as settings_
-from dcres.paging.evictor import STEP_PAGES
+from dcres.paging.evictor import REGION_PAGES, STEP_PAGES
 from dcres.paging.table import PageTable
 from tests.support.paging import Rig, rig
 from tests.support.wait import until
@@ -174,10 +174,11 @@ def test_the_main_host_keeps_its_share(paged: Rig) -> None:
     until(lambda: paged.status()["pages"][0] <= 512, 30, "page-out")
     allocated = os.stat(paged.ram / "guest.ram").st_blocks * 512
     assert allocated <= (512 + 64) * PAGE_SIZE
-    for limit in (128, 1024):
+    # Which pages leave is for the pager to say, and with them whose home they have.
+    for limit, most_wrong in ((128, REGION_PAGES // 2), (1024, STEP_PAGES)):
         expected = foreseen(paged, limit)
         paged.order("resize", limit_pages=limit)
-        until(partial(near, paged, expected), 30, f"{expected} pages on the hosts")
+        until(partial(near, paged, expected, most_wrong), 30, f"{expected} pages on the hosts")
     assert expected[0] >= 900, "they have come back"
 
 
@@ -195,10 +196,11 @@ def foreseen(paged: Rig, limit_pages: int) -> list[int]:
     return list(pages.values())
 
 
-def near(paged: Rig, pages: list[int]) -> bool:
-    """Whether they are on the hosts, but for the batch that is less than a step of page-out."""
+def near(paged: Rig, pages: list[int], most_wrong: int) -> bool:
+    """Whether they are on the hosts: on the main host but for less than one step of page-out."""
     found = paged.status()["pages"]
-    return all(abs(one - other) <= STEP_PAGES for one, other in zip(found, pages, strict=True))
+    wrong = [abs(one - other) for one, other in zip(found, pages, strict=True)]
+    return wrong[0] <= STEP_PAGES and max(wrong) <= most_wrong
 
 
 def test_a_guest_that_writes_is_served_while_its_main_host_shrinks(
