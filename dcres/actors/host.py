@@ -56,9 +56,9 @@ class VmFolder:
 
     def make(self) -> None:
         """Create both, private to us. Raises HostError where somebody else could reach them."""
+        self.ram.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.run, self.ram):
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_own(folder.parent)
             require_own(folder)
 

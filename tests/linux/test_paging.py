@@ -177,6 +177,7 @@ def test_the_main_host_keeps_its_share(paged: Rig) -> None:
     # Which pages leave is for the pager to say, and with them whose home they have.
     for limit, most_wrong in ((128, REGION_PAGES // 2), (1024, STEP_PAGES)):
         expected = foreseen(paged, limit)
+        assert expected[0] <= limit
         paged.order("resize", limit_pages=limit)
         until(partial(near, paged, expected, most_wrong), 30, f"{expected} pages on the hosts")
     assert expected[0] >= 900, "they have come back"
