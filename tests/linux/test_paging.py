@@ -175,7 +175,7 @@ def test_the_main_host_keeps_its_share(paged: Rig) -> None:
     allocated = os.stat(paged.ram / "guest.ram").st_blocks * 512
     assert allocated <= (512 + 64) * PAGE_SIZE
     # Which pages leave is for the pager to say, and with them whose home they have.
-    for limit, most_wrong in ((128, REGION_PAGES // 2), (1024, STEP_PAGES)):
+    for limit, most_wrong in ((128, REGION_PAGES), (1024, STEP_PAGES)):
         expected = foreseen(paged, limit)
         assert expected[0] <= limit
         paged.order("resize", limit_pages=limit)
