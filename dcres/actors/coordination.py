@@ -158,11 +158,19 @@ class Coordination:
 
     def _reshaped(self, main: Status) -> bool:
         """Whether shares were being changed; if so that is brought to an end."""
-        if not main["reshaping"] and tuple(main["hosts"]) == self._hosts:
+        if self._is_settled(main):
             return False
         log.warning("VM %s: giving up a change of shares", self._vm)
         self._hosts = settle_shape(self._vm, self._fleet)
         return True
+
+    def _is_settled(self, main: Status) -> bool:
+        hosts: tuple[str, ...] = tuple(main["hosts"])
+        return not main["reshaping"] and hosts == self._hosts
+
+    def _settle_shares(self) -> None:
+        """Bring a change of shares to an end that could not be undone when it failed."""
+        self._reshaped(describe(self._main()))
 
     def _let_go_on(self, main: Port, checkpoint: str | None) -> None:
         """A VM that `checkpoint` has stopped or may stop, or that an earlier one left standing.

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dcres.actors.asking import describe
 from dcres.actors.bringing_up import BringingUp
 from dcres.actors.checkpointing import Checkpointing
 from dcres.actors.coordination import Coordination, VmPhase
@@ -202,6 +203,7 @@ class Coordinator(Coordination):
         emptied and leave. Raises ConfigError, NoRoom.
         """
         with self._exclusively(VmPhase.RESIZING):
+            self._settle_shares()
             spec = self._running_spec()
             self._reshape(spec, Shares.of(spec.layout, main_bytes, subs_bytes))
         return self.status()
@@ -213,13 +215,14 @@ class Coordinator(Coordination):
 
         Raises Conflict where `resize` does, and NotFound.
         """
-        self._require_idle()
+        self._require_settled()
         spec = self._running_spec()
         return self._replacing(spec, Shares.of(spec.layout, main_bytes, subs_bytes)).foresee()
 
     def drain(self, host: str) -> Status:
         """Empty one sub host while the VM runs, then leave it. Raises NotFound, NoRoom."""
         with self._exclusively(VmPhase.RESIZING):
+            self._settle_shares()
             spec = self._running_spec()
             self._reshape(spec, self._without(host, spec))
         return self.status()
@@ -229,7 +232,7 @@ class Coordinator(Coordination):
 
         Raises Conflict where `drain` does, and NotFound.
         """
-        self._require_idle()
+        self._require_settled()
         spec = self._running_spec()
         return self._replacing(spec, self._without(host, spec)).foresee()
 
@@ -241,6 +244,15 @@ class Coordinator(Coordination):
                 f"{host} is no sub host of VM {self._vm}; it has {', '.join(shares) or 'none'}"
             )
         return Shares(spec.layout.main, tuple({**shares, host: 0}.values()))
+
+    def _require_settled(self) -> None:
+        """Conflict where something is done to the VM, or a change of shares was left half-done."""
+        self._require_idle()
+        if not self._is_settled(describe(self._main())):
+            raise Conflict(
+                f"the last change of shares of VM {self._vm} was not brought to an end; "
+                "the next resize or drain begins with that"
+            )
 
     def _running_spec(self) -> VmSpec:
         description = self._main().call("describe")

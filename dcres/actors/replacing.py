@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dcres.actors.asking import describe
-from dcres.actors.messages import Foreseen, ServeOrder, Status
+from dcres.actors.messages import Foreseen, ServeOrder, Status, Transfer
 from dcres.actors.ports import Fleet, Port
 from dcres.config import Layout, VmSpec, layout_of
 from dcres.errors import DcresError, PagingError, VmLost
@@ -65,6 +65,7 @@ class Checked:
 
     growth: Mapping[int, int]  # bytes to be set aside beyond the first reservation, by index
     joining: tuple[str, ...]
+    transfers: tuple[Transfer, ...]
 
 
 @dataclass(slots=True)
@@ -80,15 +81,12 @@ class Replacing:
 
     def foresee(self) -> Foreseen:
         """What `run` would do, or why it would not begin; changes and reserves nothing."""
-        joining: tuple[str, ...] = ("",) * len(self.shares.added)
         try:
-            joining = self.check().joining
-            capacities = self._capacities(self.hosts + joining)
-            order = (capacities, pages_of(self.shares.main), self._replaces)
-            transfers = self.fleet.find(self.vm)[0].call("plan_moves", *order)
+            checked = self.check()
         except DcresError as error:
-            return Foreseen(self._before_and_after(joining), problem=str(error))
-        return Foreseen(self._before_and_after(joining), transfers)
+            nobody = ("",) * len(self.shares.added)
+            return Foreseen(self._before_and_after(nobody), problem=str(error))
+        return Foreseen(self._before_and_after(checked.joining), checked.transfers)
 
     def _before_and_after(self, joining: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
         before = self.spec.layout.shares + (0,) * len(joining)
@@ -105,7 +103,11 @@ class Replacing:
             if not self.fleet.alive(host):
                 raise VmLost(f"host {host} of VM {self.vm} is gone; restore a checkpoint")
         growth = self._growth()
-        return Checked(growth, tuple(self.fleet.room_for(self.vm, growth, self.shares.added)))
+        joining = tuple(self.fleet.room_for(self.vm, growth, self.shares.added))
+        capacities = self._capacities(self.hosts + joining)
+        order = (capacities, pages_of(self.shares.main), self._replaces)
+        transfers = self.fleet.find(self.vm)[0].call("plan_moves", *order)
+        return Checked(growth, joining, transfers)
 
     def run(self, checked: Checked) -> tuple[str, ...]:
         """Do it; the VM's hosts afterwards.

@@ -4,9 +4,9 @@ The same guest, its memory filled with noise, in three VMs: one that dcres runs,
 a stopped VM (``packed`` and ``sparse``); one in the installed QEMU, saved as its migration stream
 into a file (``stream``); one in a QEMU of 9.1 or newer, saved with mapped-ram, multifd and
 direct-io (``mapped_ram``). All write to the same disk, one after the other. fio writes and reads
-as many bytes as the guest has filled, from a clock that starts when the file has its blocks. Each
-round has them in another order, and what the one before has left to write is written before the
-next begins.
+as many bytes as the guest has filled, from a clock that starts when the file has its blocks. Over
+the rounds each takes every place and follows every other as often, and what the one before has left
+to write is written before the next begins.
 
 Rates are the bytes of memory that were saved by the time taken, in MB/s:
 
@@ -21,9 +21,8 @@ Rates are the bytes of memory that were saved by the time taken, in MB/s:
 from __future__ import annotations
 
 import os
-import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ from dcres.vm.command import QEMU
 MIB = 1 << 20
 _VM = "peers"
 _MEMORY_MIB, _QUICK_MEMORY_MIB = 2048, 1024
-_ROUNDS, _QUICK_ROUNDS = 10, 1
+_FEWEST_ROUNDS = 8
 _TIMEOUT_S = 600.0
 
 Contender = Callable[[int], list[Row]]  # saves and restores in the round of this number
@@ -59,7 +58,6 @@ def measure(setup: Setup) -> list[Row]:
     """Every round's rows."""
     fio.require()
     memory_mib = _QUICK_MEMORY_MIB if setup.quick else _MEMORY_MIB
-    rounds = _QUICK_ROUNDS if setup.quick else _ROUNDS
     spec = _spec(setup.folder, memory_mib)
     rows: list[Row] = []
     with ExitStack() as held:
@@ -76,9 +74,13 @@ def measure(setup: Setup) -> list[Row]:
             if vm is not None:
                 vm.await_filled()
                 contenders.append(partial(_rival_round, way, vm))
-        for at in range(rounds):
-            setup.say(f"round {at + 1} of {rounds}")
-            rows += _round(at, contenders)
+        orders = balanced_orders(len(contenders))
+        rounds = orders[:1] if setup.quick else orders * -(-_FEWEST_ROUNDS // len(orders))
+        for at, order in enumerate(rounds):
+            setup.say(f"round {at + 1} of {len(rounds)}")
+            for each in order:
+                os.sync()
+                rows += contenders[each](at)
     return rows
 
 
@@ -155,17 +157,16 @@ def _row(what: str, at: int, length: int, seconds: float, downtime: float | None
     return Row(what, at, length / 1e6 / seconds, "MB/s", details)
 
 
-def _round(at: int, contenders: Sequence[Contender]) -> list[Row]:
-    """One after the other, in another order in each round, and the same ones in every run.
+def balanced_orders(count: int) -> list[list[int]]:
+    """Orders of `count` contenders: each takes every place, and follows every other, as often.
 
     What was done before tells: fio wrote 2,030 MB/s after a restore and 1,630 after itself
-    (medians of five), and memory that was just given back is faster to get.
+    (medians of five), and memory that was just given back is faster to get. E. J. Williams,
+    Experimental designs balanced for the estimation of residual effects of treatments (1949).
     """
-    rows: list[Row] = []
-    for contender in random.Random(at).sample(contenders, len(contenders)):
-        os.sync()
-        rows += contender(at)
-    return rows
+    zigzag = [place // 2 + 1 if place % 2 else -(place // 2) for place in range(count)]
+    orders = [[(first + step) % count for step in zigzag] for first in range(count)]
+    return orders if count % 2 == 0 else orders + [order[::-1] for order in orders]
 
 
 def _fio(folder: Path, length: int, at: int) -> list[Row]:

@@ -50,8 +50,8 @@ class ChangeMap:
         """The file that whoever saves has made. Raises NoRoom, or PagingError without it."""
         try:
             return cls(path, page_count)
-        except OSError as error:
-            raise PagingError(f"cannot mark what changes in {path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise PagingError(f"cannot mark what changes in {str(path)!r}: {error}") from None
 
     def mark(self, first: int, stop: int) -> None:
         """Pages ``[first, stop)`` have just changed."""

@@ -19,6 +19,7 @@ from dcres import errors
 from dcres.paging.loop import READ, Loop
 
 _LONGEST_LINE = 1 << 16
+_MOST_PAGES = 1 << 52  # of 4 KiB each, in 64 bits
 
 Answer: TypeAlias = dict[str, Any]
 Reply: TypeAlias = Callable[[Answer], None]
@@ -41,7 +42,7 @@ def text(arguments: dict[str, Any], name: str) -> str:
 def pages(arguments: dict[str, Any], name: str) -> int:
     """The argument `name` of an order. Raises ProtocolError unless it is a number of pages."""
     value = arguments.get(name)
-    if type(value) is not int or value < 0:  # true and false are int, too
+    if type(value) is not int or not 0 <= value < _MOST_PAGES:  # true and false are int, too
         raise errors.ProtocolError(f"{value!r} is no number of pages")
     return value
 

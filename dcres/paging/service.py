@@ -34,6 +34,7 @@ from dcres.paging.stream import FrameStream
 log = logging.getLogger("dcres.server")
 
 HANDSHAKE_TIMEOUT_S = 5.0
+ENDING_TIMEOUT_S = 5.0  # for a peer to take the ERROR that ends its connection
 MOST_STRANGERS = 16
 MOST_OF_A_ROLE = 64
 
@@ -122,7 +123,6 @@ class Connection:
         except (CheckpointCorrupt, NoRoom, PagesLost, ProtocolError) as error:
             self.stream.send([wire.frame(Kind.ERROR, frame.request, wire.pack_error(error))])
             self.stream.end(PagingError(str(error)))
-            self.since = time.monotonic()
 
     def _greet(self, frame: Frame) -> None:
         try:
@@ -174,11 +174,12 @@ class PageService:
         self.loop.turn(0.0 if any(each.due for each in readers) else timeout_s)
         for reader in [each for each in readers if each.due]:
             reader.answer_next()
-        deadline = time.monotonic() - HANDSHAKE_TIMEOUT_S
-        for stranger in [each for each in self._strangers if each.since < deadline]:
+        now = time.monotonic()
+        late = now - HANDSHAKE_TIMEOUT_S
+        for stranger in [each for each in self._strangers if each.since < late]:
             stranger.refuse(Refused("it did not prove itself in time"))
         for each in self._ending:
-            if each.since < deadline:
+            if each.since < now - ENDING_TIMEOUT_S:
                 each.stream.drop()
         self._ending = [each for each in self._ending if each.stream.ending]
 
@@ -230,7 +231,10 @@ class PageService:
         self._members[connection.role].remove(connection)
         self.pages_in += connection.stream.shared[wire.SERVED]
         if connection.stream.ending:
+            connection.since = time.monotonic()
             self._ending.append(connection)
+            for oldest in self._ending[:-MOST_OF_A_ROLE]:
+                oldest.stream.drop()
         if connection.role is Role.PAGER:
             self._table.gone(connection.stream)
             self._end_express()

@@ -70,7 +70,10 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 @contextlib.contextmanager
 def replaced(path: Path, mode: int = 0o600) -> Iterator[int]:
-    """The same for what the block writes to the descriptor; if it fails nothing has changed."""
+    """The same for what the block writes to the descriptor; if that fails nothing has changed.
+
+    If the folder cannot be made durable at last, the file is there and may be lost with the power.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with store_full(path):

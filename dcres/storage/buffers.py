@@ -16,7 +16,7 @@ from dcres.linux.files import aligned_buffer, populate
 
 
 class Buffers:
-    """Buffers of `length_bytes`, each lent to one user at a time. They are never given back."""
+    """Buffers of `length_bytes`, each lent to one user at a time and kept from then on."""
 
     def __init__(self, length_bytes: int) -> None:
         self._length_bytes = length_bytes

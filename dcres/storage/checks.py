@@ -91,7 +91,7 @@ class Verifier:
         for file in part.files:
             if file.name not in (layout.SUMS, layout.PAGES):
                 self._try(host, file.name, partial(self._check_other, folder / file.name, file))
-        if part.role is Role.MAIN:  # a restore needs it, and would miss it no sooner
+        if part.role is Role.MAIN:  # a restore would miss it, and only then
             listed = partial(slices.listed, self.manifest, part, layout.HISTORY)
             self._try(host, layout.HISTORY, listed)
         if sums is not None and not self._problems.get((host, layout.INDEX)):

@@ -146,8 +146,8 @@ class Transfer:
     def run(self, extents: Extents, threads: int, progress: Progress | None) -> None:
         """Move `extents`, places in what is read, with at most so many threads.
 
-        A few pages get one: each costs a buffer that has to be cleared, and the rounds of a live
-        checkpoint are many and short. The first error, in the order of `extents`, stops all
+        A few pages get one: each takes a thread and a buffer, and the rounds of a live checkpoint
+        are many and short. The first error, in the order of `extents`, stops all
         threads and is raised. `progress` gets the number of pages done since its last call, never
         concurrently. When this returns, every page has been put.
         """

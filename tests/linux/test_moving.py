@@ -237,10 +237,19 @@ def test_an_error_comes_behind_every_answer(one: Server, role: Role) -> None:
     until(lambda: one.status()["connected"] is False, what="the server has let go of it")
 
 
+def test_who_is_told_an_error_hears_that_it_was_the_last(one: Server) -> None:
+    """Before the server stops to wait for it: its end of the connection is shut at once."""
+    with Client(one, Role.READER) as client:
+        began = time.monotonic()
+        client.tell(Kind.PEEK, b"")
+        ended(client)
+        assert time.monotonic() - began < service.ENDING_TIMEOUT_S / 2
+
+
 def test_a_peer_that_does_not_hang_up_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "HANDSHAKE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(service, "ENDING_TIMEOUT_S", 0.1)
     loop = Loop()
     with SubTable(tmp_path / "store.ram", PAGES, PAGES) as pages:
         at = Endpoint("127.0.0.1", 0)
@@ -250,11 +259,13 @@ def test_a_peer_that_does_not_hang_up_is_not_waited_for(
             (connection,) = served._strangers
             connection.handshake.accepted = True
             served.admit(connection)
+            time.sleep(0.2)  # it counts from its end
             connection.stream.end(PagingError("the test wants it"))
             assert served._ending == [connection]
-            connection.since = time.monotonic()
+            ended_at = time.monotonic()
             while served._ending:
                 served.turn(0.01)
+            assert 0.1 <= time.monotonic() - ended_at < 2
             assert peer.recv(1) == b""
         served.close()
     loop.close()
@@ -262,7 +273,8 @@ def test_a_peer_that_does_not_hang_up_is_not_waited_for(
 
 @pytest.mark.parametrize("order", ["track", "scan"])
 def test_an_order_without_sense_ends_nobody(one: Server, tmp_path: Path, order: str) -> None:
-    for wrong in ({}, {"changes": 5}, {"changes": str(tmp_path / "no" / "such")}):
+    nowhere, unnameable = str(tmp_path / "no" / "such"), "a\0b"
+    for wrong in ({}, {"changes": 5}, {"changes": nowhere}, {"changes": unnameable}):
         with pytest.raises(PagingError):
             one.order(order, **wrong)
     assert one.status()["tracking"] is False

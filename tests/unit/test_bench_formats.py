@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from dcres import bench
 from dcres.bench import backport, figure8, fio, plain
 from dcres.bench.backport import QemuProgram
+from dcres.bench.peers import balanced_orders
 from dcres.bench.result import Bench, Ratio, Row
 from dcres.errors import StorageError, UnsupportedHost
 from dcres.linux.files import data_extents, opened
@@ -142,3 +145,13 @@ def test_the_ratios_that_scripts_read_are_there() -> None:
         "save_over_qemu_stream",
         "restore_over_qemu_stream",
     }
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6])
+def test_every_contender_takes_every_place_and_follows_every_other(count: int) -> None:
+    orders = balanced_orders(count)
+    places = Counter((place, each) for order in orders for place, each in enumerate(order))
+    pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(places) == count * count
+    assert len(pairs) == count * (count - 1)
+    assert len(set(places.values())) == len(set(pairs.values())) == 1

@@ -20,10 +20,12 @@ from dcres.errors import Conflict, StoreFull
 from dcres.linux.files import data_extents
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
-from dcres.model.pages import Extents
+from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.storage import layout, tables
-from dcres.storage.memory_file import MemoryFileWriter
+from dcres.storage.buffers import Buffers
+from dcres.storage.memory_file import SAVING_THREADS, MemoryFileWriter
 from dcres.storage.store import Store
+from dcres.storage.transfer import BATCH_PAGES
 from tests.support.stored import folder, memory, placement, take
 from tests.support.vm import PlainMemory
 from tests.support.wait import until
@@ -99,6 +101,13 @@ def test_orders_for_another_checkpoint_are_refused(host: Host) -> None:
             order()
     host.stage(SECOND, 0)
     assert host.save(SECOND).pages == PAGES
+
+
+def test_buffers_are_there_before_the_stop(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Buffers(BATCH_PAGES * PAGE_SIZE)
+    monkeypatch.setattr(saving, "BUFFERS", pool)
+    host.prepare(FIRST)
+    until(lambda: pool._made == SAVING_THREADS, what="there is one for each thread")
 
 
 def test_memory_tables_that_fail_are_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
