@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +59,7 @@ from dcres.storage.transfer import BATCH_PAGES, BUFFERS
 
 LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
+_WARM_AFTER_S = 2.0  # when nobody waits any more for what an actor was started for
 _ANY_RATE = 1e9  # bytes per second; for a host that has no page to try it with
 
 
@@ -76,6 +76,14 @@ def beside_guest() -> int:
     tenths of its throughput rather than four (docs/decisions/missed-aims.md).
     """
     return min(SAVING_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+def _warm_buffers_after(seconds: float) -> None:
+    """So that a VM that is stopped need not wait for their memory (`dcres/storage/buffers.py`)."""
+    arguments = (SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
+    timer = threading.Timer(seconds, BUFFERS.warm, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 class PartSaver:
@@ -101,9 +109,7 @@ class PartSaver:
         self._rate = 0.0  # at which what is left would be staged; measured in the first round
         self._saved_any = False
         self._left = 0  # pages marked after the latest round
-        # Before the VM is stopped: it is not to wait for memory then.
-        warming = partial(BUFFERS.warm, SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
-        threading.Thread(target=warming, daemon=True).start()
+        _warm_buffers_after(0.0)
         with ExitStack() as stack:
             self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._source)
@@ -243,6 +249,7 @@ class SavingHost:
         self._saving = threading.RLock()
         self._saver: PartSaver | None = None
         self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
+        _warm_buffers_after(_WARM_AFTER_S)
 
     def _require_wanted(self, checkpoint: str) -> None:
         if checkpoint in self._halted:
