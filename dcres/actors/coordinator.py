@@ -26,7 +26,7 @@ from dcres.actors.coordination import Coordination, VmPhase
 from dcres.actors.messages import Foreseen, Status
 from dcres.actors.ports import Port
 from dcres.actors.publishing import Subject, checkpoint_facts
-from dcres.actors.replacing import Replacing, Shares, settle_shape
+from dcres.actors.replacing import Checked, Replacing, Shares, settle_shape
 from dcres.actors.restoring import Restoring, spec_for
 from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import (
@@ -272,12 +272,14 @@ class Coordinator(Coordination):
 
         replacing = replace(self._replacing(spec, shares), require_wanted=require_wanted)
         try:
-            checked = replacing.check()
-            try:
-                self._hosts = replacing.run(checked)
-            except BaseException:
-                self._hosts = settle_shape(self._vm, self._fleet)
-                raise
+            self._replace(replacing, replacing.check())
         finally:
             self._moves_unwanted = None
         self._phase = VmPhase.RUNNING
+
+    def _replace(self, replacing: Replacing, checked: Checked) -> None:
+        try:
+            self._hosts = replacing.run(checked)
+        except BaseException:
+            self._hosts = settle_shape(self._vm, self._fleet)
+            raise

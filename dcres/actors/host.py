@@ -24,8 +24,7 @@ from dcres.actors.messages import Progress
 from dcres.actors.prepared import Prepared
 from dcres.config import HostSettings
 from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
-from dcres.linux.files import fs_free_bytes, open_own, require_own
-from dcres.linux.memory import free_in
+from dcres.linux.files import free_in, fs_free_bytes, open_own, require_own
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control

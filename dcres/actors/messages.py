@@ -152,7 +152,7 @@ class RunOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class PageFlow:
     """Pages that go from one host of a VM to another."""
 
     source: str
@@ -169,7 +169,7 @@ class Foreseen:
     """
 
     hosts: tuple[tuple[str, int, int], ...]
-    transfers: tuple[Transfer, ...] = ()
+    flows: tuple[PageFlow, ...] = ()
     problem: str = ""
 
 

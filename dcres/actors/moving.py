@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dcres.actors.messages import Transfer
+from dcres.actors.messages import PageFlow
 from dcres.actors.picturing import owners_in
 from dcres.actors.reshaping import Shape, foresee, moves_into
 from dcres.actors.starting import StartingHost
@@ -71,7 +71,7 @@ class MovingHost(StartingHost):
 
     def plan_moves(
         self, capacities: Mapping[str, int], limit_pages: int, replaced: bool
-    ) -> tuple[Transfer, ...]:
+    ) -> tuple[PageFlow, ...]:
         """Which pages would go where if shares became these, as things are now; see `foresee`.
 
         `capacities` are pages by sub host, also of those that would join, 0 for one that would
@@ -84,7 +84,7 @@ class MovingHost(StartingHost):
         owners = owners_in(table, self._ram, only_main=not self._state["codes"])
         hosts = {MAIN: self._host, **dict(zip(by_code, capacities, strict=True))}
         flow = foresee(owners, table.ticks, table.limit_pages, shape)
-        return tuple(Transfer(hosts[a], hosts[b], pages) for (a, b), pages in flow.items())
+        return tuple(PageFlow(hosts[a], hosts[b], pages) for (a, b), pages in flow.items())
 
     def move_into(self, capacities: Mapping[str, int]) -> int:
         """Begin to move pages so that no sub host has more than this many; how many move.

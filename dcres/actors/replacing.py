@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dcres.actors.asking import describe
-from dcres.actors.messages import Foreseen, ServeOrder, Status, Transfer
+from dcres.actors.messages import Foreseen, PageFlow, ServeOrder, Status
 from dcres.actors.ports import Fleet, Port
 from dcres.config import Layout, VmSpec, layout_of
 from dcres.errors import DcresError, PagingError, VmLost
@@ -65,7 +65,7 @@ class Checked:
 
     growth: Mapping[int, int]  # bytes to be set aside beyond the first reservation, by index
     joining: tuple[str, ...]
-    transfers: tuple[Transfer, ...]
+    flows: tuple[PageFlow, ...]
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class Replacing:
         except DcresError as error:
             nobody = ("",) * len(self.shares.added)
             return Foreseen(self._before_and_after(nobody), problem=str(error))
-        return Foreseen(self._before_and_after(checked.joining), checked.transfers)
+        return Foreseen(self._before_and_after(checked.joining), checked.flows)
 
     def _before_and_after(self, joining: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
         before = self.spec.layout.shares + (0,) * len(joining)
@@ -106,8 +106,8 @@ class Replacing:
         joining = tuple(self.fleet.room_for(self.vm, growth, self.shares.added))
         capacities = self._capacities(self.hosts + joining)
         order = (capacities, pages_of(self.shares.main), self._replaces)
-        transfers = self.fleet.find(self.vm)[0].call("plan_moves", *order)
-        return Checked(growth, joining, transfers)
+        flows = self.fleet.find(self.vm)[0].call("plan_moves", *order)
+        return Checked(growth, joining, flows)
 
     def run(self, checked: Checked) -> tuple[str, ...]:
         """Do it; the VM's hosts afterwards.

@@ -10,7 +10,7 @@ import numpy as np
 from dcres.model.history import Ticks, coldest, hottest
 from dcres.model.moves import Moves, moves
 from dcres.model.pages import Pages
-from dcres.model.placement import LEAVING, MAIN, SAVED_NOWHERE, Owners
+from dcres.model.placement import LEAVING, MAIN, SAVED_NOWHERE, Owners, pages_by_host
 from dcres.model.plan import CHUNK_PAGES, plan
 from dcres.model.transport import Counts
 from dcres.paging.evictor import REGION_PAGES, STEP_PAGES, headroom_pages, homes_of
@@ -112,7 +112,7 @@ def _page_out(after: Owners, ticks: Ticks, shape: Shape) -> None:
     here = after == MAIN
     excess = int(np.count_nonzero(here)) - kept_pages(shape.limit_pages)
     pages = coldest(ticks, here, excess)
-    held = np.bincount(after, minlength=_CODES)[codes]
+    _, *held = pages_by_host(after, list(shape.capacities))
     capacities = np.array(list(shape.capacities.values()), dtype=np.int64)
     room = np.maximum(0, capacities - held)
     homes = homes_of(after.size, capacities.tolist())[pages // REGION_PAGES]

@@ -23,11 +23,10 @@ from dcres.api.defaults import (
     DEFAULT_MODE,
     require_kind,
 )
-from dcres.api.draining import DrainPlan
 from dcres.api.operation import ProgressOption, attend
 from dcres.api.placement import Placement
 from dcres.api.plan import RestorePlan, plan_restore
-from dcres.api.resizing import ResizePlan
+from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.session import Session
 from dcres.api.status import VmStatus, status_of, with_rates
 from dcres.config import Layout, VmSpec, format_size, listed, parse_size

@@ -9,10 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dcres.api.draining import DrainPlan
 from dcres.api.placement import Placement
 from dcres.api.plan import ASSUMPTION, RestorePlan, plan_cells, verdict
-from dcres.api.resizing import ResizePlan
+from dcres.api.resizing import ChangePlan, DrainPlan, ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli.memory_map import MemoryMap
 from dcres.config import format_size
@@ -248,7 +247,7 @@ def resize_view(plan: ResizePlan) -> RenderableType:
     return Group(head, *tables, *_verdict_on(plan))
 
 
-def _verdict_on(plan: DrainPlan | ResizePlan) -> list[Text]:
+def _verdict_on(plan: ChangePlan) -> list[Text]:
     problems = [Text(problem, "red") for problem in plan.problems]
     return problems or [Text(f"{_size_of(plan.pages)} would move", "green")]
 

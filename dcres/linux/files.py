@@ -298,3 +298,11 @@ def fs_free_bytes(path: str | os.PathLike[str]) -> int:
     """What the file system of `path` has left for this user."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
+
+
+def free_in(folder: Path) -> int:
+    """The same for a folder that need not exist yet."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return fs_free_bytes(there)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dcres.linux.files import fs_free_bytes
+from dcres.linux.files import free_in
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -22,11 +22,3 @@ def free_for_guests(tmpfs: Path, reserve_bytes: int = 0) -> int:
     `reserve_bytes` for the processes that come with a guest.
     """
     return max(min(available_bytes() - reserve_bytes, free_in(tmpfs)), 0)
-
-
-def free_in(folder: Path) -> int:
-    """Bytes that the file system of a folder, which need not exist yet, has left."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    return fs_free_bytes(there)

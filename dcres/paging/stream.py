@@ -48,8 +48,7 @@ class FrameStream:
         self._unsent: deque[Part] = deque()
         self._blocked = False  # epoll waits for room to write
         self.open = True
-        self.ending = False
-        """Whether the peer has not taken all yet that was sent before `end`."""
+        self.ending = False  # since `end`, until the peer has taken all that was sent before it
         loop.add(sock.fileno(), self._ready)
 
     def send(self, parts: Sequence[Part]) -> None:

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
-from dcres.linux.files import fs_free_bytes, locked
+from dcres.linux.files import free_in, locked
 from dcres.storage import layout, slices, tables
 from dcres.storage.atomic import make_private_dirs, sync_folder, write_durably
 from dcres.storage.checks import VerifiedPart, Verifier, VerifyReport
@@ -207,10 +207,7 @@ class Store:
 
     def room(self, vm: str) -> int:
         """Bytes that are free for checkpoints of `vm`."""
-        folder = self.root / layout.checked_vm(vm)
-        while not folder.exists():
-            folder = folder.parent
-        return fs_free_bytes(folder)
+        return free_in(self.root / layout.checked_vm(vm))
 
     def read_slice(self, manifest: Manifest, host: str) -> slices.Slice:
         """What `host` saved, its tables checked. Raises CheckpointCorrupt and NotFound."""

@@ -140,8 +140,8 @@ def serve(descriptor: int) -> None:
 
     import dcres.actors._ray
     import dcres.api.cluster
-    import dcres.api.draining
     import dcres.api.plan
+    import dcres.api.resizing
     import dcres.cli.tables  # noqa: F401
 
     orders = socket.socket(fileno=descriptor)

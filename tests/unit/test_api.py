@@ -17,7 +17,7 @@ from rich.console import Console
 import dcres
 from dcres.actors import _ray, local_cluster
 from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.messages import Foreseen, Transfer
+from dcres.actors.messages import Foreseen, PageFlow
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
@@ -376,7 +376,7 @@ class TestPlanningOtherShares:
         return Vm(session, "v")
 
     def test_sizes_are_read_and_sent(self) -> None:
-        foreseen = Foreseen((("h0", 1, 2),), (Transfer("h0", "h1", 3),))
+        foreseen = Foreseen((("h0", 1, 2),), (PageFlow("h0", "h1", 3),))
         vm = self.planned(foreseen)
         assert vm.plan_resize("64MiB", "1MiB,8KiB") == ResizePlan.of("v", foreseen)
         assert vm.plan_drain("h0").moves == {"h1": 3}

@@ -10,14 +10,13 @@ import pytest
 
 from dcres.actors import _ray
 from dcres.actors.loading import make_plan
-from dcres.actors.messages import Foreseen, PlanOrder, Transfer
+from dcres.actors.messages import Foreseen, PageFlow, PlanOrder
 from dcres.actors.room import MIB, HostInfo
 from dcres.api import choosing
 from dcres.api.catalogue import StoresOfHosts
 from dcres.api.choosing import Seen, Wish, choose_hosts, decide, wish_of
-from dcres.api.draining import DrainPlan
 from dcres.api.plan import ASSUMPTION, NETWORK_BYTES_PER_S, START_S, Flow, RestorePlan, plan_restore
-from dcres.api.resizing import ResizePlan
+from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.session import Session
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, ConfigError, Conflict, DcresError, NoRoom, NotFound
@@ -307,13 +306,13 @@ def test_a_drain_plan_tells_its_sum() -> None:
 
 
 def test_a_drain_plan_is_what_the_coordinator_foresees() -> None:
-    transfers = (Transfer("h1", "h2", 2), Transfer("h3", "h2", 3), Transfer("h1", "h0", 1))
-    assert DrainPlan.of("v", "h1", Foreseen((), transfers)).moves == {"h2": 5, "h0": 1}
+    flows = (PageFlow("h1", "h2", 2), PageFlow("h3", "h2", 3), PageFlow("h1", "h0", 1))
+    assert DrainPlan.of("v", "h1", Foreseen((), flows)).moves == {"h2": 5, "h0": 1}
     assert DrainPlan.of("v", "h1", Foreseen((), problem="no room")).problems == ("no room",)
 
 
 def test_a_resize_plan_for_people() -> None:
-    plan = ResizePlan.of("v", Foreseen((), (Transfer("h1", "h2", 2), Transfer("h0", "h2", 3))))
+    plan = ResizePlan.of("v", Foreseen((), (PageFlow("h1", "h2", 2), PageFlow("h0", "h2", 3))))
     assert plan.possible
     assert repr(plan) == "<ResizePlan v: h1 to h2 8 KiB, h0 to h2 12 KiB>"
     assert repr(ResizePlan.of("v", Foreseen((("h0", 1, 2),)))) == "<ResizePlan v: nothing to move>"

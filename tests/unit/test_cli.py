@@ -19,12 +19,11 @@ from rich.console import Console, RenderableType
 import dcres
 from dcres import doctor
 from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.messages import Foreseen, Transfer
+from dcres.actors.messages import Foreseen, PageFlow
 from dcres.api import cluster as api_cluster
-from dcres.api.draining import DrainPlan
 from dcres.api.placement import Placement
 from dcres.api.plan import PlannedHost, RestorePlan
-from dcres.api.resizing import ResizePlan
+from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli import commands, judge, main, tables
 from dcres.cli.stage import ConsoleStage
@@ -52,7 +51,7 @@ RUNNING = VmStatus("box", "running", "", "tcg", "running", "/console", (MAIN, SU
 
 FORESEEN = Foreseen(
     (("h0", 64 << 20, 48 << 20), ("h1", 32 << 20, 0), ("h2", 0, 32 << 20)),
-    (Transfer("h0", "h2", 256), Transfer("h1", "h2", 16)),
+    (PageFlow("h0", "h2", 256), PageFlow("h1", "h2", 16)),
 )
 FULL = Foreseen((("h0", 4096, 8192), ("", 0, 4096)), problem="no host has 4 KiB free")
 

@@ -19,6 +19,7 @@ from dcres.actors.messages import (
     Foreseen,
     Incarnation,
     MainPart,
+    PageFlow,
     PartsOrder,
     Placed,
     Planned,
@@ -27,7 +28,6 @@ from dcres.actors.messages import (
     RunOrder,
     Saved,
     ServeOrder,
-    Transfer,
 )
 from dcres.config import Layout
 from dcres.errors import (
@@ -231,9 +231,9 @@ class FakeMain(FakeHost):
 
     def plan_moves(
         self, capacities: dict[str, int], limit_pages: int, replaced: bool
-    ) -> tuple[Transfer, ...]:
+    ) -> tuple[PageFlow, ...]:
         self.world.note(self.host, f"plan_moves {capacities} {limit_pages} {replaced}")
-        return tuple(Transfer(self.host, each, PAGES) for each, most in capacities.items() if most)
+        return tuple(PageFlow(self.host, each, PAGES) for each, most in capacities.items() if most)
 
     def move_into(self, capacities: dict[str, int]) -> int:
         self.world.note(self.host, f"move_into {list(capacities.values())}")
@@ -1119,7 +1119,7 @@ def test_a_drain_can_be_planned(started: Coordinator, world: World) -> None:
     started.resize(48 * MIB)
     world.done.clear()
     foreseen = started.plan_drain("h1")
-    assert foreseen.transfers == (Transfer("h0", "h2", PAGES),)
+    assert foreseen.flows == (PageFlow("h0", "h2", PAGES),)
     assert foreseen.hosts[1] == ("h1", 16 * MIB, 0)
     assert changes(world) == []
     with pytest.raises(NotFound, match="h9 is no sub host"):
@@ -1144,7 +1144,7 @@ def test_a_resize_can_be_planned(started: Coordinator, world: World, fleet: Loca
         ("h2", 16 * MIB, 16 * MIB),
         ("h3", 0, 8 * MIB),
     )
-    assert [each.target for each in foreseen.transfers] == ["h1", "h2", "h3"]
+    assert [each.target for each in foreseen.flows] == ["h1", "h2", "h3"]
     assert changes(world) == []
     assert (fleet.reserved["vm"], world.state, world.capacities) == before
     assert fleet.extra == {}
@@ -1177,7 +1177,7 @@ def test_what_a_plan_says_is_what_is_refused(
     with pytest.raises((ConfigError, NoRoom)) as refused:
         started.resize(*shares)
     assert foreseen.problem == str(refused.value)
-    assert foreseen.transfers == ()
+    assert foreseen.flows == ()
     assert foreseen.hosts[0][:2] == ("h0", 32 * MIB)
     assert changes(world) == [], "nothing was begun"
     assert (started.status(), world.state) == before
@@ -1197,7 +1197,7 @@ def test_pages_that_do_not_fit_are_a_problem(started: Coordinator, world: World)
     plan = f"h0.plan_moves { {'h1': 4096, 'h2': 6144} } 8192 True"
     world.fail[plan] = NoRoom("give them 2 MiB more")
     foreseen = started.plan_resize(subs_bytes=[16 * MIB, 24 * MIB])
-    assert (foreseen.problem, foreseen.transfers) == ("give them 2 MiB more", ())
+    assert (foreseen.problem, foreseen.flows) == ("give them 2 MiB more", ())
     with pytest.raises(NoRoom, match="give them 2 MiB more"):
         started.resize(subs_bytes=[16 * MIB, 24 * MIB])
     assert changes(world) == [], "nothing was begun"

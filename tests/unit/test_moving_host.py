@@ -11,7 +11,7 @@ import pytest
 
 from dcres.actors.host import VmFolder, write_state
 from dcres.actors.main_host import MainHost
-from dcres.actors.messages import Transfer
+from dcres.actors.messages import PageFlow
 from dcres.actors.reshaping import kept_pages
 from dcres.config import HostSettings
 from dcres.errors import NoRoom, VmLost
@@ -79,7 +79,7 @@ def test_pages_of_a_host_that_leaves_go_to_those_that_stay_and_join(settings: Ho
 def test_without_sub_hosts_the_ram_file_says_what_is_here(settings: HostSettings) -> None:
     host = main_host(settings, [MAIN] * 600 + [NOWHERE] * 424)
     moves = host.plan_moves({"h1": 1024}, 512, replaced=True)
-    assert moves == (Transfer("h0", "h1", 600 - kept_pages(512)),)
+    assert moves == (PageFlow("h0", "h1", 600 - kept_pages(512)),)
 
 
 def test_nothing_is_planned_or_begun_without_qemu(settings: HostSettings) -> None:

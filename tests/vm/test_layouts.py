@@ -173,8 +173,8 @@ def test_all_sub_hosts_leave(saved: tuple[Rig, Manifest]) -> None:
     vm.restore(manifest, layout=layout_of("96MiB", "64MiB", "64MiB"), hosts=["h0", "h1", "h2"])
     foreseen = vm.coordinator.plan_resize(total_bytes("192MiB"), [])
     held = sum(each["held_pages"] for each in vm.coordinator.status()["hosts"][1:])
-    assert {each.target for each in foreseen.transfers} == {"h0"}
-    moving = sum(each.pages for each in foreseen.transfers)
+    assert {each.target for each in foreseen.flows} == {"h0"}
+    moving = sum(each.pages for each in foreseen.flows)
     assert abs(moving - held) < held // 4, "the guest goes on meanwhile"
     status = vm.coordinator.resize(total_bytes("192MiB"), [])
     assert [each["host"] for each in status["hosts"]] == ["h0"]
@@ -203,8 +203,8 @@ def test_an_ordinary_vm_gets_sub_hosts_while_it_runs(saved: tuple[Rig, Manifest]
     (here,) = vm.coordinator.status()["hosts"][0]["pages"]
     status = vm.coordinator.resize(*shares)
     assert [each["host"] for each in status["hosts"]] == [host for host, *_ in foreseen.hosts]
-    assert [each.target for each in foreseen.transfers] == ["h0", "h1"]
-    left = here - sum(each.pages for each in foreseen.transfers)
+    assert [each.target for each in foreseen.flows] == ["h0", "h1"]
+    left = here - sum(each.pages for each in foreseen.flows)
     assert 60 * MIB < left * PAGE_BYTES <= 64 * MIB, "as much as it keeps of its share"
     layout = layout_of("64MiB", "80MiB", "80MiB")
     until(lambda: shares_kept(vm, layout), 30, "page-out has come to rest")
