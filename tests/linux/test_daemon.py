@@ -179,6 +179,7 @@ def test_an_end_that_meets_a_start_under_way_leaves_nothing_prepared(
     with pytest.raises(Conflict):
         sub.serve(ServeOrder(Incarnation("vm", 1, SECRET), 64, 64, LoadOrder("", ())))
     end.join(20)
+    assert not end.is_alive()
     assert descriptors() <= before  # what earlier tests left may have ended meanwhile
     assert waiting_for(sub._folder) == []
 

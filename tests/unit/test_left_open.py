@@ -1,0 +1,32 @@
+"""What the tests of whole VMs look at to find what was left open."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from tests.support.vm import descriptors
+
+
+def opened_since(before: set[tuple[str, str]]) -> set[str]:
+    return {fd for fd, _ in descriptors() - before}
+
+
+def test_files_pipes_and_sockets_are_seen() -> None:
+    before = descriptors()
+    reader, writer = os.pipe()
+    one, other = socket.socketpair()
+    with one, other:
+        fds = {str(fd) for fd in (reader, writer, one.fileno(), other.fileno())}
+        assert opened_since(before) == fds
+    os.close(reader)
+    os.close(writer)
+    assert opened_since(before) == set()
+
+
+def test_what_another_language_has_connected_is_not_ours() -> None:
+    before = descriptors()
+    fds = [each.detach() for each in socket.socketpair()]
+    assert opened_since(before) == set()
+    for fd in fds:
+        os.close(fd)
