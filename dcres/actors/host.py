@@ -23,7 +23,7 @@ from typing import Any
 from dcres.actors.messages import Progress
 from dcres.actors.prepared import Prepared
 from dcres.config import HostSettings
-from dcres.errors import Conflict, NoRoom, PagingError, StoreFull
+from dcres.errors import Conflict, DcresError, NoRoom, PagingError, StoreFull
 from dcres.linux.files import free_in, fs_free_bytes, open_own, require_own
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.model.pages import PAGE_SIZE
@@ -39,6 +39,7 @@ _LONGEST_DELAY_S = 5.0
 _LIVED_LONG_S = 60.0
 _LIVED_AT_ALL_S = 2.0
 _POLL_S = 0.02
+_ENDED = "this VM was ended before its start was done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,15 +326,23 @@ class Life:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Around a start. Raises Conflict when the end has come."""
+        """Around a start. Raises Conflict when the end has come, however the start fails by it.
+
+        The end kills what the start has begun, a launcher that was about to be a program too.
+        """
         with self._lock:
             self._require_not_over()
-            yield
+            try:
+                yield
+            except (DcresError, OSError) as error:
+                if self._over:
+                    raise Conflict(_ENDED) from error
+                raise
             self._require_not_over()
 
     def _require_not_over(self) -> None:
         if self._over:
-            raise Conflict("this VM was ended before its start was done")
+            raise Conflict(_ENDED)
 
     @contextmanager
     def ending(self, hurry: Callable[[], None]) -> Iterator[None]:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from dcres.actors import host, sub_host
-from dcres.actors.host import Daemon, VmFolder, restart_delay_s
+from dcres.actors.host import Daemon, Life, VmFolder, restart_delay_s
 from dcres.actors.messages import Incarnation, LoadOrder, ServeOrder
 from dcres.actors.prepared import Prepared
 from dcres.actors.sub_host import SubHost
 from dcres.config import HostSettings
-from dcres.errors import Conflict, PagingError
+from dcres.errors import Conflict, HostError, PagingError
 from dcres.linux.process import ProcessId, find_marked
 from dcres.paging import settings
 from dcres.paging.settings import ServerSettings
@@ -182,6 +182,33 @@ def test_an_end_that_meets_a_start_under_way_leaves_nothing_prepared(
     assert not end.is_alive()
     assert descriptors() <= before  # what earlier tests left may have ended meanwhile
     assert waiting_for(sub._folder) == []
+
+
+@pytest.mark.parametrize("error", [HostError("its launcher was ended"), FileNotFoundError("gone")])
+def test_a_start_that_fails_by_the_end_says_so(error: Exception) -> None:
+    life, ended = Life(), threading.Event()
+
+    def end() -> None:
+        with life.ending(ended.set):
+            pass
+
+    def start() -> None:
+        with life.beginning():
+            ending.start()
+            assert ended.wait(5)
+            raise error
+
+    ending = threading.Thread(target=end)
+    with pytest.raises(Conflict, match="ended before its start") as raised:
+        start()
+    assert raised.value.__cause__ is error
+    ending.join(5)
+    assert not ending.is_alive()
+
+
+def test_a_start_that_fails_by_itself_says_why() -> None:
+    with pytest.raises(HostError, match="no such program"), Life().beginning():
+        raise HostError("no such program")
 
 
 def answering_for_another(path: Path) -> socket.socket:
