@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 
 from tests.support.vm import descriptors
 
@@ -30,3 +31,14 @@ def test_what_another_language_has_connected_is_not_ours() -> None:
     assert not set(map(str, fds)) & opened_since(before)
     for fd in fds:
         os.close(fd)
+
+
+def test_a_pidfd_is_seen_once_its_process_has_ended() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        before = descriptors()
+        fd = os.pidfd_open(process.pid)
+        assert str(fd) not in opened_since(before), "a watcher has one, too"
+        process.kill()
+    assert str(fd) in opened_since(before)
+    os.close(fd)
+    assert str(fd) not in opened_since(before)
