@@ -82,7 +82,9 @@ class Coordinator(Coordination):
         bringing_up = BringingUp(self._vm, self._fleet, spec, self._require_wanted)
         try:
             self._hosts = bringing_up.reserve(hosts)
-            return begin(bringing_up)
+            begun = begin(bringing_up)
+            self._require_wanted()  # whoever cancelled it may be gone, and would not stop it
+            return begun
         except BaseException:
             self._take_down()
             self._require_wanted()

@@ -1,7 +1,13 @@
-"""A long call to a VM's coordinator, attended: its progress is shown, and Ctrl-C gives it up."""
+"""A long call to a VM's coordinator, attended: its progress is shown, and Ctrl-C gives it up.
+
+So does whatever else ends the waiting before the call has ended: SIGTERM, with which Ray stops a
+job, `sys.exit` in a handler of the caller's, a function for progress that raises. Nothing goes on
+that nobody waits for.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -12,7 +18,9 @@ from typing import Any
 from dcres.actors.ports import Pending, Port
 from dcres.api.show import progress_bars
 from dcres.errors import DcresError
-from dcres.linux.interrupt import OperationInterrupted
+from dcres.linux.interrupt import OperationInterrupted, Terminated, ended_by_sigterm
+
+log = logging.getLogger("dcres.api")
 
 _NO_LIMIT_S = 7 * 24 * 3600.0
 _LOOK_EVERY_S = 0.25
@@ -84,23 +92,33 @@ def attend(
 ) -> Any:
     """Call `method` of a coordinator and wait for its end, however long that takes.
 
-    KeyboardInterrupt gives the operation up and is raised once that is done: a checkpoint is
-    cancelled, what a start or restore had brought up is taken down, and pages that were being
-    moved stay where they are. It is an `OperationInterrupted` then, whose text says when it was too
-    late for that: a checkpoint that is being published is there in a moment.
+    An exception in the meantime gives the operation up and is raised once that is done: a
+    checkpoint is cancelled, what a start or restore had brought up is taken down, and pages that
+    were being moved stay where they are. KeyboardInterrupt becomes an `OperationInterrupted`,
+    whose text says when it was too late for that: a checkpoint that is being published is there
+    in a moment. After SIGTERM the process ends, see `ended_by_sigterm`.
     """
-    future = _in_thread(coordinator.submit(method, *args))
-    with shown_progress(progress, title) as show:
-        try:
-            while not wait([future], timeout=_LOOK_EVERY_S).done:
-                if show is not None:
-                    _look(coordinator, show)
-        except KeyboardInterrupt:
-            _give_up(coordinator, future)
-            if method in ("start", "restore") and future.exception() is None:
-                coordinator.call("stop", timeout_s=_NO_LIMIT_S)
-            raise OperationInterrupted(_what_became(method, title, future)) from None
+    with ended_by_sigterm():
+        with shown_progress(progress, title) as show:
+            future = _in_thread(coordinator.submit(method, *args))
+            try:
+                while not wait([future], timeout=_LOOK_EVERY_S).done:
+                    if show is not None:
+                        _look(coordinator, show)
+            except BaseException as error:
+                _give_up(coordinator, method, future)
+                _tell(error, title, _what_became(method, title, future))
+                raise
         return future.result()
+
+
+def _tell(error: BaseException, title: str, what_became: str) -> None:
+    """Say what became of the operation, as far as whoever waited for it can still hear."""
+    match error:
+        case KeyboardInterrupt():
+            raise OperationInterrupted(what_became) from None
+        case Terminated():
+            log.warning("SIGTERM during %s: %s", title, what_became)
 
 
 def _what_became(method: str, title: str, future: Future[Any]) -> str:
@@ -161,9 +179,11 @@ def _host_progress(answer: Mapping[str, Any]) -> HostProgress:
     )
 
 
-def _give_up(coordinator: Port, future: Future[Any]) -> None:
+def _give_up(coordinator: Port, method: str, future: Future[Any]) -> None:
     """Cancel until it has ended: the first order may come before the operation has begun."""
     while not future.done():
         with suppress(DcresError):
             coordinator.call("cancel", timeout_s=_ASK_TIMEOUT_S)
         wait([future], timeout=1.0)
+    if method in ("start", "restore") and future.exception() is None:
+        coordinator.call("stop", timeout_s=_NO_LIMIT_S)

@@ -38,7 +38,7 @@ from dcres.errors import (
     NotFound,
     VmLost,
 )
-from dcres.linux.interrupt import uninterrupted
+from dcres.linux.interrupt import ended_by_sigterm, uninterrupted
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.picture import MOST_BUCKETS
@@ -416,12 +416,13 @@ def _bring_up(
     session: Session, vm: str, call: tuple[Any, ...], title: str, progress: ProgressOption
 ) -> Any:
     """Have the VM's coordinator start or restore it; when that fails, no coordinator is left."""
-    try:
-        return attend(session.coordinator(vm), *call, title=title, progress=progress)
-    except BaseException:
-        with uninterrupted():
-            session.retire(vm)
-        raise
+    with ended_by_sigterm():
+        try:
+            return attend(session.coordinator(vm), *call, title=title, progress=progress)
+        except BaseException:
+            with uninterrupted():
+                session.retire(vm)
+            raise
 
 
 def read_from(path: Path, offset_bytes: int) -> bytes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from dcres.config import parse_size
+from dcres.linux.process import ProcessId, find_marked
 from dcres.model.pages import PAGE_SIZE
 from dcres.vm import witness
 from tests.support.cli import Cli, ended, require_nothing_left
@@ -35,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli(folder: Path) -> Iterator[Cli]:
     """``dcres up`` with three hosts; ``dcres down`` must leave the store alone, or nothing."""
     cli = Cli.at(folder / "home")
-    up = cli.json("up", "--hosts", "3", "--memory", HOST_MEMORY)
+    up = cli.json("up", "--hosts", "3", "--memory", HOST_MEMORY, "--dashboard")
     assert [host["memory_bytes"] for host in up["hosts"]] == [parse_size(HOST_MEMORY)] * 3
     cluster_id = json.loads((folder / "home" / "cluster.json").read_text())["id"]
     try:
@@ -321,6 +324,27 @@ class TestRestore:
         assert "it fits" in cli.run("restore", saved["checkpoint"], "--dry-run").out
         assert cli.json("list") == {"vms": []}, "nothing was changed"
 
+    def test_by_a_ray_job_that_is_stopped(
+        self, cli: Cli, saved: dict[str, Any], folder: Path
+    ) -> None:
+        """In the middle of it: nothing runs that nobody wants."""
+        job = RayJob.submit(folder / "home", "-c", JOB_PROGRAM, saved["checkpoint"])
+        run_folders = folder / "home" / "hosts"
+        until(lambda: qemu_of(run_folders, "box") is not None, 60, "the job restores the VM")
+        qemu = qemu_of(run_folders, "box")
+        assert qemu is not None
+        assert qemu.kill(signal.SIGSTOP), "so that the restore takes until we let it go on"
+        try:
+            job.stop()
+            until(lambda: job.status() == "STOPPED", 60, "the job is stopped")
+        finally:
+            qemu.kill(signal.SIGCONT)
+        until(lambda: not qemu.alive, 60, "what it had brought up is taken down")
+        until(lambda: cli.json("list") == {"vms": []}, 60, "the hosts are free")
+        left = [path for path in run_folders.glob("*/run/box/*") if path.suffix != ".log"]
+        assert left == []
+        assert cli.json("verify", saved["checkpoint"])["ok"] is True
+
     def test_no_room(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
         other = cli.json("start", vm_file(folder, "large", layout={"main": "256MiB"}))["vm"]
         layout = {"main": "240MiB", "subs": ["240MiB"]}
@@ -380,6 +404,49 @@ class TestRestore:
             "deleted": True,
             "inside": ["h0", "h1", "h2"],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class RayJob:
+    """A Python program that runs as a Ray job on the cluster of a home, by Ray's own interface."""
+
+    home: Path
+    id: str
+
+    @classmethod
+    def submit(cls, home: Path, *arguments: str) -> RayJob:
+        entrypoint = shlex.join(["python", *arguments])
+        return cls(home, _asked(home, "", {"entrypoint": entrypoint})["submission_id"])
+
+    def stop(self) -> None:
+        """As `ray job stop`: SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S."""
+        assert _asked(self.home, f"{self.id}/stop", {})["stopped"] is True
+
+    def status(self) -> str:
+        return str(_asked(self.home, self.id)["status"])
+
+
+def _asked(home: Path, path: str, values: dict[str, str] | None = None) -> Any:
+    port = json.loads((home / "cluster.json").read_text())["dashboard_port"]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/api/jobs/{path}",
+        data=None if values is None else json.dumps(values).encode(),
+        headers={"Authorization": f"Bearer {(home / 'token').read_text()}"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+JOB_PROGRAM = "import dcres, sys; dcres.connect().restore(sys.argv[1], hosts=3)"
+
+
+def qemu_of(run_folders: Path, vm: str) -> ProcessId | None:
+    """The QEMU of the VM, wherever it runs."""
+    for run in run_folders.glob(f"*/run/{vm}"):
+        for process in find_marked("DCRES_VM_RUN", str(run)):
+            if any(Path(word).name.startswith("qemu-system-") for word in process.argv[:1]):
+                return process
+    return None
 
 
 API_PROGRAM = """

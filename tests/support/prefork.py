@@ -177,6 +177,9 @@ def _fork(orders: socket.socket, ours: tuple[int, int]) -> bool:
     if not pid:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # As from a terminal, also if the tests were started in the background or by nohup.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for number, each in enumerate(descriptors, start=1):
             os.dup2(each, number)
         for each in (*descriptors, *ours, orders.detach()):

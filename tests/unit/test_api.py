@@ -46,6 +46,7 @@ from dcres.errors import (
     OperationFailed,
     VmLost,
 )
+from dcres.linux.interrupt import Terminated
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
@@ -235,6 +236,29 @@ class TestAttending:
         with pytest.raises(KeyboardInterrupt, match="what was under way is given up"):
             attend(coordinator, "start", title="t", progress=lambda _: None)
         assert coordinator.called == ["start", "progress", "cancel", "stop"]
+
+    @pytest.mark.parametrize("error", [SystemExit(15), Terminated(), ValueError("show")])
+    def test_nothing_goes_on_that_nobody_waits_for(self, error: BaseException) -> None:
+        """A handler of the program's own, SIGTERM, a function for progress: whatever raises."""
+
+        def raise_it(_: object) -> None:
+            raise error
+
+        coordinator = FakeCoordinator("done", lambda: None)
+        with pytest.raises(type(error)) as caught:
+            attend(coordinator, "restore", title="t", progress=raise_it)
+        assert caught.value is error
+        assert coordinator.called == ["restore", "progress", "cancel", "stop"]
+
+    def test_what_sigterm_ended_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        def term(_: object) -> None:
+            raise Terminated
+
+        coordinator = FakeCoordinator({"checkpoint": "v-1"}, lambda: None)
+        with pytest.raises(Terminated):
+            attend(coordinator, "checkpoint", title="checkpoint of v", progress=term)
+        words = "SIGTERM during checkpoint of v: checkpoint v-1 was published before that"
+        assert caplog.messages == [words]
 
     def test_a_start_that_was_refused_touches_nothing(self) -> None:
         coordinator = FakeCoordinator(Conflict("it runs already"), interrupt)

@@ -483,6 +483,18 @@ def test_only_a_lost_vm_is_replaced_by_a_restore(
     assert started.status()["phase"] == "running"
 
 
+def test_a_start_that_is_cancelled_in_its_last_moment_is_taken_down(
+    coordinator: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    """Whoever cancelled it may have been killed, and would not stop it."""
+    said: list[bool] = []
+    world.hooks["h0.run"] = lambda: said.append(coordinator.cancel())
+    with pytest.raises(Conflict, match="cancelled"):
+        coordinator.start(SPEC)
+    assert said == [True]
+    require_nothing(world, fleet)
+
+
 def test_a_cancelled_start_takes_all_down(
     coordinator: Coordinator, world: World, fleet: LocalFleet
 ) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,11 +65,38 @@ def test_cleaning_up_within_cleaning_up_does_not_end_it() -> None:
     assert heard(signal.SIGINT)
 
 
-def test_a_shell_that_ignores_it_for_us_is_overruled() -> None:
-    """As one does for a job in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@every_signal
+def test_one_that_is_ignored_stays_so(number: signal.Signals) -> None:
+    """As nohup does with SIGHUP, and a shell with SIGINT for a job in the background."""
+    signal.signal(number, signal.SIG_IGN)
     interrupt_on_signals()
-    assert heard(signal.SIGINT)
+    with uninterrupted():
+        pass
+    assert signal.getsignal(number) is signal.SIG_IGN
+    assert [heard(each) for each in SIGNALS] == [each is not number for each in SIGNALS]
+
+
+@pytest.mark.parametrize("starter", [["nohup"], ["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh"]])
+def test_a_command_that_was_told_to_ignore_them(starter: list[str]) -> None:
+    program = (
+        "import sys; from dcres.linux.interrupt import interrupt_on_signals as i; i()\n"
+        "print(flush=True); sys.stdin.read(); print('went on', flush=True); sys.stdin.close()\n"
+        "import signal; signal.pause()"
+    )
+    command = [*starter, sys.executable, "-c", program]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as ran:
+        assert ran.stdin is not None
+        assert ran.stdout is not None
+        ran.stdout.readline()
+        for each in (signal.SIGHUP, *([signal.SIGINT] if starter[0] == "sh" else [])):
+            ran.send_signal(each)
+        ran.stdin.close()
+        went_on = ran.stdout.readline()
+        ran.send_signal(signal.SIGTERM)
+        assert went_on == "went on\n"
+        assert ran.stderr is not None
+        assert ran.stderr.read().endswith("KeyboardInterrupt: SIGTERM\n"), "which still does"
 
 
 def test_in_a_thread_nothing_happens() -> None:
@@ -81,6 +111,85 @@ def test_in_a_thread_nothing_happens() -> None:
     thread.start()
     thread.join()
     assert done
+
+
+def in_a_program(text: str) -> subprocess.CompletedProcess[str]:
+    """How a program of its own ends that sends itself SIGTERM with ``term()``."""
+    begin = (
+        "import signal, sys, threading\n"
+        "from dcres.linux.interrupt import Terminated, ended_by_sigterm, uninterrupted\n"
+        "term = lambda: signal.raise_signal(signal.SIGTERM)\n"
+        "say = lambda *words: print(*words, flush=True)\n"
+    )
+    command = [sys.executable, "-c", begin + textwrap.dedent(text)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+class TestEndedBySigterm:
+    """What a library does about SIGTERM while it has something under way."""
+
+    def test_the_block_is_left_first_and_then_the_process_ends_by_the_signal(self) -> None:
+        ran = in_a_program("""
+            with ended_by_sigterm():
+                try:
+                    with ended_by_sigterm():  # one in another is the same
+                        term()
+                except Terminated:
+                    term()  # more of them change nothing
+                    with uninterrupted():
+                        term()
+                    say("taken down")
+                    raise
+            say("goes on")
+        """)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (-signal.SIGTERM, "taken down\n", "")
+
+    def test_also_if_what_it_interrupts_has_an_answer_all_the_same(self) -> None:
+        ran = in_a_program("""
+            with ended_by_sigterm():
+                try:
+                    term()
+                except Terminated:
+                    pass
+            say("goes on")
+        """)
+        assert (ran.returncode, ran.stdout) == (-signal.SIGTERM, "")
+
+    def test_without_a_signal_nothing_stays(self) -> None:
+        ran = in_a_program("""
+            with ended_by_sigterm():
+                assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            mine = lambda *_: say("mine")
+            with ended_by_sigterm():
+                signal.signal(signal.SIGTERM, mine)
+            assert signal.getsignal(signal.SIGTERM) is mine, "the program has set it meanwhile"
+        """)
+        assert (ran.returncode, ran.stderr) == (0, "")
+
+    def test_what_the_program_does_about_it_goes_first(self) -> None:
+        ran = in_a_program("""
+            for handler in (signal.SIG_IGN, lambda *_: say("mine")):
+                signal.signal(signal.SIGTERM, handler)
+                with ended_by_sigterm():
+                    term()
+                assert signal.getsignal(signal.SIGTERM) is handler
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+            with ended_by_sigterm():
+                term()
+        """)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (7, "mine\n", "")
+
+    def test_in_a_thread_nothing_can_be_done(self) -> None:
+        ran = in_a_program("""
+            def work():
+                with ended_by_sigterm():
+                    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        """)
+        assert (ran.returncode, ran.stderr) == (0, "")
 
 
 class Cleaning:
