@@ -109,10 +109,12 @@ def open_session(address: str | None, store: Path | None) -> Session:
 def _named(address: str | None) -> str | None:
     """The address of the cluster that is meant; None if nothing names one."""
     connected = _ray.connected_address()
-    if connected is not None and address in (None, "", "auto"):
+    if connected is not None and address in (None, "auto"):
         return connected
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    return None if address is None else _ray.resolve(address)
+    if address is not None:
+        return _ray.resolve(address)
+    named = os.environ.get(_ray.ADDRESS_VARIABLE)
+    return _ray.resolve(named, _ray.ADDRESS_VARIABLE) if named else None
 
 
 def local_cluster_at(address: str | None) -> LocalCluster | None:
@@ -138,7 +140,7 @@ def open_catalogue(address: str | None, store: Path | None) -> tuple[Catalogue, 
     named = named_store(store)
     if named is not None:
         return catalogue_of(named, None), False
-    if address is not None or os.environ.get("RAY_ADDRESS"):
+    if address is not None or os.environ.get(_ray.ADDRESS_VARIABLE):
         return _joining(address)
     try:
         local = local_cluster_at(None)

@@ -132,13 +132,15 @@ def add_command(
 def _require_known(ctx: typer.Context, before: Options, known: set[str]) -> None:
     """Refuse an option before a command that does not have it, as it is refused after it."""
     for key in _SHARED:
-        if getattr(before, key) and key not in known:
+        if getattr(before, key) not in (None, False) and key not in known:
             command = ctx.command_path
             raise ConfigError(f"`{command}` has no option --{key}; see `{command} --help`")
 
 
 def _merge(options: Options, given: dict[str, Any]) -> Options:
-    return replace(options, **{key: value for key, value in given.items() if value})
+    # An empty --address is none that was left out: a variable of a script may have no value.
+    given = {key: value for key, value in given.items() if value not in (None, False)}
+    return replace(options, **given)
 
 
 def confirm(options: Options, what: str, question: str, *, yes: bool) -> None:

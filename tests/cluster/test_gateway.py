@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dcres.actors import _ray as gateway
-from dcres.actors._ray import ActorPort, connection
+from dcres.actors._ray import ActorPort
 from dcres.actors.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
 from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
@@ -46,17 +45,6 @@ def raiser(cluster: LocalCluster) -> Iterator[ActorPort]:
 
 
 class TestConnecting:
-    def test_nobody_listens(self) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{taken.getsockname()[1]}"
-            with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}"):
-                connection._require_listener(address)
-
-    def test_a_token_that_is_not_there(self, cluster: LocalCluster, tmp_path: Path) -> None:
-        with pytest.raises(ClusterError, match=r"token file .* is missing"):
-            connection._require_token(cluster.address, tmp_path / "none")
-
     def test_again_is_harmless(self, cluster: LocalCluster) -> None:
         gateway.connect(cluster.address, cluster.token_path)
         assert gateway.hosts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,71 @@ class TestConnections:
         with pytest.raises(ClusterError, match="no Ray cluster has a node on this machine"):
             dcres.connect(auto)
 
-    @pytest.mark.parametrize("address", ["localhost", "ray://x", "h:²", "h:65536", ""])
-    def test_what_is_no_address(self, address: str) -> None:
-        with pytest.raises(ClusterError, match="write host:port"):
-            connection._require_listener(address)
+    @pytest.mark.parametrize("named_by", ["RAY_ADDRESS", "the address"])
+    @pytest.mark.parametrize(
+        ("address", "words"),
+        [
+            (
+                "http://h:8265",
+                "where Ray jobs are submitted; .* h:6379, .*"
+                "`ray job submit --address http://h:8265 -- dcres …`",
+            ),
+            ("https://[fd00::1]/", r"where Ray jobs are submitted; .* \[fd00::1\]:6379"),
+            ("HTTP://", "where Ray jobs are submitted; .* HEAD:6379"),
+            ("http://[", "where Ray jobs are submitted; .* HEAD:6379"),
+            ("ray://h:10001", "the address for Ray Client, which dcres does not speak; .* h:6379"),
+            ("local", "by which Ray means a new cluster .* `dcres up`"),
+            *(
+                (each, "which is not the address of a Ray cluster; write host:port")
+                for each in (
+                    "localhost",
+                    "tcp://h:1",
+                    "h:²",
+                    "h:65536",
+                    "h:0",
+                    "h:1/",
+                    "h:1 ",
+                    ":1",
+                    "::1:6379",
+                    "[::1]",
+                    " ",
+                    "HEAD",
+                )
+            ),
+        ],
+    )
+    def test_what_is_no_address(
+        self,
+        address: str,
+        words: str,
+        named_by: str,
+        fake_ray: FakeRay,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Whoever wrote it, the sentence names that, what it is, and the remedy."""
+        given = None if named_by == "RAY_ADDRESS" else address
+        if given is None:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        sentence = f"^{named_by} is {re.escape(address)}, {words}"
+        for find in (dcres.connect, lambda given: open_catalogue(given, None)):
+            with pytest.raises(ConfigError, match=sentence):
+                find(given)
+        assert fake_ray.connected is None
+        if given is None:
+            with pytest.raises(ConfigError, match=sentence):
+                dcres.connect("auto")
+
+    def test_an_empty_one_is_not_the_default(self, fake_ray: FakeRay) -> None:
+        """Of `--address "$HEAD"`, say, with no such variable."""
+        for connected in (None, "a:1"):
+            fake_ray.connected = connected
+            with pytest.raises(ConfigError, match="the address is empty; write host:port, or"):
+                dcres.connect("")
+
+    @pytest.mark.parametrize("address", ["h:1", "127.1.2.3:6379", "[::1]:65535", "localhost:1"])
+    def test_what_is_an_address(self, address: str, fake_ray: FakeRay) -> None:
+        with dcres.connect(address) as cluster:
+            assert cluster.address == address
 
     def test_no_local_cluster_beside_it(
         self, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch

@@ -17,11 +17,14 @@ Facts about Ray 2.60 that shaped this package:
   it never runs and keeps its name. So actors are killed before their group is removed.
 * A call to an actor that is restarting fails at once (``max_task_retries=0``) instead of
   waiting; nothing that an actor does to a VM may be repeated behind our back.
+* What is wrong with a cluster that one wants to join, Ray's core tells with a C++ stack on
+  standard error, or after a minute. So that is looked at before, in `looking`.
 * When a worker dies, Ray kills its process group. Processes that have to outlive an actor
   need a session of their own (`dcres.linux.process.spawn_detached`).
 """
 
 from dcres.actors._ray.actors import ActorPort, find, kill, list_actors
+from dcres.actors._ray.addresses import ADDRESS_VARIABLE, resolve
 from dcres.actors._ray.calls import Pending, gather
 from dcres.actors._ray.connection import (
     connect,
@@ -29,7 +32,6 @@ from dcres.actors._ray.connection import (
     current_actor_name,
     disconnect,
     own_node_address,
-    resolve,
 )
 from dcres.actors._ray.nodes import hosts
 from dcres.actors._ray.placing import spawn
@@ -43,6 +45,7 @@ from dcres.actors._ray.reservations import (
 from dcres.actors._ray.running import run_apart, run_on, start_on
 
 __all__ = [
+    "ADDRESS_VARIABLE",
     "ActorPort",
     "Pending",
     "Reservation",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +12,17 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._private import services
 from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_token_setup import (
     AuthenticationTokenLoader,
     Config,
 )
-from ray._private.node import GcsClient
 
+from dcres.actors._ray.addresses import as_ray_writes
+from dcres.actors._ray.looking import require_joinable
 from dcres.errors import ClusterError, Conflict
 
 NAMESPACE = "dcres"
-
-_CONNECT_TIMEOUT_S = 3.0
 
 _log = logging.getLogger("dcres.ray")
 
@@ -35,17 +32,15 @@ def connect(address: str, token_path: Path | None = None) -> bool:
 
     Returns whether this call made the connection: if so, the caller is to leave. Otherwise it
     is there already, as inside a Ray worker, and somebody else's. Raises Conflict if it is to
-    another cluster, ClusterError within a few seconds if nothing answers there, or if the token
-    is not the cluster's.
+    another cluster, and what `require_joinable` raises if nobody can join it from here.
     """
     connected = connected_address()
     if connected is not None:
         _require_same(connected, address)
         return False
-    _require_listener(address)
     _set_environment(token_path)
-    _require_token(address, token_path)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    require_joinable(address)
     ray_worker.print_to_stdstream = _log_raylet_message
     # Ray's core takes SIGTERM over: it prints a stack and ends us with no cleaning up.
     handler = signal.getsignal(signal.SIGTERM)
@@ -69,89 +64,29 @@ def connected_address() -> str | None:
     return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
 
 
-def resolve(address: str) -> str:
-    """`address`, or for ``auto`` the cluster that Ray means by it.
-
-    That is the one which RAY_ADDRESS names, the one that ``ray start`` began last on this
-    machine, or any that has a node here. Raises ClusterError when there is none.
-    """
-    if address != "auto":
-        return address
-    try:
-        found = _as_ray_writes(address)
-    except ConnectionError:
-        found = None
-    if found is None:
-        raise ClusterError(
-            "the address is `auto`, and no Ray cluster has a node on this machine; start one "
-            "with `dcres up`, or write host:port of another in --address or RAY_ADDRESS"
-        )
-    return found
-
-
 def disconnect() -> None:
     """Leave the cluster; detached actors and reservations stay. Repeatable."""
     ray.shutdown()
 
 
 def _require_same(connected: str, address: str) -> None:
-    if connected not in (address, _as_ray_writes(address)):
+    if connected not in (address, as_ray_writes(address)):
         raise Conflict(
             f"this process is connected to the cluster at {connected}; "
             f"close that connection before using {address}"
         )
 
 
-def _as_ray_writes(address: str) -> str | None:
-    """With this machine's own address for ``localhost``; None if it is not an address."""
-    try:
-        found: str | None = services.canonicalize_bootstrap_address(address)
-    except ValueError:
-        return None
-    return found
-
-
-def _require_listener(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not _is_port(port):
-        raise ClusterError(f"{address!r} is not the address of a Ray cluster; write host:port")
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address} ({error.strerror or error}); "
-            "start one with `dcres up`, or name another with --address"
-        ) from None
-
-
-def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) < 1 << 16
-
-
 def _set_environment(token_path: Path | None) -> None:
     if token_path is not None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path)
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # would go before the file
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # As in local_cluster: a call to an actor that just died fails 1 s earlier.
     os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "100")
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _require_token(address: str, token_path: Path | None) -> None:
-    """Ask once with our token; ray.init itself would ask for 20 s."""
-    if token_path is not None and not token_path.is_file():
-        raise ClusterError(f"the token file {token_path} of the cluster at {address} is missing")
-    try:
-        GcsClient(address=address)
-    except ray.exceptions.AuthenticationError as error:
-        raise ClusterError(
-            f"the Ray cluster at {address} does not accept our token; "
-            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
-        ) from error
-    except ray.exceptions.RayError as error:
-        raise ClusterError(f"what listens at {address} is not a Ray cluster: {error}") from error
 
 
 def _log_raylet_message(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
