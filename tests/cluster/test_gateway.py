@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from dcres.actors import _ray as gateway
-from dcres.actors._ray import ActorPort
+from dcres.actors._ray import ActorPort, looking
 from dcres.actors.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
 from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
+from tests.support.cli import Cli
 from tests.support.errors import ALL_ERRORS, example
 from tests.support.wait import until
 
@@ -44,7 +48,64 @@ def raiser(cluster: LocalCluster) -> Iterator[ActorPort]:
     gateway.kill("test-raiser")
 
 
+LIST = ("-c", "import sys; from dcres.cli import main; sys.exit(main())", "list", "--address")
+
+
 class TestConnecting:
+    """A cluster that cannot be joined from here is refused with one sentence and no stack."""
+
+    @pytest.mark.parametrize("token", ["a wrong token", None])
+    def test_a_token_that_is_not_the_clusters(
+        self, token: str | None, cluster: LocalCluster, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "token"
+        path.write_text(token or "")
+        mode = "disabled" if token is None else "token"
+        cli = Cli.at(tmp_path, RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN_PATH=str(path))
+        ran = cli.run("list", "--address", cluster.address)
+        words = f"the Ray cluster at {cluster.address} does not accept our token; set RAY_AUTH_MODE"
+        assert (ran.status, ran.out) == (1, "")
+        assert ran.err.startswith(f"error: {words}")
+        assert ran.err.count("\n") == 1
+
+    @pytest.mark.parametrize("place", ["elsewhere", "in another container"])
+    def test_from_where_no_node_can_be_reached(
+        self, place: str, cluster: LocalCluster, tmp_path: Path
+    ) -> None:
+        """Its processes are not to be seen, as on another machine; or its files are not."""
+        temp = f"/tmp/dcres-{cluster.id}"
+        if place == "elsewhere":
+            begin = ["unshare", "--pid", "--fork", "--mount-proc"]
+            words = "no node of the Ray cluster at {} runs on this machine"
+        else:
+            hide = 'mount -t tmpfs none "$0" && exec "$@"'
+            begin = ["unshare", "--mount", "sh", "-c", hide, temp]
+            words = (
+                f"the node of the Ray cluster at {{}} on this machine cannot be reached at {temp}/"
+            )
+        environ = {"DCRES_HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": str(cluster.token_path)}
+        ran = subprocess.run(
+            [*begin, sys.executable, *LIST, cluster.address],
+            env={**os.environ, **environ, "RAY_AUTH_MODE": "token"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert ran.stderr.startswith(f"error: {words.format(cluster.address)}")
+        host = cluster.address.partition(":")[0]
+        assert f"run it on a node, `ssh {host} dcres --address {cluster.address} …`" in ran.stderr
+        assert ran.stderr.count("\n") == 1
+
+    def test_with_another_ray(self, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        looking.require_joinable(cluster.address)
+        theirs = ray.__version__
+        monkeypatch.setattr(ray, "__version__", "2.0.0")
+        words = f"runs Ray {theirs} on Python .*, and this is Ray 2.0.0 on Python .*; install dcres"
+        with pytest.raises(ClusterError, match=words):
+            looking.require_joinable(cluster.address)
+
     def test_again_is_harmless(self, cluster: LocalCluster) -> None:
         gateway.connect(cluster.address, cluster.token_path)
         assert gateway.hosts()
