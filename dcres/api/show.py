@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from rich.console import Console
@@ -80,10 +80,14 @@ def working(text: str) -> Iterator[None]:
 def progress_bars(
     title: str, console: Console | None = None
 ) -> Iterator[Callable[[_Operation], None]]:
-    """A callback that draws one bar per host, or tells of each phase where no bar can be."""
+    """A callback that draws one bar per host, or tells of each phase where no bar can be.
+
+    Where nobody can read it any more, of a terminal that was closed, say, it shows nothing: that
+    is no reason to give up what it tells of.
+    """
     console = console or stderr_console()
     if not watched(console):
-        yield _Lines(console, title).show
+        yield _if_anybody_reads(_Lines(console, title).show)
         return
     with Progress(
         SpinnerColumn(),
@@ -96,7 +100,15 @@ def progress_bars(
         transient=True,
     ) as progress:
         heading = progress.add_task(title, total=None, rate="")
-        yield _Bars(progress, heading, title).show
+        yield _if_anybody_reads(_Bars(progress, heading, title).show)
+
+
+def _if_anybody_reads(show: Callable[[_Operation], None]) -> Callable[[_Operation], None]:
+    def shown(operation: _Operation) -> None:
+        with suppress(OSError):
+            show(operation)
+
+    return shown
 
 
 class _Bars:
@@ -160,7 +172,8 @@ class _Lines:
             if host.total_bytes
         )
         text = f"{self._title}: {_phase(operation)}{hosts}"
-        self._console.print(text, markup=False, soft_wrap=True)
+        # Not Console.print, which exits the process where a pipe is closed.
+        print(text, file=self._console.file, flush=True)
 
 
 def _rate(bytes_per_s: float) -> str:

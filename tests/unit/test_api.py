@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 from collections.abc import Callable
@@ -267,7 +268,36 @@ class TestAttending:
         assert "stop" not in coordinator.called
 
 
+class GoneFile(StringIO):
+    """A terminal that was closed, or a pipe that nobody reads."""
+
+    def __init__(self, error: OSError | None) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        return super().write(text)
+
+
 class TestBars:
+    @pytest.mark.parametrize(
+        ("terminal", "error"),
+        [
+            (True, OSError(errno.EIO, "it was closed")),
+            (False, OSError(errno.EIO, "it was closed")),
+            (False, BrokenPipeError()),
+        ],
+    )
+    def test_work_goes_on_that_nobody_sees(self, terminal: bool, error: OSError) -> None:
+        file = GoneFile(None)
+        console = Console(file=file, force_terminal=terminal, width=120)
+        with progress_bars("drain h1", console) as show:
+            for phase, file.error in (("resizing", None), ("moving", error), ("resizing", error)):
+                show(OperationProgress("v", phase, (HostProgress(phase, "copy", 1, 2),)))
+            file.error = None
+
     def test_pages_on_their_way_are_one_bar(self) -> None:
         console = Console(file=StringIO(), force_terminal=True, width=120)
         with progress_bars("drain h1", console) as show:
