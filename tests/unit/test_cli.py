@@ -254,6 +254,16 @@ class TestUsage:
         assert main(["list", "--address", "127.0.0.1:1"]) == 1
         assert "no Ray cluster answers at 127.0.0.1:1" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "arguments", [["list", "--address", ""], ["--address", "", "stop", "box"]]
+    )
+    def test_an_address_that_is_empty(
+        self, arguments: list[str], nowhere: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of a variable that has no value: not the cluster that a command without it means."""
+        assert main(arguments) == 2
+        assert "error: the address is empty; write host:port" in capsys.readouterr().err
+
     def test_a_store_is_read_without_a_cluster(
         self, nowhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -498,6 +508,7 @@ class TestOptions:
             (["--address", "a:1", "down"], "address"),
             (["--store", "s", "down"], "store"),
             (["--address", "a:1", "up"], "address"),
+            (["--address", "", "up"], "address"),
             (["--json", "--store", "s", "stop", "box"], "store"),
         ],
     )
