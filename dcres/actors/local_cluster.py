@@ -16,13 +16,11 @@ import json
 import os
 import secrets
 import shutil
-import socket
-import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from dcres.actors.awaiting_nodes import NodesWait, Tell, log_waiting
 from dcres.actors.local_node import (
     CLUSTER_MARK,
     HOST_MARK,
@@ -45,8 +43,6 @@ HEAD = "head"
 HOST_FIELD = "{host}"  # in the store's path: every host has a store of its own
 
 _SHARE_OF_FREE_MEMORY = 0.6
-_START_TIMEOUT_S = 90.0
-_POLL_S = 0.05
 _STATE, _TOKEN, _HOSTS, _STORE = "cluster.json", "token", "hosts", "store"  # all in a home
 _MOST_HOSTS = 240  # addresses 127.x.y.10 and up
 
@@ -87,6 +83,7 @@ class LocalCluster:
         *,
         dashboard: bool = False,
         places: Places | None = None,
+        tell: Tell = log_waiting,
     ) -> Self:
         """Start a head node and `hosts` host nodes, h0, h1, …; takes about 7 s for three.
 
@@ -94,9 +91,9 @@ class LocalCluster:
         each has one of its own, as machines with disks of their own do.
         `memory_per_host` is what VMs may use on each, in bytes; by default an equal part of
         most of the free memory. With `places` the nodes are in a network that is there already
-        and that this process reaches, instead of on loopback. Raises Conflict if one runs in
-        `home` already, NoRoom, and ClusterError with the end of the log if a node does not come
-        up; nothing is left then.
+        and that this process reaches, instead of on loopback. `tell` hears what is waited for
+        when that takes long. Raises Conflict if one runs in `home` already, NoRoom, and
+        ClusterError with a node's last words if it does not come up; nothing is left then.
         """
         home = home.absolute()
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -107,7 +104,7 @@ class LocalCluster:
         cluster = cls(home, state)
         cluster._claim()
         try:
-            cluster._bring_up(hosts)
+            cluster._bring_up(hosts, NodesWait(tell))
         except BaseException:
             with uninterrupted():  # a second Ctrl-C would leave nodes that nobody finds
                 cluster.stop()
@@ -196,7 +193,8 @@ class LocalCluster:
         names: list[str] = []
         try:
             names.extend(self._new_host() for _ in range(count))
-            self._await_ready({node: node.launch() for node in map(self._node, names)})
+            launched = {node: node.launch() for node in map(self._node, names)}
+            NodesWait(log_waiting).for_ready(launched)
         except BaseException:
             for name in names:
                 self.kill_host(name)
@@ -261,7 +259,7 @@ class LocalCluster:
         being_started = owner is not None and ProcessId(*owner).alive
         return being_started or bool(marked({CLUSTER_MARK: self.id}))
 
-    def _bring_up(self, hosts: int) -> None:
+    def _bring_up(self, hosts: int, wait: NodesWait) -> None:
         self.token_path.unlink(missing_ok=True)
         _write_private(self.token_path, secrets.token_hex(32))
         if self.shared_store is not None:  # else every node makes its own
@@ -272,10 +270,10 @@ class LocalCluster:
         launched = {head: head.launch()}
         # A host node waits for the head by itself once its port answers; to start them
         # only when the head is ready costs 3 s more.
-        self._await_port(head, launched[head])
+        wait.for_port(self.address, head, launched[head])
         for node in [self._node(self._new_host()) for _ in range(hosts)]:
             launched[node] = node.launch()
-        self._await_ready(launched)
+        wait.for_ready(launched)
         self._save(replace(self._state, owner=None))
 
     def _new_host(self) -> str:
@@ -302,28 +300,6 @@ class LocalCluster:
 
     def _launcher(self, name: str) -> tuple[str, ...]:
         return tuple(word.replace(HOST_FIELD, name) for word in self._state.launcher)
-
-    def _await_port(self, head: LocalNode, process: ProcessId) -> None:
-        address, _, port = self.address.rpartition(":")
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            _require_alive(head, process, deadline)
-            try:
-                socket.create_connection((address, int(port)), timeout=1).close()
-            except OSError:
-                time.sleep(_POLL_S)
-            else:
-                return
-
-    def _await_ready(self, launched: Mapping[LocalNode, ProcessId]) -> None:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        waiting = dict(launched)
-        while waiting:
-            for node, process in list(waiting.items()):
-                _require_alive(node, process, deadline)
-                if node.is_ready():
-                    del waiting[node]
-            time.sleep(_POLL_S)
 
 
 def default_store(home: Path) -> Path:
@@ -368,15 +344,6 @@ def purge(home: Path) -> tuple[list[Path], list[Path]]:
 
 def _beside(path: Path) -> Path:
     return path.with_suffix(".new")
-
-
-def _require_alive(node: LocalNode, process: ProcessId, deadline: float) -> None:
-    late = time.monotonic() > deadline
-    if process.alive and not late:
-        return
-    why = "was not ready in time" if late else "ended"
-    tail = "\n".join(node.log.read_text(errors="replace").splitlines()[-12:])
-    raise ClusterError(f"Ray's node {node.settings.name} {why}; the end of its log:\n{tail}")
 
 
 def _memory_for(hosts: int, wanted: int | None, tmpfs: Path) -> int:

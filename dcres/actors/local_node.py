@@ -2,7 +2,10 @@
 
 Facts about Ray that shaped this file:
 
-* An agent that finds port 52365 taken retries for 3.5 s before the node is ready; so port 0.
+* An agent that finds port 52365 taken retries for 3.5 s before the node is ready; so another.
+  Not port 0: the raylet then waits for the agent to say which it got, and ends after 30 s that no
+  setting changes. Two agents per node that import Ray need longer than that where many nodes start
+  at once, or the machine is slow or busy.
 * Workers and agents overwrite their title, and with it a random part of what
   /proc/PID/environ shows: their marks vanish. They stay in the session of their node's
   ``ray start``, whose own mark is never overwritten, so they are found by session.
@@ -20,6 +23,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dcres.config import HostSettings
@@ -30,11 +34,20 @@ CLUSTER_MARK = "DCRES_CLUSTER"
 HOST_MARK = "DCRES_HOST"
 MIB = 1 << 20
 
+LONGEST_START_S = 3600  # of a node: a guard against one that hangs
+
 _END_TIMEOUT_S = 20.0
 _READY = "Ray runtime started"
 # Below the ephemeral ports (32768…), so that no outgoing connection takes one in between,
 # and above Ray's worker ports (10002–19999).
-_PORTS = range(20000, 32000)
+_PORTS = range(20000, 24000)
+_AGENT_PORTS = range(24000, 32000)
+_AGENT_OPTIONS = (
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--metrics-export-port",
+    "--runtime-env-agent-port",
+)
 _OBJECT_STORE_BYTES = 80_000_000
 RAY_ENVIRON = {
     "RAY_AUTH_MODE": "token",
@@ -47,6 +60,14 @@ RAY_ENVIRON = {
     "RAY_timeout_ms_task_wait_for_death_info": "100",
     # Guest memory is tmpfs and counts as used: the monitor would kill actors for it.
     "RAY_memory_monitor_refresh_ms": "0",
+    # How long Ray waits for processes of its own that are being started. It would give a machine
+    # that is slow or busy 5 to 60 s; dcres sees whether they live, and says what it waits for.
+    "RAY_raylet_start_wait_time_s": str(LONGEST_START_S),
+    "RAY_NUM_REDIS_GET_RETRIES": "300",  # of a node, for the head's answer: about 1 s each
+    "RAY_gcs_rpc_server_connect_timeout_s": "120",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
     # What every worker does first; ray.init would say so for one job's workers.
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "dcres.actors.preload.import_actors",
 }
@@ -128,7 +149,7 @@ class LocalNode:
             "--num-cpus=1",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             "--include-log-monitor=false",
-            "--dashboard-agent-listen-port=0",
+            *map("{}={}".format, _AGENT_OPTIONS, agent_ports(self.settings.address)),
         ]
         match self.role:
             case HeadRole(port):
@@ -171,14 +192,34 @@ def free_port() -> int:
     """A port that nothing on this machine listens on."""
     for _ in range(200):
         port = secrets.choice(_PORTS)
-        with socket.socket() as probe:
-            try:
-                # Ray's servers listen on every address, so every address is asked.
-                probe.bind(("0.0.0.0", port))
-            except OSError:
-                continue
+        if _is_free(port):
             return port
     raise ClusterError(f"no free port between {_PORTS.start} and {_PORTS.stop}")
+
+
+def agent_ports(address: str) -> list[int]:
+    """Ports for the agents of the node with that address, which nothing listens on.
+
+    They are looked for from a place that the address gives: an agent opens its port seconds later,
+    and nodes that start meanwhile are to find other ones.
+    """
+    _, *network, node = map(int, address.split("."))
+    first = (network[0] << 8 | network[1]) * 16 + node * len(_AGENT_OPTIONS)
+    ports = (_AGENT_PORTS[(first + step) % len(_AGENT_PORTS)] for step in range(len(_AGENT_PORTS)))
+    found = list(islice(filter(_is_free, ports), len(_AGENT_OPTIONS)))
+    if len(found) < len(_AGENT_OPTIONS):
+        raise ClusterError(f"no free ports between {_AGENT_PORTS.start} and {_AGENT_PORTS.stop}")
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            # Ray's servers listen on every address, so every address is asked.
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
 
 
 def marked(marks: Mapping[str, str]) -> set[ProcessId]:

@@ -66,14 +66,17 @@ def watched(console: Console) -> bool:
 
 
 @contextmanager
-def working(text: str) -> Iterator[None]:
-    """A line that moves while something of a few seconds is done, where somebody looks."""
+def working(text: str) -> Iterator[Callable[[str], None]]:
+    """A line that moves while something of a few seconds is done, where somebody looks.
+
+    What is called with a sentence shows it: in that line, or in one of its own.
+    """
     console = stderr_console()
     if watched(console):
-        with console.status(text):
-            yield
+        with console.status(text) as status:
+            yield lambda sentence: status.update(f"{text}: {sentence}")
     else:
-        yield
+        yield lambda sentence: console.print(sentence, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -127,9 +127,11 @@ def up(
     from dcres.config import default_home, store_of_environ
 
     size = None if memory is None else memory_size(memory)
-    with working(f"starting {hosts} hosts"):
+    with working(f"starting {hosts} hosts") as tell:
         place = store or store_of_environ()
-        local = LocalCluster.start(default_home(), hosts, size, place, dashboard=dashboard)
+        local = LocalCluster.start(
+            default_home(), hosts, size, place, dashboard=dashboard, tell=tell
+        )
         with connect(local.address) as cluster:
             found = cluster.hosts()
     values = {

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from dcres.actors import _ray as gateway
-from dcres.actors import local_node
+from dcres.actors import awaiting_nodes, local_node
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.local_node import CLUSTER_MARK, HOST_MARK
 from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from tests.support.actors import settings_of_task
 from tests.support.cluster import run_folders
+from tests.support.wait import until
 
 pytestmark = pytest.mark.cluster
 
@@ -113,6 +116,50 @@ class TestLosing:
             LocalCluster.load(tmp_path / "home")
 
 
+def meddle_with_raylets(
+    monkeypatch: pytest.MonkeyPatch, meddle: Callable[[ProcessId], object]
+) -> None:
+    """Call `meddle` with the raylet of every node that is launched, as soon as there is one."""
+    launch = local_node.LocalNode.launch
+
+    def launched(node: local_node.LocalNode) -> ProcessId:
+        leader = launch(node)
+
+        def raylets() -> list[ProcessId]:
+            members = local_node._in_sessions({leader.pid})
+            return [each for each in members if each.argv[:1] and "raylet" in each.argv[0]]
+
+        def look() -> None:
+            until(raylets, what="a raylet")
+            meddle(raylets()[0])
+
+        threading.Thread(target=look).start()
+        return leader
+
+    monkeypatch.setattr(local_node.LocalNode, "launch", launched)
+
+
+class TestWaiting:
+    def test_a_node_that_takes_long_is_waited_for_aloud(
+        self,
+        small: LocalCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(awaiting_nodes, "_TELL_S", 1.0)
+        name = f"h{small._state.next_host}"
+
+        def hold_up(raylet: ProcessId) -> None:
+            raylet.kill(signal.SIGSTOP)
+            try:
+                until(lambda: f"waiting for Ray's node {name}, " in caplog.text, what="a word")
+            finally:
+                raylet.kill(signal.SIGCONT)
+
+        meddle_with_raylets(monkeypatch, hold_up)
+        assert small.add_host() == name
+
+
 class TestFailing:
     def test_a_node_that_does_not_start_says_why_and_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +173,9 @@ class TestFailing:
             return launch(node)
 
         monkeypatch.setattr(local_node.LocalNode, "launch", remembered)
-        with pytest.raises(ClusterError, match=r"node head ended; the end of its log:\n.+"):
+        with pytest.raises(
+            ClusterError, match="node head ended while it was starting: ValueError: "
+        ):
             LocalCluster.start(tmp_path, 1)
         assert not find_marked(CLUSTER_MARK, ids[0])
         assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -136,12 +185,22 @@ class TestFailing:
     ) -> None:
         before, first = small.hosts, small._state.next_host
         monkeypatch.setattr(local_node, "_OBJECT_STORE_BYTES", -1)
-        with pytest.raises(ClusterError, match="ended; the end of its log"):
+        with pytest.raises(ClusterError, match="ended while it was starting: ValueError: "):
             small.add_hosts(2)
         assert small.hosts == before
         for number in (first, first + 1):
             assert not local_node.marked(marks(small, f"h{number}"))
             assert not list(small.home.glob(f"hosts/h{number}/run"))
+
+    def test_a_raylet_that_dies_at_once(
+        self, small: LocalCluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of which `ray start` takes no notice before the node is ready."""
+        before = small.hosts
+        meddle_with_raylets(monkeypatch, lambda raylet: raylet.kill())
+        with pytest.raises(ClusterError, match=r"node h\d+ ended while it was starting: "):
+            small.add_host()
+        assert small.hosts == before
 
     def test_hosts_larger_than_the_machine(self, tmp_path: Path) -> None:
         with pytest.raises(NoRoom, match="3 hosts of 1 TiB do not fit into /dev/shm"):
