@@ -9,7 +9,8 @@
     │   └── Conflict           it exists already, or something else is being done to it
     ├── HostError              this host cannot do what is needed
     │   ├── UnsupportedHost    kernel, privileges or programs are missing
-    │   └── NoRoom             not enough memory or disk
+    │   ├── NoRoom             not enough memory or disk
+    │   └── NotOurs            a file or folder is not provably dcres's own
     ├── StorageError           what is on disk cannot be trusted or written
     │   ├── CheckpointCorrupt  a file of a checkpoint is missing, truncated or altered
     │   └── StoreFull          the disk ran out of space
@@ -63,6 +64,10 @@ class UnsupportedHost(HostError):
 
 class NoRoom(HostError):
     """Not enough memory or disk on a host."""
+
+
+class NotOurs(HostError):
+    """A file or folder is not provably dcres's own; it is neither used nor removed."""
 
 
 class StorageError(DcresError):

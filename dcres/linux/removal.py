@@ -1,0 +1,293 @@
+"""The one place where dcres removes files, and the proof that it wants to see first.
+
+Nothing is removed that is not provably ours, and each proof is a value that cannot be had
+without it:
+
+* `OwnFolder`: a folder that carries our mark, a small file with what the folder is and whose. It
+  is marked when we make it, or when it is there and empty, so that all below it came later.
+* `CheckpointFolder`: one that is called as checkpoints alone are, ``VM/VM-date-time-token``.
+* `Created`: a file that this very process made (O_EXCL), as long as its name leads to it still.
+
+Besides these a dead socket and an empty folder may go: both hold nothing. No removal follows a
+symbolic link, and none goes into a file system that is mounted below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from dcres.errors import HostError, NotOurs
+
+MARK = ".dcres-folder"
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_LONGEST_MARK_BYTES = 4096
+# As in dcres.storage.layout, which is above us.
+_CHECKPOINT = re.compile(r"(?P<vm>[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)/(?P=vm)-\d{8}-\d{6}-[0-9a-f]{4}")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a folder is, and whose: the id of a cluster, the name of a VM."""
+
+    what: str
+    whose: str
+
+    def __str__(self) -> str:
+        return f"the {self.what} of {self.whose}"
+
+    @classmethod
+    def of(cls, folder: Path) -> Mark | None:
+        """The mark that `folder` itself carries; None without one, and for a symbolic link."""
+        try:
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                return None
+            fd = os.open(folder / MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            try:
+                values = json.loads(file.read(_LONGEST_MARK_BYTES))
+                return cls(str(values["what"]), str(values["whose"]))
+            except (ValueError, KeyError, TypeError):
+                return None
+
+    def put(self, folder: Path) -> None:
+        """Mark `folder`, durably: after a power failure it is to be known still."""
+        fd = os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w") as file:
+            json.dump({"note": "dcres made this folder and removes it", **asdict(self)}, file)
+            file.flush()
+            os.fsync(fd)
+        above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(above)
+        finally:
+            os.close(above)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFolder:
+    """A folder that carries our mark: all below it may go. `made` and `found` return one."""
+
+    path: Path
+    mark: Mark
+
+    def __post_init__(self) -> None:
+        found = Mark.of(self.path)
+        if found != self.mark:
+            raise NotOurs(
+                f"{self.path} is not {self.mark}"
+                + (f" but {found}" if found else ": it does not carry the mark of dcres")
+            )
+
+    @classmethod
+    def made(
+        cls, path: Path, mark: Mark, *, earlier: Callable[[Collection[str]], bool] | None = None
+    ) -> Self:
+        """A private folder with `mark`: a new one, one of that mark already, or an empty one.
+
+        `earlier` tells from the names in it whether an earlier dcres, which had no marks, made
+        it. Raises NotOurs for any other that is there, OSError.
+        """
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        if Mark.of(path) is None and may_be_marked(path, earlier):
+            mark.put(path)
+        try:
+            return cls(path, mark)
+        except NotOurs as error:
+            raise NotOurs(
+                f"{error}; it may hold files of yours, so dcres does not use it: move it away, or "
+                "choose another place"
+            ) from None
+
+    @classmethod
+    def found(cls, path: Path, mark: Mark) -> Self | None:
+        """The folder, if it is there and carries `mark`; else None: it is not ours to remove."""
+        try:
+            return cls(path, mark)
+        except NotOurs:
+            return None
+
+    @classmethod
+    def around(cls, path: Path) -> Self:
+        """The nearest folder above `path` that carries a mark. Raises NotOurs."""
+        for folder in path.absolute().parents:
+            mark = Mark.of(folder)
+            if mark is not None:
+                return cls(folder, mark)
+        raise NotOurs(f"{path} lies in no folder of dcres's, so it is not removed")
+
+    def remove_file(self, path: Path) -> None:
+        """Remove the file `path` below this folder, if it is there; a link, not what it leads to.
+
+        Raises NotOurs for one that is not below, OSError.
+        """
+        _require_below(self.path, path)
+        path.unlink(missing_ok=True)
+
+    def clear(self, keep: Callable[[Path], bool] = lambda _: False) -> None:
+        """Remove all that is in it but its mark, and but what `keep` names. Raises HostError."""
+        _clear(self.path, lambda path: path.name == MARK or keep(path))
+
+    def remove(self) -> None:
+        """Remove it and all below it, the mark last. Raises HostError."""
+        self.clear()
+        with _telling(self.path):
+            (self.path / MARK).unlink(missing_ok=True)
+            remove_if_empty(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolder:
+    """The folder of a checkpoint in a store. Raises NotOurs for one that cannot be."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        named = _CHECKPOINT.fullmatch("/".join(self.path.parts[-2:]))
+        if named is None or self.path.is_symlink() or self.path.parent.is_symlink():
+            raise NotOurs(f"{self.path} is not a folder of a checkpoint, so it is not removed")
+
+    def remove_file(self, path: Path) -> None:
+        """Remove the file `path` below this folder, if it is there. Raises NotOurs, OSError."""
+        _require_below(self.path, path)
+        path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove it and all below it; does nothing if it is gone. Raises HostError."""
+        _clear(self.path, lambda _: False)
+        with _telling(self.path), contextlib.suppress(FileNotFoundError):
+            self.path.rmdir()
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A file that this process has made; `create` returns one."""
+
+    path: Path
+    device: int
+    inode: int
+
+    def remove(self) -> None:
+        """Remove it, unless its name leads to another by now. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            status = self.path.lstat()
+            if (status.st_dev, status.st_ino) == (self.device, self.inode):
+                self.path.unlink()
+
+
+def create(path: Path, flags: int, mode: int = 0o600) -> tuple[int, Created]:
+    """A new file, and its descriptor, which the caller closes. Raises FileExistsError, OSError."""
+    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    status = os.fstat(fd)
+    return fd, Created(path, status.st_dev, status.st_ino)
+
+
+def remove_socket(path: Path) -> None:
+    """Remove the Unix socket `path`, if there is one: it holds nothing, whoever made it.
+
+    Raises NotOurs for anything else, OSError.
+    """
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise NotOurs(f"{path} is not a socket, and dcres is to make one there; move it away")
+    path.unlink(missing_ok=True)
+
+
+def remove_if_empty(folder: Path) -> bool:
+    """Remove a folder that holds nothing; whether it is gone. A mount point and a link stay."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def may_be_marked(folder: Path, earlier: Callable[[Collection[str]], bool] | None = None) -> bool:
+    """Whether there is nothing in `folder` but what `earlier` knows, so that it may be ours."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = set(os.listdir(folder))
+    with contextlib.suppress(FileNotFoundError):
+        # We were killed while we marked it.
+        if names == {MARK} and (folder / MARK).lstat().st_size == 0:
+            return True
+    return not names or (earlier is not None and earlier(names))
+
+
+def _require_below(folder: Path, path: Path) -> None:
+    """NotOurs unless `path` is below `folder`, and no link on the way leads elsewhere."""
+    above = Path(os.path.realpath(path.parent))
+    if not above.is_relative_to(os.path.realpath(folder)):
+        raise NotOurs(f"{path} is not in {folder}, so it is not removed")
+
+
+def _clear(folder: Path, keep: Callable[[Path], bool]) -> None:
+    _require_no_mounts(folder)
+    with _telling(folder):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if keep(path):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # others may remove it as well
+                if stat.S_ISDIR(path.lstat().st_mode):
+                    _empty(path)
+                    path.rmdir()
+                else:
+                    path.unlink()
+
+
+def _empty(folder: Path) -> None:
+    """As shutil.rmtree, which gives up in the middle when others remove the same."""
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for _, folders, files, fd in os.fwalk(folder, topdown=False, onerror=unless_gone):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=fd)
+        for name in folders:
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    os.rmdir(name, dir_fd=fd)
+                except NotADirectoryError:  # a link to a folder
+                    os.unlink(name, dir_fd=fd)
+
+
+def _require_no_mounts(folder: Path) -> None:
+    """HostError if a file system is mounted below `folder`: what is on it is not ours."""
+    real = os.path.realpath(folder)
+    for line in _MOUNTS.read_text().splitlines():
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4])
+        if point.startswith(real + "/"):
+            raise HostError(f"{point} is mounted below {folder}; unmount it, and then again")
+
+
+@contextlib.contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+        raise HostError(f"cannot remove all of {folder} ({why}); remove the rest by hand") from None
