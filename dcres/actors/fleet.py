@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from dcres.actors import _ray
-from dcres.actors.host import VmFolder, end_leftovers, require_tmpfs_room
+from dcres.actors.host import require_tmpfs_room
 from dcres.actors.loading import SliceHost, name_of_parts, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Pending, Port
 from dcres.actors.room import HostInfo, host_named, hosts_to_join, require_room
 from dcres.actors.sub_host import SubHost
+from dcres.actors.vm_folder import VmFolder, end_leftovers
 from dcres.config import HostSettings
 from dcres.errors import DcresError, NotFound
 from dcres.storage.store import Store

@@ -10,22 +10,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dcres.actors.messages import Progress
 from dcres.actors.prepared import Prepared
-from dcres.config import HostSettings
+from dcres.actors.vm_folder import VmFolder, marker
 from dcres.errors import Conflict, DcresError, NoRoom, PagingError, StoreFull
-from dcres.linux.files import free_in, fs_free_bytes, open_own, require_own
+from dcres.linux.files import free_in, fs_free_bytes, open_own
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
+from dcres.linux.removal import remove_socket
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
 
@@ -40,39 +40,6 @@ _LIVED_LONG_S = 60.0
 _LIVED_AT_ALL_S = 2.0
 _POLL_S = 0.02
 _ENDED = "this VM was ended before its start was done"
-
-
-@dataclass(frozen=True, slots=True)
-class VmFolder:
-    """Where one VM's files are on one host."""
-
-    run: Path
-    ram: Path
-
-    @classmethod
-    def of(cls, settings: HostSettings, vm: str) -> VmFolder:
-        """The folders of `vm` on the host with these settings."""
-        return cls(settings.run / vm, settings.ram / vm)
-
-    def make(self) -> None:
-        """Create both, private to us. Raises HostError where somebody else could reach them."""
-        self.ram.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for folder in (self.run, self.ram):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            require_own(folder.parent)
-            require_own(folder)
-
-    def remove(self) -> None:
-        """Remove the RAM; of the run folder keep nothing but logs."""
-        shutil.rmtree(self.ram, ignore_errors=True)
-        for path in self.run.glob("*"):
-            if path.suffix != ".log":
-                path.unlink(missing_ok=True)
-
-    @property
-    def state(self) -> Path:
-        """What the actor has to know when it is started again."""
-        return self.run / "state.json"
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -92,21 +59,6 @@ def read_state(path: Path) -> dict[str, Any] | None:
     return state
 
 
-def marker(folder: VmFolder) -> dict[str, str]:
-    """The environment of every process that is started for a VM on this host."""
-    return {"DCRES_VM_RUN": str(folder.run)}
-
-
-def end_leftovers(folder: VmFolder) -> None:
-    """End processes of the VM on this host that no state file tells of.
-
-    An actor that was killed between starting a process and writing that down left them.
-    """
-    for key, value in marker(folder).items():
-        for process in find_marked(key, value):
-            process.end(grace_s=1.0)
-
-
 class Daemon:
     """A paging process that is kept running: started, adopted, and started again when it dies.
 
@@ -122,6 +74,7 @@ class Daemon:
         needed: Callable[[], bool] = lambda: True,
     ) -> None:
         folder = vm_folder.run
+        self._vm_folder = vm_folder
         self._argv = [sys.executable, "-m", module, str(folder / f"{name}.json")]
         self._marker = marker(vm_folder)
         self._pid_file = folder / f"{name}.pid"
@@ -224,8 +177,8 @@ class Daemon:
         process = self._process or self._read_pid()
         if process is not None:
             process.end()
-        self._pid_file.unlink(missing_ok=True)
-        self.control.unlink(missing_ok=True)
+        self._vm_folder.remove_file(self._pid_file)
+        remove_socket(self.control)
 
     def _read_pid(self) -> ProcessId | None:
         state = read_state(self._pid_file)

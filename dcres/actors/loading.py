@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dcres.actors.host import Daemon, Meter, VmFolder, end_leftovers
+from dcres.actors.host import Daemon, Meter
 from dcres.actors.messages import (
     LoadOrder,
     MainPart,
@@ -36,6 +36,7 @@ from dcres.actors.messages import (
     unpack_mask,
 )
 from dcres.actors.slice_server import SliceSettings
+from dcres.actors.vm_folder import VmFolder, end_leftovers
 from dcres.config import HostSettings
 from dcres.errors import Conflict, DcresError
 from dcres.linux import priority
@@ -273,7 +274,7 @@ class PartServing:
     def _stop_slices(self) -> None:
         self._slices.stop()
         self._hold.drop()
-        self._slices_path.unlink(missing_ok=True)
+        self._folder.remove_file(self._slices_path)
 
 
 class SliceHost(PartServing):

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dcres.actors.host import (
-    require_store_room,
-)
+from dcres.actors.host import require_store_room
 from dcres.actors.messages import (
     Finished,
     Placed,

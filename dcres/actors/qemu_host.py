@@ -10,20 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.host import (
-    Daemon,
-    Life,
-    Meter,
-    VmFolder,
-    read_state,
-    write_state,
-)
+from dcres.actors.host import Daemon, Life, Meter, read_state, write_state
 from dcres.actors.loading import PartServing
 from dcres.actors.messages import (
     Status,
 )
 from dcres.actors.picturing import look
 from dcres.actors.saving import LATE_ORDERS, SavingHost
+from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings, VmSpec
 from dcres.errors import (
     MonitorError,

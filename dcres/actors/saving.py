@@ -32,6 +32,7 @@ from dcres.actors.messages import Progress, Saved
 from dcres.errors import Conflict, DcresError
 from dcres.linux import priority
 from dcres.linux.files import data_extents, data_extents_within
+from dcres.linux.removal import CheckpointFolder, remove_own_file
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.pages import (
@@ -115,11 +116,11 @@ class PartSaver:
             stack.callback(os.close, self._source)
             self._pages = os.fstat(self._source).st_size // PAGE_SIZE
             path = folder / MEMORY_FILES[memory_format]
-            path.unlink(missing_ok=True)
+            CheckpointFolder(folder.parent).remove_file(path)
             writer = MemoryFileWriter(path, self._pages, meter.done, memory_format=memory_format)
             self._writer = stack.enter_context(writer)
             self._changes = ChangeMap.fresh(changes, self._pages)
-            stack.callback(changes.unlink, missing_ok=True)
+            stack.callback(remove_own_file, changes)
             daemon.call("track", changes=str(changes))
             stack.callback(self._untrack)
             self._stack = stack.pop_all()
@@ -339,7 +340,7 @@ class SavingHost:
             if self._saver is None:
                 with suppress(DcresError):  # it died as well, and its successor tracks nothing
                     daemon.call_patiently("untrack")
-                _changes_of(source).unlink(missing_ok=True)
+                remove_own_file(_changes_of(source))
 
     def abandon(self, checkpoint: str) -> None:
         """Halt, and remove what is left of the checkpoint. Repeatable."""

@@ -12,11 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.host import (
-    end_leftovers,
-    marker,
-    require_tmpfs_room,
-)
+from dcres.actors.host import require_tmpfs_room
 from dcres.actors.loading import identity_of, load_pages, parse
 from dcres.actors.messages import (
     Incarnation,
@@ -26,6 +22,7 @@ from dcres.actors.messages import (
 )
 from dcres.actors.qemu_host import QemuHost
 from dcres.actors.resuming import beginning_of, vmcore_of
+from dcres.actors.vm_folder import end_leftovers, marker
 from dcres.config import Accel, default_cache
 from dcres.errors import (
     CheckpointCorrupt,
@@ -131,7 +128,7 @@ class StartingHost(QemuHost):
     def _start_qemu(self, order: RunOrder, chosen: Accel, why: str, machine: str) -> Monitor:
         run = self._folder.run
         vm_files = VmFiles(self._ram, run / "qmp.sock", run / "console.log", run / "qemu.log")
-        vm_files.console.unlink(missing_ok=True)
+        self._folder.remove_file(vm_files.console)
         qemu, monitor = process.start(
             order.spec,
             vm_files,

@@ -15,8 +15,6 @@ from dcres.actors.host import (
     Daemon,
     Life,
     Meter,
-    VmFolder,
-    end_leftovers,
     read_state,
     require_store_room,
     require_tmpfs_room,
@@ -25,6 +23,7 @@ from dcres.actors.host import (
 from dcres.actors.loading import PartServing, identity_of, load_pages
 from dcres.actors.messages import Saved, ServeOrder, Status
 from dcres.actors.saving import SavingHost
+from dcres.actors.vm_folder import VmFolder, end_leftovers
 from dcres.config import HostSettings
 from dcres.errors import NotFound
 from dcres.model.formats import MemoryFormat
@@ -172,7 +171,7 @@ class SubHost(SavingHost, PartServing):
         with self._life.ending(self._hurry):
             with self._saving:
                 self._end_saving()
-            self._folder.state.unlink(missing_ok=True)
+            self._folder.remove_file(self._folder.state)
             self.end_serving_parts()
             self._server.stop()  # once more: a start under way may have prepared another
             end_leftovers(self._folder)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from dcres.actors.host import VmFolder
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
+from dcres.actors.vm_folder import VmFolder
 from dcres.bench.apart import await_word, coordinator, folder_of, store_of
 from dcres.bench.filler import filler_image
 from dcres.bench.result import Aim, Direction, Ratio, Row, Setup

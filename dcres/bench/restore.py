@@ -30,9 +30,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.host import VmFolder
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
+from dcres.actors.vm_folder import VmFolder
 from dcres.bench import history, move
 from dcres.bench.apart import (
     FILL_TIMEOUT_S,

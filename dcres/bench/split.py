@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.host import VmFolder
 from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
+from dcres.actors.vm_folder import VmFolder
 from dcres.bench.apart import FILL_TIMEOUT_S, await_word, coordinator, delete, folder_of, store_of
 from dcres.bench.filler import filler_image
 from dcres.bench.move import forget

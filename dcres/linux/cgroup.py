@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dcres.errors import UnsupportedHost
 from dcres.linux.process import ProcessId
+from dcres.linux.removal import remove_if_empty
 
 ROOT = Path("/sys/fs/cgroup")
 _DEVICES = Path("/sys/dev/block")
@@ -73,14 +74,11 @@ class DiskGroup:
                 process = ProcessId.of(int(line))
                 if process is not None:
                     process.kill()
-            try:
-                self.folder.rmdir()
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise UnsupportedHost(f"{self.folder} cannot be removed: {error}") from None
-                time.sleep(_POLL_S)
-            else:
+            if remove_if_empty(self.folder):
                 return
+            if time.monotonic() > deadline:
+                raise UnsupportedHost(f"{self.folder} cannot be removed: it is in use still")
+            time.sleep(_POLL_S)
 
 
 @contextmanager

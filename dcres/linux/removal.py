@@ -114,6 +114,17 @@ class OwnFolder:
             ) from None
 
     @classmethod
+    def taken(
+        cls, path: Path, mark: Mark, earlier: Callable[[Collection[str]], bool]
+    ) -> Self | None:
+        """`found`, and one that an earlier dcres made is marked now; see `made`."""
+        if Mark.of(path) is None and path.is_dir() and not path.is_symlink():
+            names = os.listdir(path)
+            if names and earlier(names):
+                mark.put(path)
+        return cls.found(path, mark)
+
+    @classmethod
     def found(cls, path: Path, mark: Mark) -> Self | None:
         """The folder, if it is there and carries `mark`; else None: it is not ours to remove."""
         try:
@@ -191,9 +202,26 @@ class Created:
 
 def create(path: Path, flags: int, mode: int = 0o600) -> tuple[int, Created]:
     """A new file, and its descriptor, which the caller closes. Raises FileExistsError, OSError."""
-    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    flags |= os.O_CREAT | os.O_EXCL
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    return fd, created(path, fd, flags)
+
+
+def created(path: Path, fd: int, flags: int) -> Created:
+    """The same for one that was opened with these `flags`. Raises ValueError without O_EXCL."""
+    if not flags & os.O_EXCL:
+        raise ValueError(f"{path} was opened without O_EXCL, so it may have been there before")
     status = os.fstat(fd)
-    return fd, Created(path, status.st_dev, status.st_ino)
+    return Created(path, status.st_dev, status.st_ino)
+
+
+def remove_own_file(path: Path) -> None:
+    """Remove the file `path`, if there is one: it lies below a folder with our mark.
+
+    Raises NotOurs, OSError.
+    """
+    if os.path.lexists(path):
+        OwnFolder.around(path).remove_file(path)
 
 
 def remove_socket(path: Path) -> None:

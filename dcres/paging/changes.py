@@ -19,6 +19,7 @@ import numpy as np
 
 from dcres.errors import NoRoom, PagingError
 from dcres.linux.files import open_own
+from dcres.linux.removal import remove_own_file
 from dcres.model.pages import Extents, Pages, extents_of_pages
 
 
@@ -42,7 +43,7 @@ class ChangeMap:
     @classmethod
     def fresh(cls, path: Path, page_count: int) -> Self:
         """A new file without marks in place of any that is there. Raises NoRoom."""
-        path.unlink(missing_ok=True)
+        remove_own_file(path)
         return cls(path, page_count)
 
     @classmethod

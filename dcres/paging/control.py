@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dcres import errors
+from dcres.linux.removal import remove_socket
 from dcres.paging.loop import READ, Loop
 
 _LONGEST_LINE = 1 << 16
@@ -54,7 +55,7 @@ class ControlServer:
         self._loop = loop
         self._path = path
         self._handler = handler
-        path.unlink(missing_ok=True)
+        remove_socket(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
         try:
@@ -72,7 +73,7 @@ class ControlServer:
         with suppress(FileNotFoundError):
             # While the socket is open nobody else's gets its inode.
             if self._path.stat().st_ino == self._inode:
-                self._path.unlink()
+                remove_socket(self._path)
         self._socket.close()
 
     def _accept(self, _: int) -> None:

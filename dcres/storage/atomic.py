@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from dcres.errors import StoreFull
-from dcres.linux.files import fs_free_bytes, opened, opened_own
+from dcres.linux.files import fs_free_bytes, opened
+from dcres.linux.removal import create
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -74,17 +76,21 @@ def replaced(path: Path, mode: int = 0o600) -> Iterator[int]:
 
     If the folder cannot be made durable at last, the file is there and may be lost with the power.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with store_full(path):
-            with opened_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode) as fd:
+    # By chance, not by pid: in two containers the same pids write into one store.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with store_full(path):
+        fd, ours = create(temporary, os.O_WRONLY, mode)
+        try:
+            try:
                 yield fd
                 os.fsync(fd)
+            finally:
+                os.close(fd)
             os.rename(temporary, path)
             sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            ours.remove()
+            raise
 
 
 def write_whole(fd: int, data: bytes | memoryview) -> None:

@@ -218,7 +218,7 @@ class MemoryFileWriter:
 
     def _remove_unless_sealed(self) -> None:
         if not self._sealed:
-            self.path.unlink(missing_ok=True)
+            self._file.created.remove()
 
     def _require_unsealed(self) -> None:
         if self._sealed:

@@ -39,6 +39,7 @@ from dcres.linux.files import (
     open_own,
     punch_hole,
 )
+from dcres.linux.removal import created
 from dcres.model.pages import (
     EMPTY,
     PAGE_SIZE,
@@ -71,6 +72,7 @@ class PageFile:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             self._direct_fd, self._direct = open_direct(path, flags)
+            self.created = created(path, self._direct_fd, flags)
         except FileExistsError:
             raise Conflict(f"{path} exists already; discard that checkpoint first") from None
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
 from dcres.linux.files import free_in, locked
+from dcres.linux.removal import CheckpointFolder
 from dcres.storage import layout, slices, tables
 from dcres.storage.atomic import make_private_dirs, sync_folder, write_durably
 from dcres.storage.checks import VerifiedPart, Verifier, VerifyReport
@@ -150,7 +150,7 @@ class Store:
         """
         folder = self._require_published(checkpoint)
         with unpinned(folder):
-            (folder / layout.MANIFEST).unlink()
+            CheckpointFolder(folder).remove_file(folder / layout.MANIFEST)
             sync_folder(folder)
             _remove(folder)
 
@@ -331,7 +331,7 @@ def _is_whole(part: Path) -> bool:
 
 def _remove(folder: Path) -> None:
     if folder.exists():
-        shutil.rmtree(folder)
+        CheckpointFolder(folder).remove()
         sync_folder(folder.parent)
 
 

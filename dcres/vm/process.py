@@ -11,6 +11,7 @@ from dcres.config import Accel, VmSpec, format_size
 from dcres.errors import Conflict, MonitorError, QemuFailed, VmLost
 from dcres.linux.files import open_own
 from dcres.linux.process import ProcessId, spawn_detached
+from dcres.linux.removal import remove_socket
 from dcres.vm.command import MACHINE, QEMU, VmFiles, qemu_command
 from dcres.vm.monitor import Monitor
 
@@ -75,7 +76,7 @@ class QemuProcess:
     def end(self, grace_s: float = 5.0) -> None:
         """End QEMU (SIGTERM, then SIGKILL) and remove its socket; its RAM file stays."""
         self.process.end(grace_s)
-        self.files.monitor.unlink(missing_ok=True)
+        remove_socket(self.files.monitor)
 
 
 def last_words(log: Path, offset_bytes: int = 0) -> str:
@@ -129,7 +130,7 @@ def start(
     for folder in {path.parent for path in (files.monitor, files.console, files.log)}:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _prepare_ram(spec, files.ram)
-    files.monitor.unlink(missing_ok=True)
+    remove_socket(files.monitor)
     said_before = files.log.stat().st_size if files.log.exists() else 0
     process = spawn_detached(argv, files.log, env)
     try:

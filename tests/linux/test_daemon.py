@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from dcres.actors import host, sub_host
-from dcres.actors.host import Daemon, Life, VmFolder, restart_delay_s
+from dcres.actors.host import Daemon, Life, restart_delay_s
 from dcres.actors.messages import Incarnation, LoadOrder, ServeOrder
 from dcres.actors.prepared import Prepared
 from dcres.actors.sub_host import SubHost
+from dcres.actors.vm_folder import VmFolder, end_leftovers, marker
 from dcres.config import HostSettings
 from dcres.errors import Conflict, HostError, PagingError
 from dcres.linux.process import ProcessId, find_marked
@@ -50,7 +51,7 @@ def folder(tmp_path: Path) -> Iterator[VmFolder]:
     )
     settings.save(chosen, made.run / "server.json")
     yield made
-    host.end_leftovers(made)
+    end_leftovers(made)
 
 
 def server(folder: VmFolder) -> Daemon:
@@ -103,7 +104,7 @@ def test_a_memory_server_that_dies_is_started_again_at_once(folder: VmFolder) ->
 
 def waiting_for(folder: VmFolder) -> list[ProcessId]:
     """What was prepared, or started, for the VM of `folder`."""
-    return [each for pair in host.marker(folder).items() for each in find_marked(*pair)]
+    return [each for pair in marker(folder).items() for each in find_marked(*pair)]
 
 
 def test_what_was_prepared_is_what_starts(folder: VmFolder) -> None:
@@ -149,7 +150,7 @@ def test_what_was_prepared_ends_with_its_actor(folder: VmFolder) -> None:
     prepared = Prepared.start(
         [sys.executable, "-m", "dcres.paging.server", str(folder.run / "server.json")],
         folder.run / "server.log",
-        {**os.environ, **host.marker(folder)},
+        {**os.environ, **marker(folder)},
     )
     os.close(prepared._word_fd)
     assert prepared.process.wait_gone(10.0)

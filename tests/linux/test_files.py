@@ -259,4 +259,4 @@ def test_marks_are_allocated_before_anybody_sets_one(small: Path) -> None:
     ChangeMap.fresh(small / "changes", 1 << 20)
     assert (small / "changes").stat().st_blocks * 512 >= 1 << 20
     with pytest.raises(NoRoom, match="no room to mark what changes"):
-        ChangeMap.fresh(small / "changes", 1 << 24)
+        ChangeMap.fresh(small / "more", 1 << 24)

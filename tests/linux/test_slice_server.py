@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.actors.host import Daemon, VmFolder
+from dcres.actors.host import Daemon
+from dcres.actors.vm_folder import VmFolder
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
 from dcres.linux.files import opened
 from dcres.model import wire

@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dcres.actors.host import VmFolder, end_leftovers
 from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Port
 from dcres.actors.sub_host import SubHost
+from dcres.actors.vm_folder import VmFolder, end_leftovers
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
 from dcres.storage.store import Store

@@ -22,12 +22,14 @@ import pyarrow as pa
 
 from dcres.actors import publishing
 from dcres.actors.checkpointing import Checkpointing
-from dcres.actors.host import Daemon, VmFolder, write_state
+from dcres.actors.host import Daemon, write_state
 from dcres.actors.main_host import MainHost
 from dcres.actors.publishing import Subject
 from dcres.actors.sub_host import SubHost
+from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings, Layout, VmSpec
 from dcres.linux.process import ProcessId
+from dcres.linux.removal import Mark
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import Target
 from dcres.model.pages import PAGE_SIZE
@@ -106,6 +108,7 @@ class WriterMain(MainHost):
     def __init__(self, rig: Rig, store: Store, spec: VmSpec, without: str = "") -> None:
         super().__init__(VM, environ=_settings(rig, store, "main"))
         self._folder = VmFolder(rig.folder, rig.ram)
+        Mark("files", "the rig").put(rig.ram)
         pager = Undrained if without == "drain" else Daemon
         self._pager = pager("dcres.paging.pager", self._folder, "pager", self._has_qemu)
         self._writer = WriterMonitor(rig.writer.process.pid)

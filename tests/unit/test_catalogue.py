@@ -17,6 +17,7 @@ from dcres.actors import _ray
 from dcres.api import catalogue
 from dcres.api.catalogue import StoresOfHosts
 from dcres.errors import ActorGone, Conflict, NotFound, OperationFailed
+from dcres.linux.removal import CheckpointFolder
 from dcres.storage import layout, tables
 from dcres.storage.manifest import Manifest
 from dcres.storage.slices import write_memory_tables
@@ -230,11 +231,11 @@ def test_a_main_host_that_dies_in_the_middle_has_nothing_that_is_listed(
 ) -> None:
     """Its files are still there, its manifest is not; its next start sweeps them."""
 
-    def die(path: Path) -> None:
+    def die(folder: CheckpointFolder) -> None:
         raise OSError(errno.EIO, "the disk is gone")
 
     with monkeypatch.context() as broken:
-        broken.setattr(shutil, "rmtree", die)
+        broken.setattr(CheckpointFolder, "remove", die)
         with pytest.raises(OSError, match="the disk is gone"):
             StoresOfHosts().delete(apart.checkpoint)
     assert StoresOfHosts().list() == []

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.host import Daemon, VmFolder
+from dcres.actors.host import Daemon
 from dcres.actors.loading import SliceHost
 from dcres.actors.main_host import MainHost
 from dcres.actors.messages import Incarnation, PartsOrder, RunOrder
 from dcres.actors.sub_host import SubHost
+from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings, vm_spec
 from dcres.errors import Conflict, QemuFailed
 from dcres.paging import settings as paging_settings

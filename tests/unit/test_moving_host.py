@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcres.actors.host import VmFolder, write_state
+from dcres.actors.host import write_state
 from dcres.actors.main_host import MainHost
 from dcres.actors.messages import PageFlow
 from dcres.actors.reshaping import kept_pages
+from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings
 from dcres.errors import NoRoom, VmLost
 from dcres.linux.process import ProcessId

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,10 +57,6 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "moves": ("file.new", lambda path: moves.save(path, NO_MOVES)),
     "settings": ("file.new", lambda path: settings.save(SubAddress("h", "127.0.0.1", 1), path)),
     "an actor's state": ("file.new", lambda path: write_state(path, {})),
-    "a file of a checkpoint": (
-        f".file.{os.getpid()}.tmp",
-        lambda path: write_durably(path, b"data"),
-    ),
     "a lock": ("file", take_lock),
     "a lock that is waited for": ("file", take_lock_in_time),
     "a process's lock": ("file", be_alone),
@@ -107,6 +104,19 @@ def test_a_link_in_place_of_a_memory_file_is_refused(folder: Path, target: Path)
     ):
         pass
     assert content(target) == before
+
+
+def test_a_link_where_a_file_of_a_checkpoint_is_written_is_refused(
+    folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is a matter of chance; here it was guessed."""
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "abcd")
+    before = content(target)
+    (folder / ".file.abcd.tmp").symlink_to(target)
+    with pytest.raises(FileExistsError):
+        write_durably(folder / "file", b"data")
+    assert content(target) == before
+    assert (folder / ".file.abcd.tmp").is_symlink()
 
 
 def test_folders_on_the_way_may_be_links(tmp_path: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from dcres.actors.saving import SavingHost
 from dcres.actors.sub_host import SubHost
 from dcres.errors import Conflict, StoreFull
 from dcres.linux.files import data_extents
+from dcres.linux.removal import Mark, OwnFolder
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.pages import PAGE_SIZE, Extents
@@ -66,6 +67,7 @@ class HeldMeter(Meter):
 
 class Host(SavingHost):
     def __init__(self, folder: Path) -> None:
+        OwnFolder.made(folder, Mark("files", "VM vm"))
         self.meter = HeldMeter()
         super().__init__(Store(folder / "store"), "vm", "h1", self.meter)
         self.daemon = Daemon()

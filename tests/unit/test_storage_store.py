@@ -16,6 +16,7 @@ import pytest
 
 from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound
 from dcres.linux.files import opened
+from dcres.linux.removal import CheckpointFolder
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, extents_of_mask
 from dcres.storage import layout, memory_file, tables
@@ -230,11 +231,11 @@ def test_discard_may_be_repeated(root: Store, ram: Path) -> None:
 def test_delete_removes_the_manifest_first(
     root: Store, published: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(path: Path) -> None:
-        assert not (path / layout.MANIFEST).exists()
+    def crash(folder: CheckpointFolder) -> None:
+        assert not (folder.path / layout.MANIFEST).exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", crash)
+    monkeypatch.setattr(CheckpointFolder, "remove", crash)
     with pytest.raises(KeyboardInterrupt):
         root.delete(published.checkpoint)
     monkeypatch.undo()
