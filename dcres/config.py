@@ -213,29 +213,63 @@ def load_layout(path: Path) -> Layout:
         raise ConfigError(f"{path}: {_first_problem(error)}") from None
 
 
+def folder_of_environ(variable: str, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder that a variable names, ``~`` expanded; None if it is unset or empty.
+
+    Raises ConfigError for a relative one: that is another folder for each process that reads it.
+    """
+    text = environ.get(variable, "").strip()
+    if not text:
+        return None
+    path = _at_home(text, variable)
+    if not path.is_absolute():
+        raise ConfigError(
+            f"{variable} is {text!r}, which is another folder from wherever it is read; write its "
+            f"whole path, such as {path.absolute()}"
+        )
+    return path
+
+
+def named_folder(path: str | Path, what: str = "a folder") -> Path:
+    """The folder that a caller names, ``~`` expanded, as seen from where it runs.
+
+    Raises ConfigError for an empty name.
+    """
+    if not str(path).strip():
+        raise ConfigError(f"the name of {what} is empty; write its path, or leave it out")
+    return _at_home(str(path), what).absolute()
+
+
+def _at_home(text: str, what: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{what} is {text!r}, and there is no such user; write its whole path"
+        ) from None
+
+
 def default_home() -> Path:
     """Where dcres keeps its state on this machine: $DCRES_HOME, or the usual place."""
-    if "DCRES_HOME" in os.environ:
-        return Path(os.environ["DCRES_HOME"]).absolute()
-    if os.geteuid() == 0:
-        return Path("/var/lib/dcres")
-    state = os.environ.get("XDG_STATE_HOME", str(Path.home() / ".local" / "state"))
-    return Path(state) / "dcres"
+    return folder_of_environ("DCRES_HOME") or _usual("/var/lib", "XDG_STATE_HOME", ".local/state")
 
 
 def store_of_environ() -> Path | None:
     """What $DCRES_STORE names; with ``{host}`` in it, for `dcres up`, a store for each host."""
-    named = os.environ.get("DCRES_STORE")
-    return Path(named) if named else None
+    return folder_of_environ("DCRES_STORE")
 
 
 def default_cache() -> Path:
     """Where dcres keeps what it can make again: $DCRES_CACHE, or the usual place."""
-    if "DCRES_CACHE" in os.environ:
-        return Path(os.environ["DCRES_CACHE"]).absolute()
+    return folder_of_environ("DCRES_CACHE") or _usual("/var/cache", "XDG_CACHE_HOME", ".cache")
+
+
+def _usual(for_root: str, variable: str, below_home: str) -> Path:
+    """Basedir specification: what is not absolute counts as not set."""
     if os.geteuid() == 0:
-        return Path("/var/cache/dcres")
-    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "dcres"
+        return Path(for_root) / "dcres"
+    named = Path(os.environ.get(variable, ""))
+    return (named if named.is_absolute() else Path.home() / below_home) / "dcres"
 
 
 class HostSettings(_Model):
@@ -254,15 +288,14 @@ class HostSettings(_Model):
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], address: str = "127.0.0.1") -> HostSettings:
-        """This host's settings; what the environment leaves out gets its default."""
-        name = environ.get("DCRES_HOST", socket.gethostname())
-        home = Path(environ.get("DCRES_HOME", default_home()))
+        """This host's settings; what is unset or empty gets its default. Raises ConfigError."""
+        home = folder_of_environ("DCRES_HOME", environ) or default_home()
         return cls(
-            name=name,
-            run=Path(environ.get("DCRES_RUN", home / "run")),
-            ram=Path(environ.get("DCRES_RAM", "/dev/shm/dcres")),
-            store=Path(environ.get("DCRES_STORE", home / "store")),
-            address=environ.get("DCRES_ADDRESS", address),
+            name=environ.get("DCRES_HOST") or socket.gethostname(),
+            run=folder_of_environ("DCRES_RUN", environ) or home / "run",
+            ram=folder_of_environ("DCRES_RAM", environ) or Path("/dev/shm/dcres"),
+            store=folder_of_environ("DCRES_STORE", environ) or home / "store",
+            address=environ.get("DCRES_ADDRESS") or address,
         )
 
     def environ(self) -> dict[str, str]:

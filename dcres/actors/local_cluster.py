@@ -12,15 +12,14 @@ machine a driver attaches to the head node, so that it survives the loss of any 
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 from dcres.actors.awaiting_nodes import NodesWait, Tell, log_waiting
+from dcres.actors.local_home import HOST_FIELD, Claim, Home, State, own_folders, this_place
 from dcres.actors.local_node import (
     CLUSTER_MARK,
     HOST_MARK,
@@ -31,46 +30,25 @@ from dcres.actors.local_node import (
     Places,
     end_all,
     free_port,
-    marked,
 )
-from dcres.config import HostSettings, format_size
-from dcres.errors import ClusterError, Conflict, NoRoom, NotFound, StorageError
+from dcres.config import HostSettings, folder_of_environ, format_size, named_folder
+from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
 from dcres.linux.interrupt import uninterrupted
 from dcres.linux.memory import free_for_guests
-from dcres.linux.process import ProcessId
+from dcres.linux.removal import OwnFolder, create
+from dcres.model.whereabouts import Life
 
 HEAD = "head"
-HOST_FIELD = "{host}"  # in the store's path: every host has a store of its own
 
 _SHARE_OF_FREE_MEMORY = 0.6
-_STATE, _TOKEN, _HOSTS, _STORE = "cluster.json", "token", "hosts", "store"  # all in a home
 _MOST_HOSTS = 240  # addresses 127.x.y.10 and up
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What ``cluster.json`` holds; paths and addresses as text."""
-
-    id: str
-    boot: str
-    owner: tuple[int, int] | None  # pid and start time of who is starting it
-    address: str
-    network: str
-    temp: str
-    ram: str
-    store: str
-    memory_per_host: int
-    dashboard_port: int | None
-    next_host: int
-    hosts: dict[str, str]  # name → address
-    launcher: tuple[str, ...] = ()  # see `Places`
 
 
 class LocalCluster:
     """A local cluster that `start` or `load` found running; see the module's docstring."""
 
-    def __init__(self, home: Path, state: _State) -> None:
-        self.home = home
+    def __init__(self, home: Home, state: State) -> None:
+        self._home = home
         self._state = state
 
     @classmethod
@@ -92,41 +70,73 @@ class LocalCluster:
         `memory_per_host` is what VMs may use on each, in bytes; by default an equal part of
         most of the free memory. With `places` the nodes are in a network that is there already
         and that this process reaches, instead of on loopback. `tell` hears what is waited for
-        when that takes long. Raises Conflict if one runs in `home` already, NoRoom, and
-        ClusterError with a node's last words if it does not come up; nothing is left then.
+        when that takes long. Raises Conflict if one runs in `home` already, NotOurs where its
+        names are taken by files of others, NoRoom, and ClusterError with a node's last words if
+        it does not come up; nothing is left then.
         """
-        home = home.absolute()
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        tmpfs = Path(os.environ.get("DCRES_RAM", "/dev/shm"))
-        tmpfs.mkdir(parents=True, exist_ok=True)
+        place = Home(named_folder(home, "the home"))
+        tmpfs = folder_of_environ("DCRES_RAM") or Path("/dev/shm")
         memory = _memory_for(hosts, memory_per_host, tmpfs)
-        state = _new_state(tmpfs, store or default_store(home), memory, dashboard, places)
-        cluster = cls(home, state)
-        cluster._claim()
+        chosen = place.store if store is None else named_folder(store, "the store")
+        place.require_usable(with_store=chosen == place.store)
+        place.require_none_lives()
+        state = _new_state(tmpfs, chosen, memory, dashboard, places)
+        place.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tmpfs.mkdir(parents=True, exist_ok=True)
+        with place.claimed() as claim:
+            claim.clear_dead()
+            place.require_usable(with_store=chosen == place.store)
+            return cls._started(claim, state, hosts, tell)
+
+    @classmethod
+    def _started(cls, claim: Claim, state: State, hosts: int, tell: Tell) -> Self:
+        cluster = cls(claim.home, state)
+        claim.home.write(state)
         try:
-            cluster._bring_up(hosts, NodesWait(tell))
+            cluster._bring_up(hosts, claim.lock, NodesWait(tell))
         except BaseException:
             with uninterrupted():  # a second Ctrl-C would leave nodes that nobody finds
-                cluster.stop()
+                end_all({CLUSTER_MARK: state.id})
+                claim.clear(cluster._state)
             raise
+        claim.share()
         return cluster
 
     @classmethod
-    def load(cls, home: Path) -> LocalCluster:
-        """The cluster that runs in `home`. Raises NotFound; cleans up what a dead one left."""
-        home = home.absolute()
-        missing = NotFound(f"no local cluster runs in {home}; start one with `dcres up`")
-        try:
-            state = _State(**json.loads((home / _STATE).read_text()))
-        except FileNotFoundError:
-            raise missing from None
-        except (ValueError, TypeError):
-            raise ClusterError(f"{home / _STATE} is damaged; remove it") from None
-        cluster = cls(home, state)
-        if not cluster._lives():
-            cluster.stop()
-            raise missing
-        return cluster
+    def load(cls, home: Path) -> Self:
+        """The cluster that runs in `home`, here or elsewhere. Changes nothing.
+
+        Raises NotFound, and ClusterError for a record that cannot be read.
+        """
+        place = Home(home.absolute())
+        state = place.read()
+        if state is None:
+            raise NotFound(place.none_runs)
+        match place.life(state):
+            case Life.HERE | Life.ELSEWHERE:
+                return cls(place, state)
+            case Life.DEAD:
+                raise NotFound(place.none_runs)
+            case Life.UNKNOWN:
+                raise NotFound(place.not_judged(state))
+
+    @classmethod
+    def clear_dead(cls, home: Path) -> bool:
+        """Remove what a cluster that has ended by itself left; whether one did.
+
+        Raises Conflict for one of which nobody knows whether it has ended.
+        """
+        place = Home(home.absolute())
+        if place.read() is None:
+            return False
+        place.require_none_lives()
+        with place.claimed() as claim:
+            return claim.clear_dead()
+
+    @property
+    def home(self) -> Path:
+        """The folder with its record."""
+        return self._home.path
 
     @property
     def id(self) -> str:
@@ -141,7 +151,7 @@ class LocalCluster:
     @property
     def token_path(self) -> Path:
         """The private file with the token that every process of the cluster must show."""
-        return self.home / _TOKEN
+        return self._home.token
 
     @property
     def dashboard_url(self) -> str | None:
@@ -168,7 +178,7 @@ class LocalCluster:
             raise NotFound(f"no host {name} in this cluster; it has {', '.join(self.hosts)}")
         return HostSettings(
             name=name,
-            run=self.home / _HOSTS / name / "run",
+            run=self._home.hosts / name / "run",
             ram=Path(self._state.ram) / name,
             store=Path(self._state.store.replace(HOST_FIELD, name)),
             address=address,
@@ -190,37 +200,53 @@ class LocalCluster:
 
     def add_hosts(self, count: int) -> tuple[str, ...]:
         """As `add_host`, for several that start at the same time; all of them, or none."""
+        self.require_here()
         names: list[str] = []
+        lock = self._home.held()
         try:
             names.extend(self._new_host() for _ in range(count))
-            launched = {node: node.launch() for node in map(self._node, names)}
+            launched = {node: node.launch(lock) for node in map(self._node, names)}
             NodesWait(log_waiting).for_ready(launched)
         except BaseException:
             for name in names:
                 self.kill_host(name)
             raise
+        finally:
+            os.close(lock)
         return tuple(names)
 
     def kill_host(self, name: str) -> None:
         """Lose host `name` as if its machine had failed: its processes, memory and run folder.
 
         All of it is gone when this returns; Ray notices 2 s later. What the host wrote into
-        the store stays. Raises NotFound.
+        the store stays. Raises NotFound, and Conflict as `stop` does.
         """
+        self.require_here()
         node = self._node(name)
         end_all({CLUSTER_MARK: self.id, HOST_MARK: name})
-        for folder in (node.settings.ram, node.temp, node.settings.run):
-            shutil.rmtree(folder, ignore_errors=True)
         hosts = {host: address for host, address in self._state.hosts.items() if host != name}
         self._save(replace(self._state, hosts=hosts))
+        for path in (node.settings.ram, node.temp, node.settings.run):
+            if path.exists():
+                OwnFolder.around(path).remove_below(path)
 
     def stop(self) -> None:
-        """End everything that runs on this cluster and remove all but the store; repeatable."""
+        """End everything that runs on this cluster and remove all but the store; repeatable.
+
+        Raises Conflict for a cluster whose processes cannot all be seen from here.
+        """
+        state = self._home.read()
+        if state is None or state.id != self.id:
+            return
+        self.require_here()
         end_all({CLUSTER_MARK: self.id})
-        for folder in (self._state.ram, self._state.temp, self.home / _HOSTS):
-            shutil.rmtree(folder, ignore_errors=True)
-        self.token_path.unlink(missing_ok=True)
-        self._file.unlink(missing_ok=True)
+        with self._home.claimed() as claim:
+            claim.clear(state)
+
+    def require_here(self) -> None:
+        """Raises Conflict for a cluster that lives where its processes cannot be seen."""
+        if self._home.life(self._state) is Life.ELSEWHERE:
+            raise Conflict(self._home.lives_elsewhere(self._state))
 
     def __enter__(self) -> Self:
         return self
@@ -228,53 +254,26 @@ class LocalCluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    @property
-    def _file(self) -> Path:
-        return self.home / _STATE
-
-    def _claim(self) -> None:
-        """Write cluster.json, unless a cluster runs (or is being started) in this home."""
-        conflict = Conflict(f"a local cluster runs in {self.home} already; `dcres down` ends it")
-        try:
-            LocalCluster.load(self.home)
-        except NotFound:
-            try:
-                _write_private(self._file, _text(self._state))
-            except FileExistsError:
-                raise conflict from None
-        else:
-            raise conflict
-
-    def _save(self, state: _State) -> None:
+    def _save(self, state: State) -> None:
         self._state = state
-        beside = _beside(self._file)
-        beside.unlink(missing_ok=True)
-        _write_private(beside, _text(state))
-        beside.replace(self._file)
+        self._home.write(state)
 
-    def _lives(self) -> bool:
-        if self._state.boot != _boot_id():
-            return False
-        owner = self._state.owner
-        being_started = owner is not None and ProcessId(*owner).alive
-        return being_started or bool(marked({CLUSTER_MARK: self.id}))
-
-    def _bring_up(self, hosts: int, wait: NodesWait) -> None:
-        self.token_path.unlink(missing_ok=True)
-        _write_private(self.token_path, secrets.token_hex(32))
+    def _bring_up(self, hosts: int, lock: int, wait: NodesWait) -> None:
+        for path, mark in own_folders(self._home, self._state).items():
+            OwnFolder.new(path, mark)
+        fd, _ = create(self.token_path, os.O_WRONLY)
+        with open(fd, "w") as file:
+            file.write(secrets.token_hex(32))
         if self.shared_store is not None:  # else every node makes its own
             self.shared_store.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for folder in (self._state.temp, self._state.ram):
-            Path(folder).mkdir(mode=0o700)
         head = self._node(HEAD)
-        launched = {head: head.launch()}
+        launched = {head: head.launch(lock)}
         # A host node waits for the head by itself once its port answers; to start them
         # only when the head is ready costs 3 s more.
         wait.for_port(self.address, head, launched[head])
         for node in [self._node(self._new_host()) for _ in range(hosts)]:
-            launched[node] = node.launch()
+            launched[node] = node.launch(lock)
         wait.for_ready(launched)
-        self._save(replace(self._state, owner=None))
 
     def _new_host(self) -> str:
         number = self._state.next_host
@@ -302,48 +301,19 @@ class LocalCluster:
         return tuple(word.replace(HOST_FIELD, name) for word in self._state.launcher)
 
 
-def default_store(home: Path) -> Path:
-    """The store of a cluster that was given no other."""
-    return home / _STORE
-
-
-def purgeable(home: Path) -> tuple[list[Path], list[Path]]:
-    """What clusters have made in `home`, which `purge` removes, and what else is there."""
-    state = home / _STATE
-    made = {state, _beside(state), home / _TOKEN, home / _HOSTS, default_store(home)}
-    children = sorted(home.iterdir())
-    return [each for each in children if each in made], [
-        each for each in children if each not in made
-    ]
-
-
 def purge(home: Path) -> tuple[list[Path], list[Path]]:
-    """Remove what clusters have made in `home`, checkpoints too, and `home` if that was all.
+    """Remove what clusters have put into `home`, checkpoints too, and `home` if that was all.
 
-    No cluster runs there. A store that was named stays where it is, also if a link in `home`
-    leads to it. Returns what was removed and what is left. Raises StorageError.
+    Returns what was removed and what is left. Raises Conflict if one lives, HostError.
     """
-    made, left = purgeable(home)
-    for path in made:
-        try:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        except OSError as error:
-            why = f"{error.strerror}: {error.filename}"
-            raise StorageError(f"cannot remove all of {path} ({why})") from None
-    if left:
-        return made, left
-    try:
-        home.rmdir()
-    except OSError:  # a mount point, or a link
-        return made, [home]
-    return [*made, home], []
-
-
-def _beside(path: Path) -> Path:
-    return path.with_suffix(".new")
+    place = Home(home)
+    place.require_none_lives()
+    own, _ = place.remains()
+    with place.claimed() as claim:
+        claim.purge()
+    left = sorted(home.iterdir()) if home.exists() else []
+    removed = [path for path in own if path not in left]
+    return [*removed, *([] if home.exists() else [home])], left
 
 
 def _memory_for(hosts: int, wanted: int | None, tmpfs: Path) -> int:
@@ -359,33 +329,20 @@ def _memory_for(hosts: int, wanted: int | None, tmpfs: Path) -> int:
     return wanted
 
 
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _text(state: _State) -> str:
-    return json.dumps(asdict(state), indent=1)
-
-
-def _write_private(path: Path, text: str) -> None:
-    """A new file that only its owner may read. FileExistsError if there is one."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(text)
-
-
 def _new_state(
     tmpfs: Path, store: Path, memory_per_host: int, dashboard: bool, places: Places | None = None
-) -> _State:
+) -> State:
     mark = secrets.token_hex(4)
     if places is None:
         places = Places(f"127.{1 + int(mark[:2], 16) % 254}.{int(mark[2:4], 16)}")
     network = places.network
-    myself = ProcessId.of(os.getpid())
-    return _State(
+    here = this_place()
+    return State(
         id=mark,
-        boot=_boot_id(),
-        owner=None if myself is None else (myself.pid, myself.start_time),
+        boot=here.boot,
+        machine=here.machine,
+        host=here.host,
+        pids=here.pids,
         address=f"{network}.1:{free_port()}",
         network=network,
         temp=f"/tmp/dcres-{mark}",

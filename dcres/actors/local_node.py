@@ -118,8 +118,11 @@ class LocalNode:
         """What ``ray start`` prints."""
         return self.settings.run.parent / "ray.log"
 
-    def launch(self) -> ProcessId:
-        """Start the node, in a session of its own; it makes itself ready in about 5 s."""
+    def launch(self, lock: int) -> ProcessId:
+        """Start the node, in a session of its own; it makes itself ready in about 5 s.
+
+        It holds the descriptor `lock` as long as it lives.
+        """
         self.settings.run.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.settings.ram.mkdir(mode=0o700)
         self.temp.mkdir(mode=0o700)
@@ -131,6 +134,7 @@ class LocalNode:
             log=self.log,
             env=self.environ(),
             cwd=self.temp,
+            inherited=(lock,),
         )
 
     def is_ready(self) -> bool:

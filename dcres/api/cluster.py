@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +10,15 @@ from typing import Any, Self
 
 from dcres.actors import _ray
 from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.local_cluster import LocalCluster, purge
 from dcres.api.operation import ProgressOption
 from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
-from dcres.config import Layout, VmSpec, load_vm_spec, parse_size, vm_spec
+from dcres.config import Layout, VmSpec, load_vm_spec, named_folder, parse_size, vm_spec
 from dcres.errors import ConfigError, Conflict
 from dcres.linux.interrupt import uninterrupted
+from dcres.linux.removal import remove_if_empty
 from dcres.storage.store import Listing
 
 _STATUS_TIMEOUT_S = 60.0
@@ -150,7 +150,7 @@ def connect(address: str | None = None, *, store: str | Path | None = None) -> C
     hosts are asked. Raises NotFound, ClusterError, and Conflict if this process is connected to
     another cluster.
     """
-    return Cluster(open_session(address, None if store is None else Path(store)))
+    return Cluster(open_session(address, None if store is None else named_folder(store)))
 
 
 @contextmanager
@@ -175,10 +175,12 @@ def local_cluster(
     _require_unconnected()
     memory_bytes = None if memory is None else memory_size(memory)
     # Not /tmp: that may be a tmpfs, which is memory again and may not know O_DIRECT.
-    folder = Path(tempfile.mkdtemp(prefix="dcres-", dir="/var/tmp") if home is None else home)
+    folder = named_folder(
+        tempfile.mkdtemp(prefix="dcres-", dir="/var/tmp") if home is None else home, "the home"
+    )
     local: LocalCluster | None = None
     try:
-        store_folder = None if store is None else Path(store)
+        store_folder = None if store is None else named_folder(store, "the store")
         local = LocalCluster.start(folder, hosts, memory_bytes, store_folder, dashboard=dashboard)
         joined = _ray.connect(local.address, local.token_path)
         yield Cluster(Session(local.address, catalogue_of(None, local), local, joined=joined))
@@ -191,7 +193,8 @@ def local_cluster(
             if local is not None and not keep:
                 local.stop()
             if home is None and not (keep and local):
-                shutil.rmtree(folder, ignore_errors=True)
+                purge(folder)
+                remove_if_empty(folder)
 
 
 def _require_unconnected() -> None:

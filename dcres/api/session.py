@@ -11,7 +11,8 @@ from pathlib import Path
 from dcres.actors import _ray
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import HOST_FIELD, LocalCluster, default_store
+from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.local_home import HOST_FIELD, Home
 from dcres.actors.local_node import CLUSTER_MARK
 from dcres.actors.ports import Port
 from dcres.api.catalogue import Catalogue, StoreHere, StoresOfHosts
@@ -145,7 +146,7 @@ def open_catalogue(address: str | None, store: Path | None) -> tuple[Catalogue, 
     try:
         local = local_cluster_at(None)
     except NotFound:
-        given, kept = store_of_environ(), default_store(default_home())
+        given, kept = store_of_environ(), Home(default_home()).store
         if given is None and not kept.is_dir():
             raise
         return catalogue_of(_one_store(given or kept), None), False

@@ -9,7 +9,8 @@ from pathlib import Path
 from dcres.actors import _ray
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import HOST_FIELD, LocalCluster
+from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.local_home import HOST_FIELD
 from dcres.actors.local_node import Places
 from dcres.actors.ports import Port
 from dcres.bench.rig import wait_for

@@ -159,12 +159,16 @@ def down(
 ) -> Answer:
     """End the local cluster and its VMs; checkpoints stay."""
     from dcres.actors.local_cluster import LocalCluster
+    from dcres.actors.local_home import Home
     from dcres.api.show import working
     from dcres.config import default_home
+    from dcres.errors import NotFound
     from dcres.linux.interrupt import uninterrupted
 
     home = default_home()
-    local = _cluster_to_purge(options, home, yes) if purge else LocalCluster.load(home)
+    local = _running(home)
+    if purge:
+        _confirm_purge(options, home, local, yes)
     values: dict[str, Any] = {"stopped": local is not None, "hosts": []}
     told: list[str] = []
     if local is not None:
@@ -172,6 +176,10 @@ def down(
             local.stop()
         values["hosts"] = list(local.hosts)
         told.append(f"ended the cluster in {home} ({len(local.hosts)} hosts)")
+    elif not purge and LocalCluster.clear_dead(home):
+        told.append(f"removed what a cluster that ended by itself had left in {home}")
+    elif not purge:
+        raise NotFound(Home(home).none_runs)
     if purge:
         removed, left = _purge(home)
         values |= {"removed": removed, "left": left}
@@ -179,25 +187,35 @@ def down(
     return Answer(values, "\n".join(told))
 
 
-def _cluster_to_purge(options: Options, home: Path, yes: bool) -> LocalCluster | None:
-    """The cluster to end before `home` is purged, if one runs, once that is confirmed."""
-    from dcres.actors.local_cluster import LocalCluster, purgeable
+def _running(home: Path) -> LocalCluster | None:
+    """The cluster to end, if one runs. Raises Conflict for one that may run elsewhere."""
+    from dcres.actors.local_cluster import LocalCluster
+    from dcres.actors.local_home import Home
     from dcres.errors import NotFound
 
-    local = None
     try:
         local = LocalCluster.load(home)
     except NotFound:
-        if not home.is_dir():
-            raise
-    made, other = purgeable(home)
-    if other and not made:
+        Home(home).require_none_lives()
+        return None
+    local.require_here()
+    return local
+
+
+def _confirm_purge(options: Options, home: Path, local: LocalCluster | None, yes: bool) -> None:
+    from dcres.actors.local_home import Home
+    from dcres.errors import NotFound
+
+    place = Home(home)
+    if not home.is_dir():
+        raise NotFound(place.none_runs)
+    own, _ = place.remains()
+    if not own and not place.is_marked:
         raise NotFound(f"no local cluster runs in {home}, and none has left anything there")
-    what = f"{', '.join(path.name for path in made)} in {home}" if made else str(home)
+    what = f"{', '.join(path.name for path in own)} in {home}" if own else str(home)
     end = "" if local is None else f"end the cluster in {home} and "
     question = f"{end}remove {what} for good, with all checkpoints there?"
     confirm(options, f"removing {what}", question, yes=yes)
-    return local
 
 
 def _purge(home: Path) -> tuple[list[str], list[str]]:

@@ -142,11 +142,12 @@ def spawn_detached(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stdin: bytes | int | None = None,
+    inherited: Sequence[int] = (),
 ) -> ProcessId:
     """Start `argv` in a session of its own, as a child of init rather than of us.
 
-    It outlives us, gets none of our descriptors, leaves no zombie of ours, and runs at normal
-    priority where we may give it that, whatever ours is. Its output is
+    It outlives us, gets none of our descriptors but those `inherited`, leaves no zombie of ours,
+    and runs at normal priority where we may give it that, whatever ours is. Its output is
     appended to `log` (mode 0600); it reads `stdin`, bytes or a descriptor, or ``/dev/null``. When
     this returns the program has been started; whether it stays is for the caller to see. Raises
     UnsupportedHost when the program is not installed, HostError when something ended it before it
@@ -167,6 +168,7 @@ def spawn_detached(
             stderr=log_fd,
             env=None if env is None else dict(env),
             cwd=cwd,
+            pass_fds=inherited,
             check=False,
         )
     finally:

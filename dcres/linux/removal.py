@@ -5,6 +5,8 @@ without it:
 
 * `OwnFolder`: a folder that carries our mark, a small file with what the folder is and whose. It
   is marked when we make it, or when it is there and empty, so that all below it came later.
+* `OwnNames`: names in a folder that others use as well, and that were free when it was marked.
+* `StoreFile`: what a store writes beside its checkpoints, by its name, in a folder that is a store.
 * `CheckpointFolder`: one that is called as checkpoints alone are, ``VM/VM-date-time-token``.
 * `Created`: a file that this very process made (O_EXCL), as long as its name leads to it still.
 
@@ -25,13 +27,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from dcres.errors import HostError, NotOurs
+from dcres.errors import Conflict, HostError, NotOurs
 
 MARK = ".dcres-folder"
+HOME_MARK = ".dcres-home"
+STORE_MARK = ".dcres-store"  # made by dcres.storage
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _LONGEST_MARK_BYTES = 4096
 # As in dcres.storage.layout, which is above us.
+_STORE_FILE = re.compile(
+    r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?/(?:generation|\.generation\.lock|\.life-\d+|\.[\w.-]+\.tmp)"
+)
 _CHECKPOINT = re.compile(r"(?P<vm>[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)/(?P=vm)-\d{8}-\d{6}-[0-9a-f]{4}")
 
 
@@ -114,6 +121,19 @@ class OwnFolder:
             ) from None
 
     @classmethod
+    def new(cls, path: Path, mark: Mark) -> Self:
+        """The same, in a folder where others may put things, too: it must not be there yet.
+
+        Raises Conflict if it is, OSError.
+        """
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            raise Conflict(f"{path} is there already, and is to be made; move it away") from None
+        mark.put(path)
+        return cls(path, mark)
+
+    @classmethod
     def taken(
         cls, path: Path, mark: Mark, earlier: Callable[[Collection[str]], bool]
     ) -> Self | None:
@@ -149,6 +169,14 @@ class OwnFolder:
         _require_below(self.path, path)
         path.unlink(missing_ok=True)
 
+    def remove_below(self, path: Path) -> None:
+        """Remove the file or folder `path` below this one, if it is there.
+
+        Raises NotOurs for one that is not below, HostError.
+        """
+        _require_below(self.path, path)
+        _clear(path.parent, lambda each: each.name != path.name)
+
     def clear(self, keep: Callable[[Path], bool] = lambda _: False) -> None:
         """Remove all that is in it but its mark, and but what `keep` names. Raises HostError."""
         _clear(self.path, lambda path: path.name == MARK or keep(path))
@@ -159,6 +187,77 @@ class OwnFolder:
         with _telling(self.path):
             (self.path / MARK).unlink(missing_ok=True)
             remove_if_empty(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnNames:
+    """Names in a folder that others use as well. Raises NotOurs unless its mark has them."""
+
+    path: Path
+    names: frozenset[str]
+
+    def __post_init__(self) -> None:
+        if not self.names <= self._names_in_mark():
+            raise NotOurs(f"{self.path} does not carry the mark of dcres, so nothing in it is ours")
+
+    @classmethod
+    def claim(cls, path: Path, names: frozenset[str], fd: int) -> Self:
+        """Write the mark of the folder `path`, which is open as `fd`.
+
+        The caller has seen that none of these names is taken by what is not ours.
+        """
+        values = {"note": "in this folder these names are dcres's", "names": sorted(names)}
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(values).encode(), 0)
+        os.fsync(fd)
+        return cls(path, names)
+
+    def _names_in_mark(self) -> set[str]:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return set(json.loads((self.path / HOME_MARK).read_bytes())["names"])
+        return set()
+
+    def remove_file(self, name: str) -> None:
+        """Remove the file of that name, if there is one. Raises NotOurs, OSError."""
+        if name not in self.names:
+            raise NotOurs(f"{self.path / name} is not dcres's, so it is not removed")
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove(self) -> bool:
+        """Remove the mark, and the folder if that was all; whether it is gone."""
+        (self.path / HOME_MARK).unlink(missing_ok=True)
+        return remove_if_empty(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFile:
+    """A file beside the checkpoints of a store. Raises NotOurs for what cannot be one."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        named = _STORE_FILE.fullmatch("/".join(self.path.parts[-2:]))
+        in_store = (self.path.parent.parent / STORE_MARK).is_file() or self._is_counter()
+        if not (named and in_store) or self.path.parent.is_symlink():
+            raise NotOurs(f"{self.path} is not a file of a store, so it is not removed")
+
+    def _is_counter(self) -> bool:
+        """An earlier dcres marked no store; its counter is a number, and its lock is empty."""
+        with contextlib.suppress(OSError):
+            text = self.path.read_bytes()[:32]
+            return text.strip().isdigit() if self.path.name == "generation" else not text
+        return False
+
+    def remove(self) -> None:
+        """Remove it, if it is there. Raises OSError."""
+        self.path.unlink(missing_ok=True)
+
+
+def remove_store_mark(store: Path) -> bool:
+    """Remove the mark of what is a store no more, and the folder if that was all; is it gone?"""
+    if not store.is_symlink():
+        (store / STORE_MARK).unlink(missing_ok=True)
+    return remove_if_empty(store)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import yaml
 
 from dcres.config import parse_size
 from dcres.linux.process import ProcessId, find_marked
+from dcres.linux.removal import HOME_MARK
 from dcres.model.pages import PAGE_SIZE
 from dcres.vm import witness
 from tests.support.cli import Cli, ended, require_nothing_left
@@ -48,7 +49,7 @@ def cli(folder: Path) -> Iterator[Cli]:
     assert down["stopped"] is True
     require_nothing_left(cluster_id)
     home = folder / "home"
-    assert [path.name for path in home.iterdir()] == ["store"]
+    assert {path.name for path in home.iterdir()} == {HOME_MARK, "store"}
     removed = cli.json("down", "--purge", "--yes")["removed"]
     assert (removed, home.exists()) == ([str(home / "store"), str(home)], False)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.local_node import CLUSTER_MARK, HOST_MARK
 from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
+from dcres.linux.removal import HOME_MARK
 from tests.support.actors import settings_of_task
 from tests.support.cluster import run_folders
 from tests.support.wait import until
@@ -110,7 +109,7 @@ class TestLosing:
         running.stop()
         assert not find_marked(CLUSTER_MARK, running.id)
         assert run_folders(running) == []
-        assert list((tmp_path / "home").iterdir()) == []
+        assert [path.name for path in (tmp_path / "home").iterdir()] == [HOME_MARK]
         assert (tmp_path / "store" / "checkpoint").exists()
         with pytest.raises(NotFound, match="start one with `dcres up`"):
             LocalCluster.load(tmp_path / "home")
@@ -122,8 +121,8 @@ def meddle_with_raylets(
     """Call `meddle` with the raylet of every node that is launched, as soon as there is one."""
     launch = local_node.LocalNode.launch
 
-    def launched(node: local_node.LocalNode) -> ProcessId:
-        leader = launch(node)
+    def launched(node: local_node.LocalNode, *locks: int) -> ProcessId:
+        leader = launch(node, *locks)
 
         def raylets() -> list[ProcessId]:
             members = local_node._in_sessions({leader.pid})
@@ -168,9 +167,9 @@ class TestFailing:
         ids = []
         launch = local_node.LocalNode.launch
 
-        def remembered(node: local_node.LocalNode) -> ProcessId:
+        def remembered(node: local_node.LocalNode, *locks: int) -> ProcessId:
             ids.append(node.cluster)
-            return launch(node)
+            return launch(node, *locks)
 
         monkeypatch.setattr(local_node.LocalNode, "launch", remembered)
         with pytest.raises(
@@ -178,7 +177,7 @@ class TestFailing:
         ):
             LocalCluster.start(tmp_path, 1)
         assert not find_marked(CLUSTER_MARK, ids[0])
-        assert [path.name for path in tmp_path.iterdir()] == ["store"]
+        assert {path.name for path in tmp_path.iterdir()} == {HOME_MARK, "store"}
 
     def test_hosts_that_do_not_start_are_none(
         self, small: LocalCluster, monkeypatch: pytest.MonkeyPatch
@@ -206,27 +205,6 @@ class TestFailing:
         with pytest.raises(NoRoom, match="3 hosts of 1 TiB do not fit into /dev/shm"):
             LocalCluster.start(tmp_path, 3, 1 << 40)
         assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize("boot", ["another boot", None])
-    def test_what_a_dead_cluster_left_is_cleaned_up(
-        self, boot: str | None, tmp_path: Path, cluster: LocalCluster
-    ) -> None:
-        ram = tmp_path / "dcres-dead"
-        ram.mkdir()
-        state = replace(cluster._state, id="dead", ram=str(ram), temp=str(tmp_path / "t"))
-        state = state if boot is None else replace(state, boot=boot)
-        home = tmp_path / "home"
-        home.mkdir()
-        (home / "cluster.json").write_text(json.dumps(asdict(state)))
-        with pytest.raises(NotFound):
-            LocalCluster.load(home)
-        assert list(home.iterdir()) == []
-        assert not ram.exists()
-
-    def test_a_damaged_file(self, tmp_path: Path) -> None:
-        (tmp_path / "cluster.json").write_text("{}")
-        with pytest.raises(ClusterError, match="is damaged"):
-            LocalCluster.load(tmp_path)
 
 
 def _leads_a_session(process: ProcessId) -> bool:

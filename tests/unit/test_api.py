@@ -18,6 +18,7 @@ from rich.console import Console
 import dcres
 from dcres.actors import _ray, local_cluster
 from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.local_home import Home
 from dcres.actors.messages import Foreseen, PageFlow
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api import cluster as api_cluster
@@ -597,7 +598,7 @@ def local_cluster_with(home: Path, store: Path) -> LocalCluster:
     """One that has never been started, with hosts h0 and h1."""
     state = local_cluster._new_state(home, store, 1 << 20, False)
     hosts = {"h0": "127.0.0.2", "h1": "127.0.0.3"}
-    return LocalCluster(home, replace(state, hosts=hosts))
+    return LocalCluster(Home(home), replace(state, hosts=hosts))
 
 
 class TestSpecs:

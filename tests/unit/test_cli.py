@@ -41,6 +41,7 @@ from dcres.linux.interrupt import OperationInterrupted
 from dcres.storage.checks import FileResult, VerifyReport
 from dcres.storage.store import Listed
 from dcres.vm.witness import WitnessReport
+from tests.support.homes import left_by_a_cluster
 from tests.support.placement import placement
 
 MAIN = HostStatus("h0", "main", 48, 64, 10, 20, 123.0, 456.0, 7.0, 8.0)
@@ -278,12 +279,8 @@ class TestPurging:
 
     @pytest.fixture
     def home(self, nowhere: Path) -> Path:
-        """What a reboot leaves of a cluster, beside a folder of somebody else's."""
-        (nowhere / "store" / "box").mkdir(parents=True)
-        (nowhere / "hosts" / "h0").mkdir(parents=True)
-        (nowhere / "token").write_text("secret")
-        (nowhere / "photos").mkdir()
-        return nowhere
+        """What a crash leaves of a cluster, beside a folder of somebody else's."""
+        return left_by_a_cluster(nowhere)
 
     def test_what_clusters_made_without_one_that_runs(
         self, home: Path, capsys: pytest.CaptureFixture[str]
@@ -292,7 +289,7 @@ class TestPurging:
         assert answer_of(capsys) == {
             "stopped": False,
             "hosts": [],
-            "removed": [str(home / name) for name in ("hosts", "store", "token")],
+            "removed": [str(home / name) for name in ("cluster.json", "hosts", "store", "token")],
             "left": [str(home / "photos")],
         }
         assert [path.name for path in home.iterdir()] == ["photos"]
@@ -304,9 +301,8 @@ class TestPurging:
     ) -> None:
         (home / "photos").rmdir()
         assert main(["down", "--purge", "--yes"]) == 0
-        assert capsys.readouterr().out.splitlines() == [
-            f"removed {path}" for path in (home / "hosts", home / "store", home / "token", home)
-        ]
+        names = ("cluster.json", "hosts", "store", "token", "")
+        assert capsys.readouterr().out.splitlines() == [f"removed {home / name}" for name in names]
         assert not home.exists()
         assert main(["down", "--purge", "--yes"]) == 2
         assert f"no local cluster runs in {home}" in capsys.readouterr().err
@@ -317,8 +313,11 @@ class TestPurging:
         class Running:
             hosts = ("h0",)
 
+            def require_here(self) -> None:
+                pass
+
             def stop(self) -> None:
-                (home / "token").unlink()
+                LocalCluster.clear_dead(home)
 
         monkeypatch.setattr(LocalCluster, "load", lambda _: Running())
         assert main(["down", "--purge"]) == 2
@@ -327,17 +326,18 @@ class TestPurging:
         assert main(["down", "--purge", "--yes", "--json"]) == 0
         values = answer_of(capsys)
         assert (values["stopped"], values["hosts"]) == (True, ["h0"])
-        assert values["removed"] == [str(home / "hosts"), str(home / "store")]
+        assert values["removed"] == [str(home / "store")]
 
     @pytest.mark.parametrize("options", [["--json"], []])
     def test_has_to_be_confirmed(
         self, options: list[str], home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        before = sorted(home.rglob("*"))
         assert main(["down", "--purge", *options]) == 2
-        assert f"removing hosts, store, token in {home} has to be confirmed; say --yes" in (
-            capsys.readouterr().err
-        )
-        assert len(list(home.iterdir())) == 4
+        assert (
+            f"removing cluster.json, hosts, store, token in {home} has to be confirmed; say --yes"
+        ) in capsys.readouterr().err
+        assert sorted(home.rglob("*")) == before
 
     def test_a_no_on_a_terminal(
         self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -347,32 +347,72 @@ class TestPurging:
                 return True
 
         monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+        before = sorted(home.rglob("*"))
         assert main(["down", "--purge"]) == 1
         printed = capsys.readouterr()
-        assert f"remove hosts, store, token in {home} for good" in printed.out + printed.err
+        words = f"remove cluster.json, hosts, store, token in {home} for good"
+        assert words in printed.out + printed.err
         assert "nothing was done" in printed.err
-        assert len(list(home.iterdir())) == 4
+        assert sorted(home.rglob("*")) == before
 
-    def test_a_store_elsewhere_stays(self, home: Path, tmp_path_factory: Any) -> None:
-        elsewhere = tmp_path_factory.mktemp("elsewhere")
-        (elsewhere / "box").mkdir()
-        (home / "store" / "box").rmdir()
-        (home / "store").rmdir()
+    def test_a_store_elsewhere_stays_and_so_does_the_link_to_it(
+        self, home: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere") / "store"
+        (home / "store").rename(elsewhere)
+        before = sorted(elsewhere.rglob("*"))
         (home / "store").symlink_to(elsewhere)
         assert main(["down", "--purge", "--yes"]) == 0
-        assert (elsewhere / "box").is_dir()
-        assert not (home / "store").is_symlink()
+        assert sorted(elsewhere.rglob("*")) == before
+        assert (home / "store").is_symlink(), "dcres makes no links"
 
     def test_what_cannot_be_removed_is_said(
         self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def fail(path: Path, **_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise PermissionError(1, "Operation not permitted", "memory.pack")
 
-        monkeypatch.setattr("shutil.rmtree", fail)
+        monkeypatch.setattr("os.rmdir", fail)
         assert main(["down", "--purge", "--yes"]) == 1
-        words = f"cannot remove all of {home}/hosts (Operation not permitted: memory.pack)"
-        assert words in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "cannot remove all of" in error
+        assert "(Operation not permitted: memory.pack); remove the rest by hand" in error
+        assert (home / "cluster.json").exists(), "it goes last, so that `down` finds the rest"
+
+    def test_a_users_own_files_stay(
+        self, nowhere: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """They bear our names, and no cluster ever ran here."""
+        of_a_user(nowhere)
+        before = sorted(nowhere.rglob("*"))
+        assert main(["down", "--purge", "--yes"]) == 2
+        assert "none has left anything there" in capsys.readouterr().err
+        assert main(["down"]) == 2
+        assert main(["up", "--hosts", "1", "--memory", "64MiB"]) == 1
+        error = capsys.readouterr().err
+        for name in ("token", "hosts", "store"):
+            assert str(nowhere / name) in error
+        assert "move that away, or set DCRES_HOME to another folder" in error
+        assert sorted(nowhere.rglob("*")) == before
+
+    def test_a_users_files_beside_checkpoints_stay(
+        self, home: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        own = [home / "store" / "inventory.csv", home / "store" / "box" / "notes"]
+        for path in own:
+            path.write_text("mine")
+        assert main(["down", "--purge", "--yes", "--json"]) == 0
+        values = answer_of(capsys)
+        assert str(home / "store") in values["left"]
+        assert sorted(path for path in (home / "store").rglob("*") if path.is_file()) == sorted(own)
+
+
+def of_a_user(home: Path) -> None:
+    (home / "hosts" / "web1").mkdir(parents=True)
+    (home / "hosts" / "web1" / "config").write_text("mine")
+    (home / "token").write_text("secret")
+    (home / "store").mkdir()
+    (home / "store" / "inventory.csv").write_text("book")
 
 
 class TestErrors:
@@ -528,8 +568,8 @@ class TestOptions:
         ("arguments", "environ", "expected"),
         [
             (["--store", "before", "up"], "environ", "before"),
-            (["--store", "before", "up", "--store", "after"], "environ", "after"),
-            (["up"], "environ", "environ"),
+            (["--store", "before", "up", "--store", "after"], "/environ", "after"),
+            (["up"], "/environ", "/environ"),
             (["up"], "", None),
         ],
     )

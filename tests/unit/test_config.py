@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from dcres.config import (
     HostSettings,
     Layout,
     VmSpec,
+    default_cache,
     default_home,
     format_size,
     layout_of,
     load_layout,
     load_vm_spec,
+    named_folder,
     parse_size,
+    store_of_environ,
     vm_spec,
 )
 from dcres.errors import ConfigError
@@ -227,9 +232,50 @@ def test_host_settings_by_default() -> None:
     assert settings.address == "10.0.0.1"
 
 
-def test_the_home_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DCRES_HOME", "relative")
-    assert default_home() == Path.cwd() / "relative"
+FOLDERS: dict[str, Callable[[], Path | None]] = {
+    "DCRES_HOME": default_home,
+    "DCRES_STORE": store_of_environ,
+    "DCRES_CACHE": default_cache,
+    "DCRES_RUN": lambda: HostSettings.from_environ(os.environ).run,
+    "DCRES_RAM": lambda: HostSettings.from_environ(os.environ).ram,
+}
+
+
+@pytest.mark.parametrize("variable", FOLDERS)
+class TestFoldersOfTheEnvironment:
+    def test_named(self, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(variable, "/chosen")
+        assert FOLDERS[variable]() == Path("/chosen")
+        monkeypatch.setenv("HOME", "/home/x")
+        monkeypatch.setenv(variable, "~/chosen")
+        assert FOLDERS[variable]() == Path("/home/x/chosen")
+
+    @pytest.mark.parametrize("empty", ["", " "])
+    def test_empty_is_unset(
+        self, variable: str, empty: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And not the folder that somebody happens to be in."""
+        monkeypatch.delenv(variable, raising=False)
+        usual = FOLDERS[variable]()
+        monkeypatch.setenv(variable, empty)
+        assert FOLDERS[variable]() == usual
+
+    @pytest.mark.parametrize("text", ["relative", "./x", "~nobody-of-that-name/x"])
+    def test_what_names_no_folder_for_good(
+        self, variable: str, text: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(ConfigError, match=rf"^{variable} is '{text}'.*write its whole path"):
+            FOLDERS[variable]()
+
+
+def test_a_folder_that_a_caller_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    assert named_folder("~/store") == Path("/home/x/store")
+    assert named_folder(Path("store")) == Path.cwd() / "store"
+    assert named_folder("/data/{host}") == Path("/data/{host}")
+    with pytest.raises(ConfigError, match="the name of the store is empty; write its path"):
+        named_folder("", "the store")
 
 
 def test_the_usual_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +285,10 @@ def test_the_usual_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
     assert default_home() == Path("/state/dcres")
+    monkeypatch.setenv("HOME", "/home/x")
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_STATE_HOME", ignored)
+        assert default_home() == Path("/home/x/.local/state/dcres")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])

@@ -15,6 +15,7 @@ import pytest
 
 from dcres.actors import _ray
 from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.local_home import Claim
 from dcres.api import cluster as api_cluster
 from dcres.api import vm as api_vm
 from dcres.api.session import Session
@@ -209,7 +210,7 @@ class Cleaning:
 
 def start_a_cluster(cleaning: Cleaning, home: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalCluster, "_bring_up", cleaning.begin)
-    patch.setattr(LocalCluster, "stop", cleaning.clean)
+    patch.setattr(Claim, "clear", cleaning.clean)
     LocalCluster.start(home, 1, 1 << 20)
 
 
