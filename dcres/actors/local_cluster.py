@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Self
 
 from dcres.actors.awaiting_nodes import NodesWait, Tell, log_waiting
-from dcres.actors.local_home import HOST_FIELD, Claim, Home, State, own_folders, this_place
+from dcres.actors.local_home import (
+    HOST_FIELD,
+    Claim,
+    Home,
+    State,
+    held_by_nodes,
+    own_folders,
+    this_place,
+)
 from dcres.actors.local_node import (
     CLUSTER_MARK,
     HOST_MARK,
@@ -202,17 +210,15 @@ class LocalCluster:
         """As `add_host`, for several that start at the same time; all of them, or none."""
         self.require_here()
         names: list[str] = []
-        lock = self._home.held()
-        try:
-            names.extend(self._new_host() for _ in range(count))
-            launched = {node: node.launch(lock) for node in map(self._node, names)}
-            NodesWait(log_waiting).for_ready(launched)
-        except BaseException:
-            for name in names:
-                self.kill_host(name)
-            raise
-        finally:
-            os.close(lock)
+        with held_by_nodes(self._state, self._home.held()) as locks:
+            try:
+                names.extend(self._new_host() for _ in range(count))
+                launched = {node: node.launch(locks) for node in map(self._node, names)}
+                NodesWait(log_waiting).for_ready(launched)
+            except BaseException:
+                for name in names:
+                    self.kill_host(name)
+                raise
         return tuple(names)
 
     def kill_host(self, name: str) -> None:
@@ -266,13 +272,17 @@ class LocalCluster:
             file.write(secrets.token_hex(32))
         if self.shared_store is not None:  # else every node makes its own
             self.shared_store.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with held_by_nodes(self._state, os.dup(lock)) as locks:
+            self._launch(hosts, locks, wait)
+
+    def _launch(self, hosts: int, locks: tuple[int, ...], wait: NodesWait) -> None:
         head = self._node(HEAD)
-        launched = {head: head.launch(lock)}
+        launched = {head: head.launch(locks)}
         # A host node waits for the head by itself once its port answers; to start them
         # only when the head is ready costs 3 s more.
         wait.for_port(self.address, head, launched[head])
         for node in [self._node(self._new_host()) for _ in range(hosts)]:
-            launched[node] = node.launch(lock)
+            launched[node] = node.launch(locks)
         wait.for_ready(launched)
 
     def _new_host(self) -> str:

@@ -13,15 +13,16 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dcres.actors.local_node import CLUSTER_MARK, marked
 from dcres.errors import ClusterError, Conflict, NotOurs
 from dcres.linux import machine
+from dcres.linux.files import opened
 from dcres.linux.holding import hold, is_held
-from dcres.linux.removal import HOME_MARK, Mark, OwnFolder, OwnNames, may_be_marked
+from dcres.linux.removal import HOME_MARK, MARK, Mark, OwnFolder, OwnNames, may_be_marked
 from dcres.model.whereabouts import Life, Place, life_of
 from dcres.storage import emptying
 from dcres.storage.atomic import write_durably
@@ -309,3 +310,20 @@ def own_folders(home: Home, state: State) -> dict[Path, Mark]:
         Path(state.temp): Mark("temporary files", whose),
         home.hosts: Mark(_HOSTS_MARK, whose),
     }
+
+
+@contextmanager
+def held_by_nodes(state: State, of_home: int) -> Iterator[tuple[int, ...]]:
+    """Descriptors for nodes to hold, so that neither home nor memory is taken for a dead cluster's.
+
+    `of_home` is closed in the end, too.
+    """
+    mark = Path(state.ram) / MARK
+    with ExitStack() as stack:
+        stack.callback(os.close, of_home)
+        if not mark.exists():  # an earlier dcres made none
+            yield (of_home,)
+            return
+        of_memory = stack.enter_context(opened(mark, os.O_RDWR))
+        hold(of_memory)
+        yield of_home, of_memory

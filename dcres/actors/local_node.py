@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -118,10 +118,10 @@ class LocalNode:
         """What ``ray start`` prints."""
         return self.settings.run.parent / "ray.log"
 
-    def launch(self, lock: int) -> ProcessId:
+    def launch(self, locks: Sequence[int]) -> ProcessId:
         """Start the node, in a session of its own; it makes itself ready in about 5 s.
 
-        It holds the descriptor `lock` as long as it lives.
+        It holds the descriptors `locks` as long as it lives.
         """
         self.settings.run.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.settings.ram.mkdir(mode=0o700)
@@ -134,7 +134,7 @@ class LocalNode:
             log=self.log,
             env=self.environ(),
             cwd=self.temp,
-            inherited=(lock,),
+            inherited=locks,
         )
 
     def is_ready(self) -> bool:

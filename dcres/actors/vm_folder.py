@@ -13,6 +13,7 @@ from dcres.linux.process import find_marked
 from dcres.linux.removal import Mark, OwnFolder
 
 VM_MARK = "DCRES_VM_RUN"
+FILES_MARK = "files"
 
 _FILE_OF_VM = re.compile(
     r"(state|pager|server|slices)\.(json|new|pid|log|sock)|qmp\.sock|(console|qemu)\.log"
@@ -64,7 +65,7 @@ class VmFolder:
 
 
 def _mark(folder: Path) -> Mark:
-    return Mark("files", f"VM {folder.name}")
+    return Mark(FILES_MARK, f"VM {folder.name}")
 
 
 def _of_a_vm(names: Collection[str]) -> bool:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -270,6 +271,21 @@ def _lock_now(path: Path, how: int) -> Iterator[int]:
     with opened(path, os.O_RDONLY) as fd:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
         yield fd
+
+
+def is_open_for_writing(path: Path) -> bool:
+    """Whether any process has the file open for writing, or mapped so, whoever can see it.
+
+    fcntl(2): the kernel grants a lease for reading only if not. True where it grants none at all.
+    """
+    with opened(path, os.O_RDONLY | os.O_NOFOLLOW) as fd:
+        try:
+            # Who opens it meanwhile waits until we close it, and we are told; not by SIGIO.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError:
+            return True
+        return False
 
 
 def allocated_bytes(fd: int) -> int:

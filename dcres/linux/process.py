@@ -12,7 +12,7 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,13 +184,25 @@ def spawn_detached(
 def find_marked(key: str, value: str) -> list[ProcessId]:
     """Live processes that were started with ``key=value`` in their environment."""
     wanted = f"{key}={value}".encode()
-    found = []
+    return [process for process, environ in _environs() if wanted in environ]
+
+
+def environments(keys: Sequence[str]) -> Iterator[tuple[ProcessId, dict[str, str]]]:
+    """Live processes that were started with any of `keys` in their environment, and that."""
+    for process, environ in _environs():
+        pairs = [os.fsdecode(each).partition("=") for each in environ]
+        values = {key: value for key, _, value in pairs}
+        if values.keys() & set(keys):
+            yield process, values
+
+
+def _environs() -> Iterator[tuple[ProcessId, list[bytes]]]:
+    """Of all live processes that let us see what they were started with."""
     for entry in _PROC.iterdir():
         if not entry.name.isdigit():
             continue
         with suppress(OSError):
             before = ProcessId.of(int(entry.name))
-            marked = wanted in (entry / "environ").read_bytes().split(b"\0")
-            if marked and before is not None and before.alive:
-                found.append(before)
-    return found
+            environ = (entry / "environ").read_bytes().split(b"\0")
+            if before is not None and before.alive:
+                yield before, environ

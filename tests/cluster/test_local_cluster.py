@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -121,8 +121,8 @@ def meddle_with_raylets(
     """Call `meddle` with the raylet of every node that is launched, as soon as there is one."""
     launch = local_node.LocalNode.launch
 
-    def launched(node: local_node.LocalNode, *locks: int) -> ProcessId:
-        leader = launch(node, *locks)
+    def launched(node: local_node.LocalNode, locks: Sequence[int]) -> ProcessId:
+        leader = launch(node, locks)
 
         def raylets() -> list[ProcessId]:
             members = local_node._in_sessions({leader.pid})
@@ -167,9 +167,9 @@ class TestFailing:
         ids = []
         launch = local_node.LocalNode.launch
 
-        def remembered(node: local_node.LocalNode, *locks: int) -> ProcessId:
+        def remembered(node: local_node.LocalNode, locks: Sequence[int]) -> ProcessId:
             ids.append(node.cluster)
-            return launch(node, *locks)
+            return launch(node, locks)
 
         monkeypatch.setattr(local_node.LocalNode, "launch", remembered)
         with pytest.raises(

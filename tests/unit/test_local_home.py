@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -206,8 +207,9 @@ class TestClearing:
         with a_node_of(home):
             before = everything(home.parent)
             cluster = LocalCluster.load(home)
-            acts: list[Callable[[], object]] = [cluster.stop, cluster.add_host]
-            for act in [*acts, lambda: cluster.kill_host("h0")]:
+            kill = partial(cluster.kill_host, "h0")
+            acts: list[Callable[[], object]] = [cluster.stop, cluster.add_host, kill]
+            for act in acts:
                 with pytest.raises(Conflict, match="lives there; end it there"):
                     act()
             assert everything(home.parent) == before
