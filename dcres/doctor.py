@@ -27,9 +27,10 @@ import numpy as np
 
 from dcres.config import HostSettings, default_cache, default_home, format_size
 from dcres.errors import DcresError
-from dcres.linux import inject
+from dcres.linux import inject, tmpfs
 from dcres.linux.pagemap import WriteTracker
 from dcres.linux.process import spawn_detached
+from dcres.linux.tmpfs import Mount
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE
 from dcres.vm.accel import Probe, probe_kvm
@@ -40,7 +41,6 @@ NEEDED_KERNEL = (6, 7)
 NEEDED_PYTHON = (3, 11)
 LITTLE_RAM_BYTES = 1 << 30
 LITTLE_DISK_BYTES = 2 << 30
-_SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _CAP_SYS_PTRACE = 19
 _PROBE_PAGES = 16
@@ -85,8 +85,7 @@ class Facts:
     qemu_img: str | None
     kvm: Probe | None
     ram: Path
-    ram_filesystem: str
-    ram_huge: str
+    ram_mount: Mount
     ram_total_bytes: int
     ram_free_bytes: int
     shmem_thp: str
@@ -169,12 +168,15 @@ def _qemu(facts: Facts) -> list[Check]:
 
 
 def _ram(facts: Facts) -> list[Check]:
-    tmpfs = facts.ram_filesystem == "tmpfs"
+    mount = facts.ram_mount
     total, free = format_size(facts.ram_total_bytes), format_size(facts.ram_free_bytes)
     another = "name a folder on a tmpfs by DCRES_RAM"
     checks = [
         _check(
-            "ram folder", tmpfs, f"{facts.ram} is on {facts.ram_filesystem or 'nothing'}", another
+            "ram folder",
+            mount.is_tmpfs,
+            f"{facts.ram} is on {mount.filesystem or 'nothing'}",
+            another,
         ),
         _check(
             "ram size",
@@ -184,17 +186,12 @@ def _ram(facts: Facts) -> list[Check]:
             Status.WARN,
         ),
     ]
-    # shmem_enabled's "force" and "deny" override every mount; otherwise the mount's huge=
-    # decides, and "advise" is no shelter: QEMU itself asks for huge pages (MADV_HUGEPAGE).
-    allowed = facts.ram_huge not in ("", "never") or facts.shmem_thp == "force"
-    small = facts.shmem_thp == "deny" or not allowed
-    huge = facts.ram_huge or "never"
     checks.append(
         _check(
             "huge pages",
-            small,
-            f"tmpfs huge={huge}, shmem_enabled {facts.shmem_thp or 'unknown'}",
-            f"mount -o remount,huge=never the tmpfs at {facts.ram}, and echo never >{_SHMEM_THP}",
+            not tmpfs.makes_huge_pages(mount.huge, facts.shmem_thp),
+            f"tmpfs huge={mount.huge or 'never'}, shmem_enabled {facts.shmem_thp or 'unknown'}",
+            tmpfs.remedy(mount, facts.shmem_thp),
         )
     )
     return checks
@@ -328,19 +325,6 @@ def _existing(path: Path) -> Path:
     return next(each for each in (path, *path.parents) if each.exists())
 
 
-def mount_of(mounts: str, path: Path) -> tuple[str, str]:
-    """File system and ``huge=`` of the mount that holds `path`, from ``/proc/mounts``' text."""
-    best, found = -1, ("", "")
-    for line in mounts.splitlines():
-        _, point, kind, options, *_ = line.split()
-        depth = len(Path(point).parts)
-        # A later mount on the same point hides the earlier one.
-        if path.is_relative_to(point) and depth >= best:
-            huge = re.search(r"\bhuge=(\w+)", options)
-            best, found = depth, (kind, huge[1] if huge else "")
-    return found
-
-
 def _first_line(*argv: str) -> str | None:
     if shutil.which(argv[0]) is None:
         return None
@@ -353,12 +337,6 @@ def _read(path: Path) -> str | None:
         return path.read_text().strip()
     except OSError:
         return None
-
-
-def _chosen(setting: str | None) -> str:
-    """The word in brackets of a sysfs setting such as ``always [never] force``."""
-    found = re.search(r"\[(\w+)\]", setting or "")
-    return found[1] if found else ""
 
 
 def _cap_sys_ptrace() -> bool:
@@ -397,8 +375,7 @@ def gather(settings: HostSettings) -> Facts:
     """Try everything on this host. Takes about 8 s the first time when KVM hangs."""
     home = default_home()
     ram, store = _existing(settings.ram), _existing(settings.store)
-    filesystem, huge = mount_of(_read(Path("/proc/mounts")) or "", ram.resolve())
-    tmpfs, disk = os.statvfs(ram), os.statvfs(store)
+    memory, disk = os.statvfs(ram), os.statvfs(store)
     yama = _read(_YAMA)
     return Facts(
         machine=platform.machine(),
@@ -413,11 +390,10 @@ def gather(settings: HostSettings) -> Facts:
         qemu_img=_first_line("qemu-img", "--version"),
         kvm=_kvm(home),
         ram=settings.ram,
-        ram_filesystem=filesystem,
-        ram_huge=huge,
-        ram_total_bytes=tmpfs.f_blocks * tmpfs.f_frsize,
-        ram_free_bytes=tmpfs.f_bavail * tmpfs.f_frsize,
-        shmem_thp=_chosen(_read(_SHMEM_THP)),
+        ram_mount=tmpfs.mount_here(ram),
+        ram_total_bytes=memory.f_blocks * memory.f_frsize,
+        ram_free_bytes=memory.f_bavail * memory.f_frsize,
+        shmem_thp=tmpfs.shmem_enabled(),
         store=settings.store,
         store_free_bytes=disk.f_bavail * disk.f_frsize,
         direct_io_error=_error_of(lambda: _try_direct_io(store)),

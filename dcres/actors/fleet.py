@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from dcres.actors import _ray
-from dcres.actors.host import require_tmpfs_room
+from dcres.actors.host import require_ram
 from dcres.actors.loading import SliceHost, name_of_parts, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Pending, Port
@@ -226,7 +226,7 @@ def _address_of(host: str) -> str:
 
 def require_ram_here(share: int) -> None:
     """NoRoom unless the tmpfs of the host that this runs on can take the share."""
-    require_tmpfs_room(HostSettings.from_environ(os.environ).ram, share)
+    require_ram(HostSettings.from_environ(os.environ), share)
 
 
 def end_what_is_left(vm: str) -> None:

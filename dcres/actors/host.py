@@ -22,10 +22,12 @@ from typing import Any
 from dcres.actors.messages import Progress
 from dcres.actors.prepared import Prepared
 from dcres.actors.vm_folder import VmFolder, marker
+from dcres.config import HostSettings
 from dcres.errors import Conflict, DcresError, NoRoom, PagingError, StoreFull
 from dcres.linux.files import free_in, fs_free_bytes, open_own
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.linux.removal import remove_socket
+from dcres.linux.tmpfs import require_small_pages
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
 
@@ -350,8 +352,13 @@ class Meter:
         return replace(now, bytes_per_s=now.done_bytes / seconds if seconds > 0 else 0.0)
 
 
-def require_tmpfs_room(ram: Path, share_bytes: int) -> None:
-    """NoRoom unless the tmpfs that holds guest memory can take `share_bytes` more."""
+def require_ram(settings: HostSettings, share_bytes: int) -> None:
+    """NoRoom unless the tmpfs that holds guest memory can take `share_bytes` more.
+
+    Raises UnsupportedHost where guest memory must not lie.
+    """
+    ram = settings.ram
+    require_small_pages(ram, settings.name)
     free = free_in(ram)
     if free < share_bytes:
         raise NoRoom(

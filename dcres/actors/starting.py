@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.host import require_tmpfs_room
+from dcres.actors.host import require_ram
 from dcres.actors.loading import identity_of, load_pages, parse
 from dcres.actors.messages import (
     Incarnation,
@@ -83,7 +83,7 @@ class StartingHost(QemuHost):
     def _boot(self, order: RunOrder) -> None:
         spec = order.spec
         spec.require_files()
-        require_tmpfs_room(self._settings.ram, spec.layout.main)
+        require_ram(self._settings, spec.layout.main)
         manifest = None if order.load is None else parse(order.load.manifest)
         kept = frozenset() if manifest is None else frozenset({manifest.checkpoint})
         self._store.sweep(self._vm, keep=kept, whole_parts=False)

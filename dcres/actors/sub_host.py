@@ -16,8 +16,8 @@ from dcres.actors.host import (
     Life,
     Meter,
     read_state,
+    require_ram,
     require_store_room,
-    require_tmpfs_room,
     write_state,
 )
 from dcres.actors.loading import PartServing, identity_of, load_pages
@@ -84,7 +84,7 @@ class SubHost(SavingHost, PartServing):
             return self._serve(order)
 
     def _serve(self, order: ServeOrder) -> SubAddress:
-        require_tmpfs_room(self._settings.ram, order.capacity_pages * PAGE_SIZE)
+        require_ram(self._settings, order.capacity_pages * PAGE_SIZE)
         self._folder.make()
         if order.load is not None:
             identity = identity_of(order)

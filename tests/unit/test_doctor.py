@@ -11,7 +11,8 @@ import pytest
 
 from dcres import doctor
 from dcres.config import HostSettings
-from dcres.doctor import Check, Facts, Status, as_json, evaluate, mount_of, version_of
+from dcres.doctor import Check, Facts, Status, as_json, evaluate, version_of
+from dcres.linux.tmpfs import Mount
 from dcres.vm.accel import Probe
 
 GOOD = Facts(
@@ -27,8 +28,7 @@ GOOD = Facts(
     qemu_img="qemu-img version 7.2.22",
     kvm=Probe(True, "a Linux guest ran under KVM"),
     ram=Path("/dev/shm/dcres"),
-    ram_filesystem="tmpfs",
-    ram_huge="",
+    ram_mount=Mount("/dev/shm", "tmpfs"),
     ram_total_bytes=24 << 30,
     ram_free_bytes=23 << 30,
     shmem_thp="never",
@@ -41,6 +41,8 @@ GOOD = Facts(
     not_compiled=(),
     ray="2.60.0",
 )
+
+HUGE = Mount("/dev/shm", "tmpfs", "always")
 
 
 def check(facts: Facts, name: str) -> Check:
@@ -78,11 +80,11 @@ def test_a_good_host() -> None:
         (replace(GOOD, qemu_img=None), "qemu-img", "fail", "qemu-utils"),
         (replace(GOOD, kvm=None), "kvm", "warn", "scripts/setup"),
         (replace(GOOD, kvm=Probe(False, "it hung")), "kvm", "warn", "virtualisation"),
-        (replace(GOOD, ram_filesystem="ext4"), "ram folder", "fail", "DCRES_RAM"),
+        (replace(GOOD, ram_mount=Mount("/", "ext4")), "ram folder", "fail", "DCRES_RAM"),
         (replace(GOOD, ram_total_bytes=64 << 20), "ram size", "warn", "--shm-size"),
-        (replace(GOOD, ram_huge="always"), "huge pages", "fail", "huge=never"),
-        (replace(GOOD, ram_huge="advise"), "huge pages", "fail", "huge=never"),
-        (replace(GOOD, ram_huge="always", shmem_thp="deny"), "huge pages", "ok", ""),
+        (replace(GOOD, ram_mount=HUGE), "huge pages", "fail", "huge=never"),
+        (replace(GOOD, ram_mount=replace(HUGE, huge="advise")), "huge pages", "fail", "huge=never"),
+        (replace(GOOD, ram_mount=HUGE, shmem_thp="deny"), "huge pages", "ok", ""),
         (replace(GOOD, shmem_thp="force"), "huge pages", "fail", "shmem_enabled"),
         (replace(GOOD, shmem_thp="advise"), "huge pages", "ok", ""),
         (replace(GOOD, direct_io_error="EINVAL"), "store", "fail", "DCRES_STORE"),
@@ -132,18 +134,6 @@ def test_modules_in_c_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_version_of(text: str, version: tuple[int, int]) -> None:
     assert version_of(text) == version
-
-
-def test_the_mount_that_holds_a_folder() -> None:
-    mounts = (
-        "/dev/vda / ext4 rw 0 0\n"
-        "tmpfs /dev/shm tmpfs rw,size=4k 0 0\n"
-        "tmpfs /dev/shm tmpfs rw,huge=always,size=8k 0 0\n"
-        "x /dev/shmother xfs rw 0 0\n"
-    )
-    assert mount_of(mounts, Path("/dev/shm/dcres")) == ("tmpfs", "always")
-    assert mount_of(mounts, Path("/dev/shmother/a")) == ("xfs", "")
-    assert mount_of(mounts, Path("/srv")) == ("ext4", "")
 
 
 @pytest.mark.linux

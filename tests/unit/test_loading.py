@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -128,12 +129,13 @@ def test_a_start_sweeps_nothing_that_may_be_published(
         raise QemuFailed("that was all")
 
     monkeypatch.setattr(accel, "choose", nothing_more)
-    settings.ram.mkdir()
     kernel = settings.store / "kernel"
     kernel.write_bytes(b"")
     spec = vm_spec({"name": "demo", "memory": "384KiB", "kernel": str(kernel), "layout": SHARES})
     order = RunOrder(Incarnation("demo", 1, "5e" * 32), spec, ("h0",), (), None)
-    with pytest.raises(QemuFailed, match="that was all"):
-        MainHost("demo", environ=settings.environ()).boot(order)
+    with TemporaryDirectory(prefix="dcres-t-", dir="/dev/shm") as ram:
+        own = settings.model_copy(update={"ram": Path(ram)})
+        with pytest.raises(QemuFailed, match="that was all"):
+            MainHost("demo", environ=own.environ()).boot(order)
     assert folder(store, stored).is_dir()
     assert not half.exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dcres.actors.coordinator import Coordinator
+from dcres.actors.fleet import require_ram_here
 from dcres.config import HostSettings, Layout
 from dcres.errors import (
     CheckpointCorrupt,
@@ -26,6 +27,7 @@ from dcres.errors import (
     PagingError,
     QemuFailed,
     UnsafeDevice,
+    UnsupportedHost,
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.storage.manifest import Manifest, dumps
@@ -38,10 +40,11 @@ pytestmark = pytest.mark.vm
 
 
 @contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
+def small_disk(folder: Path, size: str, more: str = "mode=755") -> Iterator[Path]:
     """A file system of its own that is soon full."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "dcres-test", folder], check=True)
+    options = f"size={size},{more}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "dcres-test", folder], check=True)
     try:
         yield folder
     finally:
@@ -336,6 +339,38 @@ def test_a_restore_where_the_main_host_has_no_room(
         with pytest.raises(NoRoom, match="/ram/h0 has 32 MiB free"):
             Coordinator("vm", fleet).restore(dumps(taken))
         assert fleet.reserved == {}
+
+
+@pytest.mark.parametrize(
+    ("host", "huge"), [("h0", "always"), ("h1", "within_size"), ("h2", "advise")]
+)
+def test_a_host_whose_memory_would_be_in_huge_pages(
+    idle: Rig,
+    taken: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    huge: str,
+) -> None:
+    """By a start, by a restore, and before another host is asked to join a VM."""
+    with small_disk(tmp_path / "ram", "512m", f"huge={huge}") as ram:
+        settings = idle.settings[host].model_copy(update={"ram": ram / host})
+        fleet = real_hosts({**idle.settings, host: settings})
+        coordinator = Coordinator("vm", fleet)
+        refused = rf"tmpfs at {ram} of host {host} .*huge={huge}.*remount,huge=never {ram}"
+        for begin in (
+            lambda: coordinator.start(spec_of(fill=8)),
+            lambda: coordinator.restore(dumps(taken)),
+        ):
+            with pytest.raises(UnsupportedHost, match=refused):
+                begin()
+            assert fleet.reserved == {}
+            idle.require_nothing_left()
+        for name, value in settings.environ().items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UnsupportedHost, match=refused):
+            require_ram_here(1 << 20)
+        assert [path for path in ram.rglob("*") if path.is_file()] == []
 
 
 def test_a_store_that_lost_a_host(idle: Rig, taken: Manifest) -> None:
