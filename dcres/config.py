@@ -24,6 +24,7 @@ _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$"
 MAX_SUBS = 200
+_MISSING = "does not exist"
 
 _T = TypeVar("_T")
 
@@ -134,11 +135,13 @@ class VmSpec(_Model):
 
     def require_files(self) -> None:
         """ConfigError for a kernel, initrd or disk that is not there, or cannot be used safely."""
-        named = [("kernel", self.kernel), ("initrd", self.initrd)]
-        for what, path in [*named, *(("disk", disk.path) for disk in self.disks)]:
+        for what, path in (("kernel", self.kernel), ("initrd", self.initrd)):
             if path is not None and not path.is_file():
-                raise ConfigError(f"the {what} {path} of VM {self.name} does not exist")
+                raise ConfigError(f"the {what} {path} of VM {self.name} {_MISSING}")
         for disk in self.disks:
+            if not (disk.path.is_file() or disk.path.is_block_device()):
+                why = "is neither a file nor a block device" if disk.path.exists() else _MISSING
+                raise ConfigError(f"the disk {disk.path} of VM {self.name} {why}")
             if disk.cache_direct:
                 raise ConfigError(
                     f"disk {disk.path} has cache.direct=on: its I/O writes guest memory behind "

@@ -21,7 +21,8 @@
     ├── VmError                the QEMU process
     │   ├── QemuFailed         it did not start, or exited; its own words are included
     │   ├── MonitorError       a QMP command failed
-    │   ├── UnsafeDevice       a device or disk that writes guest memory behind our back
+    │   ├── UnsafeDevice       a device or disk that no checkpoint could have, or that writes
+    │   │                      guest memory behind our back
     │   └── VmLost             the VM cannot go on; restore a checkpoint
     └── ClusterError           Ray, or an actor on it
         ├── ActorGone          an actor has died or is being restarted; try again, or give up on it
@@ -111,7 +112,7 @@ class MonitorError(VmError):
 
 
 class UnsafeDevice(VmError):
-    """A device or disk would write guest memory behind the page table's back."""
+    """A device or disk would write guest memory unseen, or be in no checkpoint that works."""
 
 
 class VmLost(VmError):

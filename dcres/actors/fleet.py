@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from dcres.actors import _ray
+from dcres.actors.disks import put_disks_back
 from dcres.actors.host import require_ram
 from dcres.actors.loading import SliceHost, name_of_parts, parse
 from dcres.actors.main_host import MainHost
@@ -233,6 +234,7 @@ def end_what_is_left(vm: str) -> None:
     """End processes and remove memory of a VM on the host that this runs on."""
     folder = VmFolder.of(HostSettings.from_environ(os.environ), vm)
     end_leftovers(folder)
+    put_disks_back(folder)
     folder.remove()
 
 

@@ -39,7 +39,7 @@ from dcres.storage.layout import VMCORE
 from dcres.storage.manifest import loads
 from dcres.storage.memory_file import SavedMemory
 from dcres.storage.slices import write_main_files
-from dcres.vm import disk
+from dcres.vm import devices, disk
 from dcres.vm.command import disk_nodes
 
 _DRAIN_TIMEOUT_S = 60.0
@@ -56,11 +56,13 @@ class MainHost(MovingHost):
         """Sweep unfinished checkpoints, make room for this one, track changes from now on.
 
         The state file says so: an actor that is started again finds out what it left. Returns
-        the paging counters as they are. Raises StoreFull, VmLost, Conflict if it was given up.
+        the paging counters as they are. Raises StoreFull, UnsafeDevice, VmLost, Conflict if it was
+        given up.
         """
         with self._saving:  # so that what gives the checkpoint up comes before it all or after
             self._require_wanted(checkpoint)
             status = self.status()
+            self._require_saveable()
             # Sub hosts that share this store may have begun their part already.
             self._store.sweep(self._vm, keep=frozenset({checkpoint}))
             self._store.begin(self._vm, checkpoint)
@@ -68,6 +70,13 @@ class MainHost(MovingHost):
             self._remember(checkpoint=checkpoint)
             self._begin_saving(checkpoint, memory_format, self._ram, self._pager)
         return {"pages_in": status["pages_in"], "pages_out": status["pages_out"]}
+
+    def _require_saveable(self) -> None:
+        """UnsafeDevice when the VM is not what it was at its start, or QEMU could not save it."""
+        at_start = self._state.get("devices")
+        if at_start is not None:  # not known of a VM that an earlier dcres started
+            with self._qmp() as monitor:
+                devices.require_saveable(monitor, at_start)
 
     @property
     def _core(self) -> Path:
@@ -84,6 +93,7 @@ class MainHost(MovingHost):
             self._require_wanted(checkpoint)
             if checkpoint in self._resumed:
                 raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} comes too late")
+            self._require_saveable()
             return self._finish(checkpoint)
 
     def _finish(self, checkpoint: str) -> Finished:
@@ -137,6 +147,8 @@ class MainHost(MovingHost):
             folder = self._store.host_folder(self._vm, checkpoint, self._host)
         if self._frozen is None:
             raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} was not finished")
+        if self._qemu.alive:  # once more, for what happened while the guest stood still
+            self._require_saveable()
         owners, ticks = self._frozen
         codes = self._state["codes"]
 

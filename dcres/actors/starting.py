@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dcres.actors.disks import put_disks_back, require_disks
 from dcres.actors.host import require_ram
 from dcres.actors.loading import identity_of, load_pages, parse
 from dcres.actors.messages import (
@@ -26,6 +28,9 @@ from dcres.actors.vm_folder import end_leftovers, marker
 from dcres.config import Accel, default_cache
 from dcres.errors import (
     CheckpointCorrupt,
+    ConfigError,
+    DcresError,
+    MonitorError,
     PagingError,
     QemuFailed,
     VmLost,
@@ -39,9 +44,13 @@ from dcres.paging import settings as paging_settings
 from dcres.paging.settings import PagerSettings, SubAddress
 from dcres.paging.table import PageTable
 from dcres.vm import accel as accel_
-from dcres.vm import disk, process, safety
-from dcres.vm.command import MACHINE, VmFiles, owned_nodes
+from dcres.vm import devices, process, safety
+from dcres.vm.arguments import require_whole_paths
+from dcres.vm.command import MACHINE, VmFiles, disk_node, owned_nodes
 from dcres.vm.monitor import Monitor, RunState
+from dcres.vm.reverting import Reverting
+
+log = logging.getLogger("dcres.host")
 
 _LINKS_TIMEOUT_S = 20.0
 
@@ -58,6 +67,7 @@ class StartingHost(QemuHost):
             self._pager.stop()
             self._stop_slices()
             end_leftovers(self._folder)
+            put_disks_back(self._folder)
             self._state = {}
             self._folder.remove()
 
@@ -83,14 +93,15 @@ class StartingHost(QemuHost):
     def _boot(self, order: RunOrder) -> None:
         spec = order.spec
         spec.require_files()
+        if order.load is None:
+            require_whole_paths(spec.extra_args)
         require_ram(self._settings, spec.layout.main)
         manifest = None if order.load is None else parse(order.load.manifest)
         kept = frozenset() if manifest is None else frozenset({manifest.checkpoint})
         self._store.sweep(self._vm, keep=kept, whole_parts=False)
         wanted = spec.accel if manifest is None else Accel(manifest.accel)
         chosen, why = accel_.choose(wanted, spec.kernel, default_cache())
-        for each in () if manifest is None else manifest.disks:
-            disk.require_snapshot(Path(each.path), each.snapshot)
+        require_disks(spec, manifest)
         self._folder.make()
         machine = MACHINE if manifest is None else manifest.machine.get("type", MACHINE)
         monitor = self._start_qemu(order, chosen, why, machine)
@@ -100,6 +111,9 @@ class StartingHost(QemuHost):
             # Who comes back has the disks that it had; to refuse it would lose its memory, too.
             disks = owned_nodes(spec) if manifest is None else None
             safety.require_safe(monitor, self._qemu.process.pid, self._ram, disks)
+            if manifest is None:
+                devices.require_saveable(monitor)
+            self._remember(devices=devices.inventory(monitor))
 
     @contextmanager
     def _loading(self, order: RunOrder) -> Iterator[None]:
@@ -225,14 +239,30 @@ class StartingHost(QemuHost):
             time.sleep(0.01)
 
     def _load_core(self, resumption: Resumption) -> None:
-        """The last step, and the first that cannot be undone: everything else was verified.
+        """The last step, with the first that changes disks: everything else was verified.
 
         A QEMU that waits for a VM core has its disks open but inactive, and reads their tables
-        anew when it activates them; so they can be reverted this late.
+        anew when it activates them; so they can be reverted this late. If it fails they are as
+        they were.
         """
         core = vmcore_of(resumption, self._store, self._folder.ram / "incoming")
-        for each in parse(resumption.manifest).disks:
-            disk.revert(Path(each.path), each.snapshot)
+        manifest = parse(resumption.manifest)
+        paths = tuple(Path(each.path) for each in manifest.disks)
+        reverting = Reverting(manifest.checkpoint, paths)
+        if paths:
+            self._remember(reverting=reverting.to_dict())
+        try:
+            reverting.do(manifest.checkpoint)
+            self._give_core(core)
+        except DcresError as error:
+            self._qemu.end(grace_s=2.0)  # it may have activated them
+            try:
+                reverting.undo()
+            except DcresError as failed:
+                raise ConfigError(f"{error}; {failed}") from error
+            raise
+
+    def _give_core(self, core: Path) -> None:
         qemu = self._qemu
         try:
             with self._qmp() as monitor:
@@ -241,10 +271,25 @@ class StartingHost(QemuHost):
             if not qemu.words:  # it was killed; who cannot load a core says why
                 raise QemuFailed(str(error)) from None
             raise CheckpointCorrupt(f"QEMU cannot load {core}: {qemu.words}") from error
+        except MonitorError as error:
+            raise QemuFailed(f"QEMU did not load {core}: {error}") from None
+
+    def _settle_disks(self, monitor: Monitor) -> None:
+        """The guest is about to run: the disks cannot go back to before the restore any more."""
+        if (state := self._state.get("reverting")) is None:
+            return
+
+        def drop(index: int, name: str) -> None:
+            monitor.delete_snapshots([disk_node(index)], name)
+
+        for trouble in Reverting.from_dict(state).settle(drop):
+            log.warning("VM %s: %s", self._vm, trouble)
+        self._remember(reverting=None)
 
     def go(self) -> None:
         """Let the guest run, from wherever it stands. Repeatable."""
         with self._qmp() as monitor:
+            self._settle_disks(monitor)
             if monitor.status() is not RunState.RUNNING:
                 monitor.cont()
         self._remember(running=True)
@@ -279,6 +324,7 @@ class StartingHost(QemuHost):
             self.end_serving_parts()
             self._pager.stop()  # once more: a start under way may have prepared another
             end_leftovers(self._folder)
+            put_disks_back(self._folder)
             self._state = {}
             self._folder.remove()
 

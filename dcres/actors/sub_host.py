@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from dcres.actors.disks import put_disks_back
 from dcres.actors.host import (
     Daemon,
     Life,
@@ -73,6 +74,7 @@ class SubHost(SavingHost, PartServing):
             self._server.stop()
             self._stop_slices()
             end_leftovers(self._folder)
+            put_disks_back(self._folder)
             self._folder.remove()
 
     def serve(self, order: ServeOrder) -> SubAddress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,14 +74,14 @@ def _accel(accel: Accel) -> str:
             raise ValueError("choose between kvm and tcg first (dcres.vm.accel)")
 
 
-def _disk(index: int, disk: Disk) -> list[str]:
+def _disk(index: int, disk: Disk, on_device: bool) -> list[str]:
     cache = {"direct": disk.cache_direct}
     node = {
         "driver": disk.format,
         "node-name": disk_node(index),
         "cache": cache,
         "file": {
-            "driver": "file",
+            "driver": "host_device" if on_device else "file",
             "node-name": _file_node(disk_node(index)),
             "filename": str(disk.path),
             "aio": "threads",
@@ -111,14 +112,16 @@ def qemu_command(
     accel: Accel,
     *,
     incoming: bool = False,
+    devices: Collection[Path] = (),
     qemu: str = QEMU,
     machine: str = MACHINE,
 ) -> list[str]:
     """The command line: the VM is stopped (``-S``), with guest RAM in the shared file `files.ram`.
 
     With `incoming` it waits for a VM core instead of booting; `machine` is then the versioned
-    machine type that the core was saved from, so that a newer QEMU can load it. Raises
-    ConfigError for a socket path that is too long and for memory that QEMU would round.
+    machine type that the core was saved from, so that a newer QEMU can load it. `devices` are
+    those disks that are block devices and no files. Raises ConfigError for a socket path that is
+    too long and for memory that QEMU would round.
     """
     _check(spec, files)
     kib = f"{spec.memory >> 10}K"
@@ -144,7 +147,7 @@ def qemu_command(
     if spec.initrd is not None:
         argv += ["-initrd", str(spec.initrd)]
     for index, disk in enumerate(spec.disks):
-        argv += _disk(index, disk)
+        argv += _disk(index, disk, disk.path in devices)
     argv.append("-S")
     if incoming:
         argv += ["-incoming", "defer"]

@@ -40,6 +40,7 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 _T = TypeVar("_T")
 _POLL_S = 0.002
 _RETRY_S = 0.02
+_LONG_TIMEOUT_S = 300.0  # a snapshot of a large disk changes the reference count of every cluster
 _BANDWIDTH_BYTES_PER_S = 1 << 40
 _CORE_FD = "dcres-core"
 _KNOWS_FILE_URI = (8, 2, 0)
@@ -216,15 +217,14 @@ class Monitor:
             for node in nodes
         ]
         if actions:
-            self.execute("transaction", {"actions": actions})
+            self.execute("transaction", {"actions": actions}, _LONG_TIMEOUT_S)
 
     def delete_snapshots(self, nodes: Sequence[str], name: str) -> None:
         """Delete the internal snapshots called `name`; one that is not there is passed over."""
         for node in nodes:
+            which = {"device": node, "name": name}
             try:
-                self.execute(
-                    "blockdev-snapshot-delete-internal-sync", {"device": node, "name": name}
-                )
+                self.execute("blockdev-snapshot-delete-internal-sync", which, _LONG_TIMEOUT_S)
             except MonitorError as error:
                 if "does not exist" not in str(error):
                     raise

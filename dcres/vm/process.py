@@ -126,7 +126,10 @@ def start(
     it there). Raises QemuFailed with QEMU's own words when it ends at once, ConfigError,
     Conflict or UnsupportedHost; on an error nothing is left running.
     """
-    argv = qemu_command(spec, files, accel, incoming=incoming, qemu=qemu, machine=machine)
+    devices = {disk.path for disk in spec.disks if disk.path.is_block_device()}
+    argv = qemu_command(
+        spec, files, accel, incoming=incoming, devices=devices, qemu=qemu, machine=machine
+    )
     for folder in {path.parent for path in (files.monitor, files.console, files.log)}:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _prepare_ram(spec, files.ram)

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from dcres.errors import UnsafeDevice
+from dcres.vm.devices import PLUGGED, children, network_types, networks
 from dcres.vm.monitor import Monitor
 
 RAM_ID = "ram"
-_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
-_CHILD = re.compile(r"child<(.+)>")
-_NETDEV = re.compile(r"^[ \\]*(\S+): .*?type=([\w-]+)", re.MULTILINE)
 
 # Type name of a device, by its beginning → what is wrong with it and what to use instead.
 _DEVICES = {
@@ -115,7 +113,7 @@ def _device_problems(devices: Iterable[tuple[str, str]]) -> list[str]:
 def _network_problems(network: str) -> list[str]:
     return [
         f"network {name} is of type {kind}, which shares guest memory; use tap or user"
-        for name, kind in _NETDEV.findall(network)
+        for name, kind in network_types(network)
         if kind in _NETDEVS
     ]
 
@@ -177,17 +175,13 @@ def huge_kib_of(smaps: str, ram: Path) -> int:
 
 def gather(monitor: Monitor, pid: int, ram: Path, disks: Collection[str] | None) -> Facts:
     """Ask QEMU and the kernel. Raises MonitorError; OSError when the process has ended."""
-    devices = []
-    for folder in _FOLDERS:
-        for child in monitor.execute("qom-list", {"path": folder}):
-            if (kind := _CHILD.fullmatch(child["type"])) is not None:
-                devices.append((f"{folder}/{child['name']}", kind[1]))
+    devices = (each for folder in PLUGGED for each in children(monitor, folder))
     locked_kib, pinned_kib = _status_kib(pid, "VmLck", "VmPin")
     return Facts(
         block_nodes=tuple(monitor.execute("query-named-block-nodes")),
         disks=None if disks is None else frozenset(disks),
         devices=tuple(devices),
-        network=monitor.execute("human-monitor-command", {"command-line": "info network"}),
+        network=networks(monitor),
         memory=tuple(monitor.execute("query-memdev")),
         locked_kib=locked_kib,
         pinned_kib=pinned_kib,

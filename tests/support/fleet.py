@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from dcres.actors.disks import put_disks_back
 from dcres.actors.loading import SliceHost, parse
 from dcres.actors.main_host import MainHost
 from dcres.actors.ports import Port
@@ -284,6 +285,7 @@ def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = Main
     def sweeper(vm: str, host: str) -> None:
         folder = VmFolder.of(settings[host], vm)
         end_leftovers(folder)
+        put_disks_back(folder)
         folder.remove()
 
     return LocalFleet(

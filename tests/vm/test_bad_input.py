@@ -113,7 +113,7 @@ def test_a_qemu_that_ends_at_once_is_quoted(idle: Rig) -> None:
 def test_a_disk_that_is_none(idle: Rig, tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     path.write_bytes(b"this is no disk")
-    with pytest.raises(QemuFailed, match="not in qcow2 format"):
+    with pytest.raises(ConfigError, match="not in qcow2 format but raw; convert it"):
         idle.coordinator.start(spec_of(fill=8, disks=[{"path": str(path)}]))
 
 
@@ -358,10 +358,11 @@ def test_a_host_whose_memory_would_be_in_huge_pages(
         fleet = real_hosts({**idle.settings, host: settings})
         coordinator = Coordinator("vm", fleet)
         refused = rf"tmpfs at {ram} of host {host} .*huge={huge}.*remount,huge=never {ram}"
-        for begin in (
+        begins: list[Callable[[], object]] = [
             lambda: coordinator.start(spec_of(fill=8)),
             lambda: coordinator.restore(dumps(taken)),
-        ):
+        ]
+        for begin in begins:
             with pytest.raises(UnsupportedHost, match=refused):
                 begin()
             assert fleet.reserved == {}
