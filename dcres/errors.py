@@ -13,7 +13,8 @@
     │   └── NotOurs            a file or folder is not provably dcres's own
     ├── StorageError           what is on disk cannot be trusted or written
     │   ├── CheckpointCorrupt  a file of a checkpoint is missing, truncated or altered
-    │   └── StoreFull          the disk ran out of space
+    │   ├── StoreFull          the disk ran out of space
+    │   └── StoreReadOnly      the store cannot be written to
     ├── PagingError            remote paging went wrong
     │   ├── ProtocolError      a peer sent a malformed or unexpected frame
     │   ├── Refused            a peer did not prove that it belongs to this VM
@@ -81,6 +82,10 @@ class CheckpointCorrupt(StorageError):
 
 class StoreFull(StorageError):
     """The disk ran out of space."""
+
+
+class StoreReadOnly(StorageError):
+    """The store cannot be written to."""
 
 
 class PagingError(DcresError):

@@ -2,11 +2,11 @@
 
 ::
 
-    reserve ──▶ clear ──▶ plan ──▶ boot (main host)     ──▶ run ──▶ go
-                                   serve (sub hosts)
-    memory      what an   parts    QEMU, pages, servers     pager,   the guest runs
-    and actors  earlier            all at the same time     VM core
-                life left
+    reserve ──▶ clear ──▶ claim ──▶ plan ──▶ boot (main host)     ──▶ run ──▶ go
+                                             serve (sub hosts)
+    memory      what an   the name  parts    QEMU, pages, servers     pager,   the guest runs
+    and actors  earlier   in the             all at the same time     VM core
+                life left store
 
 A lazy restore loads nothing, so that its hosts need not wait for the plan: it is made while they
 boot, and `run` is the first step that needs it.
@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from dcres.actors import restoring as restoring_
-from dcres.actors.messages import Incarnation, LoadOrder, RunOrder, ServeOrder
+from dcres.actors.messages import ClaimOrder, Incarnation, LoadOrder, RunOrder, ServeOrder
 from dcres.actors.ports import Fleet, Pending, Port
 from dcres.actors.restoring import Restoring
 from dcres.config import VmSpec
@@ -53,13 +53,20 @@ class BringingUp:
     """
 
     def __init__(
-        self, vm: str, fleet: Fleet, spec: VmSpec, require_wanted: Callable[[], None]
+        self,
+        vm: str,
+        fleet: Fleet,
+        spec: VmSpec,
+        require_wanted: Callable[[], None],
+        *,
+        take_over: bool = False,
     ) -> None:
         self.laps = Laps()
         self._vm = vm
         self._fleet = fleet
         self._spec = spec
         self._require_wanted = require_wanted
+        self._take_over = take_over
         self._ports: dict[str, Port] = {}
 
     def reserve(self, hosts: Sequence[str] | None) -> tuple[str, ...]:
@@ -93,7 +100,8 @@ class BringingUp:
         return next(iter(self._ports.values()))
 
     def _incarnation(self, above: int) -> Incarnation:
-        generation = self._main.call("next_generation", above)
+        order = ClaimOrder(self._fleet.cluster(), above, self._take_over)
+        generation = self._main.call("claim", order)
         return Incarnation(self._vm, generation, secrets.token_hex(32))
 
     def _boot(

@@ -286,11 +286,17 @@ class Checkpointing:
     def _publish(self) -> None:
         try:
             self._manifest = manifest_of(self._subject, self._taken())
-            self._persist(self._subject.main, "publish", dumps(self._manifest))
+            text, here = dumps(self._manifest), self._in_store_of_main()
+            self._persist(self._subject.main, "publish", text, here)
         except Exception as error:
             self._events.put(self._after_publishing_failed(str(error)))
         else:
             self._events.put(Published())
+
+    def _in_store_of_main(self) -> tuple[str, ...]:
+        """The hosts that have saved to the same store as the main host."""
+        store = self._saved[self._subject.main].store
+        return tuple(host for host, saved in self._saved.items() if saved.store == store)
 
     def _after_publishing_failed(self, why: str) -> Event:
         """An answer may be lost on its way after the manifest was written: so ask for it."""

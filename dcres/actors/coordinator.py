@@ -48,12 +48,20 @@ _T = TypeVar("_T")
 class Coordinator(Coordination):
     """One VM's driver; see the module."""
 
-    def start(self, values: dict[str, Any], hosts: Sequence[str] | None = None) -> Status:
-        """Boot a VM over the hosts of its layout. Raises Conflict, NoRoom and what hosts raise."""
+    def start(
+        self,
+        values: dict[str, Any],
+        hosts: Sequence[str] | None = None,
+        take_over: bool = False,
+    ) -> Status:
+        """Boot a VM over the hosts of its layout. Raises Conflict, NoRoom and what hosts raise.
+
+        `take_over` its name in the store from another cluster that may have ended.
+        """
         spec = vm_spec(values)
         with self._exclusively(VmPhase.STARTING):
             self._require_absent()
-            self._bring_up(spec, hosts, BringingUp.start)
+            self._bring_up(spec, hosts, BringingUp.start, take_over)
             self._phase = VmPhase.RUNNING
         return self.status()
 
@@ -75,11 +83,17 @@ class Coordinator(Coordination):
         return False
 
     def _bring_up(
-        self, spec: VmSpec, hosts: Sequence[str] | None, begin: Callable[[BringingUp], _T]
+        self,
+        spec: VmSpec,
+        hosts: Sequence[str] | None,
+        begin: Callable[[BringingUp], _T],
+        take_over: bool,
     ) -> _T:
         """Reserve, and `begin`; or undo all."""
         self._unwanted = threading.Event()
-        bringing_up = BringingUp(self._vm, self._fleet, spec, self._require_wanted)
+        bringing_up = BringingUp(
+            self._vm, self._fleet, spec, self._require_wanted, take_over=take_over
+        )
         try:
             self._hosts = bringing_up.reserve(hosts)
             begun = begin(bringing_up)
@@ -165,13 +179,14 @@ class Coordinator(Coordination):
         layout: Layout | None = None,
         hosts: Sequence[str] | None = None,
         lazy: bool = False,
+        take_over: bool = False,
     ) -> dict[str, Any]:
         """Bring the VM back from a checkpoint; facts as `dcres restore --json` prints them.
 
         `layout` None is the checkpoint's own. With `lazy` the guest runs at once, and its
-        memory follows. Raises Conflict when the VM runs or is being restored,
-        CheckpointCorrupt, NoRoom, NotFound for a part that is nowhere; on an error nothing of
-        the VM is left running and the checkpoint is as it was.
+        memory follows. `take_over` as for `start`. Raises Conflict when the VM runs or is being
+        restored, CheckpointCorrupt, NoRoom, NotFound for a part that is nowhere; on an error
+        nothing of the VM is left running and the checkpoint is as it was.
         """
         manifest = loads(manifest_text, Path("manifest.json"))
         spec = spec_for(manifest, layout)
@@ -181,7 +196,7 @@ class Coordinator(Coordination):
 
         with self._exclusively(VmPhase.RESTORING):
             self._require_absent()
-            restoring, laps = self._bring_up(spec, hosts, begin)
+            restoring, laps = self._bring_up(spec, hosts, begin, take_over)
             self._phase = VmPhase.RUNNING
             if lazy:
                 self._follow(self._main(), restoring.server_ports, restoring.end)

@@ -58,6 +58,10 @@ def _own_name(vm: str, index: int) -> str:
 class RayFleet:
     """See `dcres.actors.ports.Fleet`."""
 
+    def cluster(self) -> str:
+        """Ray's name for the cluster."""
+        return _ray.cluster_id()
+
     def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
         """One placement group bundle and one actor per share, each on a host of its own."""
         reservation = _ray.reserve(_reservation_name(vm), shares, hosts)

@@ -24,7 +24,7 @@ from dcres.actors.prepared import Prepared
 from dcres.actors.vm_folder import VmFolder, marker
 from dcres.config import HostSettings
 from dcres.errors import Conflict, DcresError, NoRoom, PagingError, StoreFull
-from dcres.linux.files import free_in, fs_free_bytes, open_own
+from dcres.linux.files import free_in, open_own
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.linux.removal import remove_socket
 from dcres.linux.tmpfs import require_small_pages
@@ -369,7 +369,7 @@ def require_ram(settings: HostSettings, share_bytes: int) -> None:
 
 def require_store_room(store: Path, length_bytes: int) -> None:
     """StoreFull before anything is stopped, when the disk clearly has too little room."""
-    free = fs_free_bytes(store)
+    free = free_in(store)
     if free < length_bytes:
         raise StoreFull(
             f"{store} has {free >> 20} MiB free and this host's part needs up to "

@@ -48,24 +48,20 @@ _DRAIN_TIMEOUT_S = 60.0
 class MainHost(MovingHost):
     """One VM on its main host; what is here takes checkpoints."""
 
-    def next_generation(self, above: int = 0) -> int:
-        """A number greater than `above` that no earlier life of this VM had; durable."""
-        return self._store.next_generation(self._vm, above)
-
     def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> dict[str, int]:
         """Sweep unfinished checkpoints, make room for this one, track changes from now on.
 
         The state file says so: an actor that is started again finds out what it left. Returns
-        the paging counters as they are. Raises StoreFull, UnsafeDevice, VmLost, Conflict if it was
-        given up.
+        the paging counters as they are. Raises StoreFull, StoreReadOnly, UnsafeDevice, VmLost,
+        Conflict if it was given up and for a life that another has followed.
         """
         with self._saving:  # so that what gives the checkpoint up comes before it all or after
             self._require_wanted(checkpoint)
             status = self.status()
             self._require_saveable()
+            self._keep_name()
             # Sub hosts that share this store may have begun their part already.
             self._store.sweep(self._vm, keep=frozenset({checkpoint}))
-            self._store.begin(self._vm, checkpoint)
             require_store_room(self._settings.store, status["pages"][0] * PAGE_SIZE)
             self._remember(checkpoint=checkpoint)
             self._begin_saving(checkpoint, memory_format, self._ram, self._pager)
@@ -77,6 +73,14 @@ class MainHost(MovingHost):
         if at_start is not None:  # not known of a VM that an earlier dcres started
             with self._qmp() as monitor:
                 devices.require_saveable(monitor, at_start)
+
+    def _keep_name(self) -> None:
+        """This life may save: the name in the store is its own, and no life came after it."""
+        cluster = self._state.get("cluster", "")
+        claimed = self._name.keep(cluster, self._state["generation"])
+        if claimed is not None:
+            with self._qmp() as monitor:
+                self._name.hold_anew(cluster, claimed, monitor)
 
     @property
     def _core(self) -> Path:
@@ -143,8 +147,8 @@ class MainHost(MovingHost):
 
         Raises StoreFull, PagesLost when what was saved is not what the page table says.
         """
-        with self._current(checkpoint):
-            folder = self._store.host_folder(self._vm, checkpoint, self._host)
+        with self._current(checkpoint) as saver:
+            folder = saver.folder
         if self._frozen is None:
             raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} was not finished")
         if self._qemu.alive:  # once more, for what happened while the guest stood still
@@ -181,15 +185,19 @@ class MainHost(MovingHost):
             self.go()
             return time.monotonic()
 
-    def publish(self, manifest: str) -> None:
+    def publish(self, manifest: str, here: tuple[str, ...]) -> None:
         """Write the manifest: from now on the checkpoint exists. Repeatable.
 
-        Raises Conflict once the checkpoint was halted, which waits for a publishing under way.
+        The parts of the hosts `here` are in this store, and whole. Raises Conflict once the
+        checkpoint was halted, which waits for a publishing under way, and for a life that another
+        has followed; StorageError for a part that is not whole.
         """
         published = loads(manifest, Path("manifest.json"))
         with self._saving:
             self._require_wanted(published.checkpoint)
-            self._store.publish(published)
+            if self._state:
+                self._store.lives(self._vm).require_latest(self._state["generation"])
+            self._store.publish(published, here)
             self._forget(published.checkpoint)
 
     def published(self, checkpoint: str) -> bool:
@@ -203,6 +211,7 @@ class MainHost(MovingHost):
         return found
 
     def _forget(self, checkpoint: str) -> None:
+        self._kept.let_go(checkpoint)
         if self._state.get("checkpoint") == checkpoint:
             self._remember(checkpoint=None)
 

@@ -58,6 +58,19 @@ class Incarnation:
 
 
 @dataclass(frozen=True, slots=True)
+class ClaimOrder:
+    """For the main host: begin a life of the VM, with a generation greater than `above`.
+
+    `cluster` is whose the VM's name in the store is from then on. `take_over` it from another one
+    that may have ended, but not from one that runs.
+    """
+
+    cluster: str
+    above: int = 0
+    take_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ServeOrder:
     """For a sub host: start a memory server for this VM."""
 
@@ -205,6 +218,7 @@ class Saved:
     digest: str
     files: tuple[dict[str, Any], ...]
     placed: tuple[Placed, ...] = ()  # from the main host: what every sub host must have saved
+    store: str = ""  # the identity of the store that it was saved to
 
 
 @dataclass(frozen=True, slots=True)

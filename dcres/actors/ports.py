@@ -33,6 +33,9 @@ class Port(Protocol):
 class Fleet(Protocol):
     """Hosts for one VM: reserved, with an actor on each."""
 
+    def cluster(self) -> str:
+        """Which cluster these hosts are of: no other has the same, and it keeps it."""
+
     def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
         """Set memory aside and start the actors; the hosts, the main host first.
 

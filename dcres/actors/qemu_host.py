@@ -15,6 +15,7 @@ from dcres.actors.loading import PartServing
 from dcres.actors.messages import (
     Status,
 )
+from dcres.actors.naming import NameInStore
 from dcres.actors.picturing import look
 from dcres.actors.saving import LATE_ORDERS, SavingHost
 from dcres.actors.vm_folder import VmFolder
@@ -61,6 +62,8 @@ class QemuHost(SavingHost, PartServing):
         self._resumed: deque[str] = deque(maxlen=LATE_ORDERS)
         self._remembering = threading.Lock()
         self._life = Life()
+        record = self._settings.run / f"{vm}.generation"
+        self._name = NameInStore(store, vm, self._settings.name, record)
         self._monitor: Monitor | None = None
         self._state: dict[str, Any] = read_state(self._folder.state) or {}
         # Before its pager is there a VM that is being started is nothing to adopt.

@@ -15,6 +15,7 @@ goes on rather than held in memory.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,13 @@ from dcres.storage.memory_file import (
     MemoryFileWriter,
     SavedMemory,
 )
+from dcres.storage.pins import Hold
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.sources import Room, read_into_memory
 from dcres.storage.store import Store
 from dcres.storage.transfer import BATCH_PAGES, BUFFERS
+
+log = logging.getLogger("dcres.host")
 
 LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
@@ -101,9 +105,9 @@ class PartSaver:
         meter: Meter,
     ) -> None:
         self.checkpoint = checkpoint
+        self.folder = folder
         self._daemon = daemon
         self._meter = meter
-        self._folder = folder
         self._changes_path = changes
         self._began = time.monotonic()
         self._gone = EMPTY
@@ -216,7 +220,7 @@ class PartSaver:
         saved = self._writer.seal()
         self.close()
         with ThreadPoolExecutor(1) as beside:
-            of_memory = beside.submit(write_memory_tables, self._folder, saved)
+            of_memory = beside.submit(write_memory_tables, self.folder, saved)
             files = (*tables_of(saved), *of_memory.result())
         return Saved(
             host=host,
@@ -240,6 +244,9 @@ class SavingHost:
     Orders name the checkpoint that they are for. One that comes late, after that checkpoint was
     halted or when another one is under way, is refused with Conflict and changes nothing. Every
     method may be called again after a failure, once `abandon` was.
+
+    What is being saved is pinned, from its beginning until it is published or given up; on a sub
+    host until its vote, after which nobody sweeps its part.
     """
 
     def __init__(self, store: Store, vm: str, host: str, meter: Meter) -> None:
@@ -250,6 +257,7 @@ class SavingHost:
         self._saving = threading.RLock()
         self._saver: PartSaver | None = None
         self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
+        self._kept = Hold()
         _warm_buffers_after(_WARM_AFTER_S)
 
     def _require_wanted(self, checkpoint: str) -> None:
@@ -259,11 +267,12 @@ class SavingHost:
     def _begin_saving(
         self, checkpoint: str, memory_format: MemoryFormat, source: Path, daemon: Daemon
     ) -> None:
-        """Make this host's folder in the checkpoint and track changes from now on."""
+        """Begin the checkpoint, with this host's folder in it, and track changes from now on."""
         with self._saving:
             self._require_wanted(checkpoint)
             self._end_saving()
             self._meter.reset()
+            self._store.begin(self._vm, checkpoint, self._kept)
             folder = self._store.host_folder(self._vm, checkpoint, self._host)
             changes = _changes_of(source)
             self._saver = PartSaver(
@@ -274,6 +283,7 @@ class SavingHost:
         saver, self._saver = self._saver, None
         if saver is not None:
             saver.close()
+        self._kept.drop()
 
     @contextmanager
     def _current(self, checkpoint: str) -> Iterator[PartSaver]:
@@ -309,7 +319,7 @@ class SavingHost:
         with self._current(checkpoint) as saver, priority.background():
             saved = saver.settle(self._host, tables_of)
             self._saver = None
-        return saved
+        return replace(saved, store=self._store.identity())
 
     def halt(self, checkpoint: str) -> None:
         """Stop saving and tracking, for good: orders that come later are refused. Repeatable.
@@ -320,6 +330,7 @@ class SavingHost:
         with self._hurrying(checkpoint), self._saving:
             if self._saver is not None and self._saver.checkpoint == checkpoint:
                 self._end_saving()
+            self._kept.let_go(checkpoint)
 
     @contextmanager
     def _hurrying(self, checkpoint: str) -> Iterator[None]:
@@ -343,9 +354,16 @@ class SavingHost:
                 remove_own_file(_changes_of(source))
 
     def abandon(self, checkpoint: str) -> None:
-        """Halt, and remove what is left of the checkpoint. Repeatable."""
+        """Halt, and remove what is left of the checkpoint. Repeatable.
+
+        What another host has pinned, which has not halted or discards it now, stays for that one
+        or for a sweep.
+        """
         self.halt(checkpoint)
-        self._store.discard(self._vm, checkpoint)
+        try:
+            self._store.discard(self._vm, checkpoint)
+        except Conflict as error:
+            log.info("checkpoint %s is left to others: %s", checkpoint, error)
 
     def progress(self) -> Progress:
         """How far a long operation here is."""

@@ -17,6 +17,7 @@ from dcres.actors.disks import put_disks_back, require_disks
 from dcres.actors.host import require_ram
 from dcres.actors.loading import identity_of, load_pages, parse
 from dcres.actors.messages import (
+    ClaimOrder,
     Incarnation,
     LoadOrder,
     Resumption,
@@ -71,6 +72,14 @@ class StartingHost(QemuHost):
             self._state = {}
             self._folder.remove()
 
+    def claim(self, order: ClaimOrder) -> int:
+        """After `clear`: begin a life, whose name in the store it is from now on; its generation.
+
+        `destroy` releases it. Raises Conflict, see `NameInStore.claim`.
+        """
+        with self._life.beginning():
+            return self._name.claim(order)
+
     def boot(self, order: RunOrder) -> None:
         """Start QEMU, with what `order.load` names in memory; the guest is stopped.
 
@@ -97,8 +106,9 @@ class StartingHost(QemuHost):
             require_whole_paths(spec.extra_args)
         require_ram(self._settings, spec.layout.main)
         manifest = None if order.load is None else parse(order.load.manifest)
-        kept = frozenset() if manifest is None else frozenset({manifest.checkpoint})
-        self._store.sweep(self._vm, keep=kept, whole_parts=False)
+        if self._name.claimed:  # else nothing may be removed
+            kept = frozenset() if manifest is None else frozenset({manifest.checkpoint})
+            self._store.sweep(self._vm, keep=kept, whole_parts=False)
         wanted = spec.accel if manifest is None else Accel(manifest.accel)
         chosen, why = accel_.choose(wanted, spec.kernel, default_cache())
         require_disks(spec, manifest)
@@ -152,7 +162,9 @@ class StartingHost(QemuHost):
             machine=machine,
         )
         self._monitor = monitor
+        cluster = self._name.hand_over(order.incarnation.generation, monitor)
         self._remember(
+            cluster=cluster,
             machine=monitor.machine_type(machine),
             vm=self._vm,
             generation=order.incarnation.generation,
@@ -325,8 +337,11 @@ class StartingHost(QemuHost):
             self._pager.stop()  # once more: a start under way may have prepared another
             end_leftovers(self._folder)
             put_disks_back(self._folder)
-            self._state = {}
+            ended, self._state = self._state, {}
             self._folder.remove()
+            self._name.release_last()
+            if ended:  # by an actor before this one
+                self._name.release(ended.get("cluster", ""), ended["generation"])
 
     def _hurry(self) -> None:
         self._meter.cancel()

@@ -145,7 +145,6 @@ class SubHost(SavingHost, PartServing):
             held = int(self._server.call_patiently("status")["held_pages"])
             # The main host removes the rest, if that is in this store as well.
             self._store.sweep(self._vm, keep=frozenset({checkpoint}), whole_parts=False)
-            self._store.begin(self._vm, checkpoint)
             require_store_room(self._settings.store, held * PAGE_SIZE)
             self._begin_saving(checkpoint, memory_format, self._store_file, self._server)
 
@@ -154,13 +153,15 @@ class SubHost(SavingHost, PartServing):
 
         Raises StoreFull, Conflict when it was cancelled.
         """
-        with self._current(checkpoint):
-            folder = self._store.host_folder(self._vm, checkpoint, self._host)
+        with self._current(checkpoint) as saver:
+            folder = saver.folder
 
         def write_tables(saved: SavedMemory) -> list[FileSum]:
             return [tables.write_existence(folder / PAGES, saved.mask)]
 
-        return self._settle(checkpoint, write_tables)
+        saved = self._settle(checkpoint, write_tables)
+        self._kept.let_go(checkpoint)
+        return saved
 
     def halt(self, checkpoint: str) -> None:
         """As on every host; also when an actor before this one began the saving. Repeatable."""

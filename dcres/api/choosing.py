@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dcres.actors import _ray
+from dcres.actors import _ray, naming
 from dcres.actors.fleet import parts_in_store
+from dcres.actors.loading import parse
 from dcres.actors.room import HostInfo, host_named, require_room
 from dcres.api.session import Session
 from dcres.config import HostSettings, Layout, VmSpec, format_size, listed
@@ -19,6 +20,7 @@ from dcres.linux.memory import free_for_guests
 from dcres.model.choice import Candidate, Share, choose, choose_evenly, choose_for
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.store import Store
 
 log = logging.getLogger("dcres.restore")
 
@@ -60,6 +62,7 @@ class Seen:
 
     info: HostInfo
     parts: tuple[str, ...]
+    trouble: str = ""  # why this host could not be the main host; see `naming.trouble`
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Look:
 
     free_bytes: int
     parts: tuple[str, ...]
+    trouble: str = ""
 
 
 def wish_of(
@@ -94,28 +98,31 @@ def wish_of(
     return Wish(layout, number, names)
 
 
-def look_around(manifest: Manifest) -> list[Seen]:
+def look_around(manifest: Manifest, *, take_over: bool = False) -> list[Seen]:
     """All hosts that answer, asked at the same time; a dead one is none."""
     alive = [host for host in _ray.hosts() if host.alive]
+    asked = (dumps(manifest), _ray.cluster_id(), take_over)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        looked = pool.map(partial(_look_at, dumps(manifest)), alive)
+        looked = pool.map(partial(_look_at, asked), alive)
         return [seen for seen in looked if seen is not None]
 
 
-def _look_at(manifest: str, host: HostInfo) -> Seen | None:
+def _look_at(asked: tuple[str, str, bool], host: HostInfo) -> Seen | None:
     try:
-        look = _ray.run_on(host.name, look_here, manifest, timeout_s=_LOOK_TIMEOUT_S)
+        look = _ray.run_on(host.name, look_here, *asked, timeout_s=_LOOK_TIMEOUT_S)
     except DcresError as error:
         log.warning("host %s is left out: %s", host.name, error)
         return None
     free = min(host.memory_free_bytes, look.free_bytes)
-    return Seen(replace(host, memory_free_bytes=free), look.parts)
+    return Seen(replace(host, memory_free_bytes=free), look.parts, look.trouble)
 
 
-def look_here(manifest: str) -> Look:
-    """Runs on a host: the memory free as its kernel sees it, and the parts in its store."""
+def look_here(manifest: str, cluster: str, take_over: bool) -> Look:
+    """Runs on a host: the memory free as its kernel sees it, and what its store has."""
     settings = HostSettings.from_environ(os.environ)
-    return Look(free_for_guests(settings.ram, _BESIDES_BYTES), parts_in_store(manifest))
+    free, parts = free_for_guests(settings.ram, _BESIDES_BYTES), parts_in_store(manifest)
+    vm, me = parse(manifest).vm, naming.claimant(cluster, settings.name)
+    return Look(free, parts, naming.trouble(Store(settings.store), vm, me, take_over=take_over))
 
 
 def phase_of(session: Session, vm: str) -> str:
@@ -135,6 +142,13 @@ def obstacles(vm: str, phase: str) -> list[str]:
             return [f"VM {vm} runs already; stop it first with `dcres stop {vm}`"]
         case _:
             return [f"VM {vm} is {phase}; wait until that is done, or end it: `dcres stop {vm}`"]
+
+
+def require_name(choice: Choice, seen: Sequence[Seen]) -> None:
+    """Conflict where the main host of `choice` is one of `seen` that cannot be it."""
+    for each in seen:
+        if each.info.name == choice.hosts[0] and each.trouble:
+            raise Conflict(each.trouble)
 
 
 def choose_hosts(session: Session, manifest: Manifest, wish: Wish) -> Choice:

@@ -76,16 +76,19 @@ class Cluster:
         spec: str | Path | Mapping[str, Any] | VmSpec,
         hosts: str | Sequence[str] | None = None,
         *,
+        take_over: bool = False,
         progress: ProgressOption = None,
     ) -> Vm:
         """Boot a VM over the hosts of its layout: those named, the main host first, or any.
 
         `spec` is a VM file's path, its values, or a `VmSpec`; file names in it are the main
-        host's. `hosts` is ``["h1", "h2"]`` or ``"h1,h2"``. Ctrl-C takes down what was brought
-        up. Raises ConfigError, Conflict when the VM runs, NoRoom, QemuFailed; then nothing of
-        the VM is left running.
+        host's. `hosts` is ``["h1", "h2"]`` or ``"h1,h2"``. A VM's name in a store is one cluster's:
+        `take_over` it from one of which nobody can see from here that it has ended, when you know
+        that it has. Ctrl-C takes down what was brought up. Raises ConfigError, Conflict when the VM
+        runs or its name is another cluster's, NoRoom, QemuFailed; then nothing of the VM is left
+        running.
         """
-        return start_vm(self._session, _spec_of(spec), hosts, progress)
+        return start_vm(self._session, _spec_of(spec), hosts, progress, take_over=take_over)
 
     def vm(self, name: str) -> Vm:
         """The VM of that name. Raises NotFound unless it runs, is lost or is being worked on."""
@@ -133,11 +136,12 @@ class Cluster:
         single: bool = False,
         hosts: int | str | Sequence[str] | None = None,
         lazy: bool = False,
+        take_over: bool = False,
         progress: ProgressOption = None,
     ) -> Vm:
         """`Checkpoint.restore` by id."""
         return self.checkpoint(checkpoint).restore(
-            layout, single=single, hosts=hosts, lazy=lazy, progress=progress
+            layout, single=single, hosts=hosts, lazy=lazy, take_over=take_over, progress=progress
         )
 
 

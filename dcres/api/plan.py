@@ -17,7 +17,7 @@ from dcres.actors import _ray
 from dcres.actors.loading import make_plan
 from dcres.actors.messages import PlanOrder
 from dcres.actors.restoring import Where, capacities_of
-from dcres.api.choosing import Choice, Seen, Wish, decide
+from dcres.api.choosing import Choice, Seen, Wish, decide, require_name
 from dcres.config import HostSettings, format_size
 from dcres.errors import DcresError
 from dcres.model.pages import PAGE_SIZE
@@ -212,6 +212,7 @@ def plan_restore(
     chosen = ""
     try:
         choice = decide(manifest, wish, seen)
+        require_name(choice, seen)
         chosen = choice.why
         where = _where(manifest, choice, seen)
         shares = choice.layout.shares

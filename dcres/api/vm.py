@@ -337,6 +337,7 @@ class Checkpoint:
         single: bool = False,
         hosts: int | str | Sequence[str] | None = None,
         lazy: bool = False,
+        take_over: bool = False,
     ) -> RestorePlan:
         """What `restore` with the same arguments would do; changes nothing.
 
@@ -347,7 +348,8 @@ class Checkpoint:
         phase = phase_of(self._session, self.vm)
         if phase == "lost":
             log.warning("what is left of VM %s, which is lost, counts as used", self.vm)
-        seen, problems = look_around(self.manifest), obstacles(self.vm, phase)
+        seen = look_around(self.manifest, take_over=take_over)
+        problems = obstacles(self.vm, phase)
         return plan_restore(self.manifest, wish, seen, lazy=lazy, problems=problems)
 
     def restore(
@@ -357,6 +359,7 @@ class Checkpoint:
         single: bool = False,
         hosts: int | str | Sequence[str] | None = None,
         lazy: bool = False,
+        take_over: bool = False,
         progress: ProgressOption = None,
     ) -> Vm:
         """Bring the VM back: over `layout`, or `single`, as an ordinary VM.
@@ -368,7 +371,8 @@ class Checkpoint:
         ``chosen``.
 
         Every byte is verified before the guest reads it. With `lazy` the guest runs at once and
-        its memory follows (`Vm.wait_until_whole`); otherwise all of it is there first.
+        its memory follows (`Vm.wait_until_whole`); otherwise all of it is there first. `take_over`
+        the VM's name from another cluster that has ended: see `Cluster.start`.
 
         Ctrl-C takes down what was brought up. Raises Conflict when the VM runs or is being
         restored, ConfigError, NoRoom, CheckpointCorrupt, and NotFound for a part that is
@@ -379,7 +383,7 @@ class Checkpoint:
         facts = _bring_up(
             self._session,
             self.vm,
-            ("restore", dumps(self.manifest), choice.layout, list(choice.hosts), lazy),
+            ("restore", dumps(self.manifest), choice.layout, list(choice.hosts), lazy, take_over),
             f"restore of {self.vm}",
             progress,
         )
@@ -391,6 +395,8 @@ def start_vm(
     spec: VmSpec,
     hosts: str | Sequence[str] | None = None,
     progress: ProgressOption = None,
+    *,
+    take_over: bool = False,
 ) -> Vm:
     """Boot a VM; see `Cluster.start`."""
     if session.local is not None:
@@ -398,7 +404,7 @@ def start_vm(
     began = time.monotonic()
     values = spec.model_dump(mode="json", by_alias=True)
     names = None if hosts is None else listed(hosts)
-    call = ("start", values, names)
+    call = ("start", values, names, take_over)
     answer = _bring_up(session, spec.name, call, f"start of {spec.name}", progress)
     seconds = time.monotonic() - began
     return Vm(session, spec.name, {**status_of(answer).to_dict(), "seconds": seconds})

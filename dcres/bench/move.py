@@ -42,6 +42,7 @@ from dcres.storage.bulk import write_fully
 from dcres.storage.digest import file_sum
 from dcres.storage.manifest import HostSlice, Manifest, Mode, Role
 from dcres.storage.memory_file import MemoryFileWriter
+from dcres.storage.pins import Hold
 from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 
@@ -157,7 +158,10 @@ def run_command(*argv: str) -> None:
 def _checkpoint(store: Path, length_bytes: int) -> Source:
     """A checkpoint with one part, full of noise; what nobody here reads is left out of it."""
     pages = length_bytes // PAGE_SIZE
-    folder = Store(store).host_folder("move", _CHECKPOINT, _HOST)
+    made, hold = Store(store), Hold()
+    made.begin("move", _CHECKPOINT, hold)
+    folder = made.host_folder("move", _CHECKPOINT, _HOST)
+    hold.drop()
     with (
         tempfile.TemporaryFile(dir="/dev/shm") as memory,
         MemoryFileWriter(folder / layout.MEMORY, pages) as writer,

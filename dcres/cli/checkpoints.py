@@ -15,7 +15,7 @@ from dcres.api.defaults import (
     DEFAULT_MODE,
     require_kind,
 )
-from dcres.cli.commands import VmArgument, app, open_catalogue, open_cluster
+from dcres.cli.commands import TakeOverOption, VmArgument, app, open_catalogue, open_cluster
 from dcres.cli.frame import CHECKPOINTS, Answer, Options, YesOption, add_command, confirm
 
 CheckpointArgument = Annotated[
@@ -129,6 +129,7 @@ def restore(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")
     ] = False,
+    take_over: TakeOverOption = False,
 ) -> Answer:
     """Bring a VM back from a checkpoint: over the hosts that you name, or that dcres finds."""
     from dcres.cli.tables import plan_view, restore_view
@@ -140,9 +141,10 @@ def restore(
     with open_cluster(options) as cluster:
         found = cluster.checkpoint(ckpt)
         if dry_run:
-            plan = found.plan(wanted, single=single, hosts=where, lazy=lazy)
+            plan = found.plan(wanted, single=single, hosts=where, lazy=lazy, take_over=take_over)
             return Answer(plan.to_dict(), plan_view(plan), 0 if plan.possible else 1)
-        facts = found.restore(wanted, single=single, hosts=where, lazy=lazy).facts
+        vm = found.restore(wanted, single=single, hosts=where, lazy=lazy, take_over=take_over)
+        facts = vm.facts
     return Answer(facts, restore_view(facts))
 
 

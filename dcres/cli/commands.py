@@ -40,6 +40,13 @@ VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would move where, and change nothing.")
 ]
+TakeOverOption = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="Take the VM's name in the store from another cluster that has ended for certain.",
+    ),
+]
 _CLUSTER = "Cluster"
 _VMS = "VMs"
 _CONSOLE_POLL_S = 0.5
@@ -235,6 +242,7 @@ def start(
         str | None,
         typer.Option(metavar="H1,H2,…", help="Hosts by name, the main host first; default: any."),
     ] = None,
+    take_over: TakeOverOption = False,
 ) -> Answer:
     """Boot a VM over the hosts of its layout."""
     from dcres.api.status import VmStatus
@@ -243,7 +251,7 @@ def start(
 
     spec = load_vm_spec(file)
     with open_cluster(options) as cluster:
-        vm = cluster.start(spec, hosts)
+        vm = cluster.start(spec, hosts, take_over=take_over)
         status: VmStatus = vm.status()
     return Answer(vm.facts, status_view(status))
 

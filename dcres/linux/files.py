@@ -270,7 +270,28 @@ def sole_lock(path: Path) -> Iterator[int]:
 def _lock_now(path: Path, how: int) -> Iterator[int]:
     with opened(path, os.O_RDONLY) as fd:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
-        yield fd
+        try:
+            yield fd
+        finally:
+            # A process that is being started has a copy of the descriptor for a moment.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def lock_for_good(fd: int) -> None:
+    """Take an exclusive flock(2) on an open file, at once, until the last copy of `fd` is closed.
+
+    Whoever was given a copy, by a fork or over a socket, holds it, too. Raises BlockingIOError.
+    """
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether anybody has an exclusive flock(2) on the file `path`. Raises OSError."""
+    try:
+        with shared_lock(path):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def is_open_for_writing(path: Path) -> bool:

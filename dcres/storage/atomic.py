@@ -13,19 +13,25 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from dcres.errors import StoreFull
+from dcres.errors import StoreFull, StoreReadOnly
 from dcres.linux.files import fs_free_bytes, opened
 from dcres.linux.removal import create
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
-def store_full(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" while writing `path` into `StoreFull`."""
+def store_written(path: Path) -> Iterator[None]:
+    """Turn what hinders writing `path` into `StoreFull` or `StoreReadOnly`; the rest stays."""
     try:
         yield
     except OSError as error:
+        if error.errno in _REFUSED:
+            raise StoreReadOnly(
+                f"{error.filename or path} cannot be written ({os.strerror(error.errno)}), and "
+                "without it the store takes no checkpoint; make the store writable"
+            ) from None
         if error.errno not in _FULL:
             raise
         free = fs_free_bytes(path.parent)
@@ -43,7 +49,7 @@ def sync_folder(path: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make a file that another program wrote durable, together with its name."""
-    with opened(path, os.O_RDONLY) as fd, store_full(path):
+    with opened(path, os.O_RDONLY) as fd, store_written(path):
         os.fsync(fd)
     sync_folder(path.parent)
 
@@ -54,7 +60,7 @@ def make_private_dirs(path: Path) -> None:
     while not missing[-1].exists() and missing[-1].parent != missing[-1]:
         missing.append(missing[-1].parent)
     for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError), store_full(folder):
+        with contextlib.suppress(FileExistsError), store_written(folder):
             folder.mkdir(mode=0o700)
             sync_folder(folder.parent)
     if not path.is_dir():
@@ -78,7 +84,7 @@ def replaced(path: Path, mode: int = 0o600) -> Iterator[int]:
     """
     # By chance, not by pid: in two containers the same pids write into one store.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with store_full(path):
+    with store_written(path):
         fd, ours = create(temporary, os.O_WRONLY, mode)
         try:
             try:

@@ -23,6 +23,8 @@ VMCORE = "vmcore"
 MEMORY_FILES = {MemoryFormat.SPARSE: MEMORY, MemoryFormat.PACKED: PACK}
 GENERATION = "generation"
 GENERATION_LOCK = ".generation.lock"
+MARKER = ".dcres-store"  # in the store itself
+_LIFE = re.compile(r"\.life-([1-9][0-9]{0,18})")
 
 VM_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$"
 HOST_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -49,6 +51,17 @@ def stamp_of(checkpoint: str) -> str:
 def is_checkpoint_of(vm: str, name: str) -> bool:
     """Whether `name` is the id of a checkpoint of `vm`."""
     return re.fullmatch(CHECKPOINT_PATTERN, name) is not None and vm_of(name) == vm
+
+
+def life_file(generation: int) -> str:
+    """The file that tells of a VM's life, beside its checkpoints."""
+    return f".life-{generation}"
+
+
+def generation_of(name: str) -> int | None:
+    """The generation of a file that `life_file` named; None for another."""
+    found = _LIFE.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def checked_vm(vm: str) -> str:

@@ -34,7 +34,7 @@ from dcres.model.pages import (
     split,
     split_pages,
 )
-from dcres.storage.atomic import store_full, sync_folder
+from dcres.storage.atomic import store_written, sync_folder
 from dcres.storage.bulk import write_scattered
 from dcres.storage.contents import (
     SUM_OF_ZEROS,
@@ -118,7 +118,7 @@ class MemoryFileWriter:
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        with contextlib.ExitStack() as files, store_full(self.path):
+        with contextlib.ExitStack() as files, store_written(self.path):
             self._file = PageFile(self.path)
             files.callback(self._file.close)
             files.callback(self._remove_unless_sealed)
@@ -148,7 +148,7 @@ class MemoryFileWriter:
         """These pages are not here any more. Raises OSError, StoreFull: a hole may take a block."""
         self._require_unsealed()
         here = extents_of_mask(self._mask & mask_of_extents(extents, len(self._mask)))
-        with store_full(self.path):
+        with store_written(self.path):
             self._places.clear(pages_of_extents(here))
         for first, stop in extents.tolist():
             self._mask[first:stop] = False
@@ -184,7 +184,7 @@ class MemoryFileWriter:
         self._whole = True
 
     def _write(self, extents: Extents, source: RamFile | Staged, threads: int) -> None:
-        with store_full(self.path):
+        with store_written(self.path):
             passes = self._places.prepare(extents)
         for part, cached in ((passes.direct, False), (passes.cached, True)):
             put = functools.partial(self._put, cached)
@@ -202,7 +202,7 @@ class MemoryFileWriter:
             raise StorageError(
                 f"saving to {self.path} failed, so it cannot be part of a checkpoint"
             )
-        with store_full(self.path):
+        with store_written(self.path):
             self._places.finish()
             self._file.sync()
             sync_folder(self.path.parent)
@@ -229,7 +229,7 @@ class MemoryFileWriter:
         self._sums[batch.pages] = batch.sums
         self._mask[batch.pages] = True
         empty = _zeros(batch)
-        with store_full(self.path):
+        with store_written(self.path):
             if empty.any():
                 self._places.clear(batch.pages[empty])
                 batch = batch.chosen(np.flatnonzero(~empty))

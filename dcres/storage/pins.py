@@ -1,4 +1,4 @@
-"""Pins: a checkpoint whose pages somebody still reads is not removed.
+"""Pins: a checkpoint that is being taken, or whose pages somebody still reads, is not removed.
 
 A pin is a shared lock on the checkpoint's folder, so a read-only store will do, nothing is
 written, and it ends with its process.
@@ -6,6 +6,7 @@ written, and it ends with its process.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -60,6 +61,12 @@ class Hold:
                 self._held.enter_context(pin)
                 self._checkpoint = checkpoint
 
+    def let_go(self, checkpoint: str) -> None:
+        """Hold `checkpoint` no longer; another one stays held. Repeatable."""
+        with self._lock:
+            if checkpoint == self._checkpoint:
+                self._drop()
+
     def drop(self) -> None:
         """What an earlier life of the VM needed. Repeatable."""
         with self._lock:
@@ -78,13 +85,19 @@ class Hold:
 
 @contextmanager
 def unpinned(folder: Path) -> Iterator[None]:
-    """Hold a checkpoint's folder alone. Raises Conflict while somebody has it pinned."""
+    """Hold a checkpoint's folder alone. Raises Conflict while somebody has it pinned.
+
+    Raises FileNotFoundError if it is gone, also by somebody who held it until now.
+    """
     with ExitStack() as held:
         try:
-            held.enter_context(sole_lock(folder))
+            fd = held.enter_context(sole_lock(folder))
         except BlockingIOError:
             raise Conflict(
-                f"checkpoint {folder.name} is in use: a VM is being restored from it or still "
-                "reads its pages; delete it when the VM has all its memory, or end the VM"
+                f"checkpoint {folder.name} is in use: it is being taken, or a VM is being restored "
+                "from it or still reads its pages; delete it when the VM has all its memory, or "
+                "end the VM"
             ) from None
+        if os.fstat(fd).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dcres.errors import NotFound
+from dcres.errors import NotFound, StorageError
+from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
-from dcres.model.pages import Mask
+from dcres.model.pages import PAGE_SIZE, Mask
 from dcres.storage import layout, tables
-from dcres.storage.atomic import write_durably
+from dcres.storage.atomic import sync_folder, write_durably
 from dcres.storage.contents import MemoryFile
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum, bytes_sum
@@ -57,6 +59,39 @@ def memory_part(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryPart
         pages=part.pages,
         sums=listed(manifest, part, layout.SUMS),
         index=listed(manifest, part, layout.INDEX) if packed else None,
+    )
+
+
+def require_files(folder: Path, manifest: Manifest, part: HostSlice) -> None:
+    """Every file of `part` is in `folder`, and has the length that it had when it was written.
+
+    Folder and files are opened, since over a network that is what shows them as they are now
+    (close-to-open, nfs(5)); and the folder's names are durable afterwards. Raises StorageError.
+    """
+    lengths = {file.name: file.length_bytes for file in part.files}
+    for name, length_bytes in lengths.items():
+        _require_length(folder, name, length_bytes)
+    sync_folder(folder)
+    match manifest.memory_format:
+        case MemoryFormat.SPARSE:
+            wanted = manifest.memory_bytes
+        case MemoryFormat.PACKED:
+            wanted = tables.count_index(folder / layout.INDEX) * PAGE_SIZE
+    _require_length(folder, part.memory_file, wanted)
+
+
+def _require_length(folder: Path, name: str, length_bytes: int) -> None:
+    path = folder / name
+    try:
+        with opened(folder, os.O_RDONLY | os.O_DIRECTORY), opened(path, os.O_RDONLY) as fd:
+            found = f"has {os.fstat(fd).st_size} bytes instead of {length_bytes}"
+            if os.fstat(fd).st_size == length_bytes:
+                return
+    except OSError as error:
+        found = f"cannot be opened ({error.strerror})"
+    raise StorageError(
+        f"{path} was saved and now {found}, so the checkpoint is not published; find out who else "
+        "changes files in the store, and take another"
     )
 
 

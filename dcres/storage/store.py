@@ -10,22 +10,24 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
-from dcres.linux.files import free_in, locked
+from dcres.linux.files import free_in
 from dcres.linux.removal import CheckpointFolder
-from dcres.storage import layout, slices, tables
-from dcres.storage.atomic import make_private_dirs, sync_folder, write_durably
+from dcres.storage import layout, marker, slices, tables
+from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_durably
 from dcres.storage.checks import VerifiedPart, Verifier, VerifyReport
 from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.digest import check_file
+from dcres.storage.lives import Lives
 from dcres.storage.manifest import Manifest, dumps, loads
 from dcres.storage.part import MemoryPart
-from dcres.storage.pins import pinned, unpinned
+from dcres.storage.pins import Hold, pinned, unpinned
 from dcres.storage.transfer import Progress
 
 
@@ -38,6 +40,8 @@ class Listed:
     manifest: Manifest | None
     error: str | None
 
+
+_TRIES, _AGAIN_S = 5, 0.05
 
 # Inside the class, `list` is its method.
 Listing = list[Listed]
@@ -55,42 +59,68 @@ class Store:
         """The id of a checkpoint of `vm` begun at `now`; `token` is four hexadecimal digits."""
         return layout.checkpoint_id(vm, now, token)
 
-    def begin(self, vm: str, checkpoint: str) -> Path:
-        """Create the checkpoint's folder, mode 0700; may be repeated until it is published.
+    def begin(self, vm: str, checkpoint: str, hold: Hold) -> None:
+        """Create the checkpoint's folder, mode 0700, and have `hold` pin it from now on.
 
-        Raises Conflict for a published one, NotFound for names that cannot be, StoreFull.
+        May be repeated until it is published. Nothing that comes later creates it: who finds it
+        gone has lost files. Raises Conflict for a published one, NotFound for names that cannot
+        be, StoreFull, StoreReadOnly.
         """
+        for tries_left in reversed(range(_TRIES)):
+            marker.mark(self.root)
+            folder = self._unpublished(vm, checkpoint)
+            make_private_dirs(folder)
+            try:
+                hold.take(checkpoint, pinned(folder))
+                return
+            except (Conflict, NotFound):  # somebody sweeps it who came before the pin
+                if not tries_left:
+                    raise
+                time.sleep(_AGAIN_S)
+
+    def host_folder(self, vm: str, checkpoint: str, host: str) -> Path:
+        """The folder for the files of `host` in a checkpoint that was begun; may be repeated.
+
+        Raises NotFound if the checkpoint was discarded, Conflict if it was published.
+        """
+        parent = self._unpublished(vm, checkpoint)
+        folder = parent / layout.checked_host(host)
+        with contextlib.suppress(FileExistsError), store_written(folder):
+            try:
+                folder.mkdir(mode=0o700)
+            except FileNotFoundError:
+                raise discarded(checkpoint) from None
+            sync_folder(parent)
+        return folder
+
+    def _unpublished(self, vm: str, checkpoint: str) -> Path:
         folder = self._folder(vm, checkpoint)
         if (folder / layout.MANIFEST).exists():
             raise Conflict(f"checkpoint {checkpoint} is published already; begin a new one")
-        make_private_dirs(folder)
         return folder
 
-    def host_folder(self, vm: str, checkpoint: str, host: str) -> Path:
-        """`begin`, and the folder for the files of `host` in it; may be repeated."""
-        folder = self.begin(vm, checkpoint) / layout.checked_host(host)
-        make_private_dirs(folder)
-        return folder
-
-    def publish(self, manifest: Manifest) -> None:
+    def publish(self, manifest: Manifest, here: Collection[str] | None = None) -> None:
         """Make the checkpoint exist; all its files must be durable by now.
 
-        May be repeated with the same manifest. Raises Conflict if another was published,
-        NotFound if the checkpoint was never begun, StoreFull.
+        The parts of the hosts `here`, without it of all, lie in this store: each of their files is
+        there, and as long as it was written, or nothing is published. May be repeated with the
+        same manifest. Raises Conflict if another was published, NotFound if the checkpoint was
+        never begun, StorageError for a file that is not whole, StoreFull.
         """
         folder = self._folder(manifest.vm, manifest.checkpoint)
-        if not folder.is_dir():
-            raise NotFound(f"checkpoint {manifest.checkpoint} was discarded; take a new one")
         path = folder / layout.MANIFEST
         text = dumps(manifest).encode("ascii")
-        for host in manifest.hosts:
-            if (folder / host.host).is_dir():
-                sync_folder(folder / host.host)
-        if not path.exists():
-            write_durably(path, text)
-        elif path.read_bytes() != text:
-            raise Conflict(f"checkpoint {manifest.checkpoint} is published with other content")
-        sync_folder(folder)
+        try:
+            with pinned(folder):
+                if not path.exists():
+                    _require_whole(folder, manifest, here)
+                    write_durably(path, text)
+                elif path.read_bytes() != text:
+                    what = f"checkpoint {manifest.checkpoint} is published with other content"
+                    raise Conflict(what)
+                sync_folder(folder)
+        except NotFound:
+            raise discarded(manifest.checkpoint) from None
 
     def list(self, vm: str | None = None) -> Listing:
         """Published checkpoints of one VM or all, newest last; unreadable ones with their error."""
@@ -138,9 +168,9 @@ class Store:
         folder = self._folder(vm, checkpoint)
         if (folder / layout.MANIFEST).exists():
             raise Conflict(f"checkpoint {checkpoint} is published; delete it instead")
-        if folder.is_dir():
-            with unpinned(folder):
-                _remove(folder)
+        with contextlib.suppress(FileNotFoundError), unpinned(folder):
+            self._unpublished(vm, checkpoint)  # it may have been published until now
+            _remove(folder)
 
     def delete(self, checkpoint: str) -> None:
         """Remove a published checkpoint, readable or not: its manifest first, then its files.
@@ -149,10 +179,13 @@ class Store:
         removes the rest.
         """
         folder = self._require_published(checkpoint)
-        with unpinned(folder):
-            CheckpointFolder(folder).remove_file(folder / layout.MANIFEST)
-            sync_folder(folder)
-            _remove(folder)
+        try:
+            with unpinned(folder):
+                CheckpointFolder(folder).remove_file(folder / layout.MANIFEST)
+                sync_folder(folder)
+                _remove(folder)
+        except FileNotFoundError:
+            raise NotFound(f"checkpoint {checkpoint} was deleted meanwhile") from None
 
     def pin(self, checkpoint: str) -> contextlib.AbstractContextManager[None]:
         """Keep what this store has of a checkpoint from being removed; see `pins.pinned`."""
@@ -161,9 +194,8 @@ class Store:
     def require_unpinned(self, checkpoint: str) -> None:
         """Raises Conflict for a checkpoint that is pinned; one that is not here is not."""
         folder = self._folder(layout.vm_of(checkpoint), checkpoint)
-        if folder.is_dir():
-            with unpinned(folder):
-                pass
+        with contextlib.suppress(FileNotFoundError), unpinned(folder):
+            pass
 
     def parts_here(self, manifest: Manifest) -> tuple[str, ...]:
         """The hosts whose parts this store has; whether they are whole, reading them says."""
@@ -181,29 +213,33 @@ class Store:
         Call it only where no other checkpoint than those in `keep` is being taken.
         """
         may_be_published = _is_apart if whole_parts else _has_whole_part
+
+        def is_left(path: Path) -> bool:
+            return not (path / layout.MANIFEST).exists() and not may_be_published(path)
+
         swept = []
         for path in _folders(self.root / layout.checked_vm(vm)):
             mine = layout.is_checkpoint_of(vm, path.name) and path.name not in keep
-            if mine and not (path / layout.MANIFEST).exists() and not may_be_published(path):
+            if mine and is_left(path):
                 # Hosts that share the store may sweep at the same time.
                 with contextlib.suppress(Conflict, FileNotFoundError), unpinned(path):
-                    _remove(path)
-                    swept.append(path.name)
+                    if is_left(path):  # still, now that nobody else is at it
+                        _remove(path)
+                        swept.append(path.name)
         return swept
 
-    def next_generation(self, vm: str, above: int = 0) -> int:
-        """A number greater than `above`, all given out before and all in manifests; durable.
+    def lives(self, vm: str) -> Lives:
+        """The lives of a VM, as this store knows them."""
+        return Lives(self.root, vm)
 
-        Callers in other processes wait for each other (flock). Raises CheckpointCorrupt if the
-        counter cannot be read.
-        """
-        folder = self.root / layout.checked_vm(vm)
-        make_private_dirs(folder)
-        with locked(folder / layout.GENERATION_LOCK):
-            known = [entry.manifest.generation for entry in self.list(vm) if entry.manifest]
-            generation = max([above, _read_counter(folder / layout.GENERATION), *known]) + 1
-            write_durably(folder / layout.GENERATION, b"%d\n" % generation)
-        return generation
+    def latest_generation(self, vm: str) -> int:
+        """The greatest that was given out or is in a manifest. Raises CheckpointCorrupt."""
+        known = [entry.manifest.generation for entry in self.list(vm) if entry.manifest]
+        return max([self.lives(vm).counter(), *known])
+
+    def identity(self) -> str:
+        """Which store this is: hosts with the same one share it; see `marker`."""
+        return marker.identity(self.root)
 
     def room(self, vm: str) -> int:
         """Bytes that are free for checkpoints of `vm`."""
@@ -329,18 +365,18 @@ def _is_whole(part: Path) -> bool:
     return (part / layout.PAGES).exists() and (part / layout.SUMS).exists()
 
 
+def discarded(checkpoint: str) -> NotFound:
+    """The error for a checkpoint under way whose folder is gone."""
+    return NotFound(f"checkpoint {checkpoint} was discarded; take a new one")
+
+
+def _require_whole(folder: Path, manifest: Manifest, here: Collection[str] | None) -> None:
+    for part in manifest.hosts:
+        if here is None or part.host in here:
+            slices.require_files(folder / part.host, manifest, part)
+
+
 def _remove(folder: Path) -> None:
     if folder.exists():
         CheckpointFolder(folder).remove()
         sync_folder(folder.parent)
-
-
-def _read_counter(path: Path) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        text = path.read_text("ascii", errors="replace").strip()
-        if not (text.isascii() and text.isdigit()):
-            raise CheckpointCorrupt(
-                f"{path} is not a number; write one above all generations there"
-            )
-        return int(text)
-    return 0

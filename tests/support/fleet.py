@@ -179,6 +179,10 @@ class LocalFleet:
     swept: list[str] = field(default_factory=list)
     dead: set[str] = field(default_factory=set)
     crowded: set[str] = field(default_factory=set)  # hosts that can set nothing more aside
+    name: str = "test"  # of the cluster
+
+    def cluster(self) -> str:
+        return self.name
 
     def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
         if vm in self.reserved:

@@ -17,6 +17,7 @@ from dcres.storage import layout, tables
 from dcres.storage.digest import FileSum
 from dcres.storage.manifest import DiskSnapshot, HostSlice, Manifest, Mode, Role
 from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
+from dcres.storage.pins import Hold
 from dcres.storage.slices import write_main_files, write_memory_tables
 from dcres.storage.store import Store
 
@@ -66,7 +67,7 @@ def take(
     """All files of a checkpoint of the RAM file `ram`, and its manifest, not yet published."""
     where = placement()
     checkpoint = store.new_id(vm, now, token)
-    store.begin(vm, checkpoint)
+    _begin(store, vm, checkpoint)
     parts = tuple(
         _slice(store.host_folder(vm, checkpoint, host), ram, where, index, memory_format)
         for index, host in enumerate(HOSTS)
@@ -94,6 +95,17 @@ def take(
     )
 
 
+def begin(store: Store, manifest: Manifest) -> None:
+    """Make the folder of a checkpoint, and leave it unpinned."""
+    _begin(store, manifest.vm, manifest.checkpoint)
+
+
+def _begin(store: Store, vm: str, checkpoint: str) -> None:
+    hold = Hold()
+    store.begin(vm, checkpoint, hold)
+    hold.drop()
+
+
 def folder(store: Store, manifest: Manifest) -> Path:
     """Where `store` has the checkpoint."""
     return store.root / manifest.vm / manifest.checkpoint
@@ -115,7 +127,7 @@ def rewritten(
 def republish(store: Store, manifest: Manifest) -> None:
     """Publish `manifest` in place of the one that is there."""
     (folder(store, manifest) / layout.MANIFEST).unlink()
-    store.publish(manifest)
+    store.publish(manifest, ())
 
 
 def store_with_demo(folder: Path) -> Store:

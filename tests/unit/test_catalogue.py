@@ -24,6 +24,7 @@ from dcres.storage.slices import write_memory_tables
 from dcres.storage.store import Store
 from tests.support.stored import (
     HOSTS,
+    begin,
     folder,
     memory,
     placement,
@@ -81,9 +82,9 @@ def apart(stores: dict[str, Store], tmp_path: Path) -> Manifest:
     whole = Store(tmp_path / "whole")
     manifest = take(whole, memory(tmp_path / "ram", placement() != tables.NOWHERE))
     for host, store in stores.items():
-        store.begin(manifest.vm, manifest.checkpoint)
+        begin(store, manifest)
         (folder(whole, manifest) / host).rename(folder(store, manifest) / host)
-    stores[HOSTS[0]].publish(manifest)
+    stores[HOSTS[0]].publish(manifest, HOSTS[:1])
     return manifest
 
 
@@ -138,7 +139,7 @@ def test_verified_as_in_one_store(
 ) -> None:
     found = StoresOfHosts().verify(apart.checkpoint)
     one = Store(tmp_path / "one")
-    one.begin(apart.vm, apart.checkpoint)
+    begin(one, apart)
     for host, store in stores.items():
         (folder(store, apart) / host).rename(folder(one, apart) / host)
     one.publish(apart)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -333,12 +333,25 @@ def test_a_host_that_does_not_answer_is_left_out(
     def run_on(host: str, function: Any, *args: Any, timeout_s: float) -> choosing.Look:
         if host == "b":
             raise DcresError("its disk is gone")
-        return choosing.Look(2 * MIB if host == "a" else 9 * MIB, ("h0",))
+        assert args[1:] == ("this cluster", True)
+        trouble = "its name is another's" if host == "c" else ""
+        return choosing.Look(2 * MIB if host == "a" else 9 * MIB, ("h0",), trouble)
 
     monkeypatch.setattr(_ray, "hosts", lambda: infos)
+    monkeypatch.setattr(_ray, "cluster_id", lambda: "this cluster")
     monkeypatch.setattr(_ray, "run_on", run_on)
-    found = choosing.look_around(manifest)
+    found = choosing.look_around(manifest, take_over=True)
     assert [(each.info.name, each.info.memory_free_bytes // MIB) for each in found] == [
         ("a", 2),
         ("c", 3),
     ]
+
+
+def test_a_main_host_whose_store_has_another_cluster_s_vm_is_no_main_host(
+    manifest: Manifest,
+) -> None:
+    why = "VM demo of another cluster has this name"
+    hosts = [replace(seen("a", 9, ALL), trouble=why), seen("b", 9)]
+    plan = plan_restore(manifest, Wish(count=1, names=("a",)), hosts)
+    assert plan.problems == (why,)
+    choosing.require_name(choosing.Choice(Layout(main=MEMORY), ("b", "a"), ""), hosts)

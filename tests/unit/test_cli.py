@@ -680,6 +680,7 @@ class TestJson:
             (["--hosts", "3", "--lazy"], {"single": False, "hosts": 3, "lazy": True}),
             (["--hosts", "h1,h2"], {"single": False, "hosts": "h1,h2", "lazy": False}),
             (["--hosts", "²"], {"single": False, "hosts": "²", "lazy": False}),
+            (["--take-over"], {"single": False, "hosts": None, "lazy": False, "take_over": True}),
         ],
     )
     def test_where_to_restore(
@@ -689,6 +690,7 @@ class TestJson:
         fake: FakeCluster,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
+        expected = {"take_over": False, **expected}
         assert main(["restore", "box-1", *arguments, "--json"]) == 0
         assert fake.asked[-1] == ("restore", None, expected)
         assert answer_of(capsys) == RESTORED

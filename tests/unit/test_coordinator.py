@@ -15,6 +15,7 @@ from dcres.actors import checkpointing
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.host import Meter
 from dcres.actors.messages import (
+    ClaimOrder,
     Finished,
     Foreseen,
     Incarnation,
@@ -88,6 +89,8 @@ class World:
     saved_pages: dict[str, int] = field(default_factory=dict)
     stores: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parts; default: all
     left: list[int] = field(default_factory=list)  # pages after `synchronise`, last first
+    looked_at: tuple[str, ...] = ()  # hosts whose files the main host has looked at
+    saved_to: dict[str, str] = field(default_factory=dict)  # which store; default: one for all
 
     def parts(self, host: str, manifest: str) -> tuple[str, ...]:
         every = tuple(part.host for part in loads(manifest, Path("manifest.json")).hosts)
@@ -178,7 +181,8 @@ class FakeHost:
     def _saved(self, files: list[str], placed: tuple[Placed, ...] = ()) -> Saved:
         sums = tuple({"name": name, "length_bytes": 1, "sha256": "0" * 64} for name in files)
         pages = self.world.saved_pages.get(self.host, PAGES)
-        return Saved(self.host, pages, PAGES * 4096, PAGES * 4096, 0.1, DIGEST, sums, placed)
+        written, store = PAGES * 4096, self.world.saved_to.get(self.host, "store")
+        return Saved(self.host, pages, written, written, 0.1, DIGEST, sums, placed, store)
 
 
 class FakeMain(FakeHost):
@@ -251,8 +255,9 @@ class FakeMain(FakeHost):
         )
         self.world.state["reshaping"] = False
 
-    def next_generation(self, above: int) -> int:
-        return above + 1
+    def claim(self, order: ClaimOrder) -> int:
+        self.world.note(self.host, f"claim {order.take_over}" if order.take_over else "claim")
+        return order.above + 1
 
     def boot(self, order: RunOrder) -> None:
         self.world.note(self.host, "boot")
@@ -299,9 +304,10 @@ class FakeMain(FakeHost):
         self.world.frozen, self.world.run_state = False, "running"
         return 1.5
 
-    def publish(self, manifest: str) -> None:
+    def publish(self, manifest: str, here: tuple[str, ...]) -> None:
         self.world.note(self.host, "publish")
         name = loads(manifest, Path("manifest.json")).checkpoint
+        self.world.looked_at = here
         self.world.published[name] = manifest
         self.world.unfinished = {each for each in self.world.unfinished if each[0] != name}
         self.world.state["checkpoint"] = None
@@ -1489,3 +1495,31 @@ def test_it_ends_a_host_that_was_about_to_join(
     assert "h3.destroy" in world.done
     assert [each["host"] for each in found.status()["hosts"]] == ["h0", "h1", "h2"]
     assert world.runs
+
+
+# The store
+
+
+@pytest.mark.parametrize(
+    ("stores", "looked_at"),
+    [({}, ("h0", "h1", "h2")), ({"h1": "its own"}, ("h0", "h2")), ({"h0": "its own"}, ("h0",))],
+)
+def test_the_main_host_looks_at_the_parts_in_its_own_store(
+    started: Coordinator, world: World, stores: dict[str, str], looked_at: tuple[str, ...]
+) -> None:
+    world.saved_to = stores
+    started.checkpoint()
+    assert set(world.looked_at) == set(looked_at)
+
+
+def test_a_name_that_is_another_cluster_s_is_refused_before_anything_is_started(
+    coordinator: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    world.fail["h0.claim"] = Conflict("VM vm of another cluster has this name")
+    with pytest.raises(Conflict, match="another cluster"):
+        coordinator.start(SPEC)
+    assert not any(world.count(f"{host}.{what}") for host in fleet.hosts for what in BEGINNINGS)
+    require_nothing(world, fleet)
+    world.fail.clear()
+    coordinator.start(SPEC, take_over=True)
+    assert world.count("h0.claim True") == 1

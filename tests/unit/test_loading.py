@@ -11,7 +11,7 @@ import pytest
 from dcres.actors.host import Daemon
 from dcres.actors.loading import SliceHost
 from dcres.actors.main_host import MainHost
-from dcres.actors.messages import Incarnation, PartsOrder, RunOrder
+from dcres.actors.messages import ClaimOrder, Incarnation, PartsOrder, RunOrder
 from dcres.actors.sub_host import SubHost
 from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings, vm_spec
@@ -132,10 +132,13 @@ def test_a_start_sweeps_nothing_that_may_be_published(
     kernel = settings.store / "kernel"
     kernel.write_bytes(b"")
     spec = vm_spec({"name": "demo", "memory": "384KiB", "kernel": str(kernel), "layout": SHARES})
-    order = RunOrder(Incarnation("demo", 1, "5e" * 32), spec, ("h0",), (), None)
     with TemporaryDirectory(prefix="dcres-t-", dir="/dev/shm") as ram:
         own = settings.model_copy(update={"ram": Path(ram)})
+        host = MainHost("demo", environ=own.environ())
+        incarnation = Incarnation("demo", host.claim(ClaimOrder("test")), "5e" * 32)
+        order = RunOrder(incarnation, spec, ("h0",), (), None)
         with pytest.raises(QemuFailed, match="that was all"):
-            MainHost("demo", environ=own.environ()).boot(order)
+            host.boot(order)
+        host.destroy()
     assert folder(store, stored).is_dir()
     assert not half.exists()

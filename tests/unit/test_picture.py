@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcres.actors.coordinator import Coordinator
+from dcres.actors.messages import ClaimOrder
 from dcres.actors.picturing import look
 from dcres.errors import Conflict, NotFound
 from dcres.model.history import Ticks
@@ -152,7 +153,7 @@ class Host:
     def destroy(self) -> None:
         """Nothing runs."""
 
-    def next_generation(self, above: int) -> int:
+    def claim(self, order: ClaimOrder) -> int:
         assert self.coordinator is not None
         with pytest.raises(Conflict, match="is starting") as caught:
             self.coordinator.placement(8)

@@ -25,6 +25,7 @@ from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.storage import layout, tables
 from dcres.storage.buffers import Buffers
 from dcres.storage.memory_file import SAVING_THREADS, MemoryFileWriter
+from dcres.storage.pins import Hold
 from dcres.storage.store import Store
 from dcres.storage.transfer import BATCH_PAGES
 from tests.support.stored import folder, memory, placement, take
@@ -75,7 +76,6 @@ class Host(SavingHost):
         self.memory.write_bytes(os.urandom(PAGES * 4096))
 
     def prepare(self, checkpoint: str) -> None:
-        self._store.begin("vm", checkpoint)
         self._begin_saving(checkpoint, MemoryFormat.PACKED, self.memory, self.daemon)  # type: ignore[arg-type]
 
     def save(self, checkpoint: str) -> Saved:
@@ -160,7 +160,7 @@ def test_rounds_go_on_after_a_host_was_ready_for_the_stop(host: Host) -> None:
     host.stage(FIRST, PAGES)
     assert host.save(FIRST).pages == PAGES
     saved = PlainMemory(PAGES * 4096)
-    saved.add_saved(host._store.host_folder("vm", FIRST, "h1"), "h1")
+    saved.add_saved(host._store.root / "vm" / FIRST / "h1", "h1")
     assert {page: bytes(saved.at(page)) for page in expected} == expected
 
 
@@ -321,6 +321,8 @@ def test_a_sub_host_that_is_told_twice_keeps_what_it_has_begun(
     host = serving_sub_host(tmp_path, monkeypatch)
     store = Store(tmp_path / "store")
     wanted = "demo-20260301-120000-0009"
+    other = Hold()
+    store.begin("demo", wanted, other)
     core = store.host_folder("demo", wanted, "h0") / layout.VMCORE
     core.write_bytes(b"core")
     for _ in range(2):
@@ -328,3 +330,4 @@ def test_a_sub_host_that_is_told_twice_keeps_what_it_has_begun(
     host.stage(wanted, 0)
     assert host.save(wanted).pages == PAGES
     assert core.read_bytes() == b"core"
+    other.drop()

@@ -8,21 +8,25 @@ import os
 import shutil
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound
+from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound, StorageError
 from dcres.linux.files import opened
 from dcres.linux.removal import CheckpointFolder
 from dcres.model.formats import MemoryFormat
+from dcres.model.ownership import Claimant
 from dcres.model.pages import PAGE_SIZE, extents_of_mask
-from dcres.storage import layout, memory_file, tables
+from dcres.storage import layout, marker, memory_file, tables
 from dcres.storage.manifest import Manifest
 from dcres.storage.memory_file import SavedMemory
 from dcres.storage.page_reader import PageReader
+from dcres.storage.pins import Hold, unpinned
 from dcres.storage.slices import write_main_files, write_memory_tables
 from dcres.storage.store import Store
 from tests.support.stored import (
@@ -36,6 +40,8 @@ from tests.support.stored import (
     rewritten,
     take,
 )
+
+ME = Claimant("here", "h0", "machine", "boot")
 
 
 @pytest.fixture
@@ -71,9 +77,10 @@ def test_names_cannot_leave_the_store(root: Store, name: str) -> None:
     checkpoint = "a-20260101-160000-00ff"
     for attempt in (
         lambda: root.new_id(name, NOW, "0000"),
-        lambda: root.begin(name, checkpoint),
-        lambda: root.begin("a", name),
+        lambda: root.begin(name, checkpoint, Hold()),
+        lambda: root.begin("a", name, Hold()),
         lambda: root.host_folder("a", checkpoint, f"{name}/"),
+        lambda: root.lives(name),
         lambda: root.get(name),
         lambda: root.delete(name),
         lambda: root.sweep(name),
@@ -86,7 +93,7 @@ def test_names_cannot_leave_the_store(root: Store, name: str) -> None:
 
 def test_a_checkpoint_belongs_to_its_vm(root: Store) -> None:
     with pytest.raises(NotFound, match="not one of VM b"):
-        root.begin("b", "a-20260101-160000-00ff")
+        root.begin("b", "a-20260101-160000-00ff", Hold())
 
 
 def test_folders_and_files_are_private(root: Store, published: Manifest) -> None:
@@ -155,7 +162,7 @@ def test_a_crash_before_the_rename_announces_nothing(
 
 
 def test_sweep_leaves_the_rest_alone(root: Store, published: Manifest) -> None:
-    root.next_generation("demo")
+    os.close(root.lives("demo").claim(ME, 0, "now").lock)
     (root.root / "demo" / "mine").mkdir()
     assert root.sweep("demo") == []
     assert root.get(published.checkpoint) == published
@@ -215,10 +222,110 @@ def test_publish_may_be_repeated_but_not_changed(root: Store, published: Manifes
     with pytest.raises(Conflict, match="other content"):
         root.publish(published.model_copy(update={"tick": 8}))
     with pytest.raises(Conflict, match="published already"):
-        root.begin(published.vm, published.checkpoint)
+        root.begin(published.vm, published.checkpoint, Hold())
     with pytest.raises(Conflict, match="delete it"):
         root.discard(published.vm, published.checkpoint)
     assert root.get(published.checkpoint) == published
+
+
+@pytest.mark.parametrize("change", ["missing", "shorter", "longer", "folder"])
+def test_nothing_is_published_that_lacks_a_byte(
+    root: Store, ram: Path, change: str, tmp_path: Path
+) -> None:
+    """Whatever happened to a file after its host had voted; the last checkpoint stays good."""
+    for memory_format in MemoryFormat:
+        manifest = take(root, ram, memory_format=memory_format)
+        for path in files_of(root, manifest):
+            aside = tmp_path / "aside"
+            if change == "folder":
+                path.parent.rename(aside)
+            else:
+                path.rename(aside)
+            if change in ("shorter", "longer"):
+                whole = aside.read_bytes()
+                path.write_bytes(whole[:-1] if change == "shorter" else whole + b"1")
+            with pytest.raises(StorageError, match="is not published") as told:
+                root.publish(manifest)
+            assert path.parent.name in str(told.value)
+            assert root.list() == []
+            if change == "folder":
+                aside.rename(path.parent)
+            else:
+                aside.replace(path)
+        root.publish(manifest)
+        assert root.verify(manifest.checkpoint).ok
+        root.delete(manifest.checkpoint)
+
+
+def test_parts_in_other_stores_are_their_hosts_affair(root: Store, ram: Path) -> None:
+    manifest = take(root, ram)
+    shutil.rmtree(folder(root, manifest) / HOSTS[1])
+    with pytest.raises(StorageError, match="h1"):
+        root.publish(manifest, HOSTS[:2])
+    root.publish(manifest, (HOSTS[0], HOSTS[2]))
+
+
+def test_what_is_being_taken_is_not_swept_by_anybody(root: Store) -> None:
+    """Neither by its own cluster nor by another's, nor discarded; and it is there in the end."""
+    checkpoint, hold = Store.new_id("demo", NOW, "0001"), Hold()
+    root.begin("demo", checkpoint, hold)
+    part = root.host_folder("demo", checkpoint, "h0")
+    (part / layout.MEMORY).write_bytes(b"page")
+    for other in (root, Store(root.root)):
+        assert other.sweep("demo") == []
+        assert other.sweep("demo", whole_parts=False) == []
+        with pytest.raises(Conflict, match="is being taken"):
+            other.discard("demo", checkpoint)
+        with pytest.raises(NotFound):
+            other.delete(checkpoint)
+    assert (part / layout.MEMORY).read_bytes() == b"page"
+    hold.let_go(checkpoint)
+    assert root.sweep("demo") == [checkpoint]
+
+
+def test_nothing_makes_anew_what_was_swept(root: Store, ram: Path) -> None:
+    manifest = take(root, ram)
+    shutil.rmtree(folder(root, manifest))
+    with pytest.raises(NotFound, match="was discarded"):
+        root.host_folder("demo", manifest.checkpoint, HOSTS[0])
+    with pytest.raises(NotFound, match="was discarded"):
+        root.publish(manifest)
+    assert not folder(root, manifest).exists()
+
+
+def test_a_checkpoint_that_is_published_while_a_sweep_looks_stays(
+    root: Store, ram: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep has seen no manifest, and then it has the folder to itself."""
+    manifest = take(root, ram)
+
+    @contextmanager
+    def published_before(path: Path) -> Iterator[None]:
+        root.publish(manifest)
+        with unpinned(path):
+            yield
+
+    monkeypatch.setattr("dcres.storage.store.unpinned", published_before)
+    assert root.sweep("demo") == []
+    (folder(root, manifest) / layout.MANIFEST).unlink()
+    with pytest.raises(Conflict, match="published already"):
+        root.discard("demo", manifest.checkpoint)
+    assert root.verify(manifest.checkpoint).ok
+
+
+def test_a_store_has_one_mark_for_all_who_write_to_it(root: Store) -> None:
+    assert root.identity() == ""
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(marker.mark(root.root))) for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(found) == {root.identity()}
+    assert [path.name for path in root.root.iterdir()] == [layout.MARKER]
+    assert Store(root.root.with_name("other")).identity() == ""
 
 
 def test_discard_may_be_repeated(root: Store, ram: Path) -> None:
@@ -289,28 +396,6 @@ def test_similar_ids_are_named(root: Store, published: Manifest) -> None:
         root.get(published.checkpoint[:-7])
     with pytest.raises(NotFound, match="see `dcres checkpoints`"):
         root.get("zzz")
-
-
-def test_generations_only_grow(root: Store, ram: Path) -> None:
-    assert [root.next_generation("demo") for _ in range(3)] == [1, 2, 3]
-    root.publish(take(root, ram, generation=40))
-    assert root.next_generation("demo") == 41
-    (root.root / "demo" / layout.GENERATION).write_text("7 or 8")
-    with pytest.raises(CheckpointCorrupt, match="generation is not a number"):
-        root.next_generation("demo")
-
-
-def test_generations_are_given_out_once(root: Store) -> None:
-    given: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: given.append(root.next_generation("demo")))
-        for _ in range(16)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(given) == list(range(1, 17))
 
 
 def test_room_before_the_first_checkpoint(root: Store) -> None:

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from dcres.actors.loading import make_plan
-from dcres.actors.messages import Incarnation, LoadOrder, PlanOrder, Reading, Resumption, RunOrder
+from dcres.actors.messages import (
+    ClaimOrder,
+    Incarnation,
+    LoadOrder,
+    PlanOrder,
+    Reading,
+    Resumption,
+    RunOrder,
+)
 from dcres.actors.restoring import spec_for
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, Conflict, OperationFailed, PagingError
@@ -46,7 +54,7 @@ def loaded_on_one_host(rig: Rig, manifest: Manifest) -> Iterator[Watched]:
     """An ordinary VM with everything in memory that has not run since the checkpoint."""
     spec = spec_for(manifest, Layout(main=manifest.memory_bytes))
     host = Watched("vm", environ=rig.settings["h0"].environ())
-    incarnation = Incarnation("vm", host.next_generation(), "5e" * 32)
+    incarnation = Incarnation("vm", host.claim(ClaimOrder("test")), "5e" * 32)
     everything = PlanOrder(
         dumps(manifest), (manifest.page_count,), ((True,),) * len(manifest.hosts), masks=True
     )
@@ -130,7 +138,7 @@ def require_refused_when_late(vm: Rig, checkpoint: str) -> None:
         main.prepare("vm-20260101-000000-0000", MemoryFormat.PACKED)
     late = vm.store.get(checkpoint).model_copy(update={"checkpoint": "vm-20260101-000000-0000"})
     with pytest.raises(Conflict, match="given up"):
-        main.publish(dumps(late))
+        main.publish(dumps(late), ("h0", "h1", "h2"))
     assert vm.coordinator.status()["hosts"][0]["run_state"] == "running"
     await_checks(vm.console)
 

@@ -182,6 +182,7 @@ def die(vm: Rig, index: int) -> Callable[[], None]:
     actor.die()
     daemon = host._pager if index == 0 else host._server
     daemon._wanted = False  # its watching thread is gone with it
+    host._kept.drop()  # and so is what it had pinned
     if index == 0 and host._monitor is not None:
         host._monitor.close()
     end: Callable[[], None] = host._end_saving

@@ -27,6 +27,7 @@ from dcres.actors._ray.actors import ActorPort, find, kill, list_actors
 from dcres.actors._ray.addresses import ADDRESS_VARIABLE, resolve
 from dcres.actors._ray.calls import Pending, gather
 from dcres.actors._ray.connection import (
+    cluster_id,
     connect,
     connected_address,
     current_actor_name,
@@ -49,6 +50,7 @@ __all__ = [
     "ActorPort",
     "Pending",
     "Reservation",
+    "cluster_id",
     "connect",
     "connected_address",
     "current_actor_name",

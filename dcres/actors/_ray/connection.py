@@ -99,6 +99,15 @@ def current_actor_name() -> str | None:
     return ray.get_runtime_context().get_actor_name() or None
 
 
+def cluster_id() -> str:
+    """The name that Ray's control service gave the cluster when it first began.
+
+    It keeps it through restarts as far as it keeps anything: a head node that is started again
+    without storage of its own begins another cluster.
+    """
+    return str(ray_worker.global_worker.gcs_client.cluster_id.hex())
+
+
 def own_node_address() -> str:
     """The address that other hosts reach this one at: that of the Ray node we belong to."""
     node_id = ray.get_runtime_context().get_node_id()

@@ -1,0 +1,62 @@
+"""The mark of a store: a small file that says a folder is one, and which.
+
+Hosts compare it to find out whether they share a store. It is made when the store is first
+written to, and what has none is no store of dcres.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from dcres.linux.files import opened_own
+from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_whole
+from dcres.storage.layout import MARKER
+
+_VERSION = 1
+
+
+def identity(root: Path) -> str:
+    """The identity of the store `root`; empty if it has no mark."""
+    try:
+        values = json.loads((root / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(values.get("id", "")) if isinstance(values, dict) else ""
+
+
+def mark(root: Path) -> str:
+    """The same, for a store that is to be written to: made, and durable, if it was missing.
+
+    Of several hosts that make one at the same time one is first, and its is the store's. Raises
+    StoreFull, StoreReadOnly.
+    """
+    make_private_dirs(root)
+    found = identity(root)
+    if found:
+        return found
+    token = secrets.token_hex(16)
+    text = json.dumps({"id": token, "version": _VERSION}, sort_keys=True) + "\n"
+    temporary = root / f".{MARKER}.{token}.tmp"
+    with store_written(temporary):
+        try:
+            with opened_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+                write_whole(fd, text.encode("ascii"))
+                os.fsync(fd)
+            _name(temporary, root / MARKER)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(root)
+    return identity(root)
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """link(2) lets nobody replace what is there; some file systems have no links."""
+    with suppress(FileExistsError):
+        try:
+            os.link(temporary, path)
+        except PermissionError:
+            os.rename(temporary, path)

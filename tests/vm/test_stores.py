@@ -1,0 +1,205 @@
+"""A VM and its store: what else is done there meanwhile, whose name it is, and one to read only."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from dcres.actors.coordinator import Coordinator
+from dcres.actors.main_host import MainHost
+from dcres.errors import Conflict, OperationFailed
+from dcres.linux.process import ProcessId
+from dcres.storage import layout
+from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.store import Store
+from tests.support.fleet import LocalFleet, real_hosts
+from tests.support.vm import Rig, await_checks, rig, spec_of
+from tests.support.wait import until
+
+pytestmark = pytest.mark.vm
+
+SPEC = spec_of(fill=8)
+
+
+class Disturbed(MainHost):
+    """A main host in whose store somebody does something before it publishes."""
+
+    disturb: ClassVar[Callable[[Path], object] | None] = None
+
+    def publish(self, manifest: str, here: tuple[str, ...]) -> None:
+        disturb, Disturbed.disturb = Disturbed.disturb, None
+        if disturb is not None:
+            checkpoint = str(self._state["checkpoint"])
+            disturb(self._store.root / self._vm / checkpoint)
+        super().publish(manifest, here)
+
+
+@pytest.fixture(scope="module")
+def vm() -> Iterator[Rig]:
+    with rig(main=Disturbed) as made:
+        made.boot(SPEC)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def taken(vm: Rig) -> Manifest:
+    return vm.checkpoint()
+
+
+@contextmanager
+def another_cluster(vm: Rig, store: Path) -> Iterator[tuple[LocalFleet, Coordinator]]:
+    """Hosts of another one, whose checkpoints go to `store`."""
+    settings = {
+        name: each.model_copy(
+            update={
+                "run": vm.folder / "another" / name,
+                "ram": vm.ram / f"another-{name}",
+                "store": store,
+            }
+        )
+        for name, each in vm.settings.items()
+    }
+    fleet = real_hosts(settings)
+    fleet.name = "another"
+    coordinator = Coordinator("vm", fleet)
+    try:
+        yield fleet, coordinator
+    finally:
+        coordinator.stop()
+
+
+def restart_main(vm: Rig) -> None:
+    """The main host's actor is killed, and Ray starts it again."""
+    main = vm.main()
+    vm.fleet.actor("vm", 0).die()
+    main._pager._wanted = False  # what watches it is gone with its process
+    if main._monitor is not None:
+        main._monitor.close()
+    main._kept.drop()
+    vm.fleet.actor("vm", 0).restart()
+
+
+def test_nobody_takes_the_files_of_a_checkpoint_under_way(vm: Rig) -> None:
+    disturbed = []
+
+    def disturb(folder: Path) -> None:
+        disturbed.append(folder)
+        other = Store(vm.store.root)
+        assert other.sweep("vm") == other.sweep("vm", whole_parts=False) == []
+        with pytest.raises(Conflict, match="in use"):
+            other.discard("vm", folder.name)
+
+    Disturbed.disturb = disturb
+    manifest = vm.checkpoint()
+    assert [folder.name for folder in disturbed] == [manifest.checkpoint]
+    assert vm.store.verify(manifest.checkpoint).ok
+    vm.store.delete(manifest.checkpoint)  # it is pinned no longer
+
+
+@pytest.mark.parametrize("lost", ["h0/memory.pack", "h1/memory.pack", "h2"])
+def test_what_lost_a_file_after_the_votes_is_not_published(vm: Rig, lost: str) -> None:
+    before = vm.listed()
+    Disturbed.disturb = lambda folder: (folder / lost).rename(folder.with_name("aside"))
+    with pytest.raises(OperationFailed, match="is not published") as caught:
+        vm.coordinator.checkpoint()
+    assert lost in str(caught.value)
+    assert "the VM goes on" in str(caught.value)
+    assert vm.listed() == before
+    subprocess.run(["rm", "-r", vm.store.root / "vm" / "aside"], check=True)
+    await_checks(vm.console)
+    assert vm.store.verify(vm.checkpoint().checkpoint).ok
+
+
+def test_a_name_is_one_cluster_s(vm: Rig, taken: Manifest) -> None:
+    """As long as its QEMU runs, whatever becomes of the actors."""
+    with another_cluster(vm, vm.store.root) as (fleet, other):
+        with pytest.raises(Conflict, match=r"another cluster .* runs on host h0"):
+            other.start(SPEC, take_over=True)
+        with pytest.raises(Conflict, match=r"another cluster .* runs on host h0"):
+            other.restore(dumps(taken), take_over=True)
+        assert fleet.reserved == {}
+        restart_main(vm)
+        with pytest.raises(Conflict, match="another cluster"):
+            other.start(SPEC)
+        assert vm.store.verify(vm.checkpoint().checkpoint).ok
+        qemu = ProcessId.of(vm.coordinator.status()["hosts"][0]["qemu_pid"])
+        assert qemu is not None
+        qemu.kill()
+        assert qemu.wait_gone(20)
+        other.restore(dumps(taken))
+        with pytest.raises(Conflict, match="runs on host h0"):
+            vm.restore(taken)
+        other.stop()
+    vm.restore(taken)
+    await_checks(vm.console)
+
+
+def test_a_former_life_takes_no_checkpoint(vm: Rig) -> None:
+    """Another one has begun, on storage whose locks do not show that this one runs."""
+    counter = vm.store.root / "vm" / layout.GENERATION
+    known, before = counter.read_text(), vm.listed()
+    counter.write_text("1000\n")
+    try:
+        with pytest.raises(OperationFailed, match="is over: generation 1000 has begun"):
+            vm.coordinator.checkpoint()
+    finally:
+        counter.write_text(known)
+    assert vm.listed() == before
+    Disturbed.disturb = lambda folder: counter.write_text("1000\n")
+    try:
+        with pytest.raises(OperationFailed, match="is over"):
+            vm.coordinator.checkpoint()
+    finally:
+        counter.write_text(known)
+    assert vm.listed() == before
+    vm.checkpoint()
+
+
+@contextmanager
+def read_only(store: Path, at: Path) -> Iterator[Path]:
+    at.mkdir()
+    subprocess.run(["mount", "--bind", store, at], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", at], check=True)
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+def test_a_restore_from_a_store_to_read_only(
+    vm: Rig, taken: Manifest, tmp_path: Path, lazy: bool
+) -> None:
+    vm.coordinator.stop()
+    tree = sorted(path for path in vm.store.root.rglob("*"))
+    with (
+        read_only(vm.store.root, tmp_path / "store") as store,
+        another_cluster(vm, store) as (_, other),
+    ):
+        generations = []
+        for _ in range(2):
+            other.restore(dumps(taken), lazy=lazy)
+            generations.append(other._main().call("describe")["generation"])
+            console = Path(other.status()["hosts"][0]["console"])
+            await_checks(console)
+            with pytest.raises(OperationFailed, match="Read-only file system") as caught:
+                other.checkpoint()
+            assert "make the store writable" in str(caught.value)
+            assert "the VM goes on" in str(caught.value)
+            if len(generations) < 2:
+                other.stop()
+        assert taken.generation < generations[0] < generations[1]
+        assert sorted(path for path in vm.store.root.rglob("*")) == tree
+        subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
+        until(lambda: not other.status()["hosts"][0]["bringing_in"], 60, "all pages are there")
+        saved = other.checkpoint()["checkpoint"]
+        assert vm.store.verify(saved).ok
+        assert vm.store.get(saved).generation == generations[1]
+        with pytest.raises(Conflict, match="another cluster"):
+            vm.restore(taken)
+    vm.restore(taken)
