@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,10 +43,13 @@ from dcres.storage.store import Store
 log = logging.getLogger("dcres.coordinator")
 
 _T = TypeVar("_T")
+_NEXT_TOKEN = timedelta(microseconds=16)
 
 
 class Coordinator(Coordination):
     """One VM's driver; see the module."""
+
+    _latest = datetime.fromtimestamp(0, UTC)  # when the last checkpoint was begun
 
     def start(
         self,
@@ -129,8 +132,9 @@ class Coordinator(Coordination):
             if not ports:
                 raise NotFound(f"VM {self._vm} does not run; start it or restore a checkpoint")
             began = time.monotonic()
-            now = datetime.now(UTC)
-            # The four digits tell checkpoints of one second apart, and put them in order.
+            # A clock may be set back, and ids are in order. The four digits tell checkpoints of
+            # one second apart.
+            now = self._latest = max(datetime.now(UTC), self._latest + _NEXT_TOKEN)
             name = checkpoint or Store.new_id(self._vm, now, f"{now.microsecond // 16:04x}")
             target = Target(downtime_s, max_rounds, self._fixed_s)
             running = Checkpointing(

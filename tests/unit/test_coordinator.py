@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -1523,3 +1524,20 @@ def test_a_name_that_is_another_cluster_s_is_refused_before_anything_is_started(
     world.fail.clear()
     coordinator.start(SPEC, take_over=True)
     assert world.count("h0.claim True") == 1
+
+
+def test_ids_are_in_order_though_the_clock_is_set_back(
+    started: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+    class Clock(datetime):
+        times: ClassVar[list[datetime]] = [noon, noon, noon - timedelta(hours=1), noon]
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return cls.times.pop(0)
+
+    monkeypatch.setattr("dcres.actors.coordinator.datetime", Clock)
+    names = [started.checkpoint()["checkpoint"] for _ in range(4)]
+    assert names == [f"vm-20260301-120000-{number:04x}" for number in range(4)]
