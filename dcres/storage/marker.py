@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from contextlib import suppress
 from pathlib import Path
 
+from dcres.errors import StorageError
 from dcres.linux.files import opened_own
 from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_whole
 from dcres.storage.layout import MARKER
@@ -32,7 +32,7 @@ def mark(root: Path) -> str:
     """The same, for a store that is to be written to: made, and durable, if it was missing.
 
     Of several hosts that make one at the same time one is first, and its is the store's. Raises
-    StoreFull, StoreReadOnly.
+    StoreFull, StoreReadOnly, StorageError for a damaged one.
     """
     make_private_dirs(root)
     found = identity(root)
@@ -50,13 +50,17 @@ def mark(root: Path) -> str:
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(root)
-    return identity(root)
+    found = identity(root)
+    if not found:
+        raise StorageError(f"{root / MARKER} is damaged; remove it, and it is made anew")
+    return found
 
 
 def _name(temporary: Path, path: Path) -> None:
     """link(2) lets nobody replace what is there; some file systems have no links."""
-    with suppress(FileExistsError):
-        try:
-            os.link(temporary, path)
-        except PermissionError:
-            os.rename(temporary, path)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:
+        os.rename(temporary, path)

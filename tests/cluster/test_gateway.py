@@ -134,6 +134,12 @@ class TestHosts:
         for name in cluster.hosts:
             assert gateway.run_on(name, host_of_task) == name
 
+    def test_the_cluster_has_one_name_everywhere(self, cluster: LocalCluster) -> None:
+        """Other than that of any other cluster: what says whose a VM is (`Fleet.cluster`)."""
+        here = gateway.cluster_id()
+        assert len(here) == 56
+        assert {gateway.run_on(name, gateway.cluster_id) for name in cluster.hosts} == {here}
+
     def test_one_process_of_a_host_answers_all_and_is_replaced(self, cluster: LocalCluster) -> None:
         name = cluster.hosts[1]
         runner = gateway.run_on(name, os.getpid)

@@ -328,6 +328,26 @@ def test_a_store_has_one_mark_for_all_who_write_to_it(root: Store) -> None:
     assert Store(root.root.with_name("other")).identity() == ""
 
 
+def test_a_mark_where_there_are_no_links(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert marker.mark(root.root) == root.identity() != ""
+    assert [path.name for path in root.root.iterdir()] == [layout.MARKER]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
+def test_a_damaged_mark_is_told(root: Store, content: bytes) -> None:
+    """Two stores with such marks would pass for one."""
+    root.root.mkdir()
+    (root.root / layout.MARKER).write_bytes(content)
+    assert root.identity() == ""
+    with pytest.raises(StorageError, match="is damaged; remove it"):
+        root.begin("demo", Store.new_id("demo", NOW, "0001"), Hold())
+    assert (root.root / layout.MARKER).read_bytes() == content
+
+
 def test_discard_may_be_repeated(root: Store, ram: Path) -> None:
     manifest = take(root, ram)
     root.discard(manifest.vm, manifest.checkpoint)
