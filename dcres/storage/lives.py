@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict
-from dcres.linux.files import is_locked, lock_for_good, locked, open_own
+from dcres.linux.files import is_locked, lock_for_good, locked
+from dcres.linux.removal import create, remove_life
 from dcres.model.ownership import Claimant, Life, refusal
 from dcres.storage import layout, marker
 from dcres.storage.atomic import (
@@ -60,7 +62,7 @@ class Lives:
             claimed = self._begin(me, generation, since)
             for life in lives:
                 if not life.held:  # those that run show it by their lock
-                    self._path(life.generation).unlink(missing_ok=True)
+                    remove_life(self._path(life.generation))
         return claimed
 
     def renew(self, me: Claimant, generation: int, since: str) -> Claimed | None:
@@ -93,7 +95,7 @@ class Lives:
             return
         with locked(self._folder / layout.GENERATION_LOCK):
             if self._owner_of(generation) == me and not is_locked(path):
-                path.unlink()
+                remove_life(path)
                 sync_folder(self._folder)
 
     def trouble(self, me: Claimant, *, take_over: bool = False) -> str:
@@ -121,10 +123,10 @@ class Lives:
     def _begin(self, me: Claimant, generation: int, since: str) -> Claimed:
         write_durably(self._folder / layout.GENERATION, b"%d\n" % generation)
         path = self._path(generation)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         text = json.dumps({**asdict(me), "since": since}, sort_keys=True) + "\n"
         with store_written(path):
-            fd = open_own(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            fd, ours = create(temporary, os.O_RDWR)
             try:
                 lock_for_good(fd)  # before anybody can find it free
                 write_whole(fd, text.encode("ascii"))
@@ -132,7 +134,7 @@ class Lives:
                 os.rename(temporary, path)
                 sync_folder(self._folder)
             except BaseException:
-                temporary.unlink(missing_ok=True)
+                ours.remove()
                 os.close(fd)
                 raise
         return Claimed(generation, fd)

@@ -12,8 +12,8 @@ import secrets
 from pathlib import Path
 
 from dcres.errors import StorageError
-from dcres.linux.files import opened_own
-from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_whole
+from dcres.linux.removal import create
+from dcres.storage.atomic import make_private_dirs, store_written, sync_folder
 from dcres.storage.layout import MARKER
 
 _VERSION = 1
@@ -42,13 +42,15 @@ def mark(root: Path) -> str:
     text = json.dumps({"id": token, "version": _VERSION}, sort_keys=True) + "\n"
     temporary = root / f".{MARKER}.{token}.tmp"
     with store_written(temporary):
+        fd, ours = create(temporary, os.O_WRONLY)
         try:
-            with opened_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
-                write_whole(fd, text.encode("ascii"))
+            with open(fd, "w") as file:
+                file.write(text)
+                file.flush()
                 os.fsync(fd)
             _name(temporary, root / MARKER)
         finally:
-            temporary.unlink(missing_ok=True)
+            ours.remove()
         sync_folder(root)
     found = identity(root)
     if not found:
