@@ -28,6 +28,7 @@ from dcres.actors.ports import Port
 from dcres.actors.publishing import Subject, checkpoint_facts
 from dcres.actors.replacing import Checked, Replacing, Shares, settle_shape
 from dcres.actors.restoring import Restoring, spec_for
+from dcres.actors.wanting import while_it_lives
 from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import (
     Conflict,
@@ -56,15 +57,17 @@ class Coordinator(Coordination):
         values: dict[str, Any],
         hosts: Sequence[str] | None = None,
         take_over: bool = False,
+        driver: str | None = None,
     ) -> Status:
         """Boot a VM over the hosts of its layout. Raises Conflict, NoRoom and what hosts raise.
 
-        `take_over` its name in the store from another cluster that may have ended.
+        `take_over` its name in the store from another cluster that may have ended. If the driver
+        of the Ray job `driver` ends before, nobody wants the VM, and it is given up.
         """
         spec = vm_spec(values)
         with self._exclusively(VmPhase.STARTING):
             self._require_absent()
-            self._bring_up(spec, hosts, BringingUp.start, take_over)
+            self._bring_up(spec, hosts, BringingUp.start, take_over, driver)
             self._phase = VmPhase.RUNNING
         return self.status()
 
@@ -91,6 +94,7 @@ class Coordinator(Coordination):
         hosts: Sequence[str] | None,
         begin: Callable[[BringingUp], _T],
         take_over: bool,
+        driver: str | None,
     ) -> _T:
         """Reserve, and `begin`; or undo all."""
         self._unwanted = threading.Event()
@@ -98,8 +102,9 @@ class Coordinator(Coordination):
             self._vm, self._fleet, spec, self._require_wanted, take_over=take_over
         )
         try:
-            self._hosts = bringing_up.reserve(hosts)
-            begun = begin(bringing_up)
+            with while_it_lives(driver, self._fleet.driver_is_gone, self.cancel):
+                self._hosts = bringing_up.reserve(hosts)
+                begun = begin(bringing_up)
             self._require_wanted()  # whoever cancelled it may be gone, and would not stop it
             return begun
         except BaseException:
@@ -184,13 +189,14 @@ class Coordinator(Coordination):
         hosts: Sequence[str] | None = None,
         lazy: bool = False,
         take_over: bool = False,
+        driver: str | None = None,
     ) -> dict[str, Any]:
         """Bring the VM back from a checkpoint; facts as `dcres restore --json` prints them.
 
         `layout` None is the checkpoint's own. With `lazy` the guest runs at once, and its
-        memory follows. `take_over` as for `start`. Raises Conflict when the VM runs or is being
-        restored, CheckpointCorrupt, NoRoom, NotFound for a part that is nowhere; on an error
-        nothing of the VM is left running and the checkpoint is as it was.
+        memory follows. `take_over` and `driver` as for `start`. Raises Conflict when the VM runs
+        or is being restored, CheckpointCorrupt, NoRoom, NotFound for a part that is nowhere; on an
+        error nothing of the VM is left running and the checkpoint is as it was.
         """
         manifest = loads(manifest_text, Path("manifest.json"))
         spec = spec_for(manifest, layout)
@@ -200,7 +206,7 @@ class Coordinator(Coordination):
 
         with self._exclusively(VmPhase.RESTORING):
             self._require_absent()
-            restoring, laps = self._bring_up(spec, hosts, begin, take_over)
+            restoring, laps = self._bring_up(spec, hosts, begin, take_over, driver)
             self._phase = VmPhase.RUNNING
             if lazy:
                 self._follow(self._main(), restoring.server_ports, restoring.end)

@@ -88,6 +88,10 @@ class RayFleet:
             bundle=bundle,
         )
 
+    def driver_is_gone(self, driver: str) -> bool:
+        """As Ray's table of jobs has it."""
+        return _ray.driver_is_gone(driver)
+
     def find(self, vm: str) -> list[Port]:
         """The ports by name: the actors restart on their own."""
         return [_ray.ActorPort(host_actor_name(vm, index)) for index in self.indices(vm)]

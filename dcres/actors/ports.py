@@ -70,6 +70,9 @@ class Fleet(Protocol):
     def alive(self, host: str) -> bool:
         """Whether the host of that name is there, as far as is known."""
 
+    def driver_is_gone(self, driver: str) -> bool:
+        """Whether the program that is the driver of that Ray job has ended. ClusterError."""
+
     def hosts_of(self, vm: str, indices: Sequence[int]) -> list[str]:
         """The hosts where these of the VM's are, as far as they are there."""
 

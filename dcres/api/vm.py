@@ -424,7 +424,8 @@ def _bring_up(
     """Have the VM's coordinator start or restore it; when that fails, no coordinator is left."""
     with ended_by_sigterm():
         try:
-            return attend(session.coordinator(vm), *call, title=title, progress=progress)
+            wanted = (*call, _ray.own_driver())
+            return attend(session.coordinator(vm), *wanted, title=title, progress=progress)
         except BaseException:
             with uninterrupted():
                 session.retire(vm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -325,8 +326,9 @@ class TestRestore:
         assert "it fits" in cli.run("restore", saved["checkpoint"], "--dry-run").out
         assert cli.json("list") == {"vms": []}, "nothing was changed"
 
-    def test_by_a_ray_job_that_is_stopped(
-        self, cli: Cli, saved: dict[str, Any], folder: Path
+    @pytest.mark.parametrize("how", ["stopped", "killed"])
+    def test_by_a_ray_job_that_ends(
+        self, how: str, cli: Cli, saved: dict[str, Any], folder: Path
     ) -> None:
         """In the middle of it: nothing runs that nobody wants."""
         job = RayJob.submit(folder / "home", "-c", JOB_PROGRAM, saved["checkpoint"])
@@ -336,8 +338,8 @@ class TestRestore:
         assert qemu is not None
         assert qemu.kill(signal.SIGSTOP), "so that the restore takes until we let it go on"
         try:
-            job.stop()
-            until(lambda: job.status() == "STOPPED", 60, "the job is stopped")
+            job.stop() if how == "stopped" else job.kill()
+            until(lambda: job.status() in ("STOPPED", "FAILED"), 60, "the job has ended")
         finally:
             qemu.kill(signal.SIGCONT)
         until(lambda: not qemu.alive, 60, "what it had brought up is taken down")
@@ -422,6 +424,10 @@ class RayJob:
     def stop(self) -> None:
         """As `ray job stop`: SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S."""
         assert _asked(self.home, f"{self.id}/stop", {})["stopped"] is True
+
+    def kill(self) -> None:
+        """Its driver alone, which has no time to say anything."""
+        os.kill(int(_asked(self.home, self.id)["driver_info"]["pid"]), signal.SIGKILL)
 
     def status(self) -> str:
         return str(_asked(self.home, self.id)["status"])

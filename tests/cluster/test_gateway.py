@@ -19,7 +19,7 @@ from dcres.actors._ray import ActorPort, looking
 from dcres.actors.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
 from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
-from tests.support.cli import Cli
+from tests.support.cli import Cli, ended
 from tests.support.errors import ALL_ERRORS, example
 from tests.support.wait import until
 
@@ -119,6 +119,25 @@ class TestConnecting:
             port.call("hold", 30, timeout_s=20)
         port.wait_ready(READY_S)
         assert capfd.readouterr().out == ""
+
+
+class TestDrivers:
+    def test_one_that_is_killed_is_gone(self, cluster: LocalCluster, tmp_path: Path) -> None:
+        """And one that is there is not, as this process is."""
+        program = (
+            "import os, sys; from dcres.actors import _ray; _ray.connect(sys.argv[1])\n"
+            "print(_ray.own_driver(), flush=True); os.kill(os.getpid(), 9)"
+        )
+        token = str(cluster.token_path)
+        cli = Cli.at(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
+        driver = ended(cli.start_python(program, cluster.address)).out.strip()
+        until(lambda: gateway.driver_is_gone(driver), 30, "Ray knows that it is gone")
+        assert (ours := gateway.own_driver()) is not None
+        assert not gateway.driver_is_gone(ours)
+
+    def test_a_worker_is_none(self, cluster: LocalCluster) -> None:
+        assert gateway.run_on(cluster.hosts[0], gateway.own_driver) is None
+        assert gateway.run_apart(cluster.hosts[0], gateway.own_driver, timeout_s=60) is None
 
 
 class TestHosts:

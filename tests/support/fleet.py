@@ -180,6 +180,7 @@ class LocalFleet:
     dead: set[str] = field(default_factory=set)
     crowded: set[str] = field(default_factory=set)  # hosts that can set nothing more aside
     name: str = "test"  # of the cluster
+    gone: set[str] = field(default_factory=set)  # drivers that have ended
 
     def cluster(self) -> str:
         return self.name
@@ -205,6 +206,9 @@ class LocalFleet:
 
     def actor(self, vm: str, index: int) -> LocalActor:
         return self.actors[self.actor_name(vm, index)]
+
+    def driver_is_gone(self, driver: str) -> bool:
+        return driver in self.gone
 
     def indices(self, vm: str) -> list[int]:
         held = self.reserved.get(vm, {})

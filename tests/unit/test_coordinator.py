@@ -502,6 +502,23 @@ def test_a_start_that_is_cancelled_in_its_last_moment_is_taken_down(
     require_nothing(world, fleet)
 
 
+def test_a_start_is_given_up_when_whoever_wanted_it_is_gone(
+    coordinator: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    """It was killed, and could not cancel."""
+
+    def gone_meanwhile() -> None:
+        fleet.gone.add("01000000")
+        until(lambda: world.count("h0.destroy") > 0, 30, "the hosts are told to end")
+
+    world.hooks["h0.run"] = gone_meanwhile
+    with pytest.raises(Conflict, match="cancelled"):
+        coordinator.start(SPEC, None, driver="01000000")
+    require_nothing(world, fleet)
+    world.hooks.clear()
+    assert coordinator.start(SPEC, None, driver="02000000")["phase"] == "running"
+
+
 def test_a_cancelled_start_takes_all_down(
     coordinator: Coordinator, world: World, fleet: LocalFleet
 ) -> None:

@@ -32,6 +32,8 @@ from dcres.actors._ray.connection import (
     connected_address,
     current_actor_name,
     disconnect,
+    driver_is_gone,
+    own_driver,
     own_node_address,
 )
 from dcres.actors._ray.nodes import hosts
@@ -55,12 +57,14 @@ __all__ = [
     "connected_address",
     "current_actor_name",
     "disconnect",
+    "driver_is_gone",
     "find",
     "gather",
     "hosts",
     "kill",
     "list_actors",
     "list_reservations",
+    "own_driver",
     "own_node_address",
     "release",
     "reservation",

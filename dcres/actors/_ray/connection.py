@@ -24,6 +24,8 @@ from dcres.errors import ClusterError, Conflict
 
 NAMESPACE = "dcres"
 
+_ASK_TIMEOUT_S = 10.0
+
 _log = logging.getLogger("dcres.ray")
 
 
@@ -106,6 +108,31 @@ def cluster_id() -> str:
     without storage of its own begins another cluster.
     """
     return str(ray_worker.global_worker.gcs_client.cluster_id.hex())
+
+
+def own_driver() -> str | None:
+    """The Ray job whose driver this process is; None in a worker, which is not what a job is for.
+
+    A detached actor outlives its job, so its job's end says nothing about what it wants.
+    """
+    worker = ray_worker.global_worker
+    if worker.mode != ray.SCRIPT_MODE:
+        return None
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def driver_is_gone(driver: str) -> bool:
+    """Whether that process has ended, as its raylet has seen, or its node died. ClusterError."""
+    try:
+        jobs = ray_worker.global_worker.gcs_client.get_all_job_info(
+            job_or_submission_id=driver,
+            skip_submission_job_info_field=True,
+            skip_is_running_tasks_field=True,
+            timeout=_ASK_TIMEOUT_S,
+        )
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"cannot tell whether job {driver} runs: {error}") from error
+    return any(job.is_dead for job in jobs.values())
 
 
 def own_node_address() -> str:
