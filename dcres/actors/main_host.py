@@ -81,6 +81,7 @@ class MainHost(MovingHost):
         if claimed is not None:
             with self._qmp() as monitor:
                 self._name.hold_anew(cluster, claimed, monitor)
+            self._remember(unclaimed="")
 
     @property
     def _core(self) -> Path:

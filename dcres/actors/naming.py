@@ -45,6 +45,7 @@ class NameInStore:
         self._generation = 0  # of the life that was claimed last
         self._cluster = ""
         self._lock: int | None = None  # until its QEMU has it
+        self.unclaimed = ""  # why that life has no claim
 
     def claim(self, order: ClaimOrder) -> int:
         """Begin a life; its generation.
@@ -61,9 +62,11 @@ class NameInStore:
                 me, above, _now(), take_over=order.take_over
             )
         except StoreReadOnly as error:
-            log.warning("VM %s takes no checkpoints: %s", self._vm, error)
+            self.unclaimed = f"it can take no checkpoint: {error}"
+            log.warning("VM %s: %s", self._vm, self.unclaimed)
             self._generation = next_without_store(self._record, above)
         else:
+            self.unclaimed = ""
             self._generation, self._lock = claimed.generation, claimed.lock
         self._cluster = order.cluster
         return self._generation

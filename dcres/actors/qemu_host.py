@@ -170,6 +170,7 @@ class QemuHost(SavingHost, PartServing):
             "checkpoint": self._state.get("checkpoint"),
             "restarts": self._pager.restarts,
             "bringing_in": bool(self._state.get("sources")),
+            "unclaimed": self._state.get("unclaimed", ""),
             **self._pager.call_patiently("status"),
         }
 

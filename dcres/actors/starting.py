@@ -165,6 +165,7 @@ class StartingHost(QemuHost):
         cluster = self._name.hand_over(order.incarnation.generation, monitor)
         self._remember(
             cluster=cluster,
+            unclaimed=self._name.unclaimed,
             machine=monitor.machine_type(machine),
             vm=self._vm,
             generation=order.incarnation.generation,

@@ -115,7 +115,7 @@ def status_of(answer: Mapping[str, Any]) -> VmStatus:
     return VmStatus(
         vm=answer["vm"],
         phase=answer["phase"],
-        why=answer["why"] or _links_down(main),
+        why=answer["why"] or _links_down(main) or str(main.get("unclaimed", "")),
         accel=str(main.get("accel", "")),
         run_state=str(main.get("run_state", "")),
         console=str(main.get("console", "")),

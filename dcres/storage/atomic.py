@@ -29,8 +29,8 @@ def store_written(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _REFUSED:
             raise StoreReadOnly(
-                f"{error.filename or path} cannot be written ({os.strerror(error.errno)}), and "
-                "without it the store takes no checkpoint; make the store writable"
+                f"{error.filename or path} cannot be written ({os.strerror(error.errno)}); "
+                "make the store writable"
             ) from None
         if error.errno not in _FULL:
             raise

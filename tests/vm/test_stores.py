@@ -12,6 +12,7 @@ import pytest
 
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.main_host import MainHost
+from dcres.api.status import status_of
 from dcres.errors import Conflict, OperationFailed
 from dcres.linux.process import ProcessId
 from dcres.storage import layout
@@ -168,7 +169,8 @@ def read_only(store: Path, at: Path) -> Iterator[Path]:
         subprocess.run(["mount", "-o", "remount,bind,ro", at], check=True)
         yield at
     finally:
-        subprocess.run(["umount", at], check=True)
+        umount = ["umount", at]
+        until(lambda: subprocess.run(umount).returncode == 0, 30, "nobody has files there")
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
@@ -187,6 +189,8 @@ def test_a_restore_from_a_store_to_read_only(
             generations.append(other._main().call("describe")["generation"])
             console = Path(other.status()["hosts"][0]["console"])
             await_checks(console)
+            assert "no checkpoint: " in (why := status_of(other.status()).why)
+            assert why.endswith("(Read-only file system); make the store writable")
             with pytest.raises(OperationFailed, match="Read-only file system") as caught:
                 other.checkpoint()
             assert "make the store writable" in str(caught.value)
@@ -200,6 +204,7 @@ def test_a_restore_from_a_store_to_read_only(
         saved = other.checkpoint()["checkpoint"]
         assert vm.store.verify(saved).ok
         assert vm.store.get(saved).generation == generations[1]
+        assert status_of(other.status()).why == ""
         with pytest.raises(Conflict, match="another cluster"):
             vm.restore(taken)
     vm.restore(taken)
