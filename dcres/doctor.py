@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from dcres.actors import orphans
 from dcres.config import HostSettings, default_cache, default_home, format_size
 from dcres.errors import DcresError
 from dcres.linux import inject, tmpfs
@@ -97,6 +98,7 @@ class Facts:
     python: tuple[int, int, int]
     not_compiled: tuple[str, ...]
     ray: str | None
+    orphans: tuple[str, ...] = ()  # a sentence for each cluster that has left something
 
 
 def version_of(text: str) -> tuple[int, int]:
@@ -256,9 +258,21 @@ def _native(facts: Facts) -> list[Check]:
     ]
 
 
+def _orphans(facts: Facts) -> list[Check]:
+    return [
+        _check(
+            "orphans",
+            not facts.orphans,
+            "; ".join(facts.orphans) or "no cluster that has ended left anything here",
+            "nobody can take them up again: end them by `dcres down --orphans`, then restore",
+            Status.WARN,
+        )
+    ]
+
+
 def evaluate(facts: Facts) -> list[Check]:
     """Every check, for the facts of one host; pure."""
-    groups = (_kernel, _privileges, _qemu, _ram, _store, _programs, _native)
+    groups = (_kernel, _privileges, _qemu, _ram, _store, _programs, _native, _orphans)
     return [check for group in groups for check in group(facts)]
 
 
@@ -310,9 +324,9 @@ def _try_injection() -> None:
 
 
 def _try_direct_io(folder: Path) -> None:
-    """Write one aligned block with O_DIRECT; the file is gone afterwards."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".dcres-doctor-") as file:
-        fd = os.open(file.name, os.O_WRONLY | os.O_DIRECT)
+    """Write one aligned block with O_DIRECT, to a file that has no name where that can be."""
+    with tempfile.TemporaryFile(dir=folder, prefix=".dcres-doctor-") as file:
+        fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_WRONLY | os.O_DIRECT)
         try:
             with mmap.mmap(-1, PAGE_SIZE) as block:  # page-aligned, as O_DIRECT wants
                 os.pwrite(fd, block, 0)
@@ -402,6 +416,7 @@ def gather(settings: HostSettings) -> Facts:
         python=sys.version_info[:3],
         not_compiled=_not_compiled(),
         ray=_ray_version(),
+        orphans=tuple(map(str, orphans.find(settings.ram))),
     )
 
 

@@ -28,6 +28,7 @@ from dcres.model.whereabouts import Life
 _SHARED_MEMORY = Path("/dev/shm")
 _RAY_START = "ray.scripts.scripts"  # what every node of a local cluster is started by
 _RAYLET = "raylet"
+_OF_RAY = "RAY_RAYLET_PID"  # in the environment of what Ray's workers start
 _CLUSTER = "cluster "
 
 
@@ -55,6 +56,20 @@ class Orphans:
         """What the guest memory takes."""
         return sum(path.lstat().st_blocks * 512 for path in self._files())
 
+    def __str__(self) -> str:
+        """What it is, in one line."""
+        pids = ", ".join(str(process.pid) for process in self.processes)
+        memory = ", ".join(str(folder.path) for folder in self.folders)
+        what = [f"processes {pids}" if pids else "", f"memory in {memory}" if memory else ""]
+        return f"{self.name}: {' and '.join(part for part in what if part)}"
+
+    @property
+    def name(self) -> str:
+        """Whose it is."""
+        vms = f"VM {' and '.join(self.vms)}" if self.vms else ""
+        cluster = f"cluster {self.cluster}" if self.cluster else ""
+        return " of ".join(part for part in (vms, cluster) if part) or "another cluster"
+
     def _files(self) -> Iterator[Path]:
         for folder in self.folders:
             yield from (path for path in folder.path.rglob("*") if path.is_file())
@@ -77,7 +92,8 @@ def find(ram: Path) -> list[Orphans]:
     """All that is left on this host; `ram` is its folder for guest memory. Changes nothing."""
     left: dict[str, list[tuple[ProcessId, dict[str, str]]]] = {}
     for process, environ in environments((CLUSTER_MARK, VM_MARK)):
-        left.setdefault(environ.get(CLUSTER_MARK, ""), []).append((process, environ))
+        if CLUSTER_MARK in environ or _OF_RAY in environ:
+            left.setdefault(environ.get(CLUSTER_MARK, ""), []).append((process, environ))
     ray_runs = _ray_runs()
     live = {id for id, found in left.items() if (ray_runs if not id else _lives(id, found))}
     memory = _memory(ram, {*live, ""} if ray_runs else live, set(left))
@@ -85,11 +101,11 @@ def find(ram: Path) -> list[Orphans]:
     return [_orphans(id, left.get(id, []), memory.get(id, ())) for id in clusters]
 
 
-def end(orphans: Orphans, ram: Path) -> Orphans | None:
-    """End and remove it, if it is left still; what was. Raises DcresError if something stays."""
+def end(orphans: Orphans, ram: Path) -> bool:
+    """End and remove it; False if it is left no more. Raises DcresError if something stays."""
     now = next((each for each in find(ram) if each.cluster == orphans.cluster), None)
     if now is None:
-        return None
+        return False
     if now.cluster:
         end_all({CLUSTER_MARK: now.cluster})
     for process in now.processes:
@@ -100,7 +116,7 @@ def end(orphans: Orphans, ram: Path) -> Orphans | None:
         VmFolder(run, ram / run.name).remove()
     if now.home is not None:
         _clear(Home(now.home), now.cluster)
-    return now
+    return True
 
 
 def _clear(home: Home, cluster: str) -> None:

@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dcres.cli import checkpoints  # adds its commands to the app
-from dcres.cli.commands import app
+from dcres.cli.clusters import app
 from dcres.cli.frame import (
     DEBUG_FLAG,
     JSON_FLAG,

@@ -15,7 +15,8 @@ from dcres.api.defaults import (
     DEFAULT_MODE,
     require_kind,
 )
-from dcres.cli.commands import TakeOverOption, VmArgument, app, open_catalogue, open_cluster
+from dcres.cli.clusters import app
+from dcres.cli.commands import TakeOverOption, VmArgument, open_catalogue, open_cluster
 from dcres.cli.frame import CHECKPOINTS, Answer, Options, YesOption, add_command, confirm
 
 CheckpointArgument = Annotated[

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dcres.cli.clusters import app
 from dcres.cli.frame import (
     CHECKPOINTS,
     HERE,
     Answer,
     Options,
-    YesOption,
     add_command,
-    confirm,
 )
 
 if TYPE_CHECKING:
-    from dcres.actors.local_cluster import LocalCluster
     from dcres.api.catalogue import Catalogue
     from dcres.api.cluster import Cluster
     from dcres.api.vm import Vm
-
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Virtual machines that span hosts: started, checkpointed in parallel, restored.",
-)
 
 VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
 DryRunOption = Annotated[
@@ -75,165 +64,6 @@ def open_catalogue(options: Options) -> Iterator[Catalogue]:
             disconnect()
 
 
-@add_command(app, "doctor", panel=_CLUSTER, shared=HERE)
-def doctor(options: Options) -> Answer:
-    """What this host can do for dcres, found out by doing it, and the remedy for what it cannot."""
-    from dcres import doctor
-    from dcres.cli.tables import checks_view
-    from dcres.config import HostSettings
-
-    checks = doctor.examine(HostSettings.from_environ(os.environ))
-    values = doctor.as_json(checks)
-    return Answer(values, checks_view(checks), 0 if values["ok"] else 1)
-
-
-@add_command(app, "demo", panel=_CLUSTER, shared=HERE)
-def demo(
-    options: Options,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="The guest's memory.")] = "512MiB",
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the cluster and the VM running.")
-    ] = False,
-) -> Answer:
-    """The main job, end to end, on a cluster of its own: checkpoint, lose two hosts, restore."""
-    from dcres.api.cluster import memory_size
-    from dcres.cli.stage import ConsoleStage
-    from dcres.cli.tables import story_view
-    from dcres.demo import run
-
-    with ConsoleStage() as stage:
-        story = run(stage, memory_size(memory), keep)
-    return Answer(story.to_dict(), story_view(story), 0 if story.good else 1)
-
-
-@add_command(app, "up", panel=_CLUSTER, shared=HERE)
-def up(
-    options: Options,
-    hosts: Annotated[int, typer.Option(min=1, max=200, help="How many hosts.")] = 3,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="For VMs, on each host; default: a part of what is free"),
-    ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where checkpoints go; with {host} in it every host has a store of its own. "
-            "Default: DCRES_STORE, or `store` in the home.",
-        ),
-    ] = None,
-    dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="With Ray's dashboard, for Ray jobs.")
-    ] = False,
-) -> Answer:
-    """Start a local cluster of Ray nodes on this machine."""
-    from dcres.actors.local_cluster import LocalCluster
-    from dcres.api.cluster import connect, memory_size
-    from dcres.api.show import working
-    from dcres.cli.tables import hosts_view
-    from dcres.config import default_home, store_of_environ
-
-    size = None if memory is None else memory_size(memory)
-    with working(f"starting {hosts} hosts") as tell:
-        place = store or store_of_environ()
-        local = LocalCluster.start(
-            default_home(), hosts, size, place, dashboard=dashboard, tell=tell
-        )
-        with connect(local.address) as cluster:
-            found = cluster.hosts()
-    values = {
-        "address": local.address,
-        "hosts": [asdict(host) for host in found],
-        "store": local.store,
-        "token_path": str(local.token_path),
-        "dashboard": local.dashboard_url,
-    }
-    return Answer(values, hosts_view(found, local.address))
-
-
-@add_command(app, "down", panel=_CLUSTER, shared=HERE)
-def down(
-    options: Options,
-    purge: Annotated[
-        bool,
-        typer.Option(
-            "--purge",
-            help="Remove what clusters made in the home, too: all checkpoints in its own store. "
-            "Asks first; needs no cluster that runs.",
-        ),
-    ] = False,
-    yes: YesOption = False,
-) -> Answer:
-    """End the local cluster and its VMs; checkpoints stay."""
-    from dcres.actors.local_cluster import LocalCluster
-    from dcres.actors.local_home import Home
-    from dcres.api.show import working
-    from dcres.config import default_home
-    from dcres.errors import NotFound
-    from dcres.linux.interrupt import uninterrupted
-
-    home = default_home()
-    local = _running(home)
-    if purge:
-        _confirm_purge(options, home, local, yes)
-    values: dict[str, Any] = {"stopped": local is not None, "hosts": []}
-    told: list[str] = []
-    if local is not None:
-        with working("ending the cluster"), uninterrupted():
-            local.stop()
-        values["hosts"] = list(local.hosts)
-        told.append(f"ended the cluster in {home} ({len(local.hosts)} hosts)")
-    elif not purge and LocalCluster.clear_dead(home):
-        told.append(f"removed what a cluster that ended by itself had left in {home}")
-    elif not purge:
-        raise NotFound(Home(home).none_runs)
-    if purge:
-        removed, left = _purge(home)
-        values |= {"removed": removed, "left": left}
-        told += [f"removed {path}" for path in removed] + [f"left {path}" for path in left]
-    return Answer(values, "\n".join(told))
-
-
-def _running(home: Path) -> LocalCluster | None:
-    """The cluster to end, if one runs. Raises Conflict for one that may run elsewhere."""
-    from dcres.actors.local_cluster import LocalCluster
-    from dcres.actors.local_home import Home
-    from dcres.errors import NotFound
-
-    try:
-        local = LocalCluster.load(home)
-    except NotFound:
-        Home(home).require_none_lives()
-        return None
-    local.require_here()
-    return local
-
-
-def _confirm_purge(options: Options, home: Path, local: LocalCluster | None, yes: bool) -> None:
-    from dcres.actors.local_home import Home
-    from dcres.errors import NotFound
-
-    place = Home(home)
-    if not home.is_dir():
-        raise NotFound(place.none_runs)
-    own, _ = place.remains()
-    if not own and not place.is_marked:
-        raise NotFound(f"no local cluster runs in {home}, and none has left anything there")
-    what = f"{', '.join(path.name for path in own)} in {home}" if own else str(home)
-    end = "" if local is None else f"end the cluster in {home} and "
-    question = f"{end}remove {what} for good, with all checkpoints there?"
-    confirm(options, f"removing {what}", question, yes=yes)
-
-
-def _purge(home: Path) -> tuple[list[str], list[str]]:
-    from dcres.actors.local_cluster import purge
-    from dcres.api.show import working
-
-    with working(f"removing what clusters made in {home}"):
-        removed, left = purge(home)
-    return [str(path) for path in removed], [str(path) for path in left]
-
-
 @add_command(app, "start", panel=_VMS)
 def start(
     options: Options,
@@ -258,13 +88,19 @@ def start(
 
 @add_command(app, "list", panel=_VMS)
 def list_vms(options: Options) -> Answer:
-    """All VMs with their phase and hosts."""
+    """All VMs with their phase and hosts, and what is left of clusters that have ended."""
+    from dcres.cli.orphans import found, told, values_of, with_orphans
     from dcres.cli.tables import vms_view
+    from dcres.errors import NotFound
 
-    with open_cluster(options) as cluster:
-        statuses = cluster.statuses()
-    values = {"vms": [status.to_dict() for status in statuses]}
-    return Answer(values, vms_view(statuses))
+    left = found()
+    try:
+        with open_cluster(options) as cluster:
+            statuses = cluster.statuses()
+    except NotFound as error:
+        raise NotFound(f"{error}{told(left)}") from None
+    values = {"vms": [status.to_dict() for status in statuses], "orphans": values_of(left)}
+    return Answer(values, with_orphans(vms_view(statuses), left))
 
 
 @add_command(app, "status", panel=_VMS, shared=CHECKPOINTS)

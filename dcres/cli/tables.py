@@ -98,6 +98,17 @@ def vms_view(statuses: Sequence[VmStatus]) -> RenderableType:
     return table
 
 
+def orphans_table(orphans: Sequence[dict[str, Any]]) -> RenderableType:
+    """One line for what each cluster that has ended left here."""
+    title = "left by clusters that have ended"
+    table = _table("cluster", "VMs", "processes", "memory", right=("memory",), title=title)
+    for each in orphans:
+        pids = " ".join(str(process["pid"]) for process in each["processes"])
+        memory = format_size(each["memory_bytes"])
+        table.add_row(each["cluster"] or "", " ".join(each["vms"]), pids, memory)
+    return table
+
+
 def hosts_view(hosts: Sequence[Host], address: str) -> RenderableType:
     """One line per host of a cluster."""
     table = _table("host", "address", "for VMs", "free", right=("for VMs", "free"))

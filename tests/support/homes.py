@@ -17,7 +17,9 @@ def state_of(home: Path, **changes: Any) -> State:
     """The record of a cluster in `home`, with its folders for memory and others beside the home."""
     beside = home.parent
     state = _new_state(beside, home / "store", 1 << 20, False)
-    return replace(state, **{"temp": str(beside / f"dcres-{state.id}-temp"), **changes})
+    found = replace(state, **changes)
+    ram = beside / f"dcres-{found.id}"
+    return replace(found, temp=f"{ram}-temp", ram=str(ram))
 
 
 def left_by_a_cluster(home: Path, **changes: Any) -> Path:
