@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcres.config import HostSettings
+from dcres.errors import NotOurs
 from dcres.linux.files import require_own
 from dcres.linux.process import find_marked
 from dcres.linux.removal import Mark, OwnFolder
@@ -40,7 +41,10 @@ class VmFolder:
         """
         for folder in (self.run, self.ram):
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            OwnFolder.made(folder, _mark(folder), earlier=_of_a_vm)
+            try:
+                OwnFolder.made(folder, _mark(folder), earlier=_of_a_vm)
+            except NotOurs as error:
+                raise NotOurs(f"{error} by DCRES_RUN or DCRES_RAM") from None
             require_own(folder.parent)
             require_own(folder)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcres.cli.frame import HERE, Answer, Options, YesOption, add_command, confirm
+from dcres.cli.frame import HERE, Answer, Options, YesOption, add_command, confirm, folder
 
 if TYPE_CHECKING:
     from dcres.actors.local_cluster import LocalCluster
@@ -67,6 +67,7 @@ def up(
         Path | None,
         typer.Option(
             metavar="DIR",
+            parser=folder,
             help="Where checkpoints go; with {host} in it every host has a store of its own. "
             "Default: DCRES_STORE, or `store` in the home.",
         ),

@@ -32,11 +32,21 @@ AddressOption = Annotated[
         help="The Ray cluster; default: RAY_ADDRESS, or the one that `dcres up` started.",
     ),
 ]
+
+
+def folder(text: str) -> Path:
+    """A folder that somebody named on the command line; as ``"$UNSET"`` leaves it: none."""
+    from dcres.config import named_folder
+
+    return named_folder(text, "the folder")
+
+
 StoreOption = Annotated[
     Path | None,
     typer.Option(
         "--store",
         metavar="DIR",
+        parser=folder,
         help="Where this machine reads checkpoints (hosts write to their own DCRES_STORE); "
         "default: DCRES_STORE, the local cluster's, or the hosts are asked.",
     ),

@@ -538,7 +538,7 @@ class TestOptions:
         self, arguments: list[str], fake: FakeCluster, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(arguments) == 0
-        assert fake.asked[0] == ("connect", "a:1", Path("s"))
+        assert fake.asked[0] == ("connect", "a:1", Path.cwd() / "s")
         assert answer_of(capsys)["hosts"][0]["page_in_median_us"] == 123.0
 
     @pytest.mark.parametrize(
@@ -590,7 +590,15 @@ class TestOptions:
         monkeypatch.setattr(LocalCluster, "start", start)
         monkeypatch.setenv("DCRES_STORE", environ)
         assert main(arguments) == 2
-        assert asked == [None if expected is None else Path(expected)]
+        assert asked == [None if expected is None else Path.cwd() / expected]
+
+    @pytest.mark.parametrize("command", [["up"], ["checkpoints"], ["verify", "box"]])
+    def test_an_empty_store_is_not_the_current_folder(
+        self, command: list[str], nowhere: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As a shell leaves it of a variable that is not set."""
+        assert main([*command, "--store", ""]) == 2
+        assert "the name of the folder is empty" in capsys.readouterr().err
 
     def test_a_store_only_for_what_reads_checkpoints(
         self, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,145 @@
+"""The folders of a VM on a host: another's of that name are neither used nor emptied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dcres.actors.fleet import end_what_is_left
+from dcres.actors.loading import SliceHost
+from dcres.actors.main_host import MainHost
+from dcres.actors.messages import Incarnation, ServeOrder
+from dcres.actors.sub_host import SubHost
+from dcres.actors.vm_folder import VmFolder
+from dcres.config import HostSettings
+from dcres.errors import HostError, NotOurs
+from dcres.linux.removal import MARK, Mark, OwnFolder
+
+FOREIGN = ("state.json.txt", "photo.jpg", "work/thesis.tex")
+ENDS: dict[str, Callable[[HostSettings], object]] = {
+    "main.destroy": lambda s: MainHost("vm", environ=s.environ()).destroy(),
+    "main.clear": lambda s: MainHost("vm", environ=s.environ()).clear(),
+    "sub.destroy": lambda s: SubHost("vm", environ=s.environ()).destroy(),
+    "sub.clear": lambda s: SubHost("vm", environ=s.environ()).clear(),
+    "parts.destroy": lambda s: SliceHost("vm", environ=s.environ()).destroy(),
+    "sweep": lambda s: end_what_is_left("vm"),
+}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostSettings:
+    run, ram, store = (tmp_path / name for name in ("run", "ram", "store"))
+    made = HostSettings(name="h0", run=run, ram=ram, store=store)
+    for key, value in made.environ().items():
+        monkeypatch.setenv(key, value)
+    return made
+
+
+def of_a_user(folder: Path) -> set[Path]:
+    paths = {folder / name for name in FOREIGN}
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    return paths
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("vm", ["vm", "vm.parts"])
+class TestEnding:
+    def test_a_users_files_stay(
+        self, vm: str, end: Callable[[HostSettings], object], settings: HostSettings
+    ) -> None:
+        own = of_a_user(settings.run / vm) | of_a_user(settings.ram / vm)
+        end(settings)
+        assert files(settings.run) | files(settings.ram) == own
+
+    def test_what_a_link_leads_to_stays(
+        self,
+        vm: str,
+        end: Callable[[HostSettings], object],
+        settings: HostSettings,
+        tmp_path: Path,
+    ) -> None:
+        own = of_a_user(tmp_path / "precious")
+        for place in (settings.run, settings.ram):
+            place.mkdir()
+            (place / vm).symlink_to(tmp_path / "precious")
+        end(settings)
+        assert files(tmp_path / "precious") == own
+        assert (settings.ram / vm).is_symlink()
+
+    def test_other_vms_and_what_is_beside_them_stay(
+        self, vm: str, end: Callable[[HostSettings], object], settings: HostSettings
+    ) -> None:
+        other = VmFolder.of(settings, "other")
+        other.make()
+        (other.ram / "guest.ram").touch()
+        own = of_a_user(settings.ram)
+        end(settings)
+        assert files(settings.ram) == {*own, other.ram / "guest.ram", other.ram / MARK}
+
+
+class TestFolder:
+    def test_its_own_goes_but_logs(self, settings: HostSettings) -> None:
+        folder = VmFolder.of(settings, "vm")
+        folder.make()
+        for path in (folder.run / "qemu.log", folder.run / "state.json", folder.ram / "guest.ram"):
+            path.touch()
+        folder.remove()
+        assert {path.name for path in folder.run.iterdir()} == {MARK, "qemu.log"}
+        assert not folder.ram.exists()
+        folder.make()
+        folder.remove()
+
+    @pytest.mark.parametrize("place", ["run", "ram"])
+    def test_a_users_is_refused(self, place: str, settings: HostSettings) -> None:
+        own = of_a_user(getattr(settings, place) / "vm")
+        with pytest.raises(NotOurs, match=r"vm is not the files of VM vm.* place by DCRES_R"):
+            VmFolder.of(settings, "vm").make()
+        assert files(getattr(settings, place)) - {settings.run / "vm" / MARK} == own
+
+    def test_a_vm_is_not_started_on_a_users(self, settings: HostSettings) -> None:
+        own = of_a_user(settings.ram / "vm")
+        host = SubHost("vm", environ=settings.environ())
+        host.clear()
+        with pytest.raises(NotOurs):
+            host.serve(ServeOrder(Incarnation("vm", 1, "00" * 32), 16, 16))
+        host.destroy()
+        assert files(settings.ram) == own
+
+    def test_what_an_earlier_dcres_left_is_known_by_its_names(self, settings: HostSettings) -> None:
+        folder = VmFolder.of(settings, "vm")
+        for path in (folder.run / "qemu.log", folder.run / "pager.json", folder.ram / "guest.ram"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        folder.remove()
+        assert {path.name for path in folder.run.iterdir()} == {MARK, "qemu.log"}
+        assert not folder.ram.exists()
+
+    def test_an_empty_one_that_is_not_ours_is_not_removed(self, settings: HostSettings) -> None:
+        (settings.ram / "vm").mkdir(parents=True)
+        VmFolder.of(settings, "vm").remove()
+        assert (settings.ram / "vm").is_dir()
+
+    def test_one_of_another_vm(self, settings: HostSettings) -> None:
+        settings.ram.mkdir()
+        OwnFolder.new(settings.ram / "vm", Mark("files", "VM other"))
+        folder = VmFolder.of(settings, "vm")
+        with pytest.raises(NotOurs, match="but the files of VM other"):
+            folder.make()
+        folder.remove()
+        assert (settings.ram / "vm" / MARK).exists()
+
+    def test_one_that_others_may_write_to(self, settings: HostSettings) -> None:
+        folder = VmFolder.of(settings, "vm")
+        folder.make()
+        os.chmod(folder.ram, 0o770)
+        with pytest.raises(HostError, match="others may write to it"):
+            folder.make()
