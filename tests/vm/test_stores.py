@@ -169,7 +169,7 @@ def read_only(store: Path, at: Path) -> Iterator[Path]:
         subprocess.run(["mount", "-o", "remount,bind,ro", at], check=True)
         yield at
     finally:
-        umount = ["umount", at]
+        umount = ["umount", str(at)]
         until(lambda: subprocess.run(umount).returncode == 0, 30, "nobody has files there")
 
 
