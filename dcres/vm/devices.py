@@ -6,7 +6,7 @@ own, or the guest by ejecting it, is on no command line; nor is a file that a di
 since. So the devices of the start are written down, and those of a checkpoint compared with them.
 
 The lists are as QEMU has them: QOM paths for devices (CPUs and memory are among them), block nodes
-by name, the node that each drive has, and networks. Names that QEMU made up stay for its life.
+by name, the node that each drive has, and networks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def children(monitor: Monitor, folder: str) -> list[tuple[str, str]]:
 
 
 def networks(monitor: Monitor) -> str:
-    """HMP's ``info network``; QMP has no such list."""
+    """HMP's ``info network``; QMP has no such list. A name that QEMU made up stays."""
     said: str = monitor.execute("human-monitor-command", {"command-line": "info network"})
     return said
 
@@ -63,14 +63,21 @@ def _plugged(monitor: Monitor, path: str, kind: str) -> str:
 def _block(nodes: list[dict[str, Any]], drives: list[dict[str, Any]]) -> dict[str, str]:
     found = {}
     for node in nodes:
-        mode = "read-only" if node["ro"] else "writable"
-        name = f"block node {node['node-name']}"
-        found[name] = f"{node['drv']}, {node.get('file', 'no file')}, {mode}"
+        name, mode = _node_name(node), "read-only" if node["ro"] else "writable"
+        found[f"block node {name}"] = f"{node['drv']}, {node.get('file', 'no file')}, {mode}"
     for drive in drives:
         if "qdev" in drive:
-            node = drive.get("inserted", {}).get("node-name", "none")
-            found[f"medium of {drive['qdev']}"] = f"block node {node}"
+            medium = drive.get("inserted")
+            found[f"medium of {drive['qdev']}"] = "none" if medium is None else _node_name(medium)
     return found
+
+
+def _node_name(node: Mapping[str, Any]) -> str:
+    """A block node's name; of one that QEMU made up, which a medium put back does not get again,
+    what the node is.
+    """
+    name: str = node["node-name"]
+    return f"of {node.get('file', '')} ({node['drv']})" if name.startswith("#") else name
 
 
 def inventory(monitor: Monitor) -> dict[str, str]:

@@ -28,10 +28,10 @@ from dcres.errors import (
 from dcres.storage.digest import bytes_sum
 from dcres.storage.manifest import Manifest
 from dcres.vm import disk
+from tests.support.disks import in_use, same, sound
 from tests.support.guest import create_disk
 from tests.support.vm import Rig, await_checks, rig, spec_of
 from tests.support.wait import until
-from tests.unit.test_vm_disk import in_use, same, sound
 
 pytestmark = pytest.mark.vm
 
