@@ -12,10 +12,10 @@ from dcres.actors.messages import Progress, Status
 from dcres.actors.ports import Port
 from dcres.errors import ActorGone, ClusterError, DcresError, NotFound, VmLost
 
-_STATUS_TIMEOUT_S = 10.0
+_STATUS_TIMEOUT_S = 20.0  # Ray notices a host that is cut off after 10 s
 _PROGRESS_TIMEOUT_S = 5.0
 _PAUSE_S = 0.05
-_LOOK_S = 1.0  # Ray notices a dead host within 1.5 s in a cluster of dcres, 14 s by default
+_LOOK_S = 1.0  # Ray notices a dead host after 5 s in a cluster of dcres, 14 s by default
 
 
 def await_ready(port: Port, alive: Callable[[], bool], timeout_s: float) -> None:

@@ -224,7 +224,7 @@ class LocalCluster:
     def kill_host(self, name: str) -> None:
         """Lose host `name` as if its machine had failed: its processes, memory and run folder.
 
-        All of it is gone when this returns; Ray notices 2 s later. What the host wrote into
+        All of it is gone when this returns; Ray notices 5 s later. What the host wrote into
         the store stays. Raises NotFound, and Conflict as `stop` does.
         """
         self.require_here()

@@ -51,11 +51,12 @@ _AGENT_OPTIONS = (
 _OBJECT_STORE_BYTES = 80_000_000
 RAY_ENVIRON = {
     "RAY_AUTH_MODE": "token",
-    # A host's death is noticed after 2 s instead of 13.5 s.
-    "RAY_health_check_initial_delay_ms": "500",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "500",
-    "RAY_health_check_failure_threshold": "3",
+    # A host's death is noticed after 5 s instead of 13.5 s. Three checks of 500 ms, which would
+    # notice it after 2 s, declared hosts dead that only had to wait for a busy processor.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
     # A call to an actor that just died fails up to 1 s earlier.
     "RAY_timeout_ms_task_wait_for_death_info": "100",
     # Guest memory is tmpfs and counts as used: the monitor would kill actors for it.
