@@ -67,7 +67,7 @@ class NodesWait:
                 raise _ended(node)
         if now - self._looked >= _LOOK_S:
             self._looked = now
-            _require_raylets(waiting)
+            _look_after_raylets(waiting)
         so_far = now - self._began
         names = [node.settings.name for node in waiting]
         if so_far > LONGEST_START_S:
@@ -115,29 +115,35 @@ def _listens(host: str, port: int) -> bool:
     return True
 
 
-def _require_raylets(waiting: Mapping[LocalNode, ProcessId]) -> None:
-    states = _raylets()
+def _look_after_raylets(waiting: Mapping[LocalNode, ProcessId]) -> None:
+    raylets = _raylets()
     for node, process in waiting.items():
-        if states.get(process.pid, "") in ("Z", "X") and not node.is_ready():
+        raylet = raylets.get(process.pid)
+        if raylet is None:
+            continue
+        if raylet.alive:
+            node.promise_agent(raylet.argv)
+        elif not node.is_ready():
             raise _ended(node)
 
 
-def _raylets() -> dict[int, str]:
-    """Session → state of its raylet, that is of its oldest process of that name.
+def _raylets() -> dict[int, ProcessId]:
+    """Session → its raylet, dead or alive: its oldest process of that name.
 
     A child that the raylet is about to make another program of has its name for a moment.
     """
-    found: dict[int, tuple[int, str]] = {}
+    found: dict[int, ProcessId] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             head, _, tail = path.read_text(errors="replace").rpartition(") ")
         except OSError:  # it has ended
             continue
-        if head.partition("(")[2] == "raylet":
+        pid, _, name = head.partition(" (")
+        if name == "raylet":
             fields = tail.split()
-            session, state, started = int(fields[3]), fields[0], int(fields[19])
-            found[session] = min(found.get(session, (started, state)), (started, state))
-    return {session: state for session, (_, state) in found.items()}
+            session, each = int(fields[3]), ProcessId(int(pid), int(fields[19]))
+            found[session] = min(found.get(session, each), each, key=lambda one: one.start_time)
+    return found
 
 
 def _ended(node: LocalNode) -> ClusterError:

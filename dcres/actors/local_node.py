@@ -3,9 +3,10 @@
 Facts about Ray that shaped this file:
 
 * An agent that finds port 52365 taken retries for 3.5 s before the node is ready; so another.
-  Not port 0: the raylet then waits for the agent to say which it got, and ends after 30 s that no
-  setting changes. Two agents per node that import Ray need longer than that where many nodes start
-  at once, or the machine is slow or busy.
+  Not port 0: the raylet then waits for the agent to write down which it got, and ends after 30 s
+  that no setting changes. Two agents per node that import Ray need longer than that where many
+  nodes start at once, or the machine is slow or busy. Of one of the ports the raylet is not even
+  told (Ray 2.60), so we write it down before the agent does.
 * Workers and agents overwrite their title, and with it a random part of what
   /proc/PID/environ shows: their marks vanish. They stay in the session of their node's
   ``ray start``, whose own mark is never overwritten, so they are found by session.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -38,6 +40,7 @@ LONGEST_START_S = 3600  # of a node: a guard against one that hangs
 
 _END_TIMEOUT_S = 20.0
 _READY = "Ray runtime started"
+_PROMISE = ("--listen-port", "--node_id", "--session_dir")  # in a raylet's command line
 # Below the ephemeral ports (32768…), so that no outgoing connection takes one in between,
 # and above Ray's worker ports (10002–19999).
 _PORTS = range(20000, 24000)
@@ -137,6 +140,19 @@ class LocalNode:
             cwd=self.temp,
             inherited=locks,
         )
+
+    def promise_agent(self, raylet: Sequence[str]) -> None:
+        """Write down where the agent will listen, for the raylet with that command line."""
+        text = "\n".join(raylet)
+        found = [re.search(rf"{option}=(\S+)", text) for option in _PROMISE]
+        if None in found or not raylet:  # another version of Ray, or it has ended
+            return
+        port, node_id, folder = (each[1] for each in found if each is not None)
+        path = Path(folder) / f"dashboard_agent_listen_port_{node_id}"
+        if not path.exists():
+            beside = path.with_suffix(".dcres")
+            beside.write_text(port)
+            beside.replace(path)
 
     def is_ready(self) -> bool:
         """Whether the node says that it is part of the cluster."""

@@ -115,22 +115,24 @@ class TestLosing:
             LocalCluster.load(tmp_path / "home")
 
 
-def meddle_with_raylets(
-    monkeypatch: pytest.MonkeyPatch, meddle: Callable[[ProcessId], object]
+def meddle_with(
+    program: str, monkeypatch: pytest.MonkeyPatch, meddle: Callable[[ProcessId], object]
 ) -> None:
-    """Call `meddle` with the raylet of every node that is launched, as soon as there is one."""
+    """Call `meddle` with that program of every node that is launched, as soon as it runs."""
     launch = local_node.LocalNode.launch
 
     def launched(node: local_node.LocalNode, locks: Sequence[int]) -> ProcessId:
         leader = launch(node, locks)
 
-        def raylets() -> list[ProcessId]:
+        def found() -> list[ProcessId]:
             members = local_node._in_sessions({leader.pid})
-            return [each for each in members if each.argv[:1] and "raylet" in each.argv[0]]
+            return [
+                each for each in members if program in [Path(word).name for word in each.argv[:3]]
+            ]
 
         def look() -> None:
-            until(raylets, what="a raylet")
-            meddle(raylets()[0])
+            until(found, what=program)
+            meddle(found()[0])
 
         threading.Thread(target=look).start()
         return leader
@@ -155,8 +157,27 @@ class TestWaiting:
             finally:
                 raylet.kill(signal.SIGCONT)
 
-        meddle_with_raylets(monkeypatch, hold_up)
+        meddle_with("raylet", monkeypatch, hold_up)
         assert small.add_host() == name
+
+    def test_a_node_does_not_wait_for_its_agent(
+        self, small: LocalCluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its raylet would end after 30 s without a word of it."""
+        agents: list[ProcessId] = []
+
+        def hold_up(agent: ProcessId) -> None:
+            assert agent.kill(signal.SIGSTOP)
+            agents.append(agent)
+
+        meddle_with("agent.py", monkeypatch, hold_up)
+        try:
+            name = small.add_host()
+        finally:
+            for agent in agents:
+                agent.kill(signal.SIGCONT)
+        assert len(agents) == 1
+        small.kill_host(name)
 
 
 class TestFailing:
@@ -196,7 +217,7 @@ class TestFailing:
     ) -> None:
         """Of which `ray start` takes no notice before the node is ready."""
         before = small.hosts
-        meddle_with_raylets(monkeypatch, lambda raylet: raylet.kill())
+        meddle_with("raylet", monkeypatch, lambda raylet: raylet.kill())
         with pytest.raises(ClusterError, match=r"node h\d+ ended while it was starting: "):
             small.add_host()
         assert small.hosts == before
