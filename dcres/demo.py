@@ -377,7 +377,7 @@ def _checks(number: int) -> Callable[[Life], bool]:
 
 
 def _console(status: VmStatus) -> str:
-    if not status.hosts:
+    if not status.answers:
         raise VmLost(f"VM {status.vm} is {status.phase}: {status.why}")
     return read_from(Path(status.console), 0).decode(errors="replace")
 

@@ -25,6 +25,7 @@
     │   ├── UnsafeDevice       a device or disk that no checkpoint could have, or that writes
     │   │                      guest memory behind our back
     │   └── VmLost             the VM cannot go on; restore a checkpoint
+    │       └── VmOff          it has ended in order: start it again
     └── ClusterError           Ray, or an actor on it
         ├── ActorGone          an actor has died or is being restarted; try again, or give up on it
         └── OperationFailed    an operation over several hosts; says which host failed and why
@@ -122,6 +123,10 @@ class UnsafeDevice(VmError):
 
 class VmLost(VmError):
     """The VM cannot go on; restore a checkpoint."""
+
+
+class VmOff(VmLost):
+    """The VM has ended in order; start it again, or restore a checkpoint."""
 
 
 class ClusterError(DcresError):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from dcres.actors.messages import Progress, Status
 from dcres.actors.ports import Port
-from dcres.errors import ActorGone, ClusterError, DcresError, NotFound, VmLost
+from dcres.errors import ClusterError, DcresError, NotFound, VmLost, VmOff
+from dcres.model.phase import HostState
+from dcres.model.run_state import RunState, advice
 
 _STATUS_TIMEOUT_S = 20.0  # Ray notices a host that is cut off after 10 s
 _PROGRESS_TIMEOUT_S = 5.0
@@ -43,22 +47,103 @@ def describe(port: Port) -> Status:
     return description
 
 
-def ask_all(vm: str, ports: Mapping[str, Port], alive: Callable[[str], bool]) -> list[Status]:
-    """The status of every host of `vm`. Raises VmLost for one that is gone or has lost pages.
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What came of asking a host; `status` is its latest, from before if it does not answer now.
 
-    Raises ClusterError for one that is there and does not answer: it may only be busy. `alive`
-    tells of a host by name whether it is there at all.
+    `since` is when a silent host first did not answer.
     """
-    return [_ask(vm, host, port, partial(alive, host)) for host, port in ports.items()]
+
+    host: str
+    state: HostState
+    status: Status
+    why: str = ""
+    since: datetime | None = None
+
+    @property
+    def generation(self) -> int:
+        """The VM's, as far as this host has told it; 0 if not."""
+        return int(self.status.get("generation", 0))
+
+    def to_dict(self) -> Status:
+        """As a coordinator's status has it."""
+        since = None if self.since is None else self.since.isoformat(timespec="seconds")
+        facts = {"host_state": str(self.state), "host_why": self.why, "silent_since": since}
+        return {**self.status, "host": self.host, **facts}
 
 
-def _ask(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Status:
+class Roll:
+    """Asks all hosts of a VM at once how they are, and keeps what they said last.
+
+    `alive` tells of a host by name whether it is there at all.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        alive: Callable[[str], bool],
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._vm = vm
+        self._alive = alive
+        self._clock = clock
+        self._latest: dict[str, Status] = {}
+        self._silent: dict[str, datetime] = {}
+
+    def call(self, ports: Mapping[str, Port]) -> list[Heard]:
+        """What every host says, the main host first."""
+        with ThreadPoolExecutor(max(len(ports), 1), "asking") as pool:
+            return list(pool.map(self._ask, ports, ports.values()))
+
+    def named(self, hosts: Sequence[str]) -> list[Heard]:
+        """The hosts without asking them."""
+        return [self._heard(host, HostState.UNASKED) for host in hosts]
+
+    def forget(self) -> None:
+        """The VM has ended: the next one of its name is another."""
+        self._latest, self._silent = {}, {}
+
+    def _ask(self, host: str, port: Port) -> Heard:
+        try:
+            status = _status_of(self._vm, host, port, partial(self._alive, host))
+        except VmOff as error:
+            return self._heard(host, HostState.OFF, str(error))
+        except VmLost as error:
+            return self._heard(host, HostState.LOST, str(error))
+        except ClusterError as error:
+            since = self._silent.setdefault(host, self._clock())
+            why = f"since {since:%Y-%m-%d %H:%M:%S} UTC {error}"
+            return self._heard(host, HostState.SILENT, why, since)
+        except DcresError as error:  # as of a pager that is being started again
+            return self._heard(host, HostState.TROUBLED, str(error))
+        self._silent.pop(host, None)
+        self._latest[host] = status
+        if status.get("run_state") == RunState.SHUTDOWN:
+            return self._heard(host, HostState.OFF, advice(self._vm, RunState.SHUTDOWN))
+        return self._heard(host, HostState.ANSWERS)
+
+    def _heard(
+        self, host: str, state: HostState, why: str = "", since: datetime | None = None
+    ) -> Heard:
+        return Heard(host, state, self._latest.get(host, {}), why, since)
+
+
+def why_of(heard: Sequence[Heard], state: HostState) -> str:
+    """What the hosts in this state say of it."""
+    return "; ".join(each.why for each in heard if each.state is state)
+
+
+def _status_of(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Status:
+    """Raises VmLost where it is proven that what the VM had on this host is gone.
+
+    Silence proves nothing, nor does an actor that is being started again for long.
+    """
     gone = f"host {host} of VM {vm} is gone"
     try:
         await_ready(port, alive, _STATUS_TIMEOUT_S)
         status: Status = port.call("status", timeout_s=_STATUS_TIMEOUT_S)
     except ClusterError as error:
-        if not isinstance(error, ActorGone) and alive():
+        if alive():
             raise ClusterError(f"host {host} of VM {vm} does not answer ({error})") from None
         raise VmLost(f"{gone} ({error}); restore a checkpoint") from None
     except NotFound:

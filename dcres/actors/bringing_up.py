@@ -28,6 +28,7 @@ from dcres.actors.restoring import Restoring
 from dcres.config import VmSpec
 from dcres.errors import ClusterError, OperationFailed
 from dcres.model.pages import pages_of
+from dcres.model.run_state import runs_restored
 from dcres.storage.manifest import Manifest
 
 _START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
@@ -84,7 +85,10 @@ class BringingUp:
         self._go(order)
 
     def restore(self, manifest: Manifest, lazy: bool) -> Restoring:
-        """Bring the guest back; it runs when this returns. What serves parts is still there."""
+        """Bring the guest back; it runs when this returns, unless it was saved standing still.
+
+        What serves parts is still there.
+        """
         incarnation = self._incarnation(above=manifest.generation)
         shares = self._spec.layout.shares
         restoring = restoring_.prepare(
@@ -92,7 +96,8 @@ class BringingUp:
         )
         self.laps.end("plan")
         order = self._boot(incarnation, restoring.load_order)
-        self._go(replace(order, resumption=restoring.resumption))
+        order = replace(order, resumption=restoring.resumption)
+        self._go(order, paused=not runs_restored(manifest.run_state))
         return restoring
 
     @property
@@ -120,10 +125,10 @@ class BringingUp:
         self._require_wanted()
         return replace(order, subs=tuple(answers[host] for host in subs), load=None)
 
-    def _go(self, order: RunOrder) -> None:
+    def _go(self, order: RunOrder, *, paused: bool = False) -> None:
         self._main.call("run", order, timeout_s=_START_TIMEOUT_S)
         self._require_wanted()
-        self._main.call("go")
+        self._main.call("go", paused)
         self.laps.end("run")
 
 

@@ -32,6 +32,7 @@ from dcres.model.commit import (
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import HostRound, Judgement, Target, Verdict, estimates_s, judge
+from dcres.model.run_state import RunState
 from dcres.storage.manifest import (
     Manifest,
     Mode,
@@ -112,7 +113,7 @@ class Checkpointing:
         self._events.put(Cancelled(why))
 
     def run(self) -> Manifest:
-        """Take the checkpoint. Raises OperationFailed; the VM then runs, if it can at all."""
+        """Take the checkpoint. Raises OperationFailed; the VM is then as it was, if it can be."""
         live = self._mode is Mode.LIVE
         commit, instructions = Commit.begin(self._subject.hosts, self._subject.main, live=live)
         while True:
@@ -133,7 +134,9 @@ class Checkpointing:
     def _what_now(self) -> str:
         """What has become of the VM whose checkpoint was given up."""
         if self._stuck or not self._gone:
-            return self._stuck or "the VM goes on"
+            state = self._subject.run_state
+            as_before = "goes on" if state is RunState.RUNNING else f"is as it was ({state})"
+            return self._stuck or f"the VM {as_before}"
         names = ", ".join(sorted(self._gone))
         return f"{names} of its hosts does not answer, and the VM may be lost with it"
 

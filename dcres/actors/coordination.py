@@ -9,48 +9,26 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from enum import StrEnum
 from typing import Any
 
-from dcres.actors.asking import ask_all, ask_progress, describe
-from dcres.actors.checkpointing import HALT_TIMEOUT_S, Checkpointing
+from dcres.actors import recovering
+from dcres.actors.asking import Heard, Roll, ask_progress, describe, why_of
+from dcres.actors.checkpointing import Checkpointing
 from dcres.actors.fleet import RayFleet
 from dcres.actors.following import Follower
 from dcres.actors.messages import Status
 from dcres.actors.ports import Fleet, Port
 from dcres.actors.replacing import settle_shape
 from dcres.actors.taking_down import take_down
-from dcres.errors import (
-    ActorGone,
-    ClusterError,
-    Conflict,
-    DcresError,
-    NotFound,
-    VmLost,
-)
+from dcres.errors import ActorGone, Conflict, DcresError, NotFound, VmLost, VmOff
 from dcres.linux import priority
 from dcres.model.live import FIXED_S
+from dcres.model.phase import HostState, VmPhase, is_at_rest, judged
 from dcres.model.picture import Picture
 
 log = logging.getLogger("dcres.coordinator")
 
 _CANCEL_TIMEOUT_S = 45.0
-_RESUME_TIMEOUT_S = 180.0  # it waits for a stop that is under way
-# QEMU's run states in which a checkpoint leaves it: the last from when its core is being saved.
-_HELD = ("paused", "finish-migrate", "postmigrate")
-
-
-class VmPhase(StrEnum):
-    """What a VM is doing, as far as its coordinator is concerned."""
-
-    ABSENT = "absent"
-    STARTING = "starting"
-    RUNNING = "running"
-    CHECKPOINTING = "checkpointing"
-    RESTORING = "restoring"
-    RESIZING = "resizing"
-    STOPPING = "stopping"
-    LOST = "lost"
 
 
 class Coordination:
@@ -63,6 +41,7 @@ class Coordination:
         self._phase = VmPhase.ABSENT
         self._why = ""
         self._hosts: tuple[str, ...] = ()
+        self._roll = Roll(vm, self._fleet.alive)
         self._operation = threading.Lock()
         self._checkpointing: Checkpointing | None = None
         self._unwanted: threading.Event | None = None  # while a start or restore is under way
@@ -113,18 +92,23 @@ class Coordination:
     def _recover(self) -> None:
         """Find out what a coordinator before this one left, and bring it to an end.
 
-        A host that does not answer yet makes the VM lost for now; it is tried again before the
-        next operation and when somebody asks for the status.
+        With a host that does not answer yet nobody knows; it is tried again before the next
+        operation and when somebody asks for the status.
         """
         ports = self._fleet.find(self._vm)
         if not ports:
             self._fleet.release(self._vm)  # a start may have come as far as its reservation
             self._phase, self._why, self._recovered = VmPhase.ABSENT, "", True
             return
+        self._hosts = self._hosts or recovering.hosts_known(self._vm, self._fleet)
         try:
             self._settle_what_is_there(ports)
-        except DcresError as error:
+        except VmOff as error:
+            self._phase, self._why = VmPhase.OFF, str(error)
+        except VmLost as error:
             self._phase, self._why = VmPhase.LOST, str(error)
+        except DcresError as error:
+            self._phase, self._why = VmPhase.UNKNOWN, str(error)
         else:
             self._recovered = True
 
@@ -133,7 +117,7 @@ class Coordination:
         if main["running"]:
             self._hosts = tuple(main["hosts"])
             # Before the sub hosts are asked, which may take long: the guest waits for this alone.
-            self._let_go_on(ports[0], main["checkpoint"])
+            recovering.let_go(self._vm, ports[0], main["checkpoint"])
         descriptions = [main, *map(describe, ports[1:])]
         self._hosts = tuple(each["host"] for each in descriptions)
         if not descriptions[0]["running"]:
@@ -149,7 +133,7 @@ class Coordination:
             # Ray moves the actors of a dead host to a new one, where nothing of the VM is.
             raise VmLost(f"a host of VM {self._vm} is gone ({', '.join(gone)} has nothing of it)")
         if main["checkpoint"] is not None:
-            self._discard(main["checkpoint"], ports)
+            recovering.discard(main["checkpoint"], ports)
         self._phase, self._why = VmPhase.RUNNING, ""
         if descriptions[0]["moving"]:
             self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
@@ -172,69 +156,56 @@ class Coordination:
         """Bring a change of shares to an end that could not be undone when it failed."""
         self._reshaped(describe(self._main()))
 
-    def _let_go_on(self, main: Port, checkpoint: str | None) -> None:
-        """A VM that `checkpoint` has stopped or may stop, or that an earlier one left standing.
-
-        As `Checkpointing` does it: the VM waits for a host that saves, so that ends first.
-        """
-        if checkpoint is not None:
-            log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
-            with suppress(ClusterError):  # its disk hangs: the guest goes on first
-                main.call("halt", checkpoint, timeout_s=HALT_TIMEOUT_S)
-            main.call("resume", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
-            return
-        status = main.call("status")
-        if status["run_state"] in _HELD or status["state"] in ("quiet", "frozen"):
-            log.warning("VM %s stands still; it goes on", self._vm)
-            main.call("resume", "", timeout_s=_RESUME_TIMEOUT_S)
-
-    def _discard(self, checkpoint: str, ports: Sequence[Port]) -> None:
-        """What is left of a checkpoint, unless it was published.
-
-        Which is certain once the main host has halted it: a publishing under way ends first.
-        """
-        main, *subs = ports
-        main.call("halt", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
-        if main.call("published", checkpoint):
-            return
-        for port in subs:
-            port.call("halt", checkpoint)
-        for port in ports:
-            port.call("abandon", checkpoint)
-
     def _follow(self, main: Port, servers: Mapping[str, Port], done: Callable[[], None]) -> None:
         self._follower = Follower(self._vm, main, servers, done)
 
     def _end_servers(self, ports: Sequence[Port]) -> None:
-        """As `Restoring.end`, when nobody remembers which hosts serve parts."""
-        for port in ports:
-            with suppress(DcresError):
-                port.call("end_serving_parts")
-        self._fleet.leave(self._vm)
+        recovering.end_servers(self._vm, self._fleet, ports)
 
     def status(self) -> Status:
-        """The VM as its hosts see it; a host that is gone makes it lost, and says so."""
+        """The VM as its hosts see it: what is proven of it, and who does not answer."""
         self._recover_if_due()
-        before = self._phase
-        status: Status = {"vm": self._vm, "phase": str(before), "why": self._why, "hosts": []}
-        if before in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
-            return status
-        phase, why = before, self._why
-        try:
-            status["hosts"] = self._ask_all()
-            if self._recovered:
-                why = "" if self._follower is None else self._follower.trouble
-                phase = VmPhase.RUNNING if before is VmPhase.LOST else before
-        except NotFound:
-            phase = before if before is VmPhase.LOST else VmPhase.ABSENT
-        except DcresError as error:
-            why = str(error)
-            lost = before is VmPhase.RUNNING and isinstance(error, VmLost)
-            phase = VmPhase.LOST if lost else before
+        before, why = self._phase, self._why
+        heard = self._hear(before)
+        phase = before
+        if is_at_rest(before):
+            phase, why = self._judge(before, heard)
+        elif heard:
+            why = "; ".join(each.why for each in heard if each.why)
         self._found(before, phase, why)
-        status["phase"], status["why"] = str(phase), why
-        status["last_checkpoint"] = self._last or None
-        return status
+        return {
+            "vm": self._vm,
+            "phase": str(phase),
+            "why": why,
+            "generation": max((each.generation for each in heard), default=0) or None,
+            "hosts": [each.to_dict() for each in heard],
+            "last_checkpoint": self._last or None,
+        }
+
+    def _hear(self, phase: VmPhase) -> list[Heard]:
+        """What all hosts say, except while they come or go."""
+        ports = self._ports()
+        if phase in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
+            return self._roll.named(self._hosts)
+        return self._roll.call(ports)
+
+    def _judge(self, before: VmPhase, heard: Sequence[Heard]) -> tuple[VmPhase, str]:
+        """The phase of a VM at rest, and why."""
+        if not heard:
+            # Its last host may have gone with its reservation: that is for who knew it.
+            return (VmPhase.ABSENT if before is VmPhase.RUNNING else before), self._why
+        match judged([each.state for each in heard]):
+            case VmPhase.OFF:
+                return VmPhase.OFF, heard[0].why
+            case VmPhase.LOST:
+                return VmPhase.LOST, why_of(heard, HostState.LOST)
+            case VmPhase.UNKNOWN:
+                return VmPhase.UNKNOWN, why_of(heard, HostState.SILENT)
+            case phase if self._recovered:
+                trouble = "" if self._follower is None else self._follower.trouble
+                return phase, "; ".join(filter(None, [why_of(heard, HostState.TROUBLED), trouble]))
+            case _:
+                return before, self._why
 
     def _found(self, before: VmPhase, phase: VmPhase, why: str) -> None:
         """What a look at the hosts showed, unless an operation has begun or ended meanwhile."""
@@ -258,12 +229,6 @@ class Coordination:
             raise self._busy()
         picture: Picture = self._main().call("picture", buckets)
         return picture
-
-    def _ask_all(self) -> list[Status]:
-        ports = self._ports()
-        if not ports:
-            raise NotFound(f"VM {self._vm} does not run")
-        return ask_all(self._vm, ports, self._fleet.alive)
 
     def progress(self) -> dict[str, Any]:
         """How far the operation under way is: its phase, and bytes, rate and rest per host."""
@@ -327,4 +292,5 @@ class Coordination:
             self._follower.stop()
             self._follower = None
         take_down(self._vm, self._fleet, self._hosts)
+        self._roll.forget()
         self._hosts, self._taken_down = (), True

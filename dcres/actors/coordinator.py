@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 from dcres.actors.asking import describe
 from dcres.actors.bringing_up import BringingUp
 from dcres.actors.checkpointing import Checkpointing
-from dcres.actors.coordination import Coordination, VmPhase
+from dcres.actors.coordination import Coordination
 from dcres.actors.messages import Foreseen, Status
 from dcres.actors.ports import Port
 from dcres.actors.publishing import Subject, checkpoint_facts
@@ -30,14 +31,11 @@ from dcres.actors.replacing import Checked, Replacing, Shares, settle_shape
 from dcres.actors.restoring import Restoring, spec_for
 from dcres.actors.wanting import while_it_lives
 from dcres.config import Layout, VmSpec, vm_spec
-from dcres.errors import (
-    Conflict,
-    DcresError,
-    NotFound,
-    VmLost,
-)
+from dcres.errors import ClusterError, Conflict, DcresError, NotFound, VmLost
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, MAX_ROUNDS, Judgement, Target
+from dcres.model.phase import VmPhase, in_the_way, judged
+from dcres.model.run_state import RunState, no_save, runs_restored
 from dcres.storage.manifest import Mode, loads
 from dcres.storage.store import Store
 
@@ -66,27 +64,23 @@ class Coordinator(Coordination):
         """
         spec = vm_spec(values)
         with self._exclusively(VmPhase.STARTING):
-            self._require_absent()
+            self._make_way(spec, hosts)
             self._bring_up(spec, hosts, BringingUp.start, take_over, driver)
             self._phase = VmPhase.RUNNING
         return self.status()
 
-    def _require_absent(self) -> None:
-        if self._fleet.find(self._vm) and not self._is_lost():
-            raise Conflict(
-                f"VM {self._vm} runs already; stop it first with `dcres stop {self._vm}`"
-            )
-        self._take_down()
+    def _make_way(self, spec: VmSpec, hosts: Sequence[str] | None) -> None:
+        """End what is left of a VM that nobody can use any more, once there is room for the next.
 
-    def _is_lost(self) -> bool:
-        """Whether the VM is gone for good; a pager that is being started again is no reason."""
-        try:
-            self._ask_all()
-        except VmLost:
-            return True
-        except DcresError:
-            return False
-        return False
+        Raises Conflict for one that is there or may be, NoRoom; it is as it was then.
+        """
+        if self._fleet.find(self._vm):
+            heard = self._roll.call(self._ports())
+            phase = judged([each.state for each in heard])
+            if why := in_the_way(self._vm, phase):
+                raise Conflict(why)
+            self._fleet.require_room(self._vm, spec.layout.shares, hosts)
+        self._take_down()
 
     def _bring_up(
         self,
@@ -130,12 +124,13 @@ class Coordinator(Coordination):
 
         `downtime_s` is what a live checkpoint aims at, in at most `max_rounds` rounds; then the
         VM is stopped all the same, and ``verdict`` says why. Raises OperationFailed when it was
-        given up: the VM then goes on.
+        given up. A VM that ran runs on in either case, and one that stood still stands as it did.
         """
         with self._exclusively(VmPhase.CHECKPOINTING):
             ports = self._ports()
             if not ports:
                 raise NotFound(f"VM {self._vm} does not run; start it or restore a checkpoint")
+            run_state = self._savable_state()
             began = time.monotonic()
             # A clock may be set back, and ids are in order. The four digits tell checkpoints of
             # one second apart.
@@ -143,7 +138,7 @@ class Coordinator(Coordination):
             name = checkpoint or Store.new_id(self._vm, now, f"{now.microsecond // 16:04x}")
             target = Target(downtime_s, max_rounds, self._fixed_s)
             running = Checkpointing(
-                self._subject(ports), name, Mode(mode), target, memory_format, now
+                self._subject(ports, run_state), name, Mode(mode), target, memory_format, now
             )
             self._checkpointing = running
             try:
@@ -168,7 +163,40 @@ class Coordinator(Coordination):
         staging_s = judgement.estimated_downtime_s - self._fixed_s
         self._fixed_s = max(0.5 * (self._fixed_s + downtime_s - staging_s), 0.005)
 
-    def _subject(self, ports: dict[str, Port]) -> Subject:
+    def _savable_state(self) -> RunState:
+        """The VM's run state. Raises Conflict if it cannot be saved in that and left as it is."""
+        try:
+            state = RunState(self._main().call("status")["run_state"])
+        except DcresError:  # the checkpoint itself meets that again, and tells it host by host
+            return RunState.RUNNING
+        if why := no_save(self._vm, state):
+            raise Conflict(why)
+        return state
+
+    def pause(self) -> Status:
+        """Stop the guest until `resume`; all else goes on. Repeatable. Raises Conflict, VmLost."""
+        with self._at_rest():
+            self._main().call("pause")
+        return self.status()
+
+    def resume(self) -> Status:
+        """Let the guest run, from wherever it stands. Repeatable.
+
+        Raises Conflict where it cannot run any more, VmLost.
+        """
+        with self._at_rest():
+            self._main().call("go")
+        return self.status()
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Nothing else is done to the VM meanwhile, and nothing is left of what was done before."""
+        with self._exclusively(VmPhase.RUNNING):
+            if not self._recovered:
+                raise ClusterError(f"VM {self._vm} is {self._phase}: {self._why}")
+            yield
+
+    def _subject(self, ports: dict[str, Port], run_state: RunState) -> Subject:
         main = ports[self._hosts[0]].call("describe")
         return Subject(
             vm=self._vm,
@@ -180,6 +208,7 @@ class Coordinator(Coordination):
             hosts=self._hosts,
             ports=ports,
             alive=self._fleet.alive,
+            run_state=run_state,
         )
 
     def restore(
@@ -205,16 +234,19 @@ class Coordinator(Coordination):
             return bringing_up.restore(manifest, lazy), bringing_up.laps.seconds
 
         with self._exclusively(VmPhase.RESTORING):
-            self._require_absent()
+            self._make_way(spec, hosts)
             restoring, laps = self._bring_up(spec, hosts, begin, take_over, driver)
             self._phase = VmPhase.RUNNING
             if lazy:
                 self._follow(self._main(), restoring.server_ports, restoring.end)
             else:
                 restoring.end()
+        behind_s = (datetime.now(UTC) - manifest.stopped_at).total_seconds()
         return {
             "vm": self._vm,
             "checkpoint": manifest.checkpoint,
+            "run_state": "running" if runs_restored(manifest.run_state) else manifest.run_state,
+            "guest_clock_behind_seconds": round(max(behind_s, 0.0), 1),
             "seconds": sum(laps.values()),
             "parts_seconds": laps,
             "lazy": lazy,

@@ -7,6 +7,7 @@ is to hold more or on one that joins, is a group of its own, since groups cannot
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -123,6 +124,21 @@ class RayFleet:
         others = [each for each in _alive() if each.name != name]
         require_room([extra], [name], sorted([*others, roomier], key=lambda each: each.name))
 
+    def held(self, vm: str) -> dict[str, int]:
+        """By the table of reservations."""
+        held: Counter[str] = Counter()
+        for name in _reservations_of(vm):
+            found = _ray.reservation(name)
+            held.update({} if found is None else found.held)
+        return dict(held)
+
+    def require_room(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> None:
+        """By the table of reservations, and by the tmpfs of the hosts that are named."""
+        held = self.held(vm)
+        require_room(shares, hosts, [roomier(each, held) for each in _alive()])
+        for host, share in zip(hosts or (), shares, strict=False):
+            _ray.run_on(host, require_ram_here, share, vm, timeout_s=_LOOK_TIMEOUT_S)
+
     def extend(self, vm: str, index: int, extra: int) -> None:
         """A second reservation on that host for what the first lacks."""
         _ray.release(_extra_name(vm, index))
@@ -161,10 +177,8 @@ class RayFleet:
         self.leave(vm)
         for index in self.indices(vm):
             _ray.kill(host_actor_name(vm, index))
-        for prefix in (_extra_name(vm, 0), _own_name(vm, 0)):
-            for name in _ray.list_reservations(prefix.rstrip("0")):
-                _ray.release(name)
-        _ray.release(_reservation_name(vm))
+        for name in _reservations_of(vm):
+            _ray.release(name)
 
     def alive(self, host: str) -> bool:
         """Ray's word: it notices within seconds that a host does not answer any more."""
@@ -225,6 +239,21 @@ def _on_all_hosts(function: Callable[..., Any], *args: Any) -> dict[str, Pending
     return begun
 
 
+def _reservations_of(vm: str) -> list[str]:
+    """The names of all that may be set aside for the VM, what it started with last."""
+    added = [
+        name
+        for prefix in (_extra_name(vm, 0), _own_name(vm, 0))
+        for name in _ray.list_reservations(prefix.rstrip("0"))
+    ]
+    return [*added, _reservation_name(vm)]
+
+
+def roomier(host: HostInfo, held: Mapping[str, int]) -> HostInfo:
+    """The host once what a VM holds there is given back."""
+    return replace(host, memory_free_bytes=host.memory_free_bytes + held.get(host.name, 0))
+
+
 def _alive() -> list[HostInfo]:
     return [host for host in _ray.hosts() if host.alive]
 
@@ -233,9 +262,14 @@ def _address_of(host: str) -> str:
     return host_named(host, _ray.hosts()).address
 
 
-def require_ram_here(share: int) -> None:
-    """NoRoom unless the tmpfs of the host that this runs on can take the share."""
-    require_ram(HostSettings.from_environ(os.environ), share)
+def require_ram_here(share: int, vm: str = "") -> None:
+    """NoRoom unless the tmpfs of the host that this runs on can take the share.
+
+    Once it has given back what is left of `vm` there, if that is named.
+    """
+    settings = HostSettings.from_environ(os.environ)
+    given_back = VmFolder.of(settings, vm).ram_bytes if vm else 0
+    require_ram(settings, max(share - given_back, 0))
 
 
 def end_what_is_left(vm: str) -> None:

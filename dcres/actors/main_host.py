@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from dcres.model.placement import (
     digest,
     to_saved,
 )
+from dcres.model.run_state import RunState
 from dcres.paging.table import PageTable
 from dcres.storage.digest import FileSum
 from dcres.storage.layout import VMCORE
@@ -41,6 +43,7 @@ from dcres.storage.memory_file import SavedMemory
 from dcres.storage.slices import write_main_files
 from dcres.vm import devices, disk
 from dcres.vm.command import disk_nodes
+from dcres.vm.monitor import Monitor
 
 _DRAIN_TIMEOUT_S = 60.0
 
@@ -58,6 +61,7 @@ class MainHost(MovingHost):
         with self._saving:  # so that what gives the checkpoint up comes before it all or after
             self._require_wanted(checkpoint)
             status = self.status()
+            self._standing.require_savable(RunState(status["run_state"]))
             self._require_saveable()
             self._keep_name()
             # Sub hosts that share this store may have begun their part already.
@@ -105,13 +109,15 @@ class MainHost(MovingHost):
         self._frozen_pid = self._pager.call("status")["pid"]
         with self._qmp() as monitor:
             laps = [("", stopped_at := time.monotonic())]
-            monitor.stop()
+            stopped = datetime.now(UTC)
+            self._standing.stop(monitor)
             laps.append(("stop", time.monotonic()))
             before = self._pager.call("quiesce", _DRAIN_TIMEOUT_S)
             laps.append(("drain", time.monotonic()))
-            monitor.snapshot_disks(disk_nodes(self._spec), checkpoint)
+            again = monitor.has_saved_core
+            self._take_snapshots(monitor, checkpoint, inactive=again)
             laps.append(("disks", time.monotonic()))
-            monitor.save_core(self._core)
+            monitor.require_core(self._core) if again else monitor.save_core(self._core)
             laps.append(("core", time.monotonic()))
         frozen = self._pager.call("freeze", _DRAIN_TIMEOUT_S)
         laps.append(("freeze", time.monotonic()))
@@ -124,7 +130,17 @@ class MainHost(MovingHost):
             pages_out=frozen["pages_out"],
             stopped_at=stopped_at,
             parts_s={name: at - laps[i][1] for i, (name, at) in enumerate(laps[1:])},
+            run_state=self._standing.found or RunState.RUNNING,
+            stopped=stopped,
         )
+
+    def _take_snapshots(self, monitor: Monitor, checkpoint: str, *, inactive: bool) -> None:
+        """Of all disks. After a failure `abandon` removes those that were made."""
+        if not inactive:
+            monitor.snapshot_disks(disk_nodes(self._spec), checkpoint)
+            return
+        for each in self._spec.disks:
+            disk.take(each.path, checkpoint)
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         """As on every host. Raises PagingError if placement did not stand still meanwhile.
@@ -174,7 +190,7 @@ class MainHost(MovingHost):
         return replace(saved, placed=placed)
 
     def resume(self, checkpoint: str) -> float:
-        """Thaw paging, let the guest run; the time on this host's monotonic clock.
+        """Thaw paging, leave the guest as it was found; the time on this host's monotonic clock.
 
         Also undoes a checkpoint that stopped half-way, so it is safe to call at any time. The VM
         is not stopped for `checkpoint` any more.
@@ -183,7 +199,8 @@ class MainHost(MovingHost):
             self._resumed.append(checkpoint)
             with self._blaming_qemu(VmLost):
                 self._pager.call_patiently("thaw")
-            self.go()
+            with self._qmp() as monitor:
+                self._standing.let_go(monitor)
             return time.monotonic()
 
     def publish(self, manifest: str, here: tuple[str, ...]) -> None:
@@ -241,7 +258,10 @@ class MainHost(MovingHost):
         spec = self._spec
         if self._qemu.alive:
             with self._qmp() as monitor:
-                monitor.delete_snapshots(disk_nodes(spec), checkpoint)
-            return
+                active = not monitor.has_saved_core
+                if active:
+                    monitor.delete_snapshots(disk_nodes(spec), checkpoint)
+            if active:
+                return
         for each in spec.disks:
             disk.delete(each.path, checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from dcres.config import VmSpec
 from dcres.model.pages import Mask
+from dcres.model.run_state import RunState
 from dcres.paging.settings import SubAddress
 
 Status = dict[str, Any]
@@ -195,6 +197,8 @@ class Finished:
     pages_in: int
     pages_out: int
     stopped_at: float  # on the main host's monotonic clock
+    stopped: datetime  # the same moment, UTC, by the main host's clock
+    run_state: RunState  # in which the VM was found, and in which it is left
     parts_s: dict[str, float] = field(default_factory=dict)  # what the stop was spent on
 
 

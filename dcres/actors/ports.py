@@ -52,6 +52,9 @@ class Fleet(Protocol):
         have the room by the time it is. Raises NoRoom, NotFound for a host that is gone.
         """
 
+    def require_room(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> None:
+        """NoRoom or NotFound unless `reserve` has room once what the VM holds is given back."""
+
     def extend(self, vm: str, index: int, extra: int) -> None:
         """Set `extra` bytes more aside on host `index`; 0 gives back what was set aside."""
 

@@ -12,9 +12,11 @@ from dcres.actors.ports import Port
 from dcres.config import VmSpec
 from dcres.errors import OperationFailed
 from dcres.model.formats import MemoryFormat
+from dcres.model.run_state import RunState
 from dcres.storage.digest import FileSum
 from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
+    TIME_FORMAT,
     DiskSnapshot,
     HostSlice,
     Manifest,
@@ -37,6 +39,7 @@ class Subject:
     hosts: tuple[str, ...]  # the main host first
     ports: Mapping[str, Port]
     alive: Callable[[str], bool] = lambda host: True  # whether a host is there at all
+    run_state: RunState = RunState.RUNNING  # before anything was done to it
 
     @property
     def main(self) -> str:
@@ -67,7 +70,7 @@ def manifest_of(subject: Subject, taken: Taken) -> Manifest:
     return Manifest(
         checkpoint=taken.checkpoint,
         vm=subject.vm,
-        created=taken.created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=taken.created.strftime(TIME_FORMAT),
         mode=taken.mode,
         memory_format=taken.memory_format,
         memory_bytes=subject.spec.memory,
@@ -80,6 +83,8 @@ def manifest_of(subject: Subject, taken: Taken) -> Manifest:
         hosts=tuple(_slice(subject, taken, index) for index in range(len(subject.hosts))),
         vmcore=_core_sum(taken.saved[subject.main]),
         rounds=taken.rounds,
+        found=finished.run_state,
+        stopped=finished.stopped.strftime(TIME_FORMAT),
         disks=tuple(
             DiskSnapshot(path=str(each.path), format=each.format, snapshot=taken.checkpoint)
             for each in subject.spec.disks
@@ -156,4 +161,5 @@ def checkpoint_facts(manifest: Manifest, seconds: float | None = None) -> dict[s
         },
         "pages_moved_for_checkpoint": manifest.pages_moved_for_checkpoint,
         "rounds": manifest.rounds,
+        "run_state": str(manifest.run_state),
     }

@@ -18,6 +18,7 @@ from dcres.actors.messages import (
 from dcres.actors.naming import NameInStore
 from dcres.actors.picturing import look
 from dcres.actors.saving import LATE_ORDERS, SavingHost
+from dcres.actors.standing import Standing
 from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings, VmSpec
 from dcres.errors import (
@@ -26,6 +27,7 @@ from dcres.errors import (
     PagingError,
     VmError,
     VmLost,
+    VmOff,
 )
 from dcres.model.history import Ticks
 from dcres.model.pages import pages_of
@@ -35,6 +37,7 @@ from dcres.model.placement import (
     MAIN,
     Owners,
 )
+from dcres.model.run_state import RunState
 from dcres.storage.store import Store
 from dcres.vm.monitor import Monitor
 from dcres.vm.process import QemuProcess
@@ -61,6 +64,7 @@ class QemuHost(SavingHost, PartServing):
         # Checkpoints for which the VM was told to go on.
         self._resumed: deque[str] = deque(maxlen=LATE_ORDERS)
         self._remembering = threading.Lock()
+        self._standing = Standing(vm, lambda: self._state, self._remember)
         self._life = Life()
         record = self._settings.run / f"{vm}.generation"
         self._name = NameInStore(store, vm, self._settings.name, record)
@@ -110,7 +114,7 @@ class QemuHost(SavingHost, PartServing):
         """The VM's QEMU, which runs. Raises NotFound, VmLost."""
         qemu = self._qemu
         if not qemu.alive:
-            raise VmLost(self._obituary(qemu))
+            raise self._ended(qemu)
         return qemu
 
     @property
@@ -135,8 +139,17 @@ class QemuHost(SavingHost, PartServing):
                 self._monitor.close()
                 self._monitor = None
                 if qemu.process.wait_gone(_END_S):
-                    raise VmLost(self._obituary(qemu)) from None
+                    raise self._ended(qemu) from None
                 raise
+
+    def _ended(self, qemu: QemuProcess) -> VmLost:
+        """The end of a QEMU that has ended: by order, or else."""
+        if qemu.was_told_to_end:
+            return VmOff(
+                f"QEMU of VM {self._vm} was told to end ({qemu.words}); `dcres start` boots the VM "
+                "anew, `dcres restore` takes it back to a checkpoint"
+            )
+        return VmLost(self._obituary(qemu))
 
     def _obituary(self, qemu: QemuProcess) -> str:
         words = qemu.words or "it was killed, or said nothing"
@@ -158,11 +171,16 @@ class QemuHost(SavingHost, PartServing):
         if self._pager.given_up:
             raise VmLost(f"VM {self._vm} cannot go on ({self._pager.given_up})")
         with self._qmp() as monitor:
-            run_state = monitor.status()
+            now = monitor.status()
+            run_state = self._standing.told(now)
+            failed = monitor.failed_disks() if run_state is RunState.IO_ERROR else []
         return {
             "host": self._settings.name,
             "role": "main",
+            "generation": self._state["generation"],
             "run_state": str(run_state),
+            "held": self._standing.is_held(now),
+            "failed_disks": failed,
             "accel": self._state["accel"],
             "accel_why": self._state["accel_why"],
             "console": str(qemu.files.console),

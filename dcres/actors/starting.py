@@ -40,6 +40,7 @@ from dcres.model.pages import pages_of
 from dcres.model.placement import (
     sub_code,
 )
+from dcres.model.run_state import RunState
 from dcres.paging import moves as paging_moves
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import PagerSettings, SubAddress
@@ -48,7 +49,7 @@ from dcres.vm import accel as accel_
 from dcres.vm import devices, process, safety
 from dcres.vm.arguments import require_whole_paths
 from dcres.vm.command import MACHINE, VmFiles, disk_node, owned_nodes
-from dcres.vm.monitor import Monitor, RunState
+from dcres.vm.monitor import Monitor
 from dcres.vm.reverting import Reverting
 
 log = logging.getLogger("dcres.host")
@@ -181,6 +182,7 @@ class StartingHost(QemuHost):
             reserved=order.spec.layout.main,
             running=False,
             checkpoint=None,
+            found=None,
         )
         return monitor
 
@@ -299,13 +301,22 @@ class StartingHost(QemuHost):
             log.warning("VM %s: %s", self._vm, trouble)
         self._remember(reverting=None)
 
-    def go(self) -> None:
-        """Let the guest run, from wherever it stands. Repeatable."""
+    def go(self, paused: bool = False) -> None:
+        """The VM is up: let the guest run, or leave it as it stands. Repeatable.
+
+        Also lets one run that stands still. Raises Conflict where it cannot.
+        """
         with self._qmp() as monitor:
             self._settle_disks(monitor)
-            if monitor.status() is not RunState.RUNNING:
-                monitor.cont()
+            if not paused:
+                self._standing.run(monitor)
         self._remember(running=True)
+
+    def pause(self) -> None:
+        """Stop the guest until `go`; one that stands still already stays as it is. Repeatable."""
+        with self._qmp() as monitor:
+            if monitor.settled_status() is RunState.RUNNING:
+                monitor.stop()
 
     def resize(self, limit_pages: int) -> None:
         """Change how much the main host keeps; pages move while the guest runs."""

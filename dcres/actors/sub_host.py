@@ -130,6 +130,7 @@ class SubHost(SavingHost, PartServing):
         return {
             "host": self._settings.name,
             "role": "sub",
+            "generation": (read_state(self._folder.state) or {}).get("generation", 0),
             "restarts": self._server.restarts,
             **self._server.call_patiently("status"),
         }

@@ -63,6 +63,11 @@ class VmFolder:
             folder.remove_file(path)
 
     @property
+    def ram_bytes(self) -> int:
+        """What the VM takes of the host's memory: its files on tmpfs, without their holes."""
+        return sum(path.stat().st_blocks * 512 for path in self.ram.rglob("*") if path.is_file())
+
+    @property
     def state(self) -> Path:
         """What the actor has to know when it is started again."""
         return self.run / "state.json"

@@ -10,22 +10,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from dcres.actors import _ray, naming
-from dcres.actors.fleet import parts_in_store
+from dcres.actors.fleet import RayFleet, parts_in_store, roomier
 from dcres.actors.loading import parse
 from dcres.actors.room import HostInfo, host_named, require_room
+from dcres.actors.vm_folder import VmFolder
 from dcres.api.session import Session
 from dcres.config import HostSettings, Layout, VmSpec, format_size, listed
 from dcres.errors import ConfigError, Conflict, DcresError, NoRoom, NotFound
 from dcres.linux.memory import free_for_guests
 from dcres.model.choice import Candidate, Share, choose, choose_evenly, choose_for
 from dcres.model.pages import PAGE_SIZE, pages_of
+from dcres.model.phase import VmPhase, in_the_way
 from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
 
 log = logging.getLogger("dcres.restore")
 
 _LOOK_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 300.0
 _AT_ONCE = 16
 # For QEMU itself, the pager, page tables: what a main host needs besides the guest's memory.
 _BESIDES_BYTES = 256 << 20
@@ -99,8 +100,12 @@ def wish_of(
 
 
 def look_around(manifest: Manifest, *, take_over: bool = False) -> list[Seen]:
-    """All hosts that answer, asked at the same time; a dead one is none."""
-    alive = [host for host in _ray.hosts() if host.alive]
+    """All hosts that answer, asked at the same time; a dead one is none.
+
+    What the VM itself still holds counts as free: a restore gives it back first.
+    """
+    held = RayFleet().held(manifest.vm)
+    alive = [roomier(host, held) for host in _ray.hosts() if host.alive]
     asked = (dumps(manifest), _ray.cluster_id(), take_over)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         looked = pool.map(partial(_look_at, asked), alive)
@@ -120,28 +125,19 @@ def _look_at(asked: tuple[str, str, bool], host: HostInfo) -> Seen | None:
 def look_here(manifest: str, cluster: str, take_over: bool) -> Look:
     """Runs on a host: the memory free as its kernel sees it, and what its store has."""
     settings = HostSettings.from_environ(os.environ)
-    free, parts = free_for_guests(settings.ram, _BESIDES_BYTES), parts_in_store(manifest)
     vm, me = parse(manifest).vm, naming.claimant(cluster, settings.name)
-    return Look(free, parts, naming.trouble(Store(settings.store), vm, me, take_over=take_over))
+    given_back = VmFolder.of(settings, vm).ram_bytes
+    free = free_for_guests(settings.ram, _BESIDES_BYTES) + given_back
+    trouble = naming.trouble(Store(settings.store), vm, me, take_over=take_over)
+    return Look(free, parts_in_store(manifest), trouble)
 
 
-def phase_of(session: Session, vm: str) -> str:
+def phase_of(session: Session, vm: str) -> VmPhase:
     """What VM `vm` is doing; ``absent`` when there is none."""
     try:
-        return str(session.existing(vm).call("status")["phase"])
+        return VmPhase(session.existing(vm).call("status")["phase"])
     except NotFound:
-        return "absent"
-
-
-def obstacles(vm: str, phase: str) -> list[str]:
-    """Why VM `vm` cannot be restored in this phase, whatever the hosts: it is there already."""
-    match phase:
-        case "absent" | "lost":
-            return []
-        case "running":
-            return [f"VM {vm} runs already; stop it first with `dcres stop {vm}`"]
-        case _:
-            return [f"VM {vm} is {phase}; wait until that is done, or end it: `dcres stop {vm}`"]
+        return VmPhase.ABSENT
 
 
 def require_name(choice: Choice, seen: Sequence[Seen]) -> None:
@@ -154,12 +150,12 @@ def require_name(choice: Choice, seen: Sequence[Seen]) -> None:
 def choose_hosts(session: Session, manifest: Manifest, wish: Wish) -> Choice:
     """The hosts of a restore that is about to begin; they are asked if there is a choice.
 
-    What is left of a lost VM is ended first, since its memory may be needed. Raises Conflict
-    when the VM is there, and what `decide` raises.
+    Changes nothing: what is left of a VM that is off or lost counts as free, and the restore ends
+    that once it knows that there is room. Raises Conflict when the VM is there, and what `decide`
+    raises.
     """
     if wish.settled is not None:
         return wish.settled
-    _require_possible(manifest, wish)
     _require_absent(session, manifest.vm)
     try:
         return decide(manifest, wish, look_around(manifest))
@@ -168,27 +164,9 @@ def choose_hosts(session: Session, manifest: Manifest, wish: Wish) -> Choice:
         raise
 
 
-def _require_possible(manifest: Manifest, wish: Wish) -> None:
-    """What can be said of a wish before what is left of a lost VM is ended for it.
-
-    Raises ConfigError for shares that do not hold the memory, NotFound for a host that is not
-    there.
-    """
-    if wish.layout is not None:
-        wish.layout.require_room_for(manifest.memory_bytes)
-    if wish.names is not None:
-        hosts = _ray.hosts()
-        for name in wish.names:
-            host_named(name, hosts)
-
-
 def _require_absent(session: Session, vm: str) -> None:
-    phase = phase_of(session, vm)
-    for obstacle in obstacles(vm, phase):
-        raise Conflict(obstacle)
-    if phase == "lost":
-        session.existing(vm).call("stop", timeout_s=_STOP_TIMEOUT_S)
-        session.retire(vm)
+    if why := in_the_way(vm, phase_of(session, vm)):
+        raise Conflict(why)
 
 
 def decide(manifest: Manifest, wish: Wish, seen: Sequence[Seen]) -> Choice:

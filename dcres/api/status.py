@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dcres.config import format_size
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.phase import HostState, VmPhase
+from dcres.model.run_state import RunState, advice, is_trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,14 @@ class HostStatus:
     pages_in_per_s: float = 0.0
     pages_out_per_s: float = 0.0
     restarts: int = 0  # of its pager or memory server, since the host's actor was started
+    state: str = HostState.ANSWERS  # what came of asking it; the numbers are the last it gave
+    why: str = ""  # that it does not answer, or has lost what it had
+    silent_since: str | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether the numbers are those of now."""
+        return self.state in (HostState.ANSWERS, HostState.OFF)
 
     @property
     def fill(self) -> float:
@@ -53,8 +64,10 @@ class HostStatus:
 
 @dataclass(frozen=True, slots=True)
 class VmStatus:
-    """A VM as its hosts see it; `hosts` is empty unless it runs, the main host first.
+    """A VM as its hosts see it; `hosts` are all that are known, the main host first.
 
+    `run_state` is the guest's, where the main host answers, and `advice` what to do about it: a VM
+    whose phase is ``running`` may be paused, or wait for a disk that failed.
     While `bringing_in` a lazy restore is under way, and `pages_to_bring` pages are still in the
     checkpoint alone.
     """
@@ -68,6 +81,32 @@ class VmStatus:
     hosts: tuple[HostStatus, ...] = ()
     bringing_in: bool = False
     pages_to_bring: int = 0
+    generation: int | None = None
+    advice: str = ""
+    failed_disks: tuple[str, ...] = ()
+
+    @property
+    def doing(self) -> str:
+        """The phase, or what the guest is in where the phase only says that it is up."""
+        if self.phase == VmPhase.RUNNING and self.run_state:
+            return self.run_state
+        return self.phase
+
+    @property
+    def words(self) -> str:
+        """Why it is not well and what to do, as far as there is something to say."""
+        return "; ".join(filter(None, [self.why, ", ".join(self.failed_disks), self.advice]))
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the VM needs somebody's help."""
+        troubled = bool(self.run_state) and is_trouble(RunState(self.run_state))
+        return troubled or self.phase in (VmPhase.LOST, VmPhase.UNKNOWN)
+
+    @property
+    def answers(self) -> bool:
+        """Whether all hosts answer, so that there is a placement to be seen."""
+        return bool(self.hosts) and all(host.answers for host in self.hosts)
 
     @property
     def pages(self) -> int:
@@ -89,10 +128,9 @@ class VmStatus:
             f"/{format_size(host.share_pages * PAGE_SIZE)}"
             for host in self.hosts
         )
-        tail = f": {parts}" if parts else f": {self.why}" if self.why else ""
-        if self.bringing_in:
-            tail += f"; {self.bringing}"
-        return f"<VmStatus {self.vm} {self.phase}{tail}>"
+        words = self.words if self.advice or not self.answers else ""
+        tail = "; ".join(filter(None, [parts, words, self.bringing if self.bringing_in else ""]))
+        return f"<VmStatus {self.vm} {self.doing}{': ' if tail else ''}{tail}>"
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -104,7 +142,9 @@ class VmStatus:
             f"<th>{name}</th>" for name in ("host", "role", "pages", "share", "in", "out")
         )
         bringing = f", {self.bringing}" if self.bringing_in else ""
-        return f"<b>{self.vm}</b>: {self.phase}{bringing}<table><tr>{head}</tr>{rows}</table>"
+        words = f"<br>{html.escape(self.words)}" if self.words else ""
+        title = f"<b>{self.vm}</b>: {self.doing}{bringing}{words}"
+        return f"{title}<table><tr>{head}</tr>{rows}</table>"
 
 
 def status_of(answer: Mapping[str, Any]) -> VmStatus:
@@ -112,17 +152,29 @@ def status_of(answer: Mapping[str, Any]) -> VmStatus:
     parts: Sequence[Mapping[str, Any]] = answer["hosts"]
     main: Mapping[str, Any] = parts[0] if parts else {}
     bringing_in = bool(main.get("bringing_in"))
+    reached = main.get("host_state", HostState.ANSWERS) in (HostState.ANSWERS, HostState.OFF)
+    run_state = str(main.get("run_state", "")) if reached else ""
     return VmStatus(
         vm=answer["vm"],
         phase=answer["phase"],
         why=answer["why"] or _links_down(main) or str(main.get("unclaimed", "")),
         accel=str(main.get("accel", "")),
-        run_state=str(main.get("run_state", "")),
+        run_state=run_state,
         console=str(main.get("console", "")),
-        hosts=tuple(_host_status(part) for part in parts),
+        hosts=tuple(_host_status(part, index == 0) for index, part in enumerate(parts)),
         bringing_in=bringing_in,
         pages_to_bring=int(main["pages_to_move"]) if bringing_in else 0,
+        generation=answer.get("generation"),
+        advice=_advice(answer, run_state),
+        failed_disks=tuple(main.get("failed_disks", ())),
     )
+
+
+def _advice(answer: Mapping[str, Any], run_state: str) -> str:
+    """What to do about a guest that is not running, where nothing else is done to its VM."""
+    if answer["phase"] != VmPhase.RUNNING or not run_state:
+        return ""
+    return advice(answer["vm"], RunState(run_state))
 
 
 def _links_down(main: Mapping[str, Any]) -> str:
@@ -135,29 +187,28 @@ def _links_down(main: Mapping[str, Any]) -> str:
     )
 
 
-def _host_status(part: Mapping[str, Any]) -> HostStatus:
-    if part["role"] == "main":
-        return HostStatus(
-            host=part["host"],
-            role="main",
-            pages=int(part["pages"][0]),
-            share_pages=int(part["limit_pages"]),
-            pages_in=int(part["pages_in"]),
-            pages_out=int(part["pages_out"]),
-            page_in_median_us=float(part["page_in_median_us"]),
-            page_in_p99_us=float(part["page_in_p99_us"]),
-            restarts=int(part.get("restarts", 0)),
-        )
+def _host_status(part: Mapping[str, Any], is_main: bool) -> HostStatus:
+    """A host as it is now, or as it was when it last answered; zeros where it never has."""
+    pages = part.get("pages", [0])[0] if is_main else part.get("held_pages", 0)
     return HostStatus(
         host=part["host"],
-        role="sub",
-        pages=int(part["held_pages"]),
-        share_pages=int(part["capacity_pages"]),
-        # What the main host pages in leaves here.
-        pages_in=int(part["pages_in"]),
-        pages_out=int(part["pages_out"]),
+        role="main" if is_main else "sub",
+        pages=int(pages),
+        share_pages=int(part.get("limit_pages" if is_main else "capacity_pages", 0)),
+        # What the main host pages in leaves a sub host.
+        pages_in=int(part.get("pages_in", 0)),
+        pages_out=int(part.get("pages_out", 0)),
+        page_in_median_us=_number(part.get("page_in_median_us")),
+        page_in_p99_us=_number(part.get("page_in_p99_us")),
         restarts=int(part.get("restarts", 0)),
+        state=part.get("host_state", HostState.ANSWERS),
+        why=part.get("host_why", ""),
+        silent_since=part.get("silent_since"),
     )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def with_rates(first: VmStatus, second: VmStatus, seconds: float) -> VmStatus:

@@ -15,7 +15,7 @@ from dcres.actors.fleet import RayFleet
 from dcres.actors.messages import Foreseen
 from dcres.actors.publishing import checkpoint_facts
 from dcres.api.catalogue import verify
-from dcres.api.choosing import choose_hosts, look_around, obstacles, phase_of, wish_of
+from dcres.api.choosing import choose_hosts, look_around, phase_of, wish_of
 from dcres.api.defaults import (
     DEFAULT_DOWNTIME_S,
     DEFAULT_FORMAT,
@@ -41,6 +41,7 @@ from dcres.errors import (
 from dcres.linux.interrupt import ended_by_sigterm, uninterrupted
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.phase import VmPhase, in_the_way
 from dcres.model.picture import MOST_BUCKETS
 from dcres.storage.checks import VerifyReport
 from dcres.storage.manifest import Manifest, dumps
@@ -72,7 +73,7 @@ class Vm:
         Raises NotFound when there is no such VM.
         """
         first = self._status()
-        if over_s <= 0 or not first.hosts:
+        if over_s <= 0 or not first.answers:
             return first
         began = time.monotonic()
         time.sleep(over_s)
@@ -149,8 +150,8 @@ class Vm:
         deadline = time.monotonic() + timeout_s
         while True:
             status = self._status()
-            if status.phase == "lost":
-                raise VmLost(f"VM {self.name} is lost: {status.why}")
+            if status.phase in (VmPhase.LOST, VmPhase.OFF):
+                raise VmLost(f"VM {self.name} is {status.phase}: {status.why}")
             if not status.bringing_in:
                 return status
             if time.monotonic() > deadline:
@@ -232,6 +233,22 @@ class Vm:
         coordinator = self._session.existing(self.name)
         return status_of(attend(coordinator, method, *args, title=title, progress=progress))
 
+    def pause(self) -> VmStatus:
+        """Stop the guest until `resume`, also through checkpoints and restarts of what controls it.
+
+        Its pages may go on moving. Repeatable. Raises Conflict while something else is done to the
+        VM, VmLost.
+        """
+        return status_of(self._session.existing(self.name).call("pause"))
+
+    def resume(self) -> VmStatus:
+        """Let the guest run, from wherever it stands: paused, or after an error of a disk.
+
+        Repeatable. Raises Conflict where it cannot run any more (`VmStatus.advice` says what can be
+        done then) or while something else is done to the VM, VmLost.
+        """
+        return status_of(self._session.existing(self.name).call("resume"))
+
     def stop(self) -> None:
         """End the VM and give back all it used; a checkpoint under way is given up first."""
         self._session.existing(self.name).call("stop", timeout_s=_STOP_TIMEOUT_S)
@@ -252,10 +269,13 @@ class Vm:
         return self.console_from(0).decode(errors="replace")
 
     def console_from(self, offset_bytes: int) -> bytes:
-        """The console from an offset on. Raises NotFound or VmLost when the VM does not run."""
+        """The console from an offset on; also that of a guest that has shut down.
+
+        Raises NotFound or VmLost when the VM does not run.
+        """
         status = self.status()
-        if not status.hosts:
-            lost = status.phase == "lost"
+        if not status.console or not status.hosts[0].answers:
+            lost = status.phase in (VmPhase.LOST, VmPhase.UNKNOWN)
             raise (VmLost if lost else NotFound)(
                 f"VM {self.name} is {status.phase}{': ' if status.why else ''}{status.why}"
             )
@@ -345,11 +365,9 @@ class Checkpoint:
         fail is among the plan's problems.
         """
         wish = wish_of(self.manifest, layout, single, hosts)
-        phase = phase_of(self._session, self.vm)
-        if phase == "lost":
-            log.warning("what is left of VM %s, which is lost, counts as used", self.vm)
+        problem = in_the_way(self.vm, phase_of(self._session, self.vm))
         seen = look_around(self.manifest, take_over=take_over)
-        problems = obstacles(self.vm, phase)
+        problems = [problem] if problem else []
         return plan_restore(self.manifest, wish, seen, lazy=lazy, problems=problems)
 
     def restore(
@@ -369,6 +387,10 @@ class Checkpoint:
         and otherwise even. Without any of these dcres finds hosts with room: those that have
         parts of the checkpoint first, and as few as will do. The facts of the VM say what was
         ``chosen``.
+
+        A VM that was paused when it was saved is paused again, until `Vm.resume`. The guest's clock
+        is behind by `guest_clock_behind_seconds` in the facts. What is left of a VM that is off or
+        lost is ended, once it is known that there is room.
 
         Every byte is verified before the guest reads it. With `lazy` the guest runs at once and
         its memory follows (`Vm.wait_until_whole`); otherwise all of it is there first. `take_over`

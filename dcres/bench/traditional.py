@@ -20,7 +20,8 @@ from typing import IO
 
 from dcres.bench.rig import wait_for
 from dcres.errors import MonitorError
-from dcres.vm.monitor import Monitor, RunState
+from dcres.model.run_state import RunState
+from dcres.vm.monitor import Monitor
 
 _TIMEOUT_S = 600.0
 _BANDWIDTH_BYTES_PER_S = 1 << 40

@@ -115,7 +115,7 @@ def status(
         typer.Option(metavar="FILE.png|.svg", help="Draw where memory is into this file, too."),
     ] = None,
 ) -> Answer:
-    """Where a VM's pages are, how hot they are, and how they move."""
+    """What a VM does, where its pages are, how hot they are, and how they move."""
     from dcres.api.placement import require_drawable
     from dcres.cli.tables import status_view
     from dcres.errors import NotFound
@@ -125,7 +125,7 @@ def status(
     with open_cluster(options) as cluster:
         machine = cluster.vm(vm)
         found = machine.status(over)
-        placement = machine.placement() if found.hosts else None
+        placement = machine.placement() if found.answers and found.run_state else None
         listing = cluster.listing(vm)
     if picture is not None:
         if placement is None:
@@ -138,7 +138,7 @@ def status(
         "placement": None if placement is None else placement.to_dict(),
     }
     shown = status_view(found, checkpoints, placement)
-    return Answer(values, shown, 1 if found.phase == "lost" else 0)
+    return Answer(values, shown, 1 if found.is_bad else 0)
 
 
 @add_command(app, "resize", panel=_VMS)
@@ -188,6 +188,26 @@ def drain(
     return Answer(found.to_dict(), status_view(found))
 
 
+@add_command(app, "pause", panel=_VMS)
+def pause(options: Options, vm: VmArgument) -> Answer:
+    """Stop a VM's guest until `dcres resume`; checkpoints and all else leave it so."""
+    from dcres.cli.tables import status_view
+
+    with open_cluster(options) as cluster:
+        found = cluster.vm(vm).pause()
+    return Answer(found.to_dict(), status_view(found))
+
+
+@add_command(app, "resume", panel=_VMS)
+def resume(options: Options, vm: VmArgument) -> Answer:
+    """Let a VM's guest run, from wherever it stands: paused, or after an error of its disk."""
+    from dcres.cli.tables import status_view
+
+    with open_cluster(options) as cluster:
+        found = cluster.vm(vm).resume()
+    return Answer(found.to_dict(), status_view(found))
+
+
 @add_command(app, "stop", panel=_VMS)
 def stop(options: Options, vm: VmArgument) -> Answer:
     """End a VM; its checkpoints stay."""
@@ -234,7 +254,10 @@ def _follow_console(machine: Vm, offset: int) -> None:
     with suppress(KeyboardInterrupt, NotFound, VmLost):
         while True:
             time.sleep(_CONSOLE_POLL_S)
+            over = machine.status().phase == "off"  # before the last of it is read
             offset = _write_console(machine, offset)
+            if over:
+                return
 
 
 @add_command(app, "bench", panel=_CLUSTER, shared=HERE)

@@ -21,8 +21,17 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.storage.checks import VerifyReport
 from dcres.storage.store import Listed
 
+CLOCK = "`hwclock -s` in it sets it, or `chronyc makestep` where chrony runs"
 _BAR_WIDTH = 24
-_PHASE_STYLES = {"running": "green", "lost": "bold red", "unknown": "red"}
+_PHASE_STYLES = {
+    "running": "green",
+    "off": "dim",
+    "lost": "bold red",
+    "unknown": "red",
+    "io-error": "bold red",
+    "internal-error": "bold red",
+    "guest-panicked": "bold red",
+}
 _CHECK_STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 
 
@@ -48,14 +57,14 @@ def status_view(
     status: VmStatus, checkpoints: Sequence[str] = (), placement: Placement | None = None
 ) -> RenderableType:
     """A bar per host, with paging, a map of memory, and the newest checkpoint."""
-    phase = Text(status.phase, _PHASE_STYLES.get(status.phase, "yellow"))
+    phase = Text(status.doing, _PHASE_STYLES.get(status.doing, "yellow"))
     head = Text.assemble((status.vm, "bold"), "  ", phase)
     if status.accel:
         head.append(f"  {status.accel.upper()}, {_size_of(status.pages)} in use", "dim")
     if status.bringing_in:
         head.append(f"  {status.bringing}", "yellow")
-    if status.why:
-        head.append(f"\n{status.why}")
+    if status.words:
+        head.append(f"\n{status.words}")
     tail = [f"newest of {len(checkpoints)} checkpoints: {checkpoints[-1]}"] if checkpoints else []
     if not status.hosts:
         return Group(head, *tail)
@@ -72,7 +81,7 @@ def _host_cells(host: HostStatus) -> list[RenderableType]:
     if host.page_in_median_us is not None and host.page_in_p99_us is not None:
         latency = f"{host.page_in_median_us:.0f} (p99 {host.page_in_p99_us:.0f})"
     return [
-        host.host,
+        host.host if host.answers else f"{host.host} ({host.state})",
         host.role,
         bar(host.fill),
         _size_of(host.pages),
@@ -91,10 +100,10 @@ def vms_view(statuses: Sequence[VmStatus]) -> RenderableType:
         return "no VM runs; start one with `dcres start VM.yaml`"
     table = _table("vm", "phase", "in use", "hosts", "", right=("in use",))
     for status in statuses:
-        style = _PHASE_STYLES.get(status.phase, "yellow")
+        style = _PHASE_STYLES.get(status.doing, "yellow")
         hosts = " ".join(host.host for host in status.hosts)
         used = _size_of(status.pages) if status.hosts else ""
-        table.add_row(status.vm, Text(status.phase, style), used, hosts, status.why)
+        table.add_row(status.vm, Text(status.doing, style), used, hosts, status.words)
     return table
 
 
@@ -205,7 +214,9 @@ def verify_view(report: VerifyReport) -> RenderableType:
 
 def restore_view(facts: dict[str, Any]) -> RenderableType:
     """Where a VM was restored, and why there."""
-    head = f"{facts['vm']} runs again from {facts['checkpoint']}, after {facts['seconds']:.2f} s"
+    runs = facts.get("run_state", "running") == "running"
+    again = "runs again" if runs else f"is there again, {facts['run_state']} as it was,"
+    head = f"{facts['vm']} {again} from {facts['checkpoint']}, after {facts['seconds']:.2f} s"
     pages = "to hold" if facts.get("lazy") else "loaded"
     table = _table("host", "role", "share", pages, right=("share", pages))
     for host in facts["layout"]:
@@ -214,7 +225,21 @@ def restore_view(facts: dict[str, Any]) -> RenderableType:
     tail = f"{facts['chosen']}; {format_size(facts['bytes_moved'])} over the network"
     if facts.get("lazy"):
         tail += f"\nits memory follows: `dcres status {facts['vm']}` tells how much is left"
-    return Group(head, table, Text(tail, "dim"))
+    behind_s = facts.get("guest_clock_behind_seconds")
+    lines = [Text(tail, "dim")]
+    if not runs:
+        lines.append(Text(f"`dcres resume {facts['vm']}` lets it run", "yellow"))
+    if behind_s is not None:
+        lines.append(Text(f"the guest's clock is {_span(behind_s)} behind; {CLOCK}", "yellow"))
+    return Group(head, table, *lines)
+
+
+def _span(seconds: float) -> str:
+    """A length of time for people, in its largest unit."""
+    for unit, length_s in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def plan_view(plan: RestorePlan) -> RenderableType:

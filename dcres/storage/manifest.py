@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,6 +26,7 @@ from pydantic import (
 from dcres.errors import CheckpointCorrupt
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.run_state import RunState
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum
 from dcres.storage.layout import (
@@ -41,6 +43,8 @@ FORMAT_VERSION = 2  # of packed checkpoints; sparse ones are as they were in ver
 # Four places: the shortest decimal of such a number never has an exponent, in any language.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(lambda s: round(s, 4))]
 Count = Annotated[int, Field(ge=0)]
+TIME_PATTERN = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"  # UTC
 
 
 class Role(StrEnum):
@@ -57,6 +61,7 @@ class Mode(StrEnum):
     STOP = "stop"
 
 
+_LATER = {"found", "stopped"}
 _VERSIONS = {MemoryFormat.SPARSE: 1, MemoryFormat.PACKED: 2}
 
 
@@ -103,7 +108,7 @@ class Manifest(_Model):
     format_version: Literal[1, 2] = 1
     checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
     vm: str = Field(pattern=VM_PATTERN)
-    created: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
+    created: str = Field(pattern=TIME_PATTERN)
     mode: Mode
     memory_format: MemoryFormat = MemoryFormat.SPARSE
     memory_bytes: int = Field(gt=0, multiple_of=PAGE_SIZE)
@@ -122,6 +127,9 @@ class Manifest(_Model):
     pages_moved_for_checkpoint: Count = 0
     paging_during: PagingDuring = PagingDuring()
     rounds: Count = 0
+    # Not in checkpoints of earlier versions, which are as they were: see `dumps`.
+    found: RunState | None = None  # the run state in which the VM was saved
+    stopped: str | None = Field(default=None, pattern=TIME_PATTERN)
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +171,16 @@ class Manifest(_Model):
         return sum(slice_.pages for slice_ in self.hosts)
 
     @property
+    def run_state(self) -> RunState:
+        """In which the VM was when it was saved; before this was kept, all ran afterwards."""
+        return self.found or RunState.RUNNING
+
+    @property
+    def stopped_at(self) -> datetime:
+        """When its guest stood still for it, or nearly: when it was begun, if that is not kept."""
+        return datetime.fromisoformat(self.stopped or self.created)
+
+    @property
     def page_count(self) -> int:
         """The number of pages of the VM's memory, saved or never touched."""
         return self.memory_bytes // PAGE_SIZE
@@ -176,6 +194,8 @@ def canonical(values: Any) -> bytes:
 def dumps(manifest: Manifest) -> str:
     """The manifest file's content: sorted keys, two spaces of indentation, a final newline."""
     values = manifest.model_dump(mode="json")
+    for key in _LATER & {key for key, value in values.items() if value is None}:
+        del values[key]
     values["checksum"] = hashlib.sha256(canonical(values)).hexdigest()
     return json.dumps(values, sort_keys=True, indent=2, allow_nan=False) + "\n"
 

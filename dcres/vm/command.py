@@ -138,6 +138,9 @@ def qemu_command(
         *("-m", kib),
         *("-smp", str(spec.vcpus)),
         *("-nodefaults", "-no-user-config", "-display", "none"),
+        # A guest that powers itself off leaves QEMU in run state shutdown, which tells for as long
+        # as it takes; a QEMU that had ended would look as if it had crashed. Signals still end it.
+        "-no-shutdown",
         *("-chardev", f"file,id=console,path={_quote(files.console)},append=on"),
         *("-serial", "chardev:console"),
         *("-qmp", f"unix:{_quote(files.monitor)},server=on,wait=off"),

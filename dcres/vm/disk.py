@@ -141,6 +141,16 @@ def create(disk: Path, name: str) -> None:
         raise ConfigError(f"disk {disk} takes no snapshot: {_said(done)}")
 
 
+def take(disk: Path, name: str) -> None:
+    """Make the internal snapshot `name` of `disk`, which no QEMU has open, or has inactive.
+
+    Raises ConfigError when QEMU uses the disk, or qemu-img fails.
+    """
+    done = _run("snapshot", "-c", name, str(disk))
+    if done.returncode:
+        raise ConfigError(f"disk {disk} takes no snapshot {name}: {done.stderr.strip()}")
+
+
 def revert(disk: Path, name: str) -> None:
     """Put `disk` back to its internal snapshot `name`; what was written since is given up.
 

@@ -12,7 +12,8 @@ Facts about QMP that shape this module, all tried on QEMU 7.2:
   capability did not take, the stream holds all of RAM, so `Monitor.save_core` checks.
 - ``migrate`` takes ``file:`` from 8.2 on; from 9.1 on a descriptor of a file is deprecated there.
   The schema that QEMU gives of its commands tells as well, but takes it 0.1 s.
-- A disk snapshot comes before the VM core: after ``migrate`` the block nodes are inactive.
+- A disk snapshot comes before the VM core: after ``migrate`` the block nodes are inactive, and not
+  locked. `dcres.model.run_state` has what else follows from that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -33,6 +33,7 @@ from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from dcres.errors import MonitorError
 from dcres.linux.files import open_own
+from dcres.model.run_state import SAVED, RunState
 
 # What goes wrong is told by our exceptions; the library would print it a second time.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -44,27 +45,6 @@ _LONG_TIMEOUT_S = 300.0  # a snapshot of a large disk changes the reference coun
 _BANDWIDTH_BYTES_PER_S = 1 << 40
 _CORE_FD = "dcres-core"
 _KNOWS_FILE_URI = (8, 2, 0)
-
-
-class RunState(StrEnum):
-    """QEMU's run states (qapi/run-state.json)."""
-
-    COLO = "colo"
-    DEBUG = "debug"
-    FINISH_MIGRATE = "finish-migrate"
-    GUEST_PANICKED = "guest-panicked"
-    INMIGRATE = "inmigrate"
-    INTERNAL_ERROR = "internal-error"
-    IO_ERROR = "io-error"
-    PAUSED = "paused"
-    POSTMIGRATE = "postmigrate"
-    PRELAUNCH = "prelaunch"
-    RESTORE_VM = "restore-vm"
-    RUNNING = "running"
-    SAVE_VM = "save-vm"
-    SHUTDOWN = "shutdown"
-    SUSPENDED = "suspended"
-    WATCHDOG = "watchdog"
 
 
 class _LoopThread:
@@ -210,6 +190,27 @@ class Monitor:
         """What the VM is doing."""
         return RunState(self.execute("query-status")["status"])
 
+    def settled_status(self, timeout_s: float = 60.0) -> RunState:
+        """As `status`, once a VM core that is being saved is saved: until then ``cont`` fails."""
+        deadline = time.monotonic() + timeout_s
+        while (state := self.status()) is RunState.FINISH_MIGRATE:
+            if time.monotonic() > deadline:
+                raise MonitorError(f"QEMU has been saving the VM core for {timeout_s:g} s")
+            time.sleep(_POLL_S)
+        return state
+
+    def wake(self) -> None:
+        """Wake a guest that sleeps (run state ``suspended``)."""
+        self.execute("system_wakeup")
+
+    def failed_disks(self) -> list[str]:
+        """The disks whose errors keep the guest waiting, each with why; as ``d.qcow2: nospace``."""
+        return [
+            f"{each.get('inserted', {}).get('file', each['device'])}: {each['io-status']}"
+            for each in self.execute("query-block")
+            if each.get("io-status", "ok") != "ok"
+        ]
+
     def snapshot_disks(self, nodes: Sequence[str], name: str) -> None:
         """QCOW2-internal snapshots called `name` of all `nodes`, or of none of them."""
         actions = [
@@ -239,6 +240,8 @@ class Monitor:
         state = self.status()
         if state is RunState.RUNNING:
             raise MonitorError("the VM runs; stop it before its core is saved")
+        if state in SAVED:  # before the file is cut to nothing: it may be a core that is still good
+            raise MonitorError("the VM has not run since its core was saved; that one is its core")
         fd = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             os.fchmod(fd, 0o600)
@@ -252,6 +255,22 @@ class Monitor:
             os.close(fd)
         self._require_no_ram(moved, length_bytes)
         return length_bytes
+
+    @property
+    def has_saved_core(self) -> bool:
+        """Whether a VM core was saved and nothing has run since: its disks are inactive then."""
+        if self.status() is not RunState.POSTMIGRATE:
+            return False
+        return bool(self.execute("query-migrate").get("status") == "completed")
+
+    def require_core(self, path: Path) -> None:
+        """MonitorError unless the core that `save_core` wrote to `path` is still the VM's."""
+        if not self.has_saved_core or not path.exists():
+            raise MonitorError(
+                "the VM stands still, and its core could not be saved the last time; let it run "
+                "once with `dcres resume`"
+            )
+        self._require_no_ram(self.execute("query-migrate"), path.stat().st_size)
 
     def load_core(self, path: Path, timeout_s: float = 60.0) -> None:
         """Load a VM core into a QEMU that was started with ``-incoming defer``.

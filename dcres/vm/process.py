@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dcres.vm.command import MACHINE, QEMU, VmFiles, qemu_command
 from dcres.vm.monitor import Monitor
 
 _LAST_LINES = 6
+_TOLD_TO_END = re.compile(r"terminating on signal \d+")  # system/runstate.c
 _LOG_TAIL_BYTES = 4096
 
 
@@ -53,6 +55,14 @@ class QemuProcess:
     def words(self) -> str:
         """What it has said last; empty if it said nothing."""
         return last_words(self.files.log, self.log_start)
+
+    @property
+    def was_told_to_end(self) -> bool:
+        """Whether the last that it said is that a signal told it to end, which it did in order.
+
+        Its exit status is for its parent, which is gone.
+        """
+        return bool(_TOLD_TO_END.search(self.words.rpartition(" / ")[2]))
 
     @property
     def alive(self) -> bool:

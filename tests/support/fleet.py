@@ -227,6 +227,11 @@ class LocalFleet:
             raise NoRoom(f"no host that is not the VM's already has {shares[-1]} bytes free")
         return free[: len(shares)]
 
+    def require_room(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> None:
+        names = [host for host in hosts or self.hosts if host not in self.crowded | self.dead]
+        if len(names) < len(shares):
+            raise NoRoom(f"VM {vm} wants {len(shares)} hosts and {len(names)} have room")
+
     def extend(self, vm: str, index: int, extra: int) -> None:
         self.extra[vm, index] = extra
 

@@ -34,11 +34,11 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.live import Target
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import sub_code
+from dcres.model.run_state import RunState
 from dcres.storage.layout import MEMORY
 from dcres.storage.manifest import Manifest, Mode
 from dcres.storage.store import Store
 from dcres.vm.command import VmFiles
-from dcres.vm.monitor import RunState
 from dcres.vm.process import QemuProcess
 from tests.support.paging import Rig
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from dcres.actors.asking import ask_all, await_ready
+from dcres.actors.asking import Heard, Roll, await_ready
 from dcres.actors.ports import Pending
-from dcres.errors import ActorGone, ClusterError, DcresError, VmLost
+from dcres.errors import (
+    ActorGone,
+    ClusterError,
+    DcresError,
+    NotFound,
+    PagingError,
+    VmLost,
+    VmOff,
+)
+from dcres.model.phase import HostState
 
 
 class SlowPort:
@@ -37,6 +47,10 @@ def never() -> bool:
     return False
 
 
+def noon() -> datetime:
+    return datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
 SILENT, GONE = ClusterError("it did not answer within 1 s"), ActorGone("it has died")
 
 
@@ -52,17 +66,56 @@ def test_an_actor_is_waited_for_as_long_as_its_host_is_there(failure: DcresError
 def test_a_host_that_is_there_and_silent_has_not_lost_its_vm() -> None:
     """Whoever takes it for lost would take a VM down that runs."""
 
-    def ask(alive: bool, *failures: DcresError) -> None:
-        port = AnswersStatusWith(*failures)
-        ask_all("vm", {"h1": port}, lambda host: alive)
+    def ask(alive: bool, failure: DcresError) -> Heard:
+        (heard,) = Roll("vm", lambda host: alive, noon).call({"h1": AnswersStatusWith(failure)})
+        return heard
 
-    with pytest.raises(ClusterError, match="host h1 of VM vm does not answer") as caught:
-        ask(True, SILENT)
-    assert not isinstance(caught.value, ActorGone)
-    with pytest.raises(VmLost, match="host h1 of VM vm is gone"):
-        ask(False, SILENT)
-    with pytest.raises(VmLost, match="host h1 of VM vm is gone"):
-        ask(True, GONE)
+    for failure in (SILENT, GONE):
+        heard = ask(True, failure)
+        assert (heard.state, heard.since) == (HostState.SILENT, noon())
+        assert "since 2026-03-01 12:00:00 UTC host h1 of VM vm does not answer" in heard.why
+        assert ask(False, failure).state is HostState.LOST
+        assert "host h1 of VM vm is gone" in ask(False, failure).why
+
+
+@pytest.mark.parametrize(
+    ("failure", "state"),
+    [
+        (NotFound("host h2 serves nothing"), HostState.LOST),
+        (VmLost("QEMU has ended"), HostState.LOST),
+        (VmOff("QEMU was told to end"), HostState.OFF),
+        (PagingError("pager.sock does not answer"), HostState.TROUBLED),
+    ],
+)
+def test_what_a_host_says_of_itself_is_believed(failure: DcresError, state: HostState) -> None:
+    (heard,) = Roll("vm", lambda host: True).call({"h1": AnswersStatusWith(failure)})
+    assert heard.state is state
+
+
+def test_a_silent_host_is_silent_since_it_first_was_and_its_last_words_are_kept() -> None:
+    times = iter([datetime(2026, 3, 1, 12, minute, tzinfo=UTC) for minute in range(9)])
+    roll = Roll("vm", lambda host: True, lambda: next(times))
+    roll.call({"h1": SlowPort()})
+    states = [roll.call({"h1": AnswersStatusWith(SILENT)})[0] for _ in range(2)]
+    assert [each.since.minute for each in states if each.since] == [0, 0]
+    assert states[0].to_dict()["state"] == "running"
+    assert states[0].to_dict()["silent_since"] == "2026-03-01T12:00:00+00:00"
+    assert roll.call({"h1": SlowPort()})[0].since is None
+    (again,) = roll.call({"h1": AnswersStatusWith(SILENT)})
+    assert again.since is not None
+    assert again.since.minute > 0
+    roll.forget()
+    assert roll.named(["h1"])[0].status == {}
+
+
+def test_a_guest_that_has_shut_down_is_off() -> None:
+    class Off(SlowPort):
+        def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+            return {"state": "running", "run_state": "shutdown", "generation": 3}
+
+    (heard,) = Roll("vm", lambda host: True).call({"h0": Off()})
+    assert (heard.state, heard.generation) == (HostState.OFF, 3)
+    assert "its guest has shut down" in heard.why
 
 
 class AnswersStatusWith(SlowPort):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dcres.actors import _ray
+from dcres.actors.fleet import RayFleet
 from dcres.actors.loading import make_plan
 from dcres.actors.messages import Foreseen, PageFlow, PlanOrder
 from dcres.actors.room import MIB, HostInfo
@@ -188,17 +189,24 @@ class TestChoosingHosts:
             choose_hosts(session_with("running"), manifest, Wish())
         with pytest.raises(Conflict, match="VM demo is restoring; wait"):
             choose_hosts(session_with("restoring"), manifest, Wish())
+        with pytest.raises(Conflict, match="does not answer, so that it may still run; wait, or"):
+            choose_hosts(session_with("unknown"), manifest, Wish())
 
-    def test_a_lost_vm_makes_room_first(self, manifest: Manifest, two_hosts: list[Seen]) -> None:
-        session = session_with("lost", "lost")
+    @pytest.mark.parametrize("phase", ["lost", "off"])
+    def test_what_is_left_of_a_vm_stays_until_there_is_room(
+        self, manifest: Manifest, two_hosts: list[Seen], phase: str
+    ) -> None:
+        session = session_with(phase, phase, phase)
         assert choose_hosts(session, manifest, Wish()).hosts == ("a",)
-        assert session.called == ["stop", "retire"]
+        with pytest.raises(NoRoom):
+            choose_hosts(session, manifest, Wish(count=3))
+        assert session.called == []
 
     def test_a_wish_that_cannot_be_leaves_a_lost_vm_alone(
         self, manifest: Manifest, two_hosts: list[Seen], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(_ray, "hosts", lambda: [each.info for each in two_hosts])
-        session = session_with("lost")
+        session = session_with("lost", "lost", "lost")
         with pytest.raises(NotFound, match="no host typo in the cluster; it has a, b"):
             choose_hosts(session, manifest, Wish(count=1, names=("typo",)))
         with pytest.raises(ConfigError):
@@ -337,13 +345,14 @@ def test_a_host_that_does_not_answer_is_left_out(
         trouble = "its name is another's" if host == "c" else ""
         return choosing.Look(2 * MIB if host == "a" else 9 * MIB, ("h0",), trouble)
 
+    monkeypatch.setattr(RayFleet, "held", lambda fleet, vm: {"a": MIB, "c": MIB})
     monkeypatch.setattr(_ray, "hosts", lambda: infos)
     monkeypatch.setattr(_ray, "cluster_id", lambda: "this cluster")
     monkeypatch.setattr(_ray, "run_on", run_on)
     found = choosing.look_around(manifest, take_over=True)
     assert [(each.info.name, each.info.memory_free_bytes // MIB) for each in found] == [
         ("a", 2),
-        ("c", 3),
+        ("c", 4),  # with what is left of the VM there
     ]
 
 

@@ -49,6 +49,7 @@ from dcres.errors import (
 )
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
+from dcres.model.run_state import RunState, is_held, kept, told
 from dcres.paging.settings import SubAddress
 from dcres.storage.manifest import Manifest, dumps, loads
 from tests.support.fleet import LocalFleet
@@ -214,11 +215,18 @@ class FakeMain(FakeHost):
         moving = self.world.moving
         state = {
             "state": "frozen" if self.world.frozen else "running",
-            "run_state": self.world.run_state,
+            "run_state": told(RunState(self.world.run_state), self.found),
+            "held": is_held(RunState(self.world.run_state), self.found),
+            "generation": 1,
             "lost_why": "",
             "moving": moving,
         }
         return {"host": self.host, "role": "main", **state}
+
+    @property
+    def found(self) -> RunState | None:
+        found = self.world.state.get("found")
+        return None if found is None else RunState(found)
 
     def settle_moves(self) -> None:
         self.world.note(self.host, "settle_moves")
@@ -277,9 +285,15 @@ class FakeMain(FakeHost):
         self.world.note(self.host, "run")
         self.world.state["resumption"] = order.resumption
 
-    def go(self) -> None:
+    def go(self, paused: bool = False) -> None:
         self.world.note(self.host, "go")
         self.world.state["running"] = True
+        self.world.state["found"] = None
+        self.world.run_state = "paused" if paused else "running"
+
+    def pause(self) -> None:
+        self.world.note(self.host, "pause")
+        self.world.run_state = "paused"
 
     def resize(self, limit_pages: int) -> None:
         self.world.note(self.host, f"resize {limit_pages}")
@@ -291,9 +305,12 @@ class FakeMain(FakeHost):
         return {"pages_in": 0, "pages_out": 0}
 
     def finish(self, checkpoint: str) -> Finished:
+        found = told(RunState(self.world.run_state), self.found)
+        self.world.state["found"] = str(found)
         self.world.frozen, self.world.run_state = True, "postmigrate"
         self.world.note(self.host, "finish")
-        return Finished(tick=1, moved=0, pages_in=0, pages_out=0, stopped_at=1.0)
+        now = datetime.now(UTC)
+        return Finished(1, 0, 0, 0, stopped_at=1.0, stopped=now, run_state=found)
 
     def save(self, checkpoint: str, tick: int) -> Saved:
         self.world.note(self.host, "save")
@@ -302,7 +319,10 @@ class FakeMain(FakeHost):
 
     def resume(self, checkpoint: str) -> float:
         self.world.note(self.host, "resume")
-        self.world.frozen, self.world.run_state = False, "running"
+        self.world.frozen, now = False, RunState(self.world.run_state)
+        if is_held(now, self.found):
+            self.world.run_state = "running"
+        self.world.state["found"] = kept(now, self.found)
         return 1.5
 
     def publish(self, manifest: str, here: tuple[str, ...]) -> None:
@@ -1040,8 +1060,10 @@ def test_a_lost_vm_whose_restore_fails_is_there_no_more(
     started: Coordinator, world: World, fleet: LocalFleet
 ) -> None:
     text = world.published[started.checkpoint("stop")["checkpoint"]]
+    fleet.dead.add("h1")
     world.fail["h1.status"] = ActorGone("h1 is dead")
     assert started.status()["phase"] == "lost"
+    fleet.hosts = ["h0", "h2", "h3"]
     world.fail["h0.run"] = CheckpointCorrupt("vmcore was altered")
     with pytest.raises(CheckpointCorrupt):
         started.restore(text)
@@ -1397,8 +1419,15 @@ def test_it_reports_a_vm_whose_host_does_not_answer(
     found = successor(fleet)
     world.fail["h1.status"] = ActorGone("h1 is dead")
     status = found.status()
+    assert status["phase"] == "unknown", "silence is no proof"
+    assert "UTC host h1 of VM vm does not answer" in status["why"]
+    assert [each["host_state"] for each in status["hosts"]] == ["answers", "silent", "answers"]
+    fleet.dead.add("h1")
+    status = found.status()
     assert status["phase"] == "lost"
-    assert "h1" in status["why"]
+    assert "host h1 of VM vm is gone" in status["why"]
+    assert status["generation"] == 1
+    assert [each["host"] for each in status["hosts"]] == ["h0", "h1", "h2"]
     assert world.runs  # nobody took it down
 
 
@@ -1419,7 +1448,7 @@ def test_it_tries_again_when_the_host_answers(
         started.checkpoint("stop")
     assert world.frozen
     assert "h0.abandon" not in world.done, "the main host remembers why the VM stands still"
-    assert found[0].status()["phase"] == "lost"
+    assert found[0].status()["phase"] == "unknown"
     world.fail.clear()
     assert found[0].status()["phase"] == "running"
     assert world.runs
@@ -1468,7 +1497,7 @@ def test_the_guest_goes_on_although_a_sub_host_does_not_answer(
         started.checkpoint("stop")
     assert not world.runs
     del world.fail["h0.resume"]
-    assert successor(fleet).status()["phase"] == "lost"
+    assert successor(fleet).status()["phase"] == "unknown"
     assert world.runs
 
 

@@ -139,7 +139,7 @@ class Host:
         return {"host": "h0", "present": True, "checkpoint": None, "running": True, **shape}
 
     def status(self) -> dict[str, object]:
-        return {"run_state": "running", "state": "running"}
+        return {"run_state": "running", "state": "running", "held": False}
 
     def picture(self, buckets: int) -> Picture:
         return placement(b"mmaa", buckets=buckets).picture

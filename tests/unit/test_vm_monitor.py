@@ -11,7 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from dcres.vm.monitor import Monitor, RunState, _LoopThread
+from dcres.model.run_state import RunState
+from dcres.vm.monitor import Monitor, _LoopThread
 
 
 def monitor_of(version: str) -> Monitor:

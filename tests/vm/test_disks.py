@@ -47,10 +47,10 @@ class Hindered(MainHost):
             hindrance(self)
         super()._give_core(core)
 
-    def go(self) -> None:
+    def go(self, paused: bool = False) -> None:
         for hindrance in self.before_go:
             hindrance(self)
-        super().go()
+        super().go(paused)
 
 
 def small(**values: Any) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import pytest
 from dcres.config import Accel
 from dcres.errors import Conflict, MonitorError, QemuFailed, UnsafeDevice, VmLost
 from dcres.linux.process import ProcessId
+from dcres.model.run_state import RunState
 from dcres.vm import accel, process, safety
 from dcres.vm.command import VmFiles, owned_nodes
-from dcres.vm.monitor import Monitor, RunState
+from dcres.vm.monitor import Monitor
 from tests.support.guest import create_disk, folders, guest, guest_image, witness_spec
 
 pytestmark = pytest.mark.vm

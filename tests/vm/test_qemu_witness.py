@@ -13,8 +13,8 @@ import pytest
 
 from dcres.errors import MonitorError
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.run_state import RunState
 from dcres.vm.command import VmFiles
-from dcres.vm.monitor import RunState
 from tests.support.guest import Guest, create_disk, folders, guest, witness_spec
 from tests.support.wait import until
 

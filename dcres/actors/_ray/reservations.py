@@ -48,6 +48,19 @@ class Reservation:
         return tuple(self.host_of(bundle) for bundle in range(len(self._table()["bundles"])))
 
     @property
+    def held(self) -> dict[str, int]:
+        """Bytes set aside by live host."""
+        table = self._table()
+        names = {host.node_id: host.name for host in nodes.hosts() if host.alive}
+        found: dict[str, int] = {}
+        for bundle, resources in table["bundles"].items():
+            host = names.get(table["bundles_to_node_id"].get(bundle, ""))
+            if host is not None:
+                share = int(resources.get("vm_memory", 0)) * MIB
+                found[host] = found.get(host, 0) + share
+        return found
+
+    @property
     def length_bytes(self) -> int:
         """What is set aside, on all its hosts."""
         bundles = self._table()["bundles"].values()

@@ -1,0 +1,85 @@
+"""How a checkpoint stops a VM and leaves it as it found it, whoever dies meanwhile.
+
+What the VM was before is in the main host's state file, as `found`, before it is stopped. See
+`dcres.model.run_state`, which decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dcres.errors import Conflict
+from dcres.model.run_state import HELD, RunState, is_held, kept, no_run, no_save, told
+from dcres.vm.monitor import Monitor
+
+
+class Standing:
+    """One VM's run state: QEMU's, and what a checkpoint has made of it.
+
+    `recall` reads the state file as it is, `remember` changes it, durably.
+    """
+
+    def __init__(
+        self, vm: str, recall: Callable[[], Mapping[str, Any]], remember: Callable[..., None]
+    ) -> None:
+        self._vm = vm
+        self._recall = recall
+        self._remember = remember
+
+    @property
+    def found(self) -> RunState | None:
+        """What a checkpoint found the VM in, until QEMU tells that itself again."""
+        found = self._recall().get("found")
+        return None if found is None else RunState(found)
+
+    def told(self, now: RunState) -> RunState:
+        """The run state for people."""
+        return told(now, self.found)
+
+    def is_held(self, now: RunState) -> bool:
+        """Whether a checkpoint has stopped the VM and not let it go on."""
+        return is_held(now, self.found)
+
+    def require_savable(self, state: RunState) -> None:
+        """Conflict for a VM that cannot be saved and left as it is."""
+        if why := no_save(self._vm, state):
+            raise Conflict(why)
+
+    def stop(self, monitor: Monitor) -> None:
+        """Stop the VM for a checkpoint, once it is written down what it was.
+
+        Raises Conflict for one that cannot be saved; it is as it was then.
+        """
+        state = self.told(monitor.settled_status())
+        self.require_savable(state)
+        self._remember(found=str(state))
+        monitor.stop()
+        stopped = monitor.status()
+        if state is RunState.RUNNING and stopped not in HELD:
+            # It came to stand by itself in that moment: its disk failed, or the guest ended.
+            self._remember(found=str(stopped))
+            self.require_savable(stopped)
+
+    def let_go(self, monitor: Monitor) -> None:
+        """After a checkpoint, at any step: the VM runs if that had stopped it. Repeatable."""
+        now, found = monitor.settled_status(), self.found
+        if is_held(now, found):
+            monitor.cont()
+        if found is not None:
+            left = kept(now, found)
+            self._remember(found=None if left is None else str(left))
+
+    def run(self, monitor: Monitor) -> None:
+        """Let the guest run, from wherever it stands. Repeatable.
+
+        Raises Conflict where it cannot, MonitorError when QEMU refuses.
+        """
+        now = monitor.settled_status()
+        if why := no_run(self._vm, now):
+            raise Conflict(why)
+        if now is RunState.SUSPENDED:
+            monitor.wake()
+        elif now is not RunState.RUNNING:
+            monitor.cont()
+        self._remember(found=None)
