@@ -256,7 +256,7 @@ class Daemon:
         try:
             self._adopt_or_spawn()
             self._await_answer()
-        except (PagingError, OSError) as error:
+        except (DcresError, OSError) as error:
             log.error("%s", error)
 
 

@@ -130,6 +130,44 @@ class TestStatus:
         assert status_of(answer).why == "h2 is not connected (it has not answered for 10 s)"
         assert status_of({**answer, "why": "h3 is gone"}).why == "h3 is gone"
 
+    @pytest.mark.parametrize(
+        ("run_state", "advice", "bad"),
+        [
+            ("running", "", False),
+            ("paused", "`dcres resume v` lets it run", False),
+            ("io-error", "then `dcres resume v` tries again", True),
+            ("guest-panicked", "`dcres console v`", True),
+        ],
+    )
+    def test_of_a_guest_that_stands_still(self, run_state: str, advice: str, bad: bool) -> None:
+        main = {**MAIN, "run_state": run_state, "failed_disks": ["/d.qcow2: nospace"] * bad}
+        answer = {"vm": "v", "phase": "running", "why": "", "generation": 3, "hosts": [main, SUB]}
+        status = status_of(answer)
+        assert (status.phase, status.doing, status.run_state) == ("running", run_state, run_state)
+        assert (status.is_bad, status.generation, status.answers) == (bad, 3, True)
+        assert advice in status.advice
+        for shown in (repr(status), status._repr_html_()):
+            assert run_state in shown
+            assert advice in shown
+            assert ("/d.qcow2: nospace" in shown) is bad
+        assert status.to_dict()["advice"] == status.advice
+        busy = status_of({**answer, "phase": "checkpointing"})
+        assert (busy.doing, busy.advice) == ("checkpointing", "")
+
+    def test_of_hosts_that_do_not_answer(self) -> None:
+        """The numbers are the last that they gave, if they ever gave any."""
+        silent = {"host_state": "silent", "host_why": "no answer", "silent_since": "12:00"}
+        main, never = {**MAIN, **silent}, {"host": "h2", **silent}
+        answer = {"vm": "v", "phase": "unknown", "why": "no answer", "hosts": [main, SUB, never]}
+        status = status_of(answer)
+        assert [each.role for each in status.hosts] == ["main", "sub", "sub"]
+        assert [each.answers for each in status.hosts] == [False, True, False]
+        assert [each.pages for each in status.hosts] == [5, 3, 0]
+        assert (status.run_state, status.answers, status.is_bad) == ("", False, True)
+        assert status.hosts[2].silent_since == "12:00"
+        assert "v unknown: h0 20 KiB/32 KiB" in repr(status)
+        assert "no answer" in repr(status)
+
     def test_without_hosts(self) -> None:
         status = status_of({"vm": "v", "phase": "lost", "why": "h0 is gone", "hosts": []})
         assert repr(status) == "<VmStatus v lost: h0 is gone>"
@@ -362,7 +400,7 @@ class FakeSession(Session):
     coordinator = existing
 
     def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        if method == "status":
+        if method in ("status", "pause", "resume"):
             return self.answers.pop(0)
         return []
 
@@ -455,6 +493,29 @@ class TestPlanningOtherShares:
             vm.plan_resize("64MiB")
         with pytest.raises(NotFound):
             vm.plan_drain("h1")
+
+
+class TestStandingStill:
+    def test_pause_and_resume_are_the_coordinators(self) -> None:
+        session = session_with(answer(run_state="paused"), answer())
+        vm = Vm(session, "v")
+        assert vm.pause().doing == "paused"
+        assert vm.resume().doing == "running"
+
+    def test_the_console_of_a_guest_that_has_shut_down(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And not where the main host does not answer."""
+        monkeypatch.setattr(_ray, "run_on", lambda host, function, *args: function(*args))
+        console = tmp_path / "console.log"
+        console.write_text("bye")
+        main = {**MAIN, "run_state": "shutdown", "console": str(console), "host_state": "off"}
+        off = {"vm": "v", "phase": "off", "why": "its guest has shut down", "hosts": [main]}
+        silent = {**off, "phase": "unknown", "hosts": [{**main, "host_state": "silent"}]}
+        vm = Vm(session_with(off, silent), "v")
+        assert vm.console() == "bye"
+        with pytest.raises(VmLost, match="VM v is unknown: its guest has shut down"):
+            vm.console()
 
 
 class TestWaitingUntilWhole:

@@ -47,6 +47,7 @@ from tests.support.placement import placement
 MAIN = HostStatus("h0", "main", 48, 64, 10, 20, 123.0, 456.0, 7.0, 8.0)
 SUB = HostStatus("h1", "sub", 16, 32, 10, 20)
 PLACEMENT = placement(b"mma", age_s=3.0)
+PAUSED = VmStatus("box", "running", run_state="paused", advice="`dcres resume box` lets it run")
 RUNNING = VmStatus("box", "running", "", "tcg", "running", "/console", (MAIN, SUB))
 
 
@@ -84,6 +85,14 @@ class FakeVm:
 
     def plan_drain(self, host: str) -> DrainPlan:
         return DrainPlan("box", host, {"h2": 16})
+
+    def pause(self) -> VmStatus:
+        self.asked.append(("pause",))
+        return PAUSED
+
+    def resume(self) -> VmStatus:
+        self.asked.append(("resume",))
+        return RUNNING
 
     def stop(self) -> None:
         self.asked.append(("stop",))
@@ -724,6 +733,59 @@ class TestJson:
         assert answer_of(capsys)["placement"] is None
         assert main(["status", "box", "--picture", "x.svg"]) == 2
         assert "VM box is lost, so there is no placement to draw" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("found", "status", "words"),
+        [
+            (VmStatus("box", "unknown", "host h1 does not answer"), 1, "h1 does not answer"),
+            (VmStatus("box", "off", "its guest has shut down"), 0, "its guest has shut down"),
+            (VmStatus("box", "running", run_state="io-error", advice="make room"), 1, "make room"),
+            (VmStatus("box", "running", run_state="paused", advice="resume"), 0, "box  paused"),
+        ],
+    )
+    def test_bad_news_of_a_vm_fail_its_status_and_are_listed(
+        self,
+        found: VmStatus,
+        status: int,
+        words: str,
+        fake: FakeCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(FakeVm, "status", lambda *_: found)
+        monkeypatch.setattr(FakeCluster, "statuses", lambda *_: [found])
+        assert main(["status", "box"]) == status
+        assert words in capsys.readouterr().out
+        assert main(["list"]) == 0
+        shown = capsys.readouterr().out
+        assert found.doing in shown
+        assert found.words in shown
+
+    def test_pause_and_resume(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["pause", "box"]) == 0
+        assert "`dcres resume box` lets it run" in capsys.readouterr().out
+        assert main(["resume", "box", "--json"]) == 0
+        assert answer_of(capsys) == json.loads(json.dumps(RUNNING.to_dict()))
+        assert [each for each in fake.asked if each[0] != "connect"] == [("pause",), ("resume",)]
+
+    @pytest.mark.parametrize(
+        ("behind_s", "told"), [(3.4, "3 s"), (150, "2 minutes"), (9000, "2 hours"), (2e5, "2 days")]
+    )
+    def test_a_restore_says_how_far_the_guests_clock_is_behind(
+        self,
+        behind_s: float,
+        told: str,
+        fake: FakeCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        facts = {**RESTORED, "guest_clock_behind_seconds": behind_s, "run_state": "paused"}
+        monkeypatch.setattr(FakeCheckpoint, "facts", facts)
+        assert main(["restore", "box-1"]) == 0
+        shown = capsys.readouterr().out
+        assert f"the guest's clock is {told} behind; `hwclock -s` in it sets it" in shown
+        assert "is there again, paused as it was, from box-1" in shown
+        assert "`dcres resume box` lets it run" in shown
 
 
 class TestPicture:

@@ -46,6 +46,7 @@ from dcres.errors import (
     QemuFailed,
     StoreFull,
     VmLost,
+    VmOff,
 )
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
@@ -680,6 +681,165 @@ def test_a_checkpoint_whose_vm_stands_still_is_no_success(
     world.fail.clear()
     assert started.status()["phase"] == "running"
     assert world.runs
+
+
+STANDING = ("paused", "prelaunch", "io-error", "guest-panicked", "watchdog")
+
+
+@pytest.mark.parametrize("mode", ["live", "stop"])
+@pytest.mark.parametrize("state", STANDING)
+def test_a_vm_that_stands_still_is_saved_and_stands_as_it_did(
+    started: Coordinator, fleet: LocalFleet, world: World, state: str, mode: str
+) -> None:
+    world.run_state = state
+    for _ in range(2):
+        manifest = manifest_of(world, started.checkpoint(mode))
+        assert (manifest.run_state, world.run_state) == (state, "postmigrate")
+        assert started.status()["hosts"][0]["run_state"] == state
+    assert successor(fleet).status()["hosts"][0]["run_state"] == state
+    facts = started.status()
+    assert (facts["phase"], world.frozen) == ("running", False)
+    started.resume()
+    assert world.runs
+    assert started.status()["hosts"][0]["run_state"] == "running"
+
+
+@pytest.mark.parametrize("step", ["h1.prepare", "h0.finish", "h1.stage", "h0.save", "h0.publish"])
+@pytest.mark.parametrize("state", ["paused", "io-error"])
+def test_a_vm_that_stands_still_is_not_let_go_by_a_checkpoint_that_fails(
+    started: Coordinator, fleet: LocalFleet, world: World, step: str, state: str
+) -> None:
+    """Nor by whoever comes after a coordinator that died in it."""
+    world.run_state = state
+    world.fail[step] = StoreFull("the disk is full")
+    with pytest.raises(OperationFailed, match=rf"the VM is as it was \({state}\)"):
+        started.checkpoint("stop")
+    assert started.status()["hosts"][0]["run_state"] == state
+    world.fail[step] = world.fail["h0.resume"] = ActorGone("this coordinator is dead")
+    found: list[Coordinator] = []
+
+    def take_over() -> None:
+        if not found:
+            world.fail.pop("h0.resume")
+            found.append(successor(fleet))
+
+    world.hooks[step] = take_over
+    with pytest.raises(DcresError):
+        started.checkpoint("stop")
+    assert found[0].status()["hosts"][0]["run_state"] == state
+    assert not world.frozen
+    assert not world.unfinished
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ("shutdown", "VM vm is off: its guest has shut down"),
+        ("suspended", "sleeps; wake it first"),
+        ("internal-error", "cannot go on"),
+        ("postmigrate", "a monitor other than dcres has put it"),
+    ],
+)
+def test_what_cannot_be_saved_and_left_as_it_is_is_refused_first(
+    started: Coordinator, world: World, state: str, why: str
+) -> None:
+    world.run_state = state
+    with pytest.raises(Conflict, match=why):
+        started.checkpoint("stop")
+    assert not [each for each in world.done if "prepare" in each]
+    assert world.run_state == state
+
+
+def test_a_vm_is_paused_and_resumed_while_nothing_else_is_done(
+    started: Coordinator, world: World
+) -> None:
+    assert started.pause()["hosts"][0]["run_state"] == "paused"
+    assert started.resume()["hosts"][0]["run_state"] == "running"
+    refused: list[str] = []
+
+    def pause_meanwhile() -> None:
+        for call in (started.pause, started.resume):
+            with pytest.raises(Conflict, match="VM vm is checkpointing") as caught:
+                call()
+            refused.append(str(caught.value))
+
+    world.hooks["h1.stage"] = pause_meanwhile
+    started.checkpoint("stop")
+    assert len(refused) == 2
+    assert world.runs
+    started.stop()
+    for call in (started.pause, started.resume):
+        with pytest.raises(NotFound, match="VM vm does not run"):
+            call()
+    assert started.status()["phase"] == "absent"
+
+
+@pytest.mark.parametrize(("state", "after"), [("paused", "paused"), ("io-error", "running")])
+def test_a_restore_lets_run_what_nobody_had_paused(
+    started: Coordinator, world: World, state: str, after: str
+) -> None:
+    world.run_state = state
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    started.stop()
+    facts = started.restore(text)
+    assert (facts["run_state"], world.run_state) == (after, after)
+    assert 0 <= facts["guest_clock_behind_seconds"] < 3600
+
+
+def test_how_far_the_guests_clock_is_behind_counts_from_the_stop(
+    started: Coordinator, world: World
+) -> None:
+    manifest = manifest_of(world, started.checkpoint("stop"))
+    started.stop()
+    hour = {"stopped": "2026-03-01T13:00:00Z", "created": "2026-03-01T12:00:00Z"}
+    ages = []
+    for changes in (hour, {**hour, "stopped": None}):
+        facts = started.restore(dumps(manifest.model_copy(update=changes)))
+        ages.append(facts["guest_clock_behind_seconds"])
+        started.stop()
+    since = datetime.now(UTC) - datetime(2026, 3, 1, 13, tzinfo=UTC)
+    assert ages[0] == pytest.approx(since.total_seconds(), abs=60)
+    assert ages[1] == pytest.approx(ages[0] + 3600, abs=60)
+
+
+@pytest.mark.parametrize("state", [VmLost("QEMU has ended"), VmOff("QEMU was told to end"), None])
+def test_there_is_room_before_what_is_left_of_a_vm_is_ended(
+    started: Coordinator, fleet: LocalFleet, world: World, state: DcresError | None
+) -> None:
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    if state is None:
+        world.run_state = "shutdown"
+    else:
+        world.fail["h0.status"] = state
+    phase = started.status()["phase"]
+    assert phase == ("off" if state is None or isinstance(state, VmOff) else "lost")
+    fleet.crowded = {"h1", "h2"}
+    world.done.clear()
+    with pytest.raises(NoRoom):
+        started.start(SPEC)
+    for hosts in (None, ["h0", "h1", "h3"]):
+        with pytest.raises(NoRoom):
+            started.restore(text, None, hosts)
+    assert "h0.destroy" not in world.done
+    assert started.status()["phase"] == phase
+    fleet.crowded = set()
+    world.hooks["h0.destroy"] = lambda: world.fail.clear()
+    started.restore(text)
+    assert started.status()["phase"] == "running"
+    assert world.runs
+
+
+def test_nothing_of_a_vm_is_ended_while_a_host_is_silent(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    world.fail["h2.status"] = ClusterError("it did not answer within 10 s")
+    status = started.status()
+    assert (status["phase"], status["hosts"][2]["host_state"]) == ("unknown", "silent")
+    with pytest.raises(Conflict, match="so that it may still run; wait, or end what is left"):
+        started.start(SPEC)
+    assert world.runs
+    world.fail.clear()
+    assert started.status()["phase"] == "running"
 
 
 def test_a_coordinator_may_be_retired_twice(coordinator: Coordinator) -> None:

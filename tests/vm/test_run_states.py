@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from dcres.actors import asking
 from dcres.actors.coordinator import Coordinator
 from dcres.errors import Conflict, OperationFailed, StoreFull, VmLost
+from dcres.model.formats import MemoryFormat
 from dcres.model.run_state import RunState
 from dcres.storage.manifest import Manifest
 from dcres.vm import disk, witness
@@ -44,11 +46,23 @@ def core_of(vm: Rig, manifest: Manifest) -> bytes:
 
 def new_actors(vm: Rig) -> None:
     """As when the main host's actor and the coordinator are killed: others take over."""
-    monitor = vm.main()._monitor
-    if monitor is not None:
-        monitor.close()
+    main = vm.main()
+    main._pager._wanted = False  # its watching thread is gone with it
+    if main._monitor is not None:
+        main._monitor.close()
     vm.fleet.actor("vm", 0).restart()
     vm.coordinator = Coordinator("vm", vm.fleet)
+
+
+def cut_short(vm: Rig, checkpoint: str) -> None:
+    """All actors die when a checkpoint has just stopped the VM."""
+    main = vm.main()
+    main.prepare(checkpoint, MemoryFormat.PACKED)
+    with main._qmp() as monitor:
+        main._standing.stop(monitor)
+    new_actors(vm)
+    main._end_saving()  # what the end of its process would have closed
+    assert not (vm.store.root / "vm" / checkpoint).exists()
 
 
 def tick(vm: Rig) -> int:
@@ -72,6 +86,9 @@ def test_a_paused_vm_is_paused_after_whatever_is_done_to_it(tmp_path: Path) -> N
     path = create_disk(tmp_path / "disk.qcow2")
     with rig() as vm:
         vm.boot(spec_of(fill=8, disks=[{"path": str(path)}]))
+        cut_short(vm, "vm-20260101-000000-0000")
+        assert run_state(vm) == "running"
+        await_checks(vm.console)
         vm.coordinator.pause()
         vm.coordinator.pause()
         stood = tick(vm)
@@ -79,6 +96,8 @@ def test_a_paused_vm_is_paused_after_whatever_is_done_to_it(tmp_path: Path) -> N
         def require_paused() -> None:
             assert (run_state(vm), tick(vm)) == ("paused", stood)
 
+        cut_short(vm, "vm-20260101-000000-0001")
+        require_paused()
         first = save(vm, "live")
         require_paused()
         assert of_qemu(vm) is RunState.POSTMIGRATE, "QEMU itself does not tell any more"
@@ -139,7 +158,7 @@ def test_a_full_file_system_under_a_disk_is_told_and_the_guest_goes_on_afterward
     tmp_path: Path,
 ) -> None:
     with small_filesystem(tmp_path / "small", "2m") as small, rig() as vm:
-        path = disk_with(small / "disk.qcow2", writer())
+        path = disk_with(small / "disk.qcow2", writer(), size_bytes=1 << 30)
         vm.coordinator.start(booting(path))
         until(lambda: run_state(vm) == "io-error", 60, "the file system is full")
         status = vm.coordinator.status()
@@ -155,7 +174,6 @@ def test_a_full_file_system_under_a_disk_is_told_and_the_guest_goes_on_afterward
         vm.coordinator.resume()
         until(lambda: written(vm) > before + 50, 60, "the guest writes on")
         assert b"!" not in vm.console.read_bytes(), "it has seen no error"
-        assert run_state(vm) == "running"
         vm.coordinator.stop()
         vm.restore(manifest)
         until(lambda: written(vm) > 50, 60, "the restored guest writes on")
@@ -181,8 +199,14 @@ def test_a_guest_that_powers_itself_off_is_off(tmp_path: Path) -> None:
         assert vm.coordinator.status()["generation"] == 2
 
 
-def test_how_a_vm_came_to_its_end_is_told_apart(tmp_path: Path) -> None:
-    """A guest that resets itself goes on; a QEMU that is told to end is off; one killed, lost."""
+def test_how_a_vm_came_to_its_end_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that resets itself goes on; a QEMU that is told to end is off; one killed, lost.
+
+    With an actor that does not answer on a host that is there, nobody knows.
+    """
+    monkeypatch.setattr(asking, "_STATUS_TIMEOUT_S", 0.5)
     path = disk_with(tmp_path / "reset.qcow2", say("r") + RESET)
     with rig() as vm:
         for number, phase in ((signal.SIGTERM, "off"), (signal.SIGKILL, "lost")):
@@ -190,6 +214,14 @@ def test_how_a_vm_came_to_its_end_is_told_apart(tmp_path: Path) -> None:
             until(lambda: vm.console.read_bytes().count(b"r") > 1, 60, "the guest resets itself")
             status = vm.coordinator.status()
             assert (status["phase"], run_state(vm)) == ("running", "running")
+            vm.fleet.actor("vm", 1).object._server._wanted = False  # its thread goes with it
+            vm.fleet.actor("vm", 1).die()
+            unknown = vm.coordinator.status()
+            assert (unknown["phase"], unknown["hosts"][1]["host_state"]) == ("unknown", "silent")
+            with pytest.raises(Conflict, match="a host of VM vm does not answer"):
+                vm.coordinator.start(booting(path))
+            vm.fleet.actor("vm", 1).restart()
+            assert vm.coordinator.status()["phase"] == "running"
             os.kill(status["hosts"][0]["qemu_pid"], number)
             until(lambda: vm.coordinator.status()["phase"] != "running", 30, "it has ended")
             status = vm.coordinator.status()
