@@ -107,6 +107,7 @@ class Roll:
         try:
             status = _status_of(self._vm, host, port, partial(self._alive, host))
         except VmOff as error:
+            self._latest[host] = {**self._latest.get(host, {}), "run_state": ""}
             return self._heard(host, HostState.OFF, str(error))
         except VmLost as error:
             return self._heard(host, HostState.LOST, str(error))

@@ -152,7 +152,7 @@ class Vm:
             status = self._status()
             if status.phase in (VmPhase.LOST, VmPhase.OFF):
                 raise VmLost(f"VM {self.name} is {status.phase}: {status.why}")
-            if not status.bringing_in:
+            if not status.bringing_in and status.phase != VmPhase.UNKNOWN:
                 return status
             if time.monotonic() > deadline:
                 raise ClusterError(

@@ -38,7 +38,7 @@ from dcres.storage.layout import (
     VM_PATTERN,
 )
 
-FORMAT_VERSION = 2  # of packed checkpoints; sparse ones are as they were in version 1
+FORMAT_VERSION = 3  # has the keys of `_LATER`; 1 and 2 are sparse and packed ones without them
 
 # Four places: the shortest decimal of such a number never has an exponent, in any language.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(lambda s: round(s, 4))]
@@ -105,7 +105,7 @@ class HostSlice(_Model):
 class Manifest(_Model):
     """A published checkpoint. `hosts` begins with the main host, in order of their indices."""
 
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2, 3] = 1
     checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
     vm: str = Field(pattern=VM_PATTERN)
     created: str = Field(pattern=TIME_PATTERN)
@@ -127,22 +127,28 @@ class Manifest(_Model):
     pages_moved_for_checkpoint: Count = 0
     paging_during: PagingDuring = PagingDuring()
     rounds: Count = 0
-    # Not in checkpoints of earlier versions, which are as they were: see `dumps`.
+    # Both since version 3; `dumps` writes earlier ones as they were.
     found: RunState | None = None  # the run state in which the VM was saved
     stopped: str | None = Field(default=None, pattern=TIME_PATTERN)
 
     @model_validator(mode="before")
     @classmethod
     def _versioned(cls, values: Any) -> Any:
-        """The version follows from the format, where it is not given."""
+        """The version follows from the other keys, where it is not given."""
         if isinstance(values, dict) and "format_version" not in values:
+            if any(values.get(key) is not None for key in _LATER):
+                return {**values, "format_version": FORMAT_VERSION}
             memory_format = MemoryFormat(values.get("memory_format", MemoryFormat.SPARSE))
             return {**values, "format_version": _VERSIONS[memory_format]}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.format_version != _VERSIONS[self.memory_format]:
+        later = [self.found is not None, self.stopped is not None]
+        if any(later) and not all(later):
+            raise ValueError("of found and stopped there is one without the other")
+        version = FORMAT_VERSION if all(later) else _VERSIONS[self.memory_format]
+        if self.format_version != version:
             raise ValueError(f"{self.memory_format} memory files are not of this format version")
         names = [slice_.host for slice_ in self.hosts]
         if len(set(names)) != len(names):

@@ -108,6 +108,19 @@ def test_a_silent_host_is_silent_since_it_first_was_and_its_last_words_are_kept(
     assert roll.named(["h1"])[0].status == {}
 
 
+def test_a_qemu_that_was_told_to_end_is_in_no_run_state_any_more() -> None:
+    roll = Roll("vm", lambda host: True)
+    roll.call({"h0": Runs()})
+    (heard,) = roll.call({"h0": AnswersStatusWith(VmOff("QEMU was told to end"))})
+    assert heard.to_dict()["run_state"] == ""
+    assert heard.generation == 3
+
+
+class Runs(SlowPort):
+    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        return {"state": "running", "run_state": "running", "generation": 3}
+
+
 def test_a_guest_that_has_shut_down_is_off() -> None:
     class Off(SlowPort):
         def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:

@@ -789,14 +789,16 @@ def test_a_restore_lets_run_what_nobody_had_paused(
 def test_how_far_the_guests_clock_is_behind_counts_from_the_stop(
     started: Coordinator, world: World
 ) -> None:
-    manifest = manifest_of(world, started.checkpoint("stop"))
-    started.stop()
-    hour = {"stopped": "2026-03-01T13:00:00Z", "created": "2026-03-01T12:00:00Z"}
+    """In a checkpoint of an earlier version, which does not say when that was, from its begin."""
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    taken = loads(text, Path("manifest.json"))
+    new = {"stopped": "2026-03-01T13:00:00Z", "created": "2026-03-01T12:00:00Z"}
+    old = {**new, "stopped": None, "found": None, "format_version": 2}
     ages = []
-    for changes in (hour, {**hour, "stopped": None}):
-        facts = started.restore(dumps(manifest.model_copy(update=changes)))
-        ages.append(facts["guest_clock_behind_seconds"])
+    for changes in (new, old):
         started.stop()
+        facts = started.restore(dumps(taken.model_copy(update=changes)))
+        ages.append(facts["guest_clock_behind_seconds"])
     since = datetime.now(UTC) - datetime(2026, 3, 1, 13, tzinfo=UTC)
     assert ages[0] == pytest.approx(since.total_seconds(), abs=60)
     assert ages[1] == pytest.approx(ages[0] + 3600, abs=60)
