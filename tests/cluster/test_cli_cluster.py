@@ -92,6 +92,14 @@ def await_checks(folder: Path, vm: str, checks: int) -> witness.WitnessReport:
     return found
 
 
+def kill_qemu(folder: Path, host: str, vm: str) -> None:
+    run = folder / "home" / "hosts" / host / "run" / vm
+    (qemu,) = (
+        each for each in find_marked("DCRES_VM_RUN", str(run)) if "qemu-system" in each.argv[0]
+    )
+    os.kill(qemu.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def box(cli: Cli, folder: Path) -> str:
     """A VM that runs and checks its memory under paging."""
@@ -161,6 +169,20 @@ class TestVm:
         back = cli.json("resize", box, "--main", "128MiB")
         assert back["hosts"][0]["share_pages"] == 128 << 20 >> 12
         await_checks(folder, box, before + 2)
+
+    def test_pause_and_resume(self, cli: Cli, box: str, folder: Path) -> None:
+        paused = cli.json("pause", box)
+        assert (paused["phase"], paused["run_state"]) == ("running", "paused")
+        ran = cli.run("status", box)
+        assert ran.status == 0
+        assert "box  paused" in ran.out
+        assert "`dcres resume box` lets it run" in ran.out
+        assert " paused " in cli.run("list").out
+        stood = report(folder, box).tick
+        assert cli.json("checkpoint", box)["run_state"] == "paused"
+        assert report(folder, box).tick == stood
+        assert cli.json("resume", box)["run_state"] == "running"
+        await_checks(folder, box, report(folder, box).checks + 1)
 
     def test_resize_too_small_or_too_large(self, cli: Cli, box: str) -> None:
         for size, status, words in (
@@ -362,6 +384,30 @@ class TestRestore:
         (host,) = restored["layout"]
         assert (host["role"], host["pages"]) == ("main", saved["pages"])
         assert "as few hosts as have room for 256 MiB" in restored["chosen"]
+        cli.json("stop", "box")
+
+    def test_over_a_lost_vm(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
+        """What is left of it stays until there is room, and counts as free."""
+        restored = cli.json("restore", saved["checkpoint"], "--single")
+        assert restored["guest_clock_behind_seconds"] > 0
+        host = restored["layout"][0]["host"]
+        kill_qemu(folder, host, "box")
+        until(lambda: cli.run("status", "box").status == 1, 30, "the VM is lost")
+        lost = cli.run("status", "box", "--json").values
+        assert (lost["phase"], lost["generation"]) == ("lost", 2)
+        assert [each["host"] for each in lost["hosts"]] == [host]
+        other = next(each for each in ("h0", "h1", "h2") if each != host)
+        large = vm_file(folder, "large", layout={"main": "256MiB"})
+        cli.json("start", large, "--hosts", other)
+        wide = folder / "wide-layout.yaml"
+        wide.write_text("main: 240MiB\nsubs: [240MiB, 240MiB]\n")
+        message = cli.refused("restore", saved["checkpoint"], "--layout", str(wide), status=1)
+        assert "a share of 240 MiB fits no host that is left" in message
+        assert cli.run("status", "box", "--json").values["hosts"] == lost["hosts"]
+        where = ("restore", saved["checkpoint"], "--single", "--hosts", host)
+        assert cli.json(*where, "--dry-run")["possible"] is True
+        cli.json("stop", "large")
+        assert [each["host"] for each in cli.json(*where)["layout"]] == [host]
         cli.json("stop", "box")
 
     def test_a_layout_too_small(self, cli: Cli, saved: dict[str, Any], folder: Path) -> None:
