@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +107,8 @@ class MainHost(MovingHost):
     def _finish(self, checkpoint: str) -> Finished:
         self._frozen_pid = self._pager.call("status")["pid"]
         with self._qmp() as monitor:
-            laps = [("", stopped_at := time.monotonic())]
-            stopped = datetime.now(UTC)
-            self._standing.stop(monitor)
+            stopped = self._standing.stop(monitor)
+            laps = [("", stopped.began)]
             laps.append(("stop", time.monotonic()))
             before = self._pager.call("quiesce", _DRAIN_TIMEOUT_S)
             laps.append(("drain", time.monotonic()))
@@ -128,10 +126,10 @@ class MainHost(MovingHost):
             moved=sum(frozen[key] - before[key] for key in ("pages_in", "pages_out")),
             pages_in=frozen["pages_in"],
             pages_out=frozen["pages_out"],
-            stopped_at=stopped_at,
+            stopped_at=stopped.began,
             parts_s={name: at - laps[i][1] for i, (name, at) in enumerate(laps[1:])},
-            run_state=self._standing.found or RunState.RUNNING,
-            stopped=stopped,
+            run_state=stopped.found,
+            stopped=stopped.since,
         )
 
     def _take_snapshots(self, monitor: Monitor, checkpoint: str, *, inactive: bool) -> None:

@@ -197,7 +197,7 @@ class Finished:
     pages_in: int
     pages_out: int
     stopped_at: float  # on the main host's monotonic clock
-    stopped: datetime  # the same moment, UTC, by the main host's clock
+    stopped: datetime  # when the guest stood still, UTC, by the main host's clock
     run_state: RunState  # in which the VM was found, and in which it is left
     parts_s: dict[str, float] = field(default_factory=dict)  # what the stop was spent on
 

@@ -1,17 +1,29 @@
 """How a checkpoint stops a VM and leaves it as it found it, whoever dies meanwhile.
 
-What the VM was before is in the main host's state file, as `found`, before it is stopped. See
-`dcres.model.run_state`, which decides.
+What the VM was before is in the main host's state file, as `found`, before it is stopped, and since
+when it stands as `stood`, if it does. See `dcres.model.run_state`, which decides.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from dcres.errors import Conflict
 from dcres.model.run_state import HELD, RunState, is_held, kept, no_run, no_save, told
 from dcres.vm.monitor import Monitor
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A VM that a checkpoint has stopped, and what it was `found` in."""
+
+    found: RunState
+    began: float  # on this host's monotonic clock, just before
+    since: datetime  # UTC: when the guest stood still, as far as is known
 
 
 class Standing:
@@ -46,20 +58,30 @@ class Standing:
         if why := no_save(self._vm, state):
             raise Conflict(why)
 
-    def stop(self, monitor: Monitor) -> None:
+    def pause(self, monitor: Monitor) -> None:
+        """Stop the guest for whoever asks; one that stands still already stays as it is."""
+        if monitor.settled_status() is RunState.RUNNING:
+            monitor.stop()
+            self._remember(stood=_now())
+
+    def stop(self, monitor: Monitor) -> Stopped:
         """Stop the VM for a checkpoint, once it is written down what it was.
 
         Raises Conflict for one that cannot be saved; it is as it was then.
         """
         state = self.told(monitor.settled_status())
         self.require_savable(state)
-        self._remember(found=str(state))
+        since = _now() if state is RunState.RUNNING else self._recall().get("stood") or _now()
+        self._remember(found=str(state), stood=None if state is RunState.RUNNING else since)
+        began = time.monotonic()
         monitor.stop()
         stopped = monitor.status()
         if state is RunState.RUNNING and stopped not in HELD:
             # It came to stand by itself in that moment: its disk failed, or the guest ended.
-            self._remember(found=str(stopped))
-            self.require_savable(stopped)
+            state = stopped
+            self._remember(found=str(state), stood=since)
+            self.require_savable(state)
+        return Stopped(state, began, datetime.fromisoformat(since))
 
     def let_go(self, monitor: Monitor) -> None:
         """After a checkpoint, at any step: the VM runs if that had stopped it. Repeatable."""
@@ -82,4 +104,8 @@ class Standing:
             monitor.wake()
         elif now is not RunState.RUNNING:
             monitor.cont()
-        self._remember(found=None)
+        self._remember(found=None, stood=None)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()

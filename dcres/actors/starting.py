@@ -40,7 +40,6 @@ from dcres.model.pages import pages_of
 from dcres.model.placement import (
     sub_code,
 )
-from dcres.model.run_state import RunState
 from dcres.paging import moves as paging_moves
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import PagerSettings, SubAddress
@@ -183,6 +182,7 @@ class StartingHost(QemuHost):
             running=False,
             checkpoint=None,
             found=None,
+            stood=None,
         )
         return monitor
 
@@ -282,6 +282,7 @@ class StartingHost(QemuHost):
         try:
             with self._qmp() as monitor:
                 monitor.load_core(core)
+            self._remember(stood=parse(resumption.manifest).stopped_at.isoformat())
         except VmLost as error:
             if not qemu.words:  # it was killed; who cannot load a core says why
                 raise QemuFailed(str(error)) from None
@@ -315,8 +316,7 @@ class StartingHost(QemuHost):
     def pause(self) -> None:
         """Stop the guest until `go`; one that stands still already stays as it is. Repeatable."""
         with self._qmp() as monitor:
-            if monitor.settled_status() is RunState.RUNNING:
-                monitor.stop()
+            self._standing.pause(monitor)
 
     def resize(self, limit_pages: int) -> None:
         """Change how much the main host keeps; pages move while the guest runs."""
