@@ -71,7 +71,9 @@ class Coordination:
             self._operation.release()
 
     def _busy(self) -> Conflict:
-        return Conflict(f"VM {self._vm} is {self._phase}; wait until that is done")
+        # In a phase of rest nothing takes long: it is paused, resumed or looked after.
+        doing = "just being looked after" if is_at_rest(self._phase) else self._phase
+        return Conflict(f"VM {self._vm} is {doing}; wait until that is done")
 
     def _require_idle(self) -> None:
         """Conflict where an operation would meet one, without being one."""

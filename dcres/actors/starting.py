@@ -35,6 +35,7 @@ from dcres.errors import (
     PagingError,
     QemuFailed,
     VmLost,
+    VmOff,
 )
 from dcres.model.pages import pages_of
 from dcres.model.placement import (
@@ -284,7 +285,8 @@ class StartingHost(QemuHost):
                 monitor.load_core(core)
             self._remember(stood=parse(resumption.manifest).stopped_at.isoformat())
         except VmLost as error:
-            if not qemu.words:  # it was killed; who cannot load a core says why
+            # It was killed or told to end; who cannot load a core says why.
+            if isinstance(error, VmOff) or not qemu.words:
                 raise QemuFailed(str(error)) from None
             raise CheckpointCorrupt(f"QEMU cannot load {core}: {qemu.words}") from error
         except MonitorError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,11 @@ class VmFolder:
     @property
     def ram_bytes(self) -> int:
         """What the VM takes of the host's memory: its files on tmpfs, without their holes."""
-        return sum(path.stat().st_blocks * 512 for path in self.ram.rglob("*") if path.is_file())
+        total = 0
+        for path in self.ram.rglob("*"):
+            with suppress(FileNotFoundError):  # paging makes some and removes them
+                total += path.stat().st_blocks * 512
+        return total
 
     @property
     def state(self) -> Path:

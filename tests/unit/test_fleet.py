@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dcres.actors import _ray
+from dcres.actors import _ray, host
 from dcres.actors.fleet import RayFleet, end_what_is_left, require_ram_here
 from dcres.actors.room import MIB, HostInfo
 from dcres.errors import ActorGone, ClusterError, NoRoom
@@ -43,6 +44,8 @@ class FakeReservation:
     def __init__(self, extra: bool) -> None:
         self.length_bytes = 3 * MIB if extra else 32 * MIB
 
+        self.held = {"h1": 3 * MIB} if extra else {"h0": 20 * MIB, "h1": 12 * MIB}
+
     def host_of(self, bundle: int) -> str:
         return f"h{bundle}"
 
@@ -60,6 +63,10 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(_ray, "hosts", lambda: hosts)
     monkeypatch.setattr(_ray, "reservation", reservation)
+    extra = ["dcres-extra/box/1"]
+    monkeypatch.setattr(
+        _ray, "list_reservations", lambda prefix: extra if "extra" in prefix else []
+    )
     monkeypatch.setattr(_ray, "list_actors", lambda prefix: [f"{prefix}0", f"{prefix}1"])
     monkeypatch.setattr(_ray, "run_on", lambda *call, timeout_s: ran.append(call))
     for changing in ("reserve", "release", "spawn"):
@@ -84,3 +91,35 @@ def test_what_was_set_aside_in_addition_counts_as_free_for_more(
     with pytest.raises(NoRoom, match=r"a share of 5 MiB does not fit host h1: .* h1 has 4 MiB"):
         RayFleet().room_for("box", {1: 5 * MIB}, [])
     assert RayFleet().room_for("box", {0: 0, 1: 0}, []) == []
+
+
+def test_what_a_vm_holds_counts_as_free_for_its_next_life(looked: list[tuple[Any, ...]]) -> None:
+    fleet = RayFleet()
+    assert fleet.held("box") == {"h0": 20 * MIB, "h1": 15 * MIB}
+    fleet.require_room("box", [21 * MIB, 16 * MIB, 8 * MIB], None)
+    assert looked == []
+    fleet.require_room("box", [16 * MIB], ["h1"])
+    assert looked == [("h1", require_ram_here, 16 * MIB, "box")]
+    with pytest.raises(NoRoom, match="a share of 17 MiB does not fit host h1"):
+        fleet.require_room("box", [17 * MIB], ["h1"])
+    with pytest.raises(NoRoom, match="a share of 22 MiB fits no host that is left"):
+        fleet.require_room("box", [22 * MIB], None)
+
+
+def test_the_tmpfs_has_room_once_the_vm_gives_back_what_it_has_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCRES_RAM", str(tmp_path))
+    monkeypatch.setattr(host, "free_in", lambda folder: MIB)
+    (tmp_path / "box" / "deeper").mkdir(parents=True)
+    for name in ("guest.ram", "deeper/store.ram"):
+        (tmp_path / "box" / name).write_bytes(bytes(MIB))
+    with (tmp_path / "box" / "hole").open("wb") as file:
+        file.truncate(64 * MIB)
+    require_ram_here(MIB)
+    with pytest.raises(NoRoom):
+        require_ram_here(2 * MIB)
+    require_ram_here(3 * MIB, "box")
+    require_ram_here(MIB, "another")
+    with pytest.raises(NoRoom):
+        require_ram_here(4 * MIB, "box")
