@@ -277,13 +277,13 @@ class StartingHost(QemuHost):
             except DcresError as failed:
                 raise ConfigError(f"{error}; {failed}") from error
             raise
+        self._remember(stood=manifest.stopped_at.isoformat())
 
     def _give_core(self, core: Path) -> None:
         qemu = self._qemu
         try:
             with self._qmp() as monitor:
                 monitor.load_core(core)
-            self._remember(stood=parse(resumption.manifest).stopped_at.isoformat())
         except VmLost as error:
             # It was killed or told to end; who cannot load a core says why.
             if isinstance(error, VmOff) or not qemu.words:
