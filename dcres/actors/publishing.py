@@ -16,6 +16,8 @@ from dcres.model.run_state import RunState
 from dcres.storage.digest import FileSum
 from dcres.storage.layout import MEMORY_FILES, VMCORE
 from dcres.storage.manifest import (
+    RUN_STATE,
+    STOPPED,
     TIME_FORMAT,
     DiskSnapshot,
     HostSlice,
@@ -78,13 +80,15 @@ def manifest_of(subject: Subject, taken: Taken) -> Manifest:
         vm_spec=subject.spec.model_dump(mode="json", by_alias=True),
         qemu_version=subject.qemu_version,
         accel=subject.accel,
-        machine={"type": subject.machine},
+        machine={
+            "type": subject.machine,
+            RUN_STATE: str(finished.run_state),
+            STOPPED: finished.stopped.strftime(TIME_FORMAT),
+        },
         tick=finished.tick,
         hosts=tuple(_slice(subject, taken, index) for index in range(len(subject.hosts))),
         vmcore=_core_sum(taken.saved[subject.main]),
         rounds=taken.rounds,
-        found=finished.run_state,
-        stopped=finished.stopped.strftime(TIME_FORMAT),
         disks=tuple(
             DiskSnapshot(path=str(each.path), format=each.format, snapshot=taken.checkpoint)
             for each in subject.spec.disks

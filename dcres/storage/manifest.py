@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -38,12 +39,13 @@ from dcres.storage.layout import (
     VM_PATTERN,
 )
 
-FORMAT_VERSION = 3  # has the keys of `_LATER`; 1 and 2 are sparse and packed ones without them
+FORMAT_VERSION = 2  # of packed checkpoints; sparse ones are as they were in version 1
 
 # Four places: the shortest decimal of such a number never has an exponent, in any language.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(lambda s: round(s, 4))]
 Count = Annotated[int, Field(ge=0)]
 TIME_PATTERN = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$"
+RUN_STATE, STOPPED = "run_state", "stopped"  # keys of `machine`; earlier checkpoints have none
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"  # UTC
 
 
@@ -61,7 +63,6 @@ class Mode(StrEnum):
     STOP = "stop"
 
 
-_LATER = {"found", "stopped"}
 _VERSIONS = {MemoryFormat.SPARSE: 1, MemoryFormat.PACKED: 2}
 
 
@@ -105,7 +106,7 @@ class HostSlice(_Model):
 class Manifest(_Model):
     """A published checkpoint. `hosts` begins with the main host, in order of their indices."""
 
-    format_version: Literal[1, 2, 3] = 1
+    format_version: Literal[1, 2] = 1
     checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
     vm: str = Field(pattern=VM_PATTERN)
     created: str = Field(pattern=TIME_PATTERN)
@@ -127,29 +128,24 @@ class Manifest(_Model):
     pages_moved_for_checkpoint: Count = 0
     paging_during: PagingDuring = PagingDuring()
     rounds: Count = 0
-    # Both since version 3; `dumps` writes earlier ones as they were.
-    found: RunState | None = None  # the run state in which the VM was saved
-    stopped: str | None = Field(default=None, pattern=TIME_PATTERN)
 
     @model_validator(mode="before")
     @classmethod
     def _versioned(cls, values: Any) -> Any:
-        """The version follows from the other keys, where it is not given."""
+        """The version follows from the format, where it is not given."""
         if isinstance(values, dict) and "format_version" not in values:
-            if any(values.get(key) is not None for key in _LATER):
-                return {**values, "format_version": FORMAT_VERSION}
             memory_format = MemoryFormat(values.get("memory_format", MemoryFormat.SPARSE))
             return {**values, "format_version": _VERSIONS[memory_format]}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        later = [self.found is not None, self.stopped is not None]
-        if any(later) and not all(later):
-            raise ValueError("of found and stopped there is one without the other")
-        version = FORMAT_VERSION if all(later) else _VERSIONS[self.memory_format]
-        if self.format_version != version:
+        if self.format_version != _VERSIONS[self.memory_format]:
             raise ValueError(f"{self.memory_format} memory files are not of this format version")
+        if self.machine.get(RUN_STATE, RunState.RUNNING) not in set(RunState):
+            raise ValueError("the VM was in a run state that there is not")
+        if not re.fullmatch(TIME_PATTERN, self.machine.get(STOPPED, self.created)):
+            raise ValueError("the VM was stopped at no time")
         names = [slice_.host for slice_ in self.hosts]
         if len(set(names)) != len(names):
             raise ValueError("a host is named twice")
@@ -179,12 +175,12 @@ class Manifest(_Model):
     @property
     def run_state(self) -> RunState:
         """In which the VM was when it was saved; before this was kept, all ran afterwards."""
-        return self.found or RunState.RUNNING
+        return RunState(self.machine.get(RUN_STATE, RunState.RUNNING))
 
     @property
     def stopped_at(self) -> datetime:
         """When its guest stood still for it, or nearly: when it was begun, if that is not kept."""
-        return datetime.fromisoformat(self.stopped or self.created)
+        return datetime.fromisoformat(self.machine.get(STOPPED, self.created))
 
     @property
     def page_count(self) -> int:
@@ -200,8 +196,6 @@ def canonical(values: Any) -> bytes:
 def dumps(manifest: Manifest) -> str:
     """The manifest file's content: sorted keys, two spaces of indentation, a final newline."""
     values = manifest.model_dump(mode="json")
-    for key in _LATER & {key for key, value in values.items() if value is None}:
-        del values[key]
     values["checksum"] = hashlib.sha256(canonical(values)).hexdigest()
     return json.dumps(values, sort_keys=True, indent=2, allow_nan=False) + "\n"
 

@@ -115,13 +115,15 @@ def test_a_paused_vm_is_paused_after_whatever_is_done_to_it(tmp_path: Path) -> N
         vm.coordinator.resume()
         await_checks(vm.console, 2)
         third = save(vm, "live")
-        assert first.stopped == second.stopped, "the guest's clock has stood since it was paused"
+        assert first.stopped_at == second.stopped_at, (
+            "the guest's clock has stood since it was paused"
+        )
         assert [each.run_state for each in (first, second, third)] == ["paused"] * 2 + ["running"]
         await_checks(vm.console, 2)
         vm.coordinator.stop()
         assert vm.restore(second)["run_state"] == "paused"
         again = save(vm, "live")
-        assert (again.run_state, again.stopped) == (RunState.PAUSED, second.stopped)
+        assert (again.run_state, again.stopped_at) == (RunState.PAUSED, second.stopped_at)
         assert (run_state(vm), tick(vm)) == ("paused", 0), "nothing is on its new console"
         vm.coordinator.resume()
         await_checks(vm.console, 2)
