@@ -17,7 +17,7 @@ from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
 from dcres.config import Layout, VmSpec, load_vm_spec, named_folder, parse_size, vm_spec
 from dcres.errors import ConfigError, Conflict
-from dcres.linux.interrupt import uninterrupted
+from dcres.linux.interrupt import Terminated, ended_by_sigterm, uninterrupted
 from dcres.linux.removal import remove_if_empty
 from dcres.storage.store import Listing
 
@@ -172,9 +172,9 @@ def local_cluster(
     `memory` is what VMs may use on each host. Checkpoints are removed at the end as well,
     unless `store` names a folder for them (or `home` one for everything); with ``{host}`` in
     its path every host has a store of its own, as machines with disks of their own do. With
-    `keep` it is left running, unless the block is interrupted: ``dcres down`` with DCRES_HOME
-    set to its home ends it. Raises NoRoom, ClusterError, and Conflict if this process is
-    connected to a cluster already.
+    `keep` it is left running, unless the block is interrupted by Ctrl-C or SIGTERM: ``dcres down``
+    with DCRES_HOME set to its home ends it. Raises NoRoom, ClusterError, and Conflict if this
+    process is connected to a cluster already.
     """
     _require_unconnected()
     memory_bytes = None if memory is None else memory_size(memory)
@@ -183,22 +183,25 @@ def local_cluster(
         tempfile.mkdtemp(prefix="dcres-", dir="/var/tmp") if home is None else home, "the home"
     )
     local: LocalCluster | None = None
-    try:
-        store_folder = None if store is None else named_folder(store, "the store")
-        local = LocalCluster.start(folder, hosts, memory_bytes, store_folder, dashboard=dashboard)
-        joined = _ray.connect(local.address, local.token_path)
-        yield Cluster(Session(local.address, catalogue_of(None, local), local, joined=joined))
-    except KeyboardInterrupt:
-        keep = False
-        raise
-    finally:
-        with uninterrupted():
-            _ray.disconnect()  # there was no connection before, so it is ours
-            if local is not None and not keep:
-                local.stop()
-            if home is None and not (keep and local):
-                purge(folder)
-                remove_if_empty(folder)
+    with ended_by_sigterm():
+        try:
+            store_folder = None if store is None else named_folder(store, "the store")
+            local = LocalCluster.start(
+                folder, hosts, memory_bytes, store_folder, dashboard=dashboard
+            )
+            joined = _ray.connect(local.address, local.token_path)
+            yield Cluster(Session(local.address, catalogue_of(None, local), local, joined=joined))
+        except (KeyboardInterrupt, Terminated):
+            keep = False
+            raise
+        finally:
+            with uninterrupted():
+                _ray.disconnect()  # there was no connection before, so it is ours
+                if local is not None and not keep:
+                    local.stop()
+                if home is None and not (keep and local):
+                    purge(folder)
+                    remove_if_empty(folder)
 
 
 def _require_unconnected() -> None:

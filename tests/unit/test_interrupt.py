@@ -244,3 +244,31 @@ def test_a_second_ctrl_c_does_not_stop_taking_down(
     with pytest.raises(KeyboardInterrupt):
         work(cleaning, tmp_path, monkeypatch)
     assert cleaning.done
+
+
+SIGTERM_IN_A_LOCAL_CLUSTER = """
+import signal, sys
+from pathlib import Path
+import dcres
+from dcres.actors import _ray
+from dcres.actors.local_cluster import LocalCluster
+
+home = Path(sys.argv[1])
+LocalCluster._bring_up = lambda *_: None
+LocalCluster.stop = lambda self: (home / "stopped").touch()
+_ray.connected_address = _ray.connect = _ray.disconnect = lambda *_: None
+with dcres.local_cluster(hosts=1, memory="1MiB", home=home, keep=True):
+    signal.raise_signal(signal.SIGTERM)
+    print("not reached")
+"""
+
+
+def test_a_local_cluster_ends_with_a_program_that_is_told_to(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGTERM_IN_A_LOCAL_CLUSTER, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, ""), done.stderr
+    assert (tmp_path / "stopped").exists()
