@@ -7,6 +7,7 @@
     │   ├── ConfigError        a VM file, a layout or an option is wrong
     │   ├── NotFound           no such VM, checkpoint or host
     │   └── Conflict           it exists already, or something else is being done to it
+    │       └── NameTaken      the VM's name in the store is that of another cluster's, which runs
     ├── HostError              this host cannot do what is needed
     │   ├── UnsupportedHost    kernel, privileges or programs are missing
     │   ├── NoRoom             not enough memory or disk
@@ -55,6 +56,10 @@ class NotFound(InputError):
 
 class Conflict(InputError):
     """It exists already, or something else is being done to it."""
+
+
+class NameTaken(Conflict):
+    """The VM's name in the store belongs to a VM of another cluster, which runs."""
 
 
 class HostError(DcresError):

@@ -81,7 +81,7 @@ class BringingUp:
 
     def start(self) -> None:
         """Boot the guest; it runs when this returns."""
-        order = self._boot(self._incarnation(above=0), lambda host: None)
+        order = self._boot(self._incarnation(above=0, needs_name=False), lambda host: None)
         self._go(order)
 
     def restore(self, manifest: Manifest, lazy: bool) -> Restoring:
@@ -89,7 +89,7 @@ class BringingUp:
 
         What serves parts is still there.
         """
-        incarnation = self._incarnation(above=manifest.generation)
+        incarnation = self._incarnation(above=manifest.generation, needs_name=True)
         shares = self._spec.layout.shares
         restoring = restoring_.prepare(
             manifest, shares, self._ports, self._fleet, incarnation, lazy
@@ -104,8 +104,12 @@ class BringingUp:
     def _main(self) -> Port:
         return next(iter(self._ports.values()))
 
-    def _incarnation(self, above: int) -> Incarnation:
-        order = ClaimOrder(self._fleet.cluster(), above, self._take_over)
+    def _incarnation(self, above: int, needs_name: bool) -> Incarnation:
+        """A VM that is new harms no other of its name, and can wait for the name to be free.
+
+        One that is restored would be a second of the one that it was saved from.
+        """
+        order = ClaimOrder(self._fleet.cluster(), above, self._take_over, needs_name)
         generation = self._main.call("claim", order)
         return Incarnation(self._vm, generation, secrets.token_hex(32))
 

@@ -64,12 +64,13 @@ class ClaimOrder:
     """For the main host: begin a life of the VM, with a generation greater than `above`.
 
     `cluster` is whose the VM's name in the store is from then on. `take_over` it from another one
-    that may have ended, but not from one that runs.
+    that may have ended, but not from one that runs. A VM that `needs_name` does not begin without.
     """
 
     cluster: str
     above: int = 0
     take_over: bool = False
+    needs_name: bool = True
 
 
 @dataclass(frozen=True, slots=True)

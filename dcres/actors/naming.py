@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dcres.actors.messages import ClaimOrder
-from dcres.errors import Conflict, DcresError, StoreReadOnly
+from dcres.errors import Conflict, DcresError, NameTaken, StoreReadOnly
 from dcres.linux.machine import boot_id, machine_id
 from dcres.model.ownership import Claimant
 from dcres.storage.lives import Claimed, next_without_store
@@ -50,9 +50,9 @@ class NameInStore:
     def claim(self, order: ClaimOrder) -> int:
         """Begin a life; its generation.
 
-        Where the store cannot be written to, the life has no claim, and checkpoints only once that
-        is mended. Raises Conflict for a name that is another cluster's, CheckpointCorrupt,
-        StoreFull.
+        Where the store cannot be written to, or the name is that of another cluster's VM that runs
+        and the order does without, the life has no claim, and checkpoints only once that has
+        changed. Raises Conflict for a name that is another cluster's, CheckpointCorrupt, StoreFull.
         """
         self._close()
         above = max(order.above, self._store.latest_generation(self._vm))
@@ -61,7 +61,9 @@ class NameInStore:
             claimed = self._store.lives(self._vm).claim(
                 me, above, _now(), take_over=order.take_over
             )
-        except StoreReadOnly as error:
+        except (StoreReadOnly, NameTaken) as error:
+            if order.needs_name and isinstance(error, NameTaken):
+                raise
             self.unclaimed = f"it can take no checkpoint: {error}"
             log.warning("VM %s: %s", self._vm, self.unclaimed)
             self._generation = next_without_store(self._record, above)

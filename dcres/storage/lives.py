@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dcres.errors import CheckpointCorrupt, Conflict
+from dcres.errors import CheckpointCorrupt, Conflict, NameTaken
 from dcres.linux.files import is_locked, lock_for_good, locked
 from dcres.linux.removal import create, remove_life
-from dcres.model.ownership import Claimant, Life, refusal
+from dcres.model.ownership import Claimant, Life, Standing, judge, refusal
 from dcres.storage import layout, marker
 from dcres.storage.atomic import (
     make_private_dirs,
@@ -52,8 +52,8 @@ class Lives:
         """Begin a life, with a generation greater than `above` and all given out before; durable.
 
         Callers in other processes wait for each other (flock). Raises Conflict where the name is
-        another cluster's, unless that has ended, or may have and `take_over`; CheckpointCorrupt
-        if the counter cannot be read, StoreFull, StoreReadOnly.
+        another cluster's, unless that has ended, or may have and `take_over` (NameTaken: it has
+        not); CheckpointCorrupt if the counter cannot be read, StoreFull, StoreReadOnly.
         """
         with self._alone():
             lives = self._require_free(me, take_over)
@@ -117,7 +117,8 @@ class Lives:
     def _require_free(self, me: Claimant, take_over: bool) -> list[Life]:
         lives = self._lives()
         if why := refusal(self._vm, lives, me, take_over):
-            raise Conflict(f"{self._folder}: {why}")
+            error = NameTaken if judge(lives, me)[0] is Standing.ALIVE else Conflict
+            raise error(f"{self._folder}: {why}")
         return lives
 
     def _begin(self, me: Claimant, generation: int, since: str) -> Claimed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import pytest
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.main_host import MainHost
 from dcres.api.status import status_of
-from dcres.errors import Conflict, OperationFailed
+from dcres.errors import Conflict, NameTaken, OperationFailed
 from dcres.linux.process import ProcessId
 from dcres.storage import layout
 from dcres.storage.manifest import Manifest, dumps
@@ -119,20 +120,22 @@ def test_what_lost_a_file_after_the_votes_is_not_published(vm: Rig, lost: str) -
 def test_a_name_is_one_cluster_s(vm: Rig, taken: Manifest) -> None:
     """As long as its QEMU runs, whatever becomes of the actors."""
     with another_cluster(vm, vm.store.root) as (fleet, other):
-        with pytest.raises(Conflict, match=r"another cluster .* runs on host h0"):
-            other.start(SPEC, take_over=True)
-        with pytest.raises(Conflict, match=r"another cluster .* runs on host h0"):
+        with pytest.raises(NameTaken, match=r"another cluster .* runs on host h0"):
             other.restore(dumps(taken), take_over=True)
         assert fleet.reserved == {}
         restart_main(vm)
-        with pytest.raises(Conflict, match="another cluster"):
-            other.start(SPEC)
+        # A new VM does without the name, and says so, until the other has ended.
+        (main, *_) = other.start(SPEC, take_over=True)["hosts"]
+        assert re.search(r"no checkpoint: .*another cluster .* runs on host h0", main["unclaimed"])
+        with pytest.raises(OperationFailed, match="another cluster"):
+            other.checkpoint()
         assert vm.store.verify(vm.checkpoint().checkpoint).ok
         qemu = ProcessId.of(vm.coordinator.status()["hosts"][0]["qemu_pid"])
         assert qemu is not None
         qemu.kill()
         assert qemu.wait_gone(20)
-        other.restore(dumps(taken))
+        assert vm.store.verify(other.checkpoint()["checkpoint"]).ok
+        assert other.status()["hosts"][0]["unclaimed"] == ""
         with pytest.raises(Conflict, match="runs on host h0"):
             vm.restore(taken)
         other.stop()
