@@ -111,8 +111,8 @@ class Home:
             return None
         except (ValueError, TypeError, AttributeError):
             raise ClusterError(
-                f"{self.state} is damaged, or another version of dcres wrote it; end what it "
-                "tells of with that version or by `dcres down --orphans`, then remove that file"
+                f"{self.state} is damaged, or of another version of dcres, or not dcres's; end "
+                "what it tells of with that version or by `dcres down --orphans`, and move it away"
             ) from None
         except OSError as error:
             raise ClusterError(f"cannot read {self.state}: {error.strerror}") from None

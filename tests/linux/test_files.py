@@ -14,6 +14,7 @@ import pytest
 
 from dcres.errors import HostError, NoRoom, StoreFull
 from dcres.linux import files
+from dcres.linux.removal import Mark, OwnFolder
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask, mask_of_extents
 from dcres.paging.changes import ChangeMap
 from dcres.storage import tables
@@ -260,3 +261,24 @@ def test_marks_are_allocated_before_anybody_sets_one(small: Path) -> None:
     assert (small / "changes").stat().st_blocks * 512 >= 1 << 20
     with pytest.raises(NoRoom, match="no room to mark what changes"):
         ChangeMap.fresh(small / "more", 1 << 24)
+
+
+def test_what_is_mounted_below_a_folder_of_ours_stays(small: Path, tmp_path: Path) -> None:
+    mark = Mark("RAM", "cluster ab12")
+    mark.put(tmp_path)
+    (small / "thesis").write_text("mine")
+    (tmp_path / "ours").touch()
+    with pytest.raises(HostError, match=f"{small} is mounted below .*; unmount it"):
+        OwnFolder(tmp_path, mark).remove()
+    assert (small / "thesis").read_text() == "mine"
+    assert (tmp_path / "ours").exists(), "nothing is done by halves"
+
+
+def test_a_folder_of_ours_that_is_a_mount_point_is_emptied(small: Path) -> None:
+    for path in small.iterdir():  # lost+found
+        path.rmdir()
+    folder = OwnFolder.made(small, Mark("RAM", "cluster ab12"))
+    (small / "guest.ram").touch()
+    folder.remove()
+    assert small.is_dir()
+    assert list(small.iterdir()) == []

@@ -147,7 +147,9 @@ class TestLooking:
         (home / "cluster.json").write_text(text)
         before = everything(home.parent)
         for attempt in (LocalCluster.load, LocalCluster.clear_dead, purge, start):
-            with pytest.raises(ClusterError, match=r"cluster.json is damaged, or another version"):
+            with pytest.raises(
+                ClusterError, match=r"cluster.json is damaged, or of another version"
+            ):
                 attempt(home)
         assert everything(home.parent) == before
 
