@@ -103,7 +103,12 @@ def open_session(address: str | None, store: Path | None) -> Session:
     local = local_cluster_at(named)
     address = local.address if local is not None else str(named)
     catalogue = catalogue_of(named_store(store), local)
-    joined = _ray.connect(address, None if local is None else local.token_path)
+    try:
+        joined = _ray.connect(address, None if local is None else local.token_path)
+    except DcresError:
+        if local is not None:
+            local.require_here()  # else this says why nobody answers
+        raise
     return Session(address, catalogue, local, joined=joined)
 
 

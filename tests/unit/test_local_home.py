@@ -130,6 +130,18 @@ class TestLooking:
                 assert LocalCluster.load(home).id == Home(home).read().id  # type: ignore[union-attr]
             purge_by_force(home)
 
+    def test_one_elsewhere_that_does_not_answer_is_named(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Its addresses are those of another machine, or of another container's network."""
+        left_by_a_cluster(home, **ANOTHER_MACHINE)
+        monkeypatch.setenv("DCRES_HOME", str(home))
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        with a_node_of(home):
+            assert main(["list"]) == 2
+        assert "on another machine (far) and lives there" in capsys.readouterr().err
+
     def test_a_dead_one_is_not(self, home: Path) -> None:
         left_by_a_cluster(home)
         with pytest.raises(NotFound, match="start one with `dcres up`"):
