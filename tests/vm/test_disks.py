@@ -102,7 +102,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     disks = [create_disk(folder / name) for name in ("a.qcow2", "b.qcow2")]
     monitor = folder / "q"
     with rig(hosts=1, main=Hindered) as vm:
-        arguments = ["-device", "pcie-root-port,id=rp1,chassis=1"]
+        (iso := folder / "cd.iso").write_bytes(bytes(1 << 20))
+        arguments = ["-device", "pcie-root-port,id=rp1,chassis=1", "-device", "ide-cd,drive=cd"]
+        arguments += ["-drive", f"if=none,id=cd,file={iso},format=raw,readonly=on"]
         arguments += ["-qmp", f"unix:{monitor},server=on,wait=off"]
         values: dict[str, Any] = {
             "disks": [{"path": str(path)} for path in disks],
@@ -383,6 +385,15 @@ def test_a_disk_that_writes_to_another_file(running: World, tmp_path: Path) -> N
         **{"snapshot-node-name": "overlay"},
     )
     require_refused(running, r"block node overlay \(qcow2, .*overlay.qcow2, writable\) was added")
+
+
+def test_a_medium_that_was_taken_out(running: World) -> None:
+    running.ask("eject", device="cd", force=True)
+    require_refused(running, r"medium of .* was of .*/cd\.iso \(raw\) at the start and is none")
+    iso = str(running.disks[0].with_name("cd.iso"))
+    running.ask("blockdev-change-medium", device="cd", filename=iso, format="raw")
+    second = running.vm.checkpoint()
+    running.vm.store.delete(second.checkpoint)
 
 
 def test_a_persistent_bitmap_that_was_added(running: World) -> None:
