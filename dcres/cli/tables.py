@@ -129,10 +129,12 @@ def hosts_view(hosts: Sequence[Host], address: str) -> RenderableType:
 
 def checkpoint_view(facts: dict[str, Any]) -> RenderableType:
     """A checkpoint that was taken, host by host."""
+    state = facts.get("run_state", "running")
+    stood = f" the VM stood still for {facts['downtime_seconds'] * 1000:.0f} ms"
     head = Text.assemble(
         (facts["checkpoint"], "bold"),
-        f"  {_size_of(facts['pages'])} in {facts['seconds']:.2f} s,"
-        f" the VM stood still for {facts['downtime_seconds'] * 1000:.0f} ms",
+        f"  {_size_of(facts['pages'])} in {facts['seconds']:.2f} s,",
+        stood if state == "running" else f" the VM is as it was: {state}",
         f" after {facts['rounds']} rounds: {facts['verdict']}" if "verdict" in facts else "",
     )
     number = ("pages", "size", "written", "on disk", "seconds")

@@ -27,6 +27,7 @@ from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli import commands, judge, main, tables
 from dcres.cli.stage import ConsoleStage
+from dcres.cli.tables import checkpoint_view
 from dcres.config import Layout
 from dcres.demo import Life, Step, Story
 from dcres.errors import (
@@ -920,3 +921,22 @@ class TestTables:
         text = written(console)
         assert text.count("\n") == 1
         assert text.endswith("1 checks, 0 failures\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [("running", "the VM stood still for 12 ms"), ("paused", "the VM is as it was: paused")],
+)
+def test_what_a_checkpoint_says_of_its_vm(state: str, told: str) -> None:
+    facts = {
+        "checkpoint": "box-1",
+        "pages": 2,
+        "seconds": 0.5,
+        "downtime_seconds": 0.012,
+        "pages_moved_for_checkpoint": 0,
+        "hosts": [],
+        "run_state": state,
+    }
+    console = Console(width=120, file=StringIO(), record=True)
+    console.print(checkpoint_view(facts))
+    assert told in console.export_text()
