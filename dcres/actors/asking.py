@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 from dcres.actors.messages import Progress, Status
 from dcres.actors.ports import Port
 from dcres.errors import ClusterError, DcresError, NotFound, VmLost, VmOff
+from dcres.model.pages import PAGE_SIZE
 from dcres.model.phase import HostState
 from dcres.model.run_state import RunState, advice
 
@@ -107,9 +109,11 @@ class Roll:
         try:
             status = _status_of(self._vm, host, port, partial(self._alive, host))
         except VmOff as error:
-            self._latest[host] = {**self._latest.get(host, {}), "run_state": ""}
+            self._learn(host, port)
+            self._latest[host] = {**self._latest[host], "run_state": ""}
             return self._heard(host, HostState.OFF, str(error))
         except VmLost as error:
+            self._learn(host, port)
             return self._heard(host, HostState.LOST, str(error))
         except ClusterError as error:
             since = self._silent.setdefault(host, self._clock())
@@ -122,6 +126,18 @@ class Roll:
         if status.get("run_state") == RunState.SHUTDOWN:
             return self._heard(host, HostState.OFF, advice(self._vm, RunState.SHUTDOWN))
         return self._heard(host, HostState.ANSWERS)
+
+    def _learn(self, host: str, port: Port) -> None:
+        """From the state file of a host that cannot give a status and has never given one."""
+        if self._latest.get(host) or not self._alive(host):
+            self._latest.setdefault(host, {})
+            return
+        known: Status = {}
+        with suppress(DcresError):
+            known = describe(port)
+        pages = int(known.get("reserved", 0)) // PAGE_SIZE
+        shares = {"limit_pages": pages, "capacity_pages": pages}
+        self._latest[host] = {"generation": known.get("generation", 0), **shares}
 
     def _heard(
         self, host: str, state: HostState, why: str = "", since: datetime | None = None

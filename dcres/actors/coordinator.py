@@ -31,7 +31,7 @@ from dcres.actors.replacing import Checked, Replacing, Shares, settle_shape
 from dcres.actors.restoring import Restoring, spec_for
 from dcres.actors.wanting import while_it_lives
 from dcres.config import Layout, VmSpec, vm_spec
-from dcres.errors import ClusterError, Conflict, DcresError, NotFound, VmLost
+from dcres.errors import ClusterError, Conflict, DcresError, NotFound, VmLost, VmOff
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, MAX_ROUNDS, Judgement, Target
 from dcres.model.phase import VmPhase, in_the_way, judged
@@ -191,9 +191,12 @@ class Coordinator(Coordination):
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
         """Nothing else is done to the VM meanwhile, and nothing is left of what was done before."""
+        self._recover_if_due()
+        if not self._recovered:
+            errors: dict[VmPhase, type[DcresError]] = {VmPhase.LOST: VmLost, VmPhase.OFF: VmOff}
+            error = errors.get(self._phase, ClusterError)
+            raise error(f"VM {self._vm} is {self._phase}: {self._why}")
         with self._exclusively(VmPhase.RUNNING):
-            if not self._recovered:
-                raise ClusterError(f"VM {self._vm} is {self._phase}: {self._why}")
             yield
 
     def _subject(self, ports: dict[str, Port], run_state: RunState) -> Subject:
@@ -241,6 +244,7 @@ class Coordinator(Coordination):
                 self._follow(self._main(), restoring.server_ports, restoring.end)
             else:
                 restoring.end()
+            self._roll.call(self._ports())  # what they are is known then, even if they are lost
         behind_s = (datetime.now(UTC) - manifest.stopped_at).total_seconds()
         return {
             "vm": self._vm,

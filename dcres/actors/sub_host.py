@@ -61,6 +61,7 @@ class SubHost(SavingHost, PartServing):
             "host": self._settings.name,
             "role": "sub",
             "present": bool(state),
+            "generation": state.get("generation", 0),
             "reserved": state.get("reserved", 0),
         }
 

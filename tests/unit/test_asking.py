@@ -131,6 +131,22 @@ def test_a_guest_that_has_shut_down_is_off() -> None:
     assert "its guest has shut down" in heard.why
 
 
+def test_what_is_left_of_a_vm_tells_its_generation_and_shares() -> None:
+    """To a coordinator that has never heard its hosts, as one that was just started again."""
+
+    class Left(AnswersStatusWith):
+        def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+            if method == "describe":
+                return {"generation": 3, "reserved": 8192}
+            return super().call(method)
+
+    for error in (VmLost("QEMU has ended"), VmOff("QEMU was told to end")):
+        (heard,) = Roll("vm", lambda host: True).call({"h0": Left(error)})
+        assert (heard.generation, heard.status["limit_pages"]) == (3, 2)
+    (heard,) = Roll("vm", lambda host: False).call({"h0": Left(GONE)})
+    assert (heard.state, heard.status) == (HostState.LOST, {})
+
+
 class AnswersStatusWith(SlowPort):
     """It is ready, and then does not answer."""
 

@@ -683,6 +683,7 @@ def test_a_checkpoint_whose_vm_stands_still_is_no_success(
     assert world.runs
 
 
+SILENCE = ClusterError("it did not answer within 10 s")
 STANDING = ("paused", "prelaunch", "io-error", "guest-panicked", "watchdog")
 
 
@@ -784,6 +785,22 @@ def test_a_restore_lets_run_what_nobody_had_paused(
     facts = started.restore(text)
     assert (facts["run_state"], world.run_state) == (after, after)
     assert 0 <= facts["guest_clock_behind_seconds"] < 3600
+
+
+@pytest.mark.parametrize(
+    ("error", "phase"),
+    [(VmLost("QEMU has ended"), "lost"), (VmOff("it was told"), "off"), (SILENCE, "unknown")],
+)
+def test_a_vm_that_is_not_there_is_not_paused(
+    started: Coordinator, fleet: LocalFleet, world: World, error: DcresError, phase: str
+) -> None:
+    """Whether the coordinator has seen it well or not."""
+    world.fail["h0.status"] = world.fail["h0.go"] = world.fail["h0.pause"] = error
+    for coordinator in (started, successor(fleet)):
+        for call in (coordinator.pause, coordinator.resume):
+            with pytest.raises(type(error), match=str(error)):
+                call()
+        assert coordinator.status()["phase"] == phase
 
 
 def test_how_far_the_guests_clock_is_behind_counts_from_the_stop(

@@ -228,6 +228,7 @@ def test_how_a_vm_came_to_its_end_is_told_apart(
             assert vm.coordinator.status()["phase"] == "running"
             os.kill(status["hosts"][0]["qemu_pid"], number)
             until(lambda: vm.coordinator.status()["phase"] != "running", 30, "it has ended")
+            vm.coordinator = Coordinator("vm", vm.fleet)
             status = vm.coordinator.status()
             assert (status["phase"], status["generation"]) == (phase, 1 + (phase == "lost"))
             assert [each["host"] for each in status["hosts"]] == ["h0", "h1"]
