@@ -12,6 +12,7 @@ from hypothesis import settings
 from dcres.linux.process import ProcessId, find_marked
 from tests.support import prefork
 from tests.support.cluster import cluster, unique
+from tests.support.speed import SLOWNESS, patience
 
 # How long one example takes says nothing on a machine that others use as well.
 settings.register_profile("dcres", deadline=None)
@@ -21,6 +22,14 @@ __all__ = ["cluster", "unique"]
 
 ORDER = ("unit", "contracts", "linux", "cluster", "vm", "crash")
 MARK = "DCRES_TESTS"
+
+
+# For pytest-timeout, which reads it before our own hooks run; a test may ask for longer.
+os.environ.setdefault("PYTEST_TIMEOUT", f"{patience(300):.0f}")
+
+
+def pytest_report_header() -> str:
+    return f"limits against hanging are multiplied by {SLOWNESS:.1f}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,7 +26,7 @@ from dcres.config import HostSettings
 from dcres.errors import DcresError, NotFound
 from dcres.storage.store import Store
 
-_READY_TIMEOUT_S = 60.0
+_READY_TIMEOUT_S = 300.0  # an actor's process starts in 0.5 s, or when the machine gets to it
 _LOOK_TIMEOUT_S = 30.0
 
 

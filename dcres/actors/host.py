@@ -33,7 +33,7 @@ from dcres.paging import control
 
 log = logging.getLogger("dcres.host")
 
-_START_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 120.0  # of a process that lives; a second where nothing else runs
 _PATIENCE_S = 10.0
 _MOST_RESTARTS = 20
 _FIRST_DELAY_S = 0.1

@@ -54,7 +54,7 @@ from dcres.vm.reverting import Reverting
 
 log = logging.getLogger("dcres.host")
 
-_LINKS_TIMEOUT_S = 20.0
+_LINKS_TIMEOUT_S = 60.0
 
 
 class StartingHost(QemuHost):

@@ -20,7 +20,7 @@ from dcres.config import default_home, store_of_environ
 from dcres.errors import ConfigError, Conflict, DcresError, NotFound
 
 _PREFIX = coordinator_name("")
-_READY_TIMEOUT_S = 60.0
+_READY_TIMEOUT_S = 300.0  # an actor's process starts in 0.5 s, or when the machine gets to it
 _STATUS_TIMEOUT_S = 60.0
 
 

@@ -26,7 +26,7 @@ from dcres.paging import control, settings
 from dcres.paging.settings import PagerSettings, ServerSettings, SubAddress
 
 _SOURCE = Path(__file__).with_name("writer.c")
-_START_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 120.0
 _POLL_S = 0.005
 
 

@@ -79,8 +79,13 @@ def probe_command(kernel: Path, initrd: Path, accel: Accel, qemu: str = QEMU) ->
     ]
 
 
-def boot(kernel: Path, accel: Accel, timeout_s: float = PROBE_TIMEOUT_S, qemu: str = QEMU) -> Probe:
-    """Boot `kernel` under `accel` until its user mode prints, or `timeout_s` has passed."""
+def boot(kernel: Path, accel: Accel, timeout_s: float | None = None, qemu: str = QEMU) -> Probe:
+    """Boot `kernel` under `accel` until its user mode prints, or `timeout_s` has passed.
+
+    By default that is 8 s, and more as more want the processors: what is found is remembered.
+    """
+    if timeout_s is None:
+        timeout_s = PROBE_TIMEOUT_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(prefix="dcres-probe-") as folder:
         initrd = Path(folder) / "initrd.gz"
         initrd.write_bytes(initramfs(greeting_program()))

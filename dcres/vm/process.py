@@ -128,7 +128,7 @@ def start(
     env: Mapping[str, str] | None = None,
     qemu: str = QEMU,
     machine: str = MACHINE,
-    timeout_s: float = 20.0,
+    timeout_s: float = 120.0,
 ) -> tuple[QemuProcess, Monitor]:
     """Start QEMU, detached and stopped before its first instruction, with a ready monitor.
 

@@ -21,11 +21,12 @@ from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, 
 from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
 from tests.support.cli import Cli, ended
 from tests.support.errors import ALL_ERRORS, example
+from tests.support.speed import patience
 from tests.support.wait import until
 
 pytestmark = pytest.mark.cluster
 MIB = 1 << 20
-READY_S = 20.0
+READY_S = patience(20)
 
 
 def start(name: str, *args: object, bundle: int | None = None) -> ActorPort:
@@ -116,7 +117,7 @@ class TestConnecting:
         port = start(f"{unique}:a")
         os.kill(port.pid(), signal.SIGKILL)
         with pytest.raises(ActorGone):
-            port.call("hold", 30, timeout_s=20)
+            port.call("hold", patience(30), timeout_s=patience(20))
         port.wait_ready(READY_S)
         assert capfd.readouterr().out == ""
 
@@ -169,7 +170,7 @@ class TestHosts:
 
     def test_what_takes_long_is_a_process_of_its_own(self, cluster: LocalCluster) -> None:
         name = cluster.hosts[1]
-        apart = gateway.run_apart(name, host_and_pid, timeout_s=30)
+        apart = gateway.run_apart(name, host_and_pid, timeout_s=patience(30))
         assert apart[0] == name
         assert apart[1] != gateway.run_on(name, os.getpid)
 
@@ -276,10 +277,10 @@ class TestActors:
 
     def test_calls_run_side_by_side(self, probe: ActorPort) -> None:
         under_way = [probe.submit("hold", 60) for _ in range(8)]
-        assert probe.call("get", timeout_s=5) == 3
+        assert probe.call("get", timeout_s=patience(5)) == 3
         gateway.kill(probe.name)
         with pytest.raises(ActorGone):
-            under_way[0].result(10)
+            under_way[0].result(patience(10))
 
 
 class TestErrors:
@@ -308,7 +309,7 @@ class TestErrors:
         with pytest.raises(ActorGone, match="there is no actor test-nobody"):
             ActorPort("test-nobody").call("get")
         with pytest.raises(ActorGone):
-            ActorPort("test-nobody").wait_ready(5)
+            ActorPort("test-nobody").wait_ready(patience(5))
 
     def test_gathering_keeps_results_and_failures_apart(self, raiser: ActorPort) -> None:
         pendings = {
@@ -347,7 +348,7 @@ class TestDeaths:
         probe.call("get")
         os.kill(before, signal.SIGKILL)
         with pytest.raises(ActorGone):
-            under_way.result(10)
+            under_way.result(patience(10))
         probe.wait_ready(READY_S)
         assert probe.pid() != before
         assert probe.call("get") == 3, "the constructor ran again, with its first arguments"
@@ -379,7 +380,7 @@ class TestDeaths:
         cluster.kill_host(lost)
         assert not process.alive
         with pytest.raises(ActorGone):
-            under_way.result(10)
+            under_way.result(patience(10))
         until(lambda: lost not in _alive(), 10, "Ray to notice the loss of a host")
         with pytest.raises(NotFound, match="on no live host"):
             until(lambda: gateway.Reservation(unique).host_of(0) != lost, 5)
@@ -391,7 +392,7 @@ class TestDeaths:
 
 def _answers(port: ActorPort) -> bool:
     try:
-        port.call("get", timeout_s=5)
+        port.call("get", timeout_s=patience(5))
     except ActorGone:
         return False
     return True

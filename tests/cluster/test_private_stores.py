@@ -21,10 +21,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.vm]
 MEMORY = "192MiB"
 WHOLE_PROGRAM = """
 import dcres
+from tests.support.speed import patience
 
 with dcres.connect() as cluster:
     vm = cluster.vm("box")
-    vm.wait_until_whole(timeout_s=60)
+    vm.wait_until_whole(timeout_s=patience(60))
     print(vm.status(over_s=0).bringing_in)
 """
 

@@ -16,6 +16,7 @@ from dcres.errors import ActorGone, ClusterError, DcresError
 from tests.support.actors import Probe
 from tests.support.errors import ALL_ERRORS, example
 from tests.support.fleet import LocalActor, LocalPort
+from tests.support.speed import patience
 from tests.support.wait import until
 
 
@@ -81,14 +82,14 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 @pytest.fixture
 def port(world: World) -> Port:
     made = world.spawn("value")
-    made.wait_ready(30)
+    made.wait_ready(patience(30))
     return made
 
 
 def test_a_call_returns_what_the_method_returns(port: Port) -> None:
     assert port.call("get") == "value"
     assert port.call("set", {"a": [1, 2]}) is None
-    assert port.submit("get").result(10) == {"a": [1, 2]}
+    assert port.submit("get").result(patience(10)) == {"a": [1, 2]}
 
 
 def test_values_are_copies(port: Port) -> None:
@@ -122,7 +123,7 @@ def test_time_over_is_a_cluster_error_and_the_call_goes_on(port: Port) -> None:
     pending = port.submit("hold", 0.3)
     with pytest.raises(ClusterError):
         pending.result(0.01)
-    assert pending.result(10) is None
+    assert pending.result(patience(10)) is None
 
 
 def test_calls_run_side_by_side(port: Port) -> None:
@@ -130,7 +131,7 @@ def test_calls_run_side_by_side(port: Port) -> None:
     assert port.call("get") == "value"
     with pytest.raises(ClusterError, match="did not answer"):
         slow.result(0.01)
-    slow.result(10)
+    slow.result(patience(10))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_an_actor_that_is_not_there(world: World, use: Callable[[Port], object])
 def test_a_constructor_that_fails_says_why(world: World) -> None:
     broken = world.spawn(None, "no room at all")
     with pytest.raises(DcresError, match="no room at all"):
-        broken.wait_ready(30)
+        broken.wait_ready(patience(30))
 
 
 def test_a_call_under_way_is_lost_with_the_actor_and_it_comes_back(
@@ -156,6 +157,6 @@ def test_a_call_under_way_is_lost_with_the_actor_and_it_comes_back(
     lost = port.submit("hold", 10)
     world.kill(port)
     with pytest.raises(ActorGone):
-        lost.result(30)
-    port.wait_ready(30)
+        lost.result(patience(30))
+    port.wait_ready(patience(30))
     until(lambda: port.call("get") == "value", 30, "it begins anew")

@@ -30,6 +30,7 @@ from dcres.linux.process import find_marked
 from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
 from dcres.vm import witness
+from tests.support.speed import patience
 from tests.support.vm import await_checks, spec_of
 from tests.support.wait import until
 
@@ -99,7 +100,7 @@ class Campaign:
 
     def start(self) -> None:
         values = spec_of(**SPEC)
-        self.coordinator.call("start", values, timeout_s=100)
+        self.coordinator.call("start", values, timeout_s=patience(100))
 
     def newest(self) -> Manifest | None:
         """The newest checkpoint, after a look that nothing half-done is listed."""
@@ -130,7 +131,7 @@ class Campaign:
     def settle(self, pending: Pending) -> str:
         """Wait until the checkpoint is over, and say how it went."""
         try:
-            pending.result(100)
+            pending.result(patience(100))
         except DcresError as error:
             how = f"{type(error).__name__}: {error}"
         else:
@@ -159,7 +160,7 @@ class Campaign:
         return left
 
     def clean(self) -> None:
-        retrying(lambda: self.coordinator.call("stop", timeout_s=60))
+        retrying(lambda: self.coordinator.call("stop", timeout_s=patience(60)))
         until(lambda: self.leftovers() == [], 30, f"nothing is left: {self.leftovers()}")
         assert gateway.list_actors(f"dcres-host/{VM}/") == []
         assert gateway.reservation(f"dcres/{VM}") is None
@@ -167,14 +168,14 @@ class Campaign:
 
 @pytest.fixture(scope="module")
 def campaign(cluster: LocalCluster) -> Iterator[Campaign]:
-    gateway.spawn(Coordinator, coordinator_name(VM), (VM,)).wait_ready(60)
+    gateway.spawn(Coordinator, coordinator_name(VM), (VM,)).wait_ready(patience(60))
     store = Store(cluster.settings(cluster.hosts[0]).store)
     made = Campaign(cluster, store, random.Random(SEED))
     try:
         yield made
         made.clean()
     finally:
-        retrying(lambda: made.coordinator.call("stop", timeout_s=60))
+        retrying(lambda: made.coordinator.call("stop", timeout_s=patience(60)))
         gateway.kill(coordinator_name(VM))
         for each in store.list(VM):
             store.delete(each.checkpoint)
@@ -188,11 +189,11 @@ def running(campaign: Campaign) -> Campaign:
         if newest is None:
             campaign.start()
         else:
-            campaign.coordinator.call("restore", dumps(newest), timeout_s=100)
+            campaign.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
         await_checks(campaign.console, 2)
     if campaign.newest() is None:
         began = time.monotonic()
-        campaign.coordinator.call("checkpoint", "stop", timeout_s=100)
+        campaign.coordinator.call("checkpoint", "stop", timeout_s=patience(100))
         campaign.checkpoint_s = time.monotonic() - began
         print(f"\na checkpoint takes {campaign.checkpoint_s:.2f} s; seed {SEED}")
     return campaign
@@ -238,7 +239,7 @@ def test_a_kill_during_a_checkpoint(running: Campaign, name: str, mode: str) -> 
         said = kill_during_checkpoint(running, name, round_, mode)
         print(f"  {said}; the {require_old_or_new(running, before, said)} one is the newest")
         running.require_goes_on()
-    again = retrying(partial(running.coordinator.call, "checkpoint", mode, timeout_s=100))
+    again = retrying(partial(running.coordinator.call, "checkpoint", mode, timeout_s=patience(100)))
     assert running.store.verify(again["checkpoint"]).ok
     assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
     for each in running.store.list(VM)[:-2]:
@@ -255,7 +256,9 @@ def test_a_kill_without_a_checkpoint(running: Campaign, name: str) -> None:
     now = [host["pid"] for host in running.hosts()] + [running.hosts()[0]["qemu_pid"]]
     changed = [before for before, after in zip(daemons, now, strict=True) if before != after]
     assert changed == ([old] if old in daemons else [])  # a new actor adopts, it starts nothing
-    taken = retrying(partial(running.coordinator.call, "checkpoint", "stop", timeout_s=100))
+    taken = retrying(
+        partial(running.coordinator.call, "checkpoint", "stop", timeout_s=patience(100))
+    )
     assert running.store.verify(taken["checkpoint"]).ok
 
 
@@ -265,7 +268,7 @@ def test_a_kill_of_the_coordinator_without_a_checkpoint(running: Campaign) -> No
     running.require_goes_on(2)
     after = running.hosts()
     assert [host["pid"] for host in after] == [host["pid"] for host in before]
-    taken = running.coordinator.call("checkpoint", "stop", timeout_s=100)
+    taken = running.coordinator.call("checkpoint", "stop", timeout_s=patience(100))
     assert running.store.verify(taken["checkpoint"]).ok
 
 
@@ -279,7 +282,7 @@ def test_a_kill_of_qemu_during_a_checkpoint(running: Campaign, round_: int) -> N
     assert "has ended" in running.status()["why"]
     newest = running.newest()
     assert newest is not None
-    running.coordinator.call("restore", dumps(newest), timeout_s=100)
+    running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
     running.require_goes_on()
     assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
 
@@ -292,7 +295,7 @@ def killed(campaign: Campaign, pending: Pending, name: str, delay_s: float) -> s
     for pid in find_victims(campaign, name):
         os.kill(pid, signal.SIGKILL)
     try:
-        pending.result(100)
+        pending.result(patience(100))
     except DcresError as error:
         return f"{type(error).__name__}: {error}"
     return "done"
@@ -347,8 +350,8 @@ def test_a_kill_during_start_or_restore(running: Campaign, name: str, what: str)
     if status["phase"] == "absent":
         until(lambda: running.leftovers() == [], 30, f"nothing is left: {running.leftovers()}")
     if status["phase"] != "running" or what == "start":
-        running.coordinator.call("stop", timeout_s=60)
-        running.coordinator.call("restore", dumps(newest), timeout_s=100)
+        running.coordinator.call("stop", timeout_s=patience(60))
+        running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
     running.require_goes_on()
 
 
@@ -383,16 +386,16 @@ def test_a_host_that_is_lost_during_a_live_checkpoint(
     how = running.settle(pending)
     over_s = time.monotonic() - began
     print(f"\n  told after {told_s:.1f} s, over after {over_s:.1f} s: {how}")
-    # Ray notices after 2 s, and an actor that is only started again has 10 s to be back.
-    assert told_s < 30
-    assert over_s < 60
+    # Ray notices after 5 s, and an actor that is only started again has 10 s to be back.
+    assert told_s < patience(30)
+    assert over_s < patience(60)
     assert spare or f"{where[index]} of its hosts does not answer, and the VM may be lost" in how
     assert require_old_or_new(running, before, how) == "old"
     if not spare:
         running.cluster.add_host()
     newest = running.newest()
     assert newest is not None
-    running.coordinator.call("restore", dumps(newest), timeout_s=100)
+    running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
     running.require_goes_on(2)
     assert where[index] not in [host["host"] for host in running.hosts()]
     assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
@@ -411,13 +414,13 @@ def test_a_host_that_is_lost_in_the_middle_of_a_restore(running: Campaign) -> No
     began = time.monotonic()
     running.cluster.kill_host(name)
     with pytest.raises(DcresError) as caught:
-        pending.result(100)
+        pending.result(patience(100))
     print(f"\n  {name} lost: {time.monotonic() - began:.1f} s until {caught.value}")
     assert running.status()["phase"] == "absent"
     until(lambda: running.leftovers() == [], 30, f"nothing is left: {running.leftovers()}")
     assert running.store.verify(newest.checkpoint).ok
     running.cluster.add_host()
-    running.coordinator.call("restore", dumps(newest), timeout_s=100)
+    running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
     running.require_goes_on(2)
 
 
@@ -427,10 +430,10 @@ def test_checkpoints_leave_no_descriptor_open(running: Campaign) -> None:
         return {name: len(os.listdir(f"/proc/{running.victim(name)}/fd")) for name in names}
 
     for mode in ("stop", "live"):
-        running.coordinator.call("checkpoint", mode, timeout_s=100)
+        running.coordinator.call("checkpoint", mode, timeout_s=patience(100))
     before = count()
     for mode in ("stop", "live") * 3:
-        running.coordinator.call("checkpoint", mode, timeout_s=100)
+        running.coordinator.call("checkpoint", mode, timeout_s=patience(100))
     # One that lasts for a call only may be open at the moment of the count; one that every
     # checkpoint leaves, or every live one, is there six or three times.
     after = count()
@@ -439,8 +442,8 @@ def test_checkpoints_leave_no_descriptor_open(running: Campaign) -> None:
 
 
 def test_in_the_end_every_page_is_as_the_guest_left_it(running: Campaign) -> None:
-    taken = running.coordinator.call("checkpoint", "live", timeout_s=100)
-    running.coordinator.call("stop", timeout_s=60)
+    taken = running.coordinator.call("checkpoint", "live", timeout_s=patience(100))
+    running.coordinator.call("stop", timeout_s=patience(60))
     running.coordinator.call("restore", dumps(running.store.get(taken["checkpoint"])))
     running.require_goes_on(FILES * 5 // 4)  # every fourth tick checks twice
     print(f"\n  {witness.read(running.console)}")

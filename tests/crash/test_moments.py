@@ -15,6 +15,7 @@ from dcres.actors.main_host import MainHost
 from dcres.actors.messages import Finished, RunOrder
 from dcres.errors import Conflict, DcresError, OperationFailed
 from dcres.model.formats import MemoryFormat
+from tests.support.speed import patience
 from tests.support.vm import Rig, await_checks, rig, spec_of
 from tests.support.wait import until
 
@@ -103,7 +104,7 @@ def test_a_resume_that_meets_a_stop_under_way_comes_after_it(vm: Rig) -> None:
     Attacked.moment = "stopping"
     main.prepare(checkpoint, MemoryFormat.SPARSE)
     main.finish(checkpoint)
-    Attacked.resuming[-1].join(20)
+    Attacked.resuming[-1].join(patience(20))
     assert main.status()["run_state"] == "running"
     assert main.status()["state"] == "running"  # the pager's
     main.abandon(checkpoint)
@@ -139,7 +140,7 @@ def test_an_end_that_meets_a_start_under_way_leaves_nothing(moment: str) -> None
         Ended.moment = moment
         with pytest.raises(DcresError):
             vm.coordinator.start(spec_of(main="64MiB", fill=48))
-        Ended.ending[-1].join(20)
+        Ended.ending[-1].join(patience(20))
         vm.require_nothing_left()
         Ended.moment = ""
         assert vm.coordinator.start(spec_of(main="64MiB", fill=8))["phase"] == "running"

@@ -16,6 +16,7 @@ from dcres.actors.local_node import CLUSTER_MARK, HOST_MARK, marked
 from dcres.bench.hosts import Hosts, slow_hosts
 from dcres.errors import UnsupportedHost
 from dcres.linux.cgroup import ROOT, disk_under
+from tests.support.speed import patience
 from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
@@ -75,7 +76,7 @@ def test_all_of_it_is_gone_after_an_error(folder: Path) -> None:
         interrupted(folder, seen)
     (hosts, left) = seen[0]
     assert traces(hosts) == []
-    assert left.wait(10) == -signal.SIGKILL
+    assert left.wait(patience(10)) == -signal.SIGKILL
 
 
 def interrupted(folder: Path, seen: list[tuple[Hosts, subprocess.Popen[bytes]]]) -> None:

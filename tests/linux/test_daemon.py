@@ -25,6 +25,7 @@ from dcres.linux.process import ProcessId, find_marked
 from dcres.paging import settings
 from dcres.paging.settings import ServerSettings
 from tests.support.servers import SECRET, VM
+from tests.support.speed import patience
 from tests.support.vm import descriptors, require_closed
 from tests.support.wait import until
 
@@ -153,7 +154,7 @@ def test_what_was_prepared_ends_with_its_actor(folder: VmFolder) -> None:
         {**os.environ, **marker(folder)},
     )
     os.close(prepared._word_fd)
-    assert prepared.process.wait_gone(10.0)
+    assert prepared.process.wait_gone(patience(10.0))
     assert not (folder.run / "server.sock").exists(), "it served nothing"
 
 
@@ -179,7 +180,7 @@ def test_an_end_that_meets_a_start_under_way_leaves_nothing_prepared(
     before = descriptors()
     with pytest.raises(Conflict):
         sub.serve(ServeOrder(Incarnation("vm", 1, SECRET), 64, 64, LoadOrder("", ())))
-    end.join(20)
+    end.join(patience(20))
     assert not end.is_alive()
     require_closed(before)
     assert waiting_for(sub._folder) == []
@@ -196,14 +197,14 @@ def test_a_start_that_fails_by_the_end_says_so(error: Exception) -> None:
     def start() -> None:
         with life.beginning():
             ending.start()
-            assert ended.wait(5)
+            assert ended.wait(patience(5))
             raise error
 
     ending = threading.Thread(target=end)
     with pytest.raises(Conflict, match="ended before its start") as raised:
         start()
     assert raised.value.__cause__ is error
-    ending.join(5)
+    ending.join(patience(5))
     assert not ending.is_alive()
 
 

@@ -20,6 +20,7 @@ from dcres.paging.changes import ChangeMap
 from dcres.storage import tables
 from dcres.storage.atomic import write_durably
 from dcres.storage.memory_file import MemoryFileWriter, load
+from tests.support.speed import patience
 from tests.support.stored import memory, save
 
 pytestmark = pytest.mark.linux
@@ -151,7 +152,7 @@ def test_a_lock_that_another_keeps_is_not_waited_for_for_ever(tmp_path: Path) ->
             pass
         waiting = threading.Thread(target=files.held(lock, 10.0).__enter__, daemon=True)
         waiting.start()
-    waiting.join(5.0)
+    waiting.join(patience(5.0))
     assert not waiting.is_alive()
     assert lock.stat().st_mode & 0o077 == 0
 

@@ -29,6 +29,7 @@ from dcres.model.wire import Kind
 from dcres.paging import loop
 from tests.support.paging import Rig, rig
 from tests.support.servers import Client, data_of, extents, memory_server, packed_pages
+from tests.support.speed import patience
 from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
@@ -405,7 +406,7 @@ def test_python_hears_of_a_fault_and_of_its_answer_at_once() -> None:
         assert put[1][:3] == (1, 1, 2)
         assert made.owners.tolist() == [FIRST_SUB, MAIN, FIRST_SUB, FIRST_SUB]
         for thread in (server, reader):
-            thread.join(5)
+            thread.join(patience(5))
             assert not thread.is_alive()
 
 

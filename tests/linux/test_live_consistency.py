@@ -12,6 +12,7 @@ from dcres.storage.store import Store
 from tests.support import sabotage
 from tests.support.live import LiveCheckpoints, Writes, faults_in, pages_of_writes
 from tests.support.paging import rig
+from tests.support.speed import patience
 
 pytestmark = pytest.mark.linux
 
@@ -20,6 +21,7 @@ SUBS = (1200, 1200)
 MOST = 250  # a handful is enough, unless others keep the writer from writing at the right moment
 
 
+@pytest.mark.timeout(patience(600))
 def test_200_live_checkpoints_under_paging_are_points_in_time(
     tmp_path: Path, writer_program: Path
 ) -> None:
@@ -41,7 +43,7 @@ def test_200_live_checkpoints_under_paging_are_points_in_time(
     assert after["pages_out"] - before["pages_out"] > 2000
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(patience(600))
 @pytest.mark.parametrize("guard", ["arrivals", "departures", "last scan", "drain"])
 def test_without_one_guard_the_fault_is_seen(
     guard: str, tmp_path: Path, writer_program: Path, monkeypatch: pytest.MonkeyPatch

@@ -41,6 +41,7 @@ from tests.support.servers import (
     memory_server,
     packed_pages,
 )
+from tests.support.speed import patience
 from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
@@ -208,7 +209,7 @@ def test_a_reader_that_takes_nothing_is_served_no_faster(one: Server) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_earlier_versions_are_hung_up_on(one: Server, version: int) -> None:
-    with socket.create_connection(("127.0.0.1", one.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", one.port), timeout=patience(10)) as sock:
         sock.sendall(wire.HEADER.pack(b"DCRP", version, Kind.HELLO, 0, 0, 56) + bytes(56))
         assert sock.recv(100) == b""
     until(
@@ -239,11 +240,14 @@ def test_an_error_comes_behind_every_answer(one: Server, role: Role) -> None:
 
 def test_who_is_told_an_error_hears_that_it_was_the_last(one: Server) -> None:
     """Before the server stops to wait for it: its end of the connection is shut at once."""
-    with Client(one, Role.READER) as client:
-        began = time.monotonic()
-        client.tell(Kind.PEEK, b"")
-        ended(client)
-        assert time.monotonic() - began < service.ENDING_TIMEOUT_S / 2
+    took_s = []
+    for _ in range(3):  # a busy machine may be late, but not every time
+        with Client(one, Role.READER) as client:
+            began = time.monotonic()
+            client.tell(Kind.PEEK, b"")
+            ended(client)
+            took_s.append(time.monotonic() - began)
+    assert min(took_s) < service.ENDING_TIMEOUT_S / 2
 
 
 def test_a_peer_that_does_not_hang_up_is_not_waited_for(
@@ -265,7 +269,7 @@ def test_a_peer_that_does_not_hang_up_is_not_waited_for(
             ended_at = time.monotonic()
             while served._ending:
                 served.turn(0.01)
-            assert 0.1 <= time.monotonic() - ended_at < 2
+            assert 0.1 <= time.monotonic() - ended_at < patience(2)
             assert peer.recv(1) == b""
         served.close()
     loop.close()
@@ -586,7 +590,7 @@ def test_a_pull_from_a_host_that_falls_silent(two: Server) -> None:
         began = time.monotonic()
         with pytest.raises(PagingError, match="h9 has sent nothing for 1 s"):
             pull(silent, ME, PAGES, extents(1), Target(PAGES).write, asked.append, timeout_s=1)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < patience(5)
         assert asked
         assert not any(asked)
 

@@ -15,6 +15,7 @@ import pytest
 
 from dcres.errors import UnsupportedHost
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
+from tests.support.speed import patience
 from tests.support.wait import until
 
 MARK = "DCRES_TEST_MARK"
@@ -38,7 +39,7 @@ def test_a_process_is_known_by_its_command_line(tmp_path: Path, mark: str) -> No
     process = spawn_detached(argv, tmp_path / "log", environ(mark))
     until(lambda: process.argv == argv, what="the program has replaced the shell")
     process.kill()
-    assert process.wait_gone(5.0)
+    assert process.wait_gone(patience(5.0))
     assert process.argv == []
 
 
@@ -62,7 +63,7 @@ def test_output_and_input(tmp_path: Path, mark: str) -> None:
     process = spawn_detached(
         ["sh", "-c", "cat; pwd; echo words >&2"], log, environ(mark), tmp_path, b"secret\n"
     )
-    assert process.wait_gone(10)
+    assert process.wait_gone(patience(10))
     assert log.read_text().splitlines() == ["secret", str(tmp_path), "words"]
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
@@ -70,7 +71,7 @@ def test_output_and_input(tmp_path: Path, mark: str) -> None:
 def test_the_log_is_appended_to(tmp_path: Path, mark: str) -> None:
     log = tmp_path / "log"
     for word in ("one", "two"):
-        assert spawn_detached(["echo", word], log, environ(mark)).wait_gone(10)
+        assert spawn_detached(["echo", word], log, environ(mark)).wait_gone(patience(10))
     assert log.read_text() == "one\ntwo\n"
 
 
@@ -83,7 +84,7 @@ def test_a_daemon_is_in_its_own_session_and_not_our_child(tmp_path: Path, mark: 
     # The program opens and closes its libraries first.
     until(lambda: sorted(os.listdir(f"/proc/{process.pid}/fd")) == ["0", "1", "2"], what="no more")
     assert process.kill(signal.SIGTERM)
-    assert process.wait_gone(10)
+    assert process.wait_gone(patience(10))
     assert [process.alive, process.kill(signal.SIGTERM)] == [False, False]
 
 
@@ -122,7 +123,7 @@ def test_a_zombie_is_not_alive() -> None:
     assert process.alive
     assert not process.wait_gone(0)
     child.kill()
-    assert process.wait_gone(10)
+    assert process.wait_gone(patience(10))
     assert ProcessId.of(child.pid) is not None, "it is a zombie still"
     assert [process.alive] == [False]
     child.wait()

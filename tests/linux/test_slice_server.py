@@ -35,6 +35,7 @@ from tests.support.servers import (
     slice_server,
     slice_settings,
 )
+from tests.support.speed import patience
 from tests.support.stored import PAGE_COUNT, memory, placement, take
 from tests.support.wait import until
 
@@ -146,7 +147,7 @@ def test_a_served_checkpoint_cannot_be_deleted(
         store.delete(manifest.checkpoint)
     assert store.verify(manifest.checkpoint).ok
     slices.process.terminate()
-    slices.process.wait(10)
+    slices.process.wait(patience(10))
     store.delete(manifest.checkpoint)
 
 

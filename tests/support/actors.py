@@ -13,6 +13,7 @@ from dcres.config import HostSettings
 from dcres.errors import DcresError
 from dcres.linux.process import ProcessId, spawn_detached
 from tests.support.errors import example
+from tests.support.speed import patience
 
 
 class Probe:
@@ -49,7 +50,7 @@ class Probe:
         raise KeyError("key")
 
     def ask(self, other: ActorPort, method: str) -> object:
-        return other.call(method, timeout_s=10)
+        return other.call(method, timeout_s=patience(10))
 
     def spawn(self, name: str, reservation: Reservation, bundle: int) -> ActorPort:
         return gateway.spawn(Probe, name, ("nested",), reservation=reservation, bundle=bundle)

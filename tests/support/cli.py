@@ -11,9 +11,10 @@ from typing import Any
 from dcres.linux.process import find_marked
 from tests.support import prefork
 from tests.support.prefork import Forked
+from tests.support.speed import patience
 from tests.support.wait import until
 
-TIMEOUT_S = 200.0
+TIMEOUT_S = patience(200)
 
 
 @dataclass(frozen=True, slots=True)

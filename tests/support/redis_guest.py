@@ -30,6 +30,7 @@ from dcres.vm.guest import (
     find_busybox,
     initramfs,
 )
+from tests.support.speed import patience
 from tests.support.wait import until
 
 PACKAGE = "redis-tools"  # holds the program under its other name, and no service
@@ -56,7 +57,7 @@ def _run(argv: Sequence[str | Path], folder: Path, **env: str) -> str:
         env={**os.environ, "LC_ALL": "C", **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
     )
     assert done.returncode == 0, f"{argv}: {done.stderr}"
     return done.stdout
@@ -201,7 +202,7 @@ class Redis:
         family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
-            self._socket.settimeout(timeout_s)
+            self._socket.settimeout(patience(timeout_s))
             self._socket.connect(str(address) if isinstance(address, Path) else address)
             self._answers = self._socket.makefile("rb")
         except BaseException:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tests.support.redis_guest import Redis, RedisError
+from tests.support.speed import patience
 from tests.support.wait import until
 
 REPEATS = 200  # of a token of 40 characters: a key holds 8000 bytes
@@ -185,7 +186,7 @@ class Client:
     def stop(self) -> None:
         """Finish the request under way, then leave."""
         self._unwanted.set()
-        self._thread.join(60)
+        self._thread.join(patience(60))
         self._redis.close()
         assert not self._thread.is_alive()
 

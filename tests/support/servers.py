@@ -25,6 +25,7 @@ from dcres.paging import control, settings
 from dcres.paging.settings import ServerSettings, SubAddress
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
+from tests.support.speed import patience
 from tests.support.wait import until
 
 VM = "ab" * 16
@@ -179,7 +180,7 @@ class Client(Frames):
     """A pager or reader that does what the test says."""
 
     def __init__(self, server: Server, role: Role = Role.PAGER, me: Identity = ME) -> None:
-        super().__init__(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+        super().__init__(socket.create_connection(("127.0.0.1", server.port), timeout=patience(10)))
         self._number = 0
         try:
             self.page_count = self._greet(ClientHandshake(me, secrets.token_bytes(32), role))

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.support.speed import patience
+
 _NS = 1e-9
 _LOOK_S = 0.005
 _NEW_THREADS_LOOKS = 20  # from one look for threads to the next
@@ -36,7 +38,7 @@ class Waits:
 
     def stop(self) -> None:
         self._ended.set()
-        self._thread.join(10)
+        self._thread.join(patience(10))
 
     def between(self, began_s: float, ended_s: float) -> dict[str, float]:
         """Thread → seconds that it waited between two moments of the monotonic clock, or more.

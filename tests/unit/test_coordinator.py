@@ -54,6 +54,7 @@ from dcres.model.run_state import RunState, is_held, kept, told
 from dcres.paging.settings import SubAddress
 from dcres.storage.manifest import Manifest, dumps, loads
 from tests.support.fleet import LocalFleet
+from tests.support.speed import patience
 from tests.support.wait import until
 
 SPEC: dict[str, Any] = {
@@ -552,7 +553,7 @@ def test_a_cancelled_start_takes_all_down(
     world.hooks["h0.run"] = stop_meanwhile
     with pytest.raises(Conflict, match="cancelled"):
         coordinator.start(SPEC)
-    stopping.join(10)
+    stopping.join(patience(10))
     require_nothing(world, fleet)
 
 
@@ -899,7 +900,7 @@ def test_a_host_that_is_gone_does_not_keep_the_vm_standing(
     """Its actor answers nothing for long: the main host goes on without it."""
     gone, resumed = threading.Event(), threading.Event()
     world.fail["h1.stage"] = ActorGone("h1 is gone")
-    world.hooks["h1.halt"] = lambda: gone.wait(20)
+    world.hooks["h1.halt"] = lambda: gone.wait(patience(20))
     world.hooks["h0.resume"] = resumed.set
     errors: list[OperationFailed] = []
 
@@ -911,9 +912,9 @@ def test_a_host_that_is_gone_does_not_keep_the_vm_standing(
 
     taking = threading.Thread(target=take)
     taking.start()
-    assert resumed.wait(10)
+    assert resumed.wait(patience(10))
     gone.set()
-    taking.join(10)
+    taking.join(patience(10))
     assert errors[0].failures == {"h1": "h1 is gone"}
 
 
@@ -945,7 +946,7 @@ def test_parts_that_do_not_fit_together_are_not_published(
 def test_one_operation_at_a_time(started: Coordinator, world: World) -> None:
     text = world.published[started.checkpoint("stop")["checkpoint"]]
     go_on = threading.Event()
-    world.hooks["h1.save"] = lambda: go_on.wait(20)
+    world.hooks["h1.save"] = lambda: go_on.wait(patience(20))
     result: list[Any] = []
     working = threading.Thread(target=lambda: result.append(started.checkpoint("stop")))
     working.start()
@@ -961,7 +962,7 @@ def test_one_operation_at_a_time(started: Coordinator, world: World) -> None:
             refused()
     assert started.progress()["phase"] == "saving"
     go_on.set()
-    working.join(10)
+    working.join(patience(10))
     assert result[0]["checkpoint"] in world.published
 
 
@@ -1023,7 +1024,7 @@ def test_a_host_that_does_not_come_back_is_not_waited_for_again(
     with pytest.raises(OperationFailed, match="h1 of its hosts does not answer") as caught:
         started.checkpoint("live")
     assert "the VM goes on" not in str(caught.value)
-    assert time.monotonic() - began < 10  # it would be a minute for every step and try
+    assert time.monotonic() - began < patience(10)  # it would be a minute for every step and try
     assert list(caught.value.failures) == ["h1"]
     assert {"h0.halt", "h2.halt", "h0.abandon", "h2.abandon"} <= set(world.done)
     assert not {"h1.halt", "h1.abandon"} & set(world.done)
@@ -1254,7 +1255,7 @@ def test_a_start_fails_with_its_first_host(
 ) -> None:
     """However long another one still loads."""
     go_on = threading.Event()
-    world.hooks["h1.serve"] = lambda: go_on.wait(20)
+    world.hooks["h1.serve"] = lambda: go_on.wait(patience(20))
     world.hooks["h1.destroy"] = go_on.set  # as a real host ends what it loads
     world.fail["h0.boot"] = QemuFailed("QEMU ended at once")
     with pytest.raises(QemuFailed, match="ended at once"):
@@ -1520,7 +1521,7 @@ def test_a_drain_can_be_cancelled(started: Coordinator, world: World) -> None:
     thread.start()
     until(lambda: "h0.move_into [0, 4096]" in world.done, 30, "pages move")
     assert started.cancel()
-    thread.join(5)
+    thread.join(patience(5))
     assert "was cancelled" in str(failures[0])
     assert world.capacities == {"h1": 4096, "h2": 4096}
     assert world.runs

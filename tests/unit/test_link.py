@@ -25,10 +25,11 @@ from dcres.paging.settings import SubAddress
 from dcres.paging.silence import Silence
 from dcres.paging.stream import FrameStream
 from dcres.paging.subtable import SubTable
+from tests.support.speed import patience
 
 ME = Identity(b"v" * 16, 1, b"s" * 32)
 PAGES = 16
-SILENT_S = 0.8  # longer than a busy machine lets this process wait
+SILENT_S = patience(0.4)  # longer than a busy machine lets this process wait
 
 
 class User:
@@ -88,7 +89,7 @@ class Wire:
 
     def turn_until(self, done: Callable[[], object], *, server: bool) -> None:
         """Let the link run, and the server if it is not to hang, until `done`."""
-        deadline = time.monotonic() + 20.0
+        deadline = time.monotonic() + patience(20)
         while not done():
             assert time.monotonic() < deadline
             if server:
@@ -121,7 +122,7 @@ def test_a_server_that_hangs_is_named_and_comes_back(wire: Wire) -> None:
     asked_at = time.monotonic()
     wire.turn_until(lambda: not wire.ready(), server=False)
     assert time.monotonic() - asked_at >= SILENT_S
-    assert "it has not answered for 0.8 s" in wire.link.trouble
+    assert f"it has not answered for {SILENT_S:g} s" in wire.link.trouble
     assert wire.user.unanswered == [Kind.PAGE_OUT]
     wire.turn_until(wire.ready, server=True)
     assert (wire.link.trouble, wire.user.stored) == ("", 0)
@@ -218,7 +219,7 @@ def test_an_express_connection_that_falls_silent_is_noticed(wire: Wire) -> None:
     hold_pages(wire)
     wire.link.page_in([(5, 6)], hurry=True)
     wire.turn_until(lambda: not wire.ready(), server=False)
-    assert "it has not answered for 0.8 s" in wire.link.trouble
+    assert f"it has not answered for {SILENT_S:g} s" in wire.link.trouble
     assert wire.user.unanswered == [Kind.PAGE_IN]
 
 

@@ -28,6 +28,7 @@ from dcres.storage.memory_file import SAVING_THREADS, MemoryFileWriter
 from dcres.storage.pins import Hold
 from dcres.storage.store import Store
 from dcres.storage.transfer import BATCH_PAGES
+from tests.support.speed import patience
 from tests.support.stored import folder, memory, placement, take
 from tests.support.vm import PlainMemory
 from tests.support.wait import until
@@ -239,7 +240,7 @@ def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
 
     def hold() -> None:
         saving.set()
-        go_on.wait(20)
+        go_on.wait(patience(20))
 
     host.meter.hook = hold
     errors: list[Conflict] = []
@@ -252,12 +253,12 @@ def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
 
     threads = [threading.Thread(target=copy), threading.Thread(target=host.halt, args=(FIRST,))]
     threads[0].start()
-    assert saving.wait(10)
+    assert saving.wait(patience(10))
     threads[1].start()
     until(lambda: FIRST in host._halted, 30, "the halt has come")
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(patience(10))
     assert "cancelled" in str(errors[0])
     assert host.daemon.tracking is None
     host.meter.hook = lambda: None

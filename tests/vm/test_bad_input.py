@@ -34,6 +34,7 @@ from dcres.storage.manifest import Manifest, dumps
 from tests.support import sabotage
 from tests.support.fleet import real_hosts
 from tests.support.guest import create_disk
+from tests.support.speed import patience
 from tests.support.vm import Rig, await_checks, rig, spec_of
 
 pytestmark = pytest.mark.vm
@@ -313,7 +314,7 @@ def test_two_restores_at_once(hosts: Rig, taken: Manifest) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(100)
+        thread.join(patience(100))
     refused = [each for each in outcomes if isinstance(each, Conflict)]
     assert len(refused) == 1
     assert "restoring; wait" in str(refused[0]) or "runs already" in str(refused[0])

@@ -30,6 +30,7 @@ from dcres.model.formats import MemoryFormat
 from dcres.storage.manifest import Manifest, dumps
 from dcres.vm import disk
 from tests.support.guest import create_disk
+from tests.support.speed import patience
 from tests.support.vm import (
     PAGE_BYTES,
     PlainMemory,
@@ -206,7 +207,7 @@ def moved_in(vm: Rig, seconds: float) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(patience(600))
 def test_a_guest_with_a_quarter_of_its_memory_here_passes_its_own_checks() -> None:
     """For two minutes without a break; a short one of the guest's after each of its checks."""
     times, seconds = 12, 10

@@ -13,12 +13,13 @@ from dcres.linux.process import find_marked
 from dcres.model.pages import PAGE_SIZE
 from tests.support.cli import Cli, ended
 from tests.support.guest import guest_image
+from tests.support.speed import patience
 from tests.support.wait import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.vm, pytest.mark.slow]
 
 MEMORY = 512 << 20
-_TIMEOUT_S = 600.0  # for machines that do other things as well
+_TIMEOUT_S = patience(600)  # for machines that do other things as well
 
 
 def cli_with_mark(mark: str) -> Cli:

@@ -15,6 +15,7 @@ from dcres.errors import Conflict, DcresError, NotFound
 from dcres.linux.process import find_marked
 from dcres.storage.manifest import Manifest
 from dcres.storage.store import Store
+from tests.support.speed import patience
 from tests.support.vm import (
     PAGE_BYTES,
     Rig,
@@ -285,14 +286,14 @@ def test_a_sub_host_that_dies_in_a_restore(
     thread = threading.Thread(target=restore)
     thread.start()
     if lazy:
-        thread.join(60)
+        thread.join(patience(60))
         power_off(vm, "h3", 1)
         until(lambda: vm.coordinator.status()["phase"] == "lost", 30, "the VM is lost")
         assert "h3" in vm.coordinator.status()["why"]
     else:
         until(lambda: (vm.settings["h3"].ram / "vm" / "store.ram").exists(), 30, "h3 loads")
         power_off(vm, "h3", 1)
-        thread.join(60)
+        thread.join(patience(60))
         assert "h3" in failures[0] or "actor" in failures[0]
     require_intact(vm, manifest)
     vm.coordinator.stop()

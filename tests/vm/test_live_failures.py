@@ -20,6 +20,7 @@ from dcres.actors.main_host import MainHost
 from dcres.actors.saving import PartSaver
 from dcres.actors.sub_host import SubHost
 from dcres.errors import OperationFailed
+from tests.support.speed import patience
 from tests.support.vm import Rig, await_checks, rig, spec_of
 from tests.support.wait import until
 
@@ -127,7 +128,7 @@ def test_a_cancel_in_the_middle_of_a_round(
     pending = begin(vm, pool, held)
     assert vm.coordinator.cancel()
     with pytest.raises(OperationFailed, match="the VM goes on") as caught:
-        pending.result(60)
+        pending.result(patience(60))
     assert caught.value.failures == {"cancelled": "cancelled by the user"}
     held.end()
 
@@ -154,7 +155,7 @@ def test_the_vm_does_not_wait_for_a_disk_that_hangs(
     assert not pending.done()
     answers.set()
     with pytest.raises(OperationFailed, match="the VM goes on"):
-        pending.result(60)
+        pending.result(patience(60))
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["pager", "memory server"])
@@ -169,7 +170,7 @@ def test_a_paging_process_that_dies_in_the_middle_of_a_round(
     until(lambda: vm.coordinator.status()["hosts"][index]["pid"] != pid, 30, "its successor")
     held.let_go.set()
     with pytest.raises(OperationFailed, match="the VM goes on") as caught:
-        pending.result(60)
+        pending.result(patience(60))
     assert list(caught.value.failures) == [f"h{index}"]
     assert "was started again" in str(caught.value)
     held.end()
@@ -200,7 +201,7 @@ def test_an_actor_that_dies_in_the_middle_of_a_round(
     vm.fleet.actor("vm", index).restart()
     try:
         with pytest.raises(OperationFailed, match="the VM goes on") as caught:
-            pending.result(60)
+            pending.result(patience(60))
         assert list(caught.value.failures) == [f"h{index}"]
         until(lambda: tracking(vm) == [False] * 3, 30, "nobody tracks changes any more")
         assert list(vm.ram.rglob("changes")) == []

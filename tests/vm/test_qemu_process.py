@@ -19,6 +19,7 @@ from dcres.vm import accel, process, safety
 from dcres.vm.command import VmFiles, owned_nodes
 from dcres.vm.monitor import Monitor
 from tests.support.guest import create_disk, folders, guest, guest_image, witness_spec
+from tests.support.speed import patience
 
 pytestmark = pytest.mark.vm
 
@@ -74,7 +75,7 @@ def test_a_command_that_qemu_refuses(files: VmFiles) -> None:
 def test_a_qemu_that_dies_is_noticed(files: VmFiles) -> None:
     with guest(witness_spec(), files) as vm:
         vm.qemu.process.kill()
-        assert vm.qemu.process.wait_gone(10)
+        assert vm.qemu.process.wait_gone(patience(10))
         with pytest.raises(MonitorError, match=r"the connection to .* broke during query-status"):
             vm.monitor.status()
         with pytest.raises(VmLost, match="has ended"):
@@ -86,7 +87,7 @@ def test_a_qemu_that_dies_is_noticed(files: VmFiles) -> None:
 def test_quit_leaves_the_ram_file(files: VmFiles) -> None:
     with guest(witness_spec(), files) as vm:
         vm.monitor.quit()
-        assert vm.qemu.process.wait_gone(10)
+        assert vm.qemu.process.wait_gone(patience(10))
     assert files.ram.stat().st_size == 128 << 20
 
 
@@ -180,7 +181,7 @@ def test_cache_direct_is_refused(files: VmFiles, tmp_path: Path) -> None:
 
 
 def test_the_probe_guest_reaches_user_mode_under_tcg() -> None:
-    probe = accel.boot(guest_image().kernel, Accel.TCG, timeout_s=60)
+    probe = accel.boot(guest_image().kernel, Accel.TCG, timeout_s=patience(60))
     assert probe.works, probe.reason
 
 

@@ -16,6 +16,7 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.model.run_state import RunState
 from dcres.vm.command import VmFiles
 from tests.support.guest import Guest, create_disk, folders, guest, witness_spec
+from tests.support.speed import patience
 from tests.support.wait import until
 
 pytestmark = pytest.mark.vm
@@ -159,4 +160,4 @@ def test_a_damaged_core_is_refused(files: VmFiles, tmp_path: Path) -> None:
         guest(witness_spec(), files, incoming=True) as vm,
         pytest.raises(MonitorError, match=r"VM core|connection to"),
     ):
-        vm.monitor.load_core(core, timeout_s=10)
+        vm.monitor.load_core(core, timeout_s=patience(10))

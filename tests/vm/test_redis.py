@@ -55,13 +55,14 @@ from tests.support.redis_load import (
     work,
     write_all,
 )
+from tests.support.speed import patience
 from tests.support.wait import until
 from tests.support.waits import Waits, watching
 
 # About 80 s with two idle cores, and several times that with busy ones.
 pytestmark = [
     *(pytest.mark.vm, pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(patience(900)),
 ]
 
 VM = "redis"
@@ -115,21 +116,21 @@ class Subject:
         self._cluster = cluster
 
     def start(self) -> None:
-        self._coordinator.wait_ready(30)
-        self._coordinator.call("start", spec_of(self.address[1]), timeout_s=100)
+        self._coordinator.wait_ready(patience(30))
+        self._coordinator.call("start", spec_of(self.address[1]), timeout_s=patience(100))
         until(lambda: answers(self.address), 90, "Redis in the guest answers")
 
     def checkpoint(self) -> Taken:
         began = time.monotonic()
-        facts = self._coordinator.call("checkpoint", "live", timeout_s=100)
+        facts = self._coordinator.call("checkpoint", "live", timeout_s=patience(100))
         return Taken(facts, began, time.monotonic())
 
     def restore(self, taken: Taken) -> None:
         """In place of the VM that runs: the port is in the VM file, which is the checkpoint's."""
-        self._coordinator.call("stop", timeout_s=60)
+        self._coordinator.call("stop", timeout_s=patience(60))
         assert not answers(self.address)
         manifest = self._store.get(taken.facts["checkpoint"])
-        self._coordinator.call("restore", dumps(manifest), timeout_s=100)
+        self._coordinator.call("restore", dumps(manifest), timeout_s=patience(100))
         until(lambda: answers(self.address), 30, "Redis in the restored guest answers")
 
     def main_host(self) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Subject:
         return loading(self.address, self.keys, values, seed)
 
     def close(self) -> None:
-        self._coordinator.call("stop", timeout_s=60)
+        self._coordinator.call("stop", timeout_s=patience(60))
         gateway.kill(coordinator_name(VM))
 
 
