@@ -70,6 +70,16 @@ def test_a_worker_process_begins_as_in_a_local_cluster(config: dict[str, Any], w
     assert callable(load_class(environment[hook]))
 
 
+def test_health_is_checked_as_in_a_local_cluster(config: dict[str, Any]) -> None:
+    """Patiently enough for a host whose processors are busy."""
+    _, environment = start_options(config, "head_start_ray_commands")
+    checks = {key: text for key, text in environment.items() if "health_check" in key}
+    assert len(checks) == 4
+    assert checks.items() <= local_node.RAY_ENVIRON.items()
+    period_s = int(checks["RAY_health_check_period_ms"]) / 1000
+    assert period_s * int(checks["RAY_health_check_failure_threshold"]) >= 5
+
+
 def test_a_worker_offers_its_memory_and_its_name(config: dict[str, Any]) -> None:
     options, environment = start_options(config, "worker_start_ray_commands")
     settings = HostSettings.from_environ(environment)

@@ -12,6 +12,7 @@ import pytest
 from dcres.bench.filler import filler_image
 from dcres.model import plan as plan_module
 from dcres.storage.manifest import Manifest
+from tests.support.speed import patience
 from tests.support.vm import Rig, rig, spec_of
 from tests.support.wait import until
 
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.linux]
 
 FILL_MIB, HOT_MIB = 160, 80
 LEARNT_WRITES = 100_000  # at most 5000 a second, so for 20 s at least
-WATCH_S = 10
+WATCH_S = patience(5)
 PLAN = plan_module.plan
 
 
