@@ -8,7 +8,6 @@ without it:
 * `OwnNames`: names in a folder that others use as well, and that were free when it was marked.
 * `StoreFile`: what a store writes beside its checkpoints, by its name, in a folder that is a store.
 * `CheckpointFolder`: one that is called as checkpoints alone are, ``VM/VM-date-time-token``.
-* The name of a file that tells of a VM's life in a store, ``.life-N``, for `remove_life`.
 * `Created`: a file that this very process made (O_EXCL), as long as its name leads to it still.
 
 Besides these a dead socket and an empty folder may go: both hold nothing. No removal follows a
@@ -40,7 +39,6 @@ _LONGEST_MARK_BYTES = 4096
 _STORE_FILE = re.compile(
     r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?/(?:generation|\.generation\.lock|\.life-\d+|\.[\w.-]+\.tmp)"
 )
-_LIFE = re.compile(r"\.life-[1-9][0-9]{0,18}")
 _CHECKPOINT = re.compile(r"(?P<vm>[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)/(?P=vm)-\d{8}-\d{6}-[0-9a-f]{4}")
 
 
@@ -323,16 +321,6 @@ def remove_own_file(path: Path) -> None:
     """
     if os.path.lexists(path):
         OwnFolder.around(path).remove_file(path)
-
-
-def remove_life(path: Path) -> None:
-    """Remove what a store says of a VM's life, if it is there: called as these alone are.
-
-    Raises NotOurs for any other name, OSError.
-    """
-    if _LIFE.fullmatch(path.name) is None or path.parent.is_symlink():
-        raise NotOurs(f"{path} does not tell of a VM's life, so it is not removed")
-    path.unlink(missing_ok=True)
 
 
 def remove_socket(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NameTaken
 from dcres.linux.files import is_locked, lock_for_good, locked
-from dcres.linux.removal import create, remove_life
+from dcres.linux.removal import StoreFile, create
 from dcres.model.ownership import Claimant, Life, Standing, judge, refusal
 from dcres.storage import layout, marker
 from dcres.storage.atomic import (
@@ -62,7 +62,7 @@ class Lives:
             claimed = self._begin(me, generation, since)
             for life in lives:
                 if not life.held:  # those that run show it by their lock
-                    remove_life(self._path(life.generation))
+                    StoreFile(self._path(life.generation)).remove()
         return claimed
 
     def renew(self, me: Claimant, generation: int, since: str) -> Claimed | None:
@@ -95,7 +95,7 @@ class Lives:
             return
         with locked(self._folder / layout.GENERATION_LOCK):
             if self._owner_of(generation) == me and not is_locked(path):
-                remove_life(path)
+                StoreFile(path).remove()
                 sync_folder(self._folder)
 
     def trouble(self, me: Claimant, *, take_over: bool = False) -> str:

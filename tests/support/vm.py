@@ -26,6 +26,7 @@ from dcres.actors.main_host import MainHost
 from dcres.config import HostSettings, parse_size
 from dcres.errors import DcresError
 from dcres.linux.process import find_marked
+from dcres.linux.removal import MARK
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
@@ -134,16 +135,17 @@ class Rig:
         }
 
     def require_nothing_left(self) -> None:
-        """No process, no memory, no socket; logs may stay, and the generations of a life's own."""
+        """No process, no memory, no socket; logs, marks and the generations of a life's own may stay."""
         assert self.running() == {}
         left = [path for path in self.ram.rglob("*") if path.is_file()]
         left += [
             path
             for each in self.settings.values()
             for path in each.run.rglob("*")
-            if not path.is_dir() and path.suffix != ".log" and ".generation" not in path.name
+            if not (path.is_dir() or path.name == MARK or path.suffix == ".log")
+            and ".generation" not in path.name
         ]
-        assert left == []
+        assert not left, left
 
 
 @contextmanager
