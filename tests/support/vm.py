@@ -135,7 +135,7 @@ class Rig:
         }
 
     def require_nothing_left(self) -> None:
-        """No process, no memory, no socket; logs, marks and the generations of a life's own may stay."""
+        """No process, no memory, no socket; logs, marks and generations may stay."""
         assert self.running() == {}
         left = [path for path in self.ram.rglob("*") if path.is_file()]
         left += [
