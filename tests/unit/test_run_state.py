@@ -35,7 +35,7 @@ def test_without_a_checkpoint_qemu_is_believed(now: RunState) -> None:
     assert kept(now, None) is None
 
 
-@pytest.mark.parametrize("found", SAVABLE - {RunState.RUNNING})
+@pytest.mark.parametrize("found", sorted(SAVABLE - {RunState.RUNNING}))
 def test_what_stood_still_is_told_and_let_stand_after_its_core_was_saved(found: RunState) -> None:
     """Also before that, and after a second checkpoint and a restart."""
     for now in (found, RunState.FINISH_MIGRATE, RunState.POSTMIGRATE):
