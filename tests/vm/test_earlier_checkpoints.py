@@ -1,0 +1,70 @@
+"""Checkpoints that an earlier dcres took are read, verified and restored, for good.
+
+`tests/fixtures/README.md` says what they are. A VM file has whole paths, so the guest's kernel has
+to lie where it lay when they were taken.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dcres.actors.coordinator import Coordinator
+from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.store import Store
+from dcres.vm import witness
+from tests.support.vm import Rig, await_checks, rig
+
+pytestmark = pytest.mark.vm
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+KERNEL = Path("/tmp/dcres-fixture/kernel")
+
+
+@pytest.fixture
+def kernel() -> Iterator[Path]:
+    KERNEL.parent.mkdir()
+    try:
+        yield shutil.copy(FIXTURES / "guest.elf", KERNEL)
+    finally:
+        shutil.rmtree(KERNEL.parent)
+
+
+@pytest.fixture
+def hosts(kernel: Path) -> Iterator[Rig]:
+    with rig() as made:
+        yield made
+
+
+def unpacked(store: Store, version: int) -> Manifest:
+    with tarfile.open(FIXTURES / f"format{version}.tar.xz") as archive:
+        archive.extractall(store.root, filter="data")
+    (listed,) = store.list("kept")
+    assert listed.manifest is not None, listed.error
+    return listed.manifest
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_it_is_read_verified_and_restored(hosts: Rig, version: int, lazy: bool) -> None:
+    hosts.store.root.mkdir()
+    manifest = unpacked(hosts.store, version)
+    assert manifest.format_version == version
+    assert [part.pages for part in manifest.hosts] == [253, 120, 0]
+    report = hosts.store.verify(manifest.checkpoint)
+    assert (report.ok, report.pages) == (True, 373)
+    coordinator = Coordinator("kept", hosts.fleet)
+    try:
+        facts = coordinator.restore(dumps(manifest), lazy=lazy)
+        assert facts["run_state"] == "running", "as all that do not say what they were in"
+        console = Path(coordinator.status()["hosts"][0]["console"])
+        await_checks(console, 200)
+        assert witness.read(console).tick > 10_000, "it counts on from where it was saved"
+        taken = hosts.store.get(coordinator.checkpoint()["checkpoint"])
+        assert taken.generation > manifest.generation
+    finally:
+        coordinator.stop()
