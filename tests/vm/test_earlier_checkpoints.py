@@ -29,7 +29,8 @@ KERNEL = Path("/tmp/dcres-fixture/kernel")
 def kernel() -> Iterator[Path]:
     KERNEL.parent.mkdir()
     try:
-        yield shutil.copy(FIXTURES / "guest.elf", KERNEL)
+        shutil.copy(FIXTURES / "guest.elf", KERNEL)
+        yield KERNEL
     finally:
         shutil.rmtree(KERNEL.parent)
 
