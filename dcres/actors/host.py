@@ -21,11 +21,11 @@ from typing import Any
 
 from dcres.actors.messages import Progress
 from dcres.actors.prepared import Prepared
-from dcres.actors.vm_folder import VmFolder, marker
+from dcres.actors.vm_folder import VmFolder, marker, processes_of
 from dcres.config import HostSettings
 from dcres.errors import Conflict, DcresError, NoRoom, PagingError, StoreFull
 from dcres.linux.files import free_in, open_own
-from dcres.linux.process import ProcessId, find_marked, spawn_detached
+from dcres.linux.process import ProcessId, spawn_detached
 from dcres.linux.removal import remove_socket
 from dcres.linux.tmpfs import require_small_pages
 from dcres.model.pages import PAGE_SIZE
@@ -138,8 +138,7 @@ class Daemon:
         An actor that was killed between starting it and writing that down left it. Of several
         the oldest: those that came later find it at work and end.
         """
-        marked = [each for pair in self._marker.items() for each in find_marked(*pair)]
-        ours = [each for each in marked if each.argv == self._argv]
+        ours = [each for each in processes_of(self._vm_folder) if each.argv == self._argv]
         return min(ours, key=lambda each: each.start_time, default=None)
 
     def _keep_watch(self) -> None:

@@ -21,7 +21,7 @@ from dcres.actors.vm_folder import FILES_MARK, VM_MARK, VmFolder
 from dcres.errors import DcresError
 from dcres.linux.files import is_open_for_writing
 from dcres.linux.holding import is_held
-from dcres.linux.process import ProcessId, environments
+from dcres.linux.process import ProcessId, environments, sees
 from dcres.linux.removal import HOME_MARK, MARK, Mark, OwnFolder
 from dcres.model.whereabouts import Life
 
@@ -132,7 +132,9 @@ def _orphans(
     cluster: str, left: list[tuple[ProcessId, dict[str, str]]], folders: tuple[OwnFolder, ...]
 ) -> Orphans:
     homes = {environ["DCRES_HOME"] for _, environ in left if environ.get("DCRES_HOME")}
-    runs = {Path(environ[VM_MARK]) for _, environ in left if environ.get(VM_MARK)}
+    told = [(process, Path(environ[VM_MARK])) for process, environ in left if environ.get(VM_MARK)]
+    # At the path that one in another container tells of, another VM's may be here.
+    runs = {run for process, run in told if sees(process, run)}
     return Orphans(
         cluster=cluster,
         home=Path(min(homes)) if cluster and homes else None,

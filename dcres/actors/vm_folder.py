@@ -11,7 +11,7 @@ from pathlib import Path
 from dcres.config import HostSettings
 from dcres.errors import NotOurs
 from dcres.linux.files import require_own
-from dcres.linux.process import find_marked
+from dcres.linux.process import ProcessId, find_marked, sees
 from dcres.linux.removal import Mark, OwnFolder
 
 VM_MARK = "DCRES_VM_RUN"
@@ -96,11 +96,16 @@ def marker(folder: VmFolder) -> dict[str, str]:
     return {VM_MARK: str(folder.run)}
 
 
+def processes_of(folder: VmFolder) -> list[ProcessId]:
+    """All that runs for the VM on this host; not what another container has at the same path."""
+    found = [each for pair in marker(folder).items() for each in find_marked(*pair)]
+    return [process for process in found if sees(process, folder.run)]
+
+
 def end_leftovers(folder: VmFolder) -> None:
     """End processes of the VM on this host that no state file tells of.
 
     An actor that was killed between starting a process and writing that down left them.
     """
-    for key, value in marker(folder).items():
-        for process in find_marked(key, value):
-            process.end(grace_s=1.0)
+    for process in processes_of(folder):
+        process.end(grace_s=1.0)

@@ -187,6 +187,20 @@ def find_marked(key: str, value: str) -> list[ProcessId]:
     return [process for process, environ in _environs() if wanted in environ]
 
 
+def sees(process: ProcessId, folder: Path) -> bool:
+    """Whether `folder` is to that process what it is to us: in a container it may be another.
+
+    Of a folder that is not there nobody can tell but by the mounts that it sees.
+    """
+    path, theirs = Path(os.path.realpath(folder)), _PROC / str(process.pid)
+    try:
+        if not path.exists():
+            return os.readlink(theirs / "ns/mnt") == os.readlink(_PROC / "self/ns/mnt")
+        return path.samefile(f"{theirs}/root{path}")
+    except OSError:  # it has ended, or has no such folder
+        return False
+
+
 def environments(keys: Sequence[str]) -> Iterator[tuple[ProcessId, dict[str, str]]]:
     """Live processes that were started with any of `keys` in their environment, and that."""
     for process, environ in _environs():

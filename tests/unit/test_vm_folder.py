@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from dcres.actors import orphans
 from dcres.actors.fleet import end_what_is_left
 from dcres.actors.loading import SliceHost
+from dcres.actors.local_node import CLUSTER_MARK
 from dcres.actors.main_host import MainHost
 from dcres.actors.messages import Incarnation, ServeOrder
 from dcres.actors.sub_host import SubHost
-from dcres.actors.vm_folder import VmFolder
+from dcres.actors.vm_folder import VmFolder, marker
 from dcres.config import HostSettings
 from dcres.errors import HostError, NotOurs
 from dcres.linux.removal import MARK, Mark, OwnFolder
@@ -86,6 +91,60 @@ class TestEnding:
         assert files(settings.ram) == {*own, other.ram / "guest.ram", other.ram / MARK}
 
 
+@pytest.fixture
+def in_another_container(settings: HostSettings) -> Iterator[subprocess.Popen[str]]:
+    """A process of a VM there, to which the folder at this path is another."""
+    folder = VmFolder.of(settings, "vm")
+    folder.make()
+    (folder.run / "state.json").write_text("{}")
+    hide = 'mount -t tmpfs none "$0" && mkdir "$0/vm" && echo ready && exec sleep 600'
+    argv = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", hide]
+    with subprocess.Popen(
+        [*argv, str(settings.run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **marker(folder), CLUSTER_MARK: "0ther"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            if process.stdout.readline() != "ready\n":
+                pytest.skip(f"no namespaces here: {process.stderr.read()}")
+            yield process
+        finally:
+            process.kill()
+
+
+class TestAnotherContainer:
+    """Its processes are seen from here, and carry the mark of the VM that has this path here."""
+
+    @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+    def test_its_vm_runs_on(
+        self,
+        end: Callable[[HostSettings], object],
+        in_another_container: subprocess.Popen[str],
+        settings: HostSettings,
+    ) -> None:
+        end(settings)
+        assert in_another_container.poll() is None
+        with subprocess.Popen(
+            ["sleep", "600"], env={**os.environ, **marker(VmFolder.of(settings, "vm"))}
+        ) as ours:
+            end_what_is_left("vm")
+            assert ours.wait() == -signal.SIGTERM
+        assert in_another_container.poll() is None
+
+    def test_the_vm_here_keeps_its_files_when_what_is_left_there_is_ended(
+        self, in_another_container: subprocess.Popen[str], settings: HostSettings
+    ) -> None:
+        (left,) = (each for each in orphans.find(settings.ram) if each.cluster == "0ther")
+        assert [each.pid for each in left.processes] == [in_another_container.pid]
+        assert orphans.end(left, settings.ram)
+        assert in_another_container.wait() < 0, "by a signal"
+        assert (settings.run / "vm" / "state.json").exists()
+
+
 class TestFolder:
     def test_its_own_goes_but_logs(self, settings: HostSettings) -> None:
         folder = VmFolder.of(settings, "vm")
@@ -106,13 +165,15 @@ class TestFolder:
         assert files(getattr(settings, place)) - {settings.run / "vm" / MARK} == own
 
     def test_a_vm_is_not_started_on_a_users(self, settings: HostSettings) -> None:
-        own = of_a_user(settings.ram / "vm")
-        host = SubHost("vm", environ=settings.environ())
-        host.clear()
-        with pytest.raises(NotOurs):
-            host.serve(ServeOrder(Incarnation("vm", 1, "00" * 32), 16, 16))
-        host.destroy()
-        assert files(settings.ram) == own
+        with tempfile.TemporaryDirectory(prefix="dcres-t-", dir="/dev/shm") as ram:
+            settings = settings.model_copy(update={"ram": Path(ram)})
+            own = of_a_user(settings.ram / "vm")
+            host = SubHost("vm", environ=settings.environ())
+            host.clear()
+            with pytest.raises(NotOurs):
+                host.serve(ServeOrder(Incarnation("vm", 1, "00" * 32), 16, 16))
+            host.destroy()
+            assert files(settings.ram) == own
 
     def test_what_an_earlier_dcres_left_is_known_by_its_names(self, settings: HostSettings) -> None:
         folder = VmFolder.of(settings, "vm")
