@@ -12,7 +12,7 @@ from dcres.actors.messages import ClaimOrder
 from dcres.errors import Conflict, DcresError, NameTaken, StoreReadOnly
 from dcres.linux.machine import boot_id, machine_id
 from dcres.model.ownership import Claimant
-from dcres.storage.lives import Claimed, next_without_store
+from dcres.storage.lives import Claimed, next_without_store, read_counter
 from dcres.storage.store import Store
 from dcres.vm.monitor import Monitor
 
@@ -55,15 +55,17 @@ class NameInStore:
         changed. Raises Conflict for a name that is another cluster's, CheckpointCorrupt, StoreFull.
         """
         self._close()
-        above = max(order.above, self._store.latest_generation(self._vm))
-        me = claimant(order.cluster, self._host)
+        lives, me = self._store.lives(self._vm), claimant(order.cluster, self._host)
+        # Those that were given out without the store are not to come again with it.
+        known = self._store.latest_generation(self._vm), read_counter(self._record)
+        above = max(order.above, *known)
         try:
-            claimed = self._store.lives(self._vm).claim(
-                me, above, _now(), take_over=order.take_over
-            )
+            claimed = lives.claim(me, above, _now(), take_over=order.take_over)
         except (StoreReadOnly, NameTaken) as error:
-            if order.needs_name and isinstance(error, NameTaken):
-                raise
+            if order.needs_name:
+                if isinstance(error, NameTaken):
+                    raise
+                lives.require_free(me, take_over=order.take_over)
             self.unclaimed = f"it can take no checkpoint: {error}"
             log.warning("VM %s: %s", self._vm, self.unclaimed)
             self._generation = next_without_store(self._record, above)

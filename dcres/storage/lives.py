@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dcres.errors import CheckpointCorrupt, Conflict, NameTaken
+from dcres.errors import CheckpointCorrupt, Conflict, NameTaken, NotOurs
 from dcres.linux.files import is_locked, lock_for_good, locked
 from dcres.linux.removal import StoreFile, create
 from dcres.model.ownership import Claimant, Life, Standing, judge, refusal
@@ -56,13 +56,15 @@ class Lives:
         not); CheckpointCorrupt if the counter cannot be read, StoreFull, StoreReadOnly.
         """
         with self._alone():
-            lives = self._require_free(me, take_over)
+            lives = self.require_free(me, take_over=take_over)
             known = [life.generation for life in lives]
             generation = max(above, self.counter(), *known) + 1
             claimed = self._begin(me, generation, since)
             for life in lives:
                 if not life.held:  # those that run show it by their lock
-                    StoreFile(self._path(life.generation)).remove()
+                    # What stays says nothing any more: a newer life decides.
+                    with suppress(NotOurs, OSError):
+                        StoreFile(self._path(life.generation)).remove()
         return claimed
 
     def renew(self, me: Claimant, generation: int, since: str) -> Claimed | None:
@@ -75,7 +77,7 @@ class Lives:
             self.require_latest(generation)
             if self._owner_of(generation) == me:
                 return None
-            self._require_free(me, take_over=False)
+            self.require_free(me)
             return self._begin(me, generation, since)
 
     def require_latest(self, generation: int) -> None:
@@ -102,6 +104,14 @@ class Lives:
         """Why `claim` would refuse, as things are now; empty if it would not. Changes nothing."""
         return refusal(self._vm, self._lives(), me, take_over)
 
+    def require_free(self, me: Claimant, *, take_over: bool = False) -> list[Life]:
+        """The lives so far. Raises Conflict (NameTaken) as `claim` does; changes nothing."""
+        lives = self._lives()
+        if why := refusal(self._vm, lives, me, take_over):
+            error = NameTaken if judge(lives, me)[0] is Standing.ALIVE else Conflict
+            raise error(f"{self._folder}: {why}")
+        return lives
+
     def counter(self) -> int:
         """The last generation given out here; 0 if none was. Raises CheckpointCorrupt."""
         return read_counter(self._folder / layout.GENERATION)
@@ -113,13 +123,6 @@ class Lives:
         lock = self._folder / layout.GENERATION_LOCK
         with store_written(lock), locked(lock):
             yield
-
-    def _require_free(self, me: Claimant, take_over: bool) -> list[Life]:
-        lives = self._lives()
-        if why := refusal(self._vm, lives, me, take_over):
-            error = NameTaken if judge(lives, me)[0] is Standing.ALIVE else Conflict
-            raise error(f"{self._folder}: {why}")
-        return lives
 
     def _begin(self, me: Claimant, generation: int, since: str) -> Claimed:
         write_durably(self._folder / layout.GENERATION, b"%d\n" % generation)
