@@ -19,19 +19,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dcres.actors import restoring as restoring_
+from dcres.actors.asking import await_ready
 from dcres.actors.messages import ClaimOrder, Incarnation, LoadOrder, RunOrder, ServeOrder
 from dcres.actors.ports import Fleet, Pending, Port
 from dcres.actors.restoring import Restoring
 from dcres.config import VmSpec
-from dcres.errors import ClusterError, OperationFailed
+from dcres.errors import ActorGone, ClusterError, OperationFailed
 from dcres.model.pages import pages_of
 from dcres.model.run_state import runs_restored
 from dcres.storage.manifest import Manifest
 
 _START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
+_RESTART_TIMEOUT_S = 30.0  # of an actor whose process died
+_TRIES = 3
 
 
 class Laps:
@@ -131,9 +135,24 @@ class BringingUp:
 
     def _go(self, order: RunOrder, *, paused: bool = False) -> None:
         self._main.call("run", order, timeout_s=_START_TIMEOUT_S)
-        self._require_wanted()
-        self._main.call("go", paused)
+        self._let_go(paused)
         self.laps.end("run")
+
+    def _let_go(self, paused: bool) -> None:
+        """However long it takes, and through restarts of the actor: its QEMU waits meanwhile.
+
+        Once it has begun, the disks cannot go back to what they were before a restore.
+        """
+        host, main = next(iter(self._ports.items()))
+        for tries_left in reversed(range(_TRIES)):
+            self._require_wanted()
+            try:
+                main.call("go", paused, timeout_s=_START_TIMEOUT_S)
+                return
+            except ActorGone:
+                if not tries_left:
+                    raise
+                await_ready(main, partial(self._fleet.alive, host), _RESTART_TIMEOUT_S)
 
 
 def _first_failure(under_way: Mapping[str, Pending]) -> dict[str, Any]:

@@ -541,6 +541,24 @@ def test_a_start_is_given_up_when_whoever_wanted_it_is_gone(
     assert coordinator.start(SPEC, None, driver="02000000")["phase"] == "running"
 
 
+def test_a_restore_whose_guest_may_run_by_now_goes_on_when_the_actor_dies(
+    started: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    """Its disks are the checkpoint's for good then, and what they were is given up."""
+    text = world.published[started.checkpoint("stop")["checkpoint"]]
+    started.stop()
+    ended, gone = world.count("h0.destroy"), world.count("h0.go")
+
+    def die_twice() -> None:
+        if world.count("h0.go") < gone + 3:
+            fleet.actor("vm", 0).restart()
+
+    world.hooks["h0.go"] = die_twice
+    started.restore(text)
+    assert world.runs
+    assert (world.count("h0.destroy"), world.count("h0.go")) == (ended, gone + 3)
+
+
 def test_a_cancelled_start_takes_all_down(
     coordinator: Coordinator, world: World, fleet: LocalFleet
 ) -> None:

@@ -28,6 +28,7 @@ from dcres.errors import (
 from dcres.storage.digest import bytes_sum
 from dcres.storage.manifest import Manifest
 from dcres.vm import disk
+from dcres.vm.monitor import Monitor
 from tests.support.disks import in_use, same, sound
 from tests.support.guest import create_disk
 from tests.support.vm import Rig, await_checks, rig, spec_of
@@ -41,6 +42,7 @@ class Hindered(MainHost):
 
     before_core: ClassVar[list[Callable[[MainHost], None]]] = []
     before_go: ClassVar[list[Callable[[MainHost], None]]] = []
+    settled: ClassVar[list[Callable[[MainHost], None]]] = []
 
     def _give_core(self, core: Path) -> None:
         for hindrance in self.before_core:
@@ -51,6 +53,11 @@ class Hindered(MainHost):
         for hindrance in self.before_go:
             hindrance(self)
         super().go(paused)
+
+    def _settle_disks(self, monitor: Monitor) -> None:
+        super()._settle_disks(monitor)
+        while self.settled:
+            self.settled.pop()(self)
 
 
 def small(**values: Any) -> dict[str, Any]:
@@ -133,6 +140,7 @@ def rig_of(made: World) -> Iterator[None]:
     finally:
         Hindered.before_core.clear()
         Hindered.before_go.clear()
+        Hindered.settled.clear()
         made.vm.coordinator.stop()
         made.vm.require_nothing_left()
         for path, copy in zip(made.disks, kept, strict=True):
@@ -321,6 +329,23 @@ def test_an_actor_that_dies_before_the_guest_runs_leaves_the_disks(
         vm.restore(world.taken)
     vm.require_nothing_left()
     require_as(world, before)
+
+
+def test_an_actor_that_dies_when_the_disks_are_settled_does_not_end_the_restore(
+    world: World,
+) -> None:
+    """What they were before is gone by then, and the VM is to be there for it."""
+    vm = world.vm
+
+    def die(_: MainHost) -> None:
+        restart_main(vm)
+        raise PagingError("this process has died")
+
+    Hindered.settled.append(die)
+    vm.restore(world.taken)
+    assert Hindered.settled == []
+    await_checks(vm.console, 1)
+    assert [disk.snapshots(each) for each in world.disks] == [[world.taken.checkpoint]] * 2
 
 
 def test_a_start_after_an_interrupted_restore_says_so(world: World) -> None:
