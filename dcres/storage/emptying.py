@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dcres.errors import NotOurs
+from dcres.errors import Conflict, NotOurs
+from dcres.linux.files import is_locked
 from dcres.linux.removal import STORE_MARK, StoreFile, remove_if_empty, remove_store_mark
 from dcres.storage import layout
 from dcres.storage.store import Store
@@ -20,10 +21,12 @@ def is_store(root: Path) -> bool:
 def empty(root: Path) -> bool:
     """Remove a store's checkpoints and its other files, and `root` if that was all.
 
-    Whether it is gone: what else is there stays. Raises Conflict for a checkpoint in use, OSError.
+    Whether it is gone: what else is there stays. Raises Conflict for a checkpoint in use, or a VM
+    that runs, with nothing removed; OSError.
     """
-    store = Store(root)
-    for path in list(_own(root)):
+    store, own = Store(root), list(_own(root))
+    _require_unused(store, own)
+    for path in own:
         if isinstance(path, StoreFile):
             path.remove()
         elif store.is_published(path.name):
@@ -34,6 +37,18 @@ def empty(root: Path) -> bool:
         if re.fullmatch(layout.VM_PATTERN, folder.name):
             remove_if_empty(folder)
     return remove_store_mark(root)
+
+
+def _require_unused(store: Store, own: Sequence[Path | StoreFile]) -> None:
+    """Conflict for what another cluster, whose store it is as well, uses now."""
+    for path in own:
+        if not isinstance(path, StoreFile):
+            store.require_unpinned(path.name)
+        elif layout.generation_of(path.path.name) is not None and is_locked(path.path):
+            raise Conflict(
+                f"VM {path.path.parent.name} runs and has its checkpoints in {store.root}, so that "
+                "it is not removed; stop it first (`dcres stop`, in its cluster)"
+            )
 
 
 def _own(root: Path) -> Iterator[Path | StoreFile]:
