@@ -23,6 +23,7 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.vm import witness
 from tests.support.cli import Cli, ended, require_nothing_left
 from tests.support.guest import guest_image
+from tests.support.vm import stays
 from tests.support.wait import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.vm]
@@ -246,7 +247,7 @@ class TestStartsThatFail:
         ran = ended(starting)
         assert (ran.status, "interrupted" in ran.err) == (130, True)
         assert [vm["vm"] for vm in cli.json("list")["vms"]] == ["box"], "as after bad starts"
-        left = [path for path in run_folders.glob("*/run/brief/*") if path.suffix != ".log"]
+        left = [path for path in run_folders.glob("*/run/brief/*") if not stays(path)]
         assert left == []
 
 
@@ -366,7 +367,7 @@ class TestRestore:
             qemu.kill(signal.SIGCONT)
         until(lambda: not qemu.alive, 60, "what it had brought up is taken down")
         until(lambda: cli.json("list") == {"vms": []}, 60, "the hosts are free")
-        left = [path for path in run_folders.glob("*/run/box/*") if path.suffix != ".log"]
+        left = [path for path in run_folders.glob("*/run/box/*") if not stays(path)]
         assert left == []
         assert cli.json("verify", saved["checkpoint"])["ok"] is True
 

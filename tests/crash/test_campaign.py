@@ -31,7 +31,7 @@ from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
 from dcres.vm import witness
 from tests.support.speed import patience
-from tests.support.vm import await_checks, spec_of
+from tests.support.vm import await_checks, spec_of, stays
 from tests.support.wait import until
 
 pytestmark = [pytest.mark.crash, pytest.mark.cluster, pytest.mark.vm]
@@ -156,7 +156,7 @@ class Campaign:
             settings = self.cluster.settings(host)
             left += [str(each) for each in find_marked("DCRES_VM_RUN", str(settings.run / VM))]
             left += [str(path) for path in (settings.ram / VM).rglob("*")]
-            left += [str(path) for path in (settings.run / VM).glob("*") if path.suffix != ".log"]
+            left += [str(path) for path in (settings.run / VM).glob("*") if not stays(path)]
         return left
 
     def clean(self) -> None:

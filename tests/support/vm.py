@@ -83,6 +83,11 @@ def await_checks(console: Path, more: int = 1, timeout_s: float = BOOT_TIMEOUT_S
     return report
 
 
+def stays(path: Path) -> bool:
+    """Whether a file is one of those that stay in a run folder when its VM has ended."""
+    return path.suffix == ".log" or path.name == MARK
+
+
 def _goes(report: WitnessReport) -> bool:
     return report.ready or report.tick > 0  # a restored guest does not say that it is ready
 
@@ -142,8 +147,7 @@ class Rig:
             path
             for each in self.settings.values()
             for path in each.run.rglob("*")
-            if not (path.is_dir() or path.name == MARK or path.suffix == ".log")
-            and ".generation" not in path.name
+            if not (path.is_dir() or stays(path) or ".generation" in path.name)
         ]
         assert not left, left
 
