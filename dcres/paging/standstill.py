@@ -86,13 +86,17 @@ class Standstill:
         self.lost_why = why
 
     def quiesce(self, reply: Reply) -> None:
-        """Send nothing out any more; answer once nothing is on its way."""
+        """Send nothing out any more; answer once nothing is on its way, in either direction.
+
+        Neighbours that the guest's last misses have asked for still come then, and were not
+        moved for the checkpoint. Nobody waits for a link that broke.
+        """
         self.require_alive()
         self._stop_moving()
         self.state = PagerState.QUIET
         self._promises.append(
             _Promise(
-                self._drained,
+                lambda: self._drained() and (not self._faults.fetching or bool(self._away())),
                 lambda: reply({"ok": True, **self.counters()}),
                 reply,
             )
