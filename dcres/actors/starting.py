@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.disks import put_disks_back, require_disks
+from dcres.actors.disks import begun, has_its_disks, put_disks_back, require_disks
 from dcres.actors.host import require_ram
 from dcres.actors.loading import identity_of, load_pages, parse
 from dcres.actors.messages import (
@@ -66,10 +66,12 @@ class StartingHost(QemuHost):
         A QEMU that nobody ended would run on over this life's memory and disks. Repeatable.
         """
         with self._life.beginning():
+            undo = has_its_disks(self._folder)
             self._pager.stop()
             self._stop_slices()
             end_leftovers(self._folder)
-            put_disks_back(self._folder)
+            if undo:
+                put_disks_back(self._folder)
             self._state = {}
             self._folder.remove()
 
@@ -266,7 +268,7 @@ class StartingHost(QemuHost):
         paths = tuple(Path(each.path) for each in manifest.disks)
         reverting = Reverting(manifest.checkpoint, paths)
         if paths:
-            self._remember(reverting=reverting.to_dict())
+            self._remember(reverting=begun(reverting))
         try:
             reverting.do(manifest.checkpoint)
             self._give_core(core)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dcres.actors.disks import put_disks_back
+from dcres.actors.disks import has_its_disks, put_disks_back
 from dcres.actors.host import (
     Daemon,
     Life,
@@ -72,10 +72,12 @@ class SubHost(SavingHost, PartServing):
     def clear(self) -> None:
         """Before `serve`: end and remove what an earlier life of the VM left. Repeatable."""
         with self._life.beginning():
+            undo = has_its_disks(self._folder)
             self._server.stop()
             self._stop_slices()
             end_leftovers(self._folder)
-            put_disks_back(self._folder)
+            if undo:
+                put_disks_back(self._folder)
             self._folder.remove()
 
     def serve(self, order: ServeOrder) -> SubAddress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,9 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from dcres.actors.disks import begun, put_disks_back
+from dcres.actors.host import write_state
+from dcres.actors.main_host import MainHost
+from dcres.actors.sub_host import SubHost
+from dcres.actors.vm_folder import VmFolder, marker
+from dcres.config import HostSettings
 from dcres.errors import CheckpointCorrupt, ConfigError, MonitorError
+from dcres.linux.process import ProcessId
 from dcres.vm import disk
+from dcres.vm.command import VmFiles
 from dcres.vm.disk import Image, require_usable
+from dcres.vm.process import QemuProcess
 from dcres.vm.reverting import Reverting, require_settled
 from tests.support.disks import in_use, same, sound
 from tests.support.guest import create_disk
@@ -294,3 +304,55 @@ def test_qemu_img_killed_while_it_reverts(disks: Disks) -> None:
                 process.kill()
         disks.reverting.undo()
         assert all(map(same, disks.paths, disks.before))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> HostSettings:
+    run, ram, store = (tmp_path / name for name in ("run", "ram", "store"))
+    return HostSettings(name="h0", run=run, ram=ram, store=store)
+
+
+@pytest.mark.parametrize("host", [MainHost, SubHost])
+@pytest.mark.parametrize("there", [True, False], ids=["qemu is there", "qemu is gone"])
+def test_a_start_puts_disks_back_only_if_nobody_can_have_used_them_since(
+    disks: Disks, settings: HostSettings, host: type[MainHost | SubHost], there: bool
+) -> None:
+    """A power failure in a restore: the folder for sockets and records may outlive it for long."""
+    disks.reverting.do(CHECKPOINT)
+    folder = VmFolder.of(settings, "vm")
+    folder.make()
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, **marker(folder)}) as qemu:
+        process = ProcessId.of(qemu.pid)
+        assert process is not None
+        files = VmFiles(*(folder.run / name for name in ("ram", "qmp.sock", "console", "log")))
+        state = {"reverting": begun(disks.reverting)}
+        write_state(folder.state, {**state, "qemu": QemuProcess(process, files).to_dict()})
+        if not there:
+            process.end()
+            for path in disks.paths:
+                write(path, 9)  # by another QEMU
+        before = [shutil.copy(path, path.with_suffix(".was")) for path in disks.paths]
+        host("vm", environ=settings.environ()).clear()
+        assert qemu.wait(10) < 0
+    if there:
+        disks.require_as_before()
+        return
+    assert all(map(same, disks.paths, map(Path, before)))
+    with pytest.raises(ConfigError, match="interrupted"):
+        require_settled([Image.of(path) for path in disks.paths])
+
+
+def test_an_end_leaves_disks_of_before_the_machine_was_started_again(
+    disks: Disks, settings: HostSettings
+) -> None:
+    disks.reverting.do(CHECKPOINT)
+    folder = VmFolder.of(settings, "vm")
+    folder.make()
+    for boot, others in (("an earlier one", disks.then), (None, disks.before)):
+        state = {"reverting": {**begun(disks.reverting), **({"boot": boot} if boot else {})}}
+        write_state(folder.state, state)
+        SubHost("vm", environ=settings.environ()).clear()
+        assert disks.are(disks.then), "no QEMU is there"
+        write_state(folder.state, state)
+        put_disks_back(folder)
+        assert disks.are(others)
