@@ -276,6 +276,10 @@ class CheckpointFolder:
         _require_below(self.path, path)
         path.unlink(missing_ok=True)
 
+    def require_removable(self) -> None:
+        """Raises HostError where `remove` would refuse; changes nothing."""
+        _require_no_mounts(self.path)
+
     def remove(self) -> None:
         """Remove it and all below it; does nothing if it is gone. Raises HostError."""
         _clear(self.path, lambda _: False)

@@ -175,13 +175,14 @@ class Store:
     def delete(self, checkpoint: str) -> None:
         """Remove a published checkpoint, readable or not: its manifest first, then its files.
 
-        Raises NotFound, and Conflict for one that is pinned. After a crash in between, `sweep`
-        removes the rest.
+        Raises NotFound, Conflict for one that is pinned, HostError where something is mounted in
+        it. After a crash in between, `sweep` removes the rest.
         """
         folder = self._require_published(checkpoint)
         try:
             with unpinned(folder):
-                CheckpointFolder(folder).remove_file(folder / layout.MANIFEST)
+                (ours := CheckpointFolder(folder)).require_removable()
+                ours.remove_file(folder / layout.MANIFEST)
                 sync_folder(folder)
                 _remove(folder)
         except FileNotFoundError:

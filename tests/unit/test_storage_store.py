@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.errors import CheckpointCorrupt, Conflict, DcresError, NotFound, StorageError
+from dcres.errors import (
+    CheckpointCorrupt,
+    Conflict,
+    DcresError,
+    HostError,
+    NotFound,
+    StorageError,
+)
+from dcres.linux import removal
 from dcres.linux.files import opened
 from dcres.linux.removal import CheckpointFolder
 from dcres.model.formats import MemoryFormat
@@ -646,3 +654,18 @@ def test_single_pages_are_read_and_verified(root: Store, published: Manifest, ra
         PageReader(memory)
     with pytest.raises(NotFound, match="its hosts are h0, h1, h2"):
         root.memory_part(published, "h9")
+
+
+def test_a_checkpoint_that_cannot_be_removed_whole_is_not_deleted(
+    root: Store, published: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = tmp_path / "mountinfo"
+    point = folder(root, published) / "h1"
+    mounts.write_text(f"36 35 98:0 / {point} rw - ext4 /dev/sdb rw\n")
+    monkeypatch.setattr(removal, "_MOUNTS", mounts)
+    with pytest.raises(HostError, match="h1 is mounted below"):
+        root.delete(published.checkpoint)
+    assert root.verify(published.checkpoint).ok
+    mounts.write_text("")
+    root.delete(published.checkpoint)
+    assert not folder(root, published).exists()
