@@ -89,9 +89,13 @@ def _require_length(folder: Path, name: str, length_bytes: int) -> None:
                 return
     except OSError as error:
         found = f"cannot be opened ({error.strerror})"
+    who = "find out who else changes files in the store"
+    if not folder.exists():
+        copy = f"if the store of host {folder.name} is a copy of this one, with its mark"
+        who = f"{copy}, remove {layout.MARKER} there; else {who}"
     raise StorageError(
-        f"{path} was saved and now {found}, so the checkpoint is not published; find out who else "
-        "changes files in the store, and take another"
+        f"{path} was saved and now {found}, so the checkpoint is not published; {who}, and take "
+        "another"
     )
 
 

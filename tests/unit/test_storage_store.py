@@ -669,3 +669,20 @@ def test_a_checkpoint_that_cannot_be_removed_whole_is_not_deleted(
     mounts.write_text("")
     root.delete(published.checkpoint)
     assert not folder(root, published).exists()
+
+
+def test_a_store_that_is_a_copy_of_another_is_told_from_one_that_is_shared(
+    root: Store, ram: Path, tmp_path: Path
+) -> None:
+    """As on machines made from one image: they have one mark, and not each other's parts."""
+    taken = take(root, ram)
+    (folder(root, taken) / "h1").rename(tmp_path / "h1")
+    with pytest.raises(
+        StorageError, match=r"store of host h1 is a copy .* remove \.dcres-store th"
+    ):
+        root.publish(taken)
+    assert root.list() == []
+    (tmp_path / "h1").rename(folder(root, taken) / "h1")
+    (folder(root, taken) / "h1" / layout.SUMS).rename(tmp_path / "sums")
+    with pytest.raises(StorageError, match="published; find out who else changes files"):
+        root.publish(taken)
