@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,11 +159,18 @@ def test_what_was_prepared_ends_with_its_actor(folder: VmFolder) -> None:
     assert not (folder.run / "server.sock").exists(), "it served nothing"
 
 
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder where guest memory may lie."""
+    with tempfile.TemporaryDirectory(prefix="dcres-t-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 def test_an_end_that_meets_a_start_under_way_leaves_nothing_prepared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end has told the start to hurry before that has prepared its memory server."""
-    settings = HostSettings(name="h", run=tmp_path / "r", ram=tmp_path / "m", store=tmp_path / "s")
+    settings = HostSettings(name="h", run=tmp_path / "r", ram=memory, store=tmp_path / "s")
     sub = SubHost("vm", environ=settings.environ())
     end = threading.Thread(target=sub.destroy)
     prepare = sub._server.prepare
