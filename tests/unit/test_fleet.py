@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +108,22 @@ def test_what_a_vm_holds_counts_as_free_for_its_next_life(looked: list[tuple[Any
         fleet.require_room("box", [22 * MIB], None)
 
 
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder where guest memory may lie."""
+    with tempfile.TemporaryDirectory(prefix="dcres-t-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 def test_the_tmpfs_has_room_once_the_vm_gives_back_what_it_has_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DCRES_RAM", str(tmp_path))
+    monkeypatch.setenv("DCRES_RAM", str(memory))
     monkeypatch.setattr(host, "free_in", lambda folder: MIB)
-    (tmp_path / "box" / "deeper").mkdir(parents=True)
+    (memory / "box" / "deeper").mkdir(parents=True)
     for name in ("guest.ram", "deeper/store.ram"):
-        (tmp_path / "box" / name).write_bytes(bytes(MIB))
-    with (tmp_path / "box" / "hole").open("wb") as file:
+        (memory / "box" / name).write_bytes(bytes(MIB))
+    with (memory / "box" / "hole").open("wb") as file:
         file.truncate(64 * MIB)
     require_ram_here(MIB)
     with pytest.raises(NoRoom):
