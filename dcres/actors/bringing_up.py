@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from dcres.actors import restoring as restoring_
@@ -152,7 +151,12 @@ class BringingUp:
             except ActorGone:
                 if not tries_left:
                     raise
-                await_ready(main, partial(self._fleet.alive, host), _RESTART_TIMEOUT_S)
+                await_ready(main, lambda: self._may_come_back(host), _RESTART_TIMEOUT_S)
+
+    def _may_come_back(self, host: str) -> bool:
+        """Whether an actor that has died is being started again, as far as is known."""
+        self._require_wanted()
+        return self._fleet.alive(host) and bool(self._fleet.find(self._vm))
 
 
 def _first_failure(under_way: Mapping[str, Pending]) -> dict[str, Any]:
