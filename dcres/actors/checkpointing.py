@@ -14,7 +14,7 @@ from typing import Any
 from dcres.actors.asking import await_ready
 from dcres.actors.messages import Finished, Saved
 from dcres.actors.publishing import Subject, Taken, manifest_of
-from dcres.errors import ActorGone, ClusterError, DcresError, OperationFailed
+from dcres.errors import ActorGone, ClusterError, DcresError, OperationFailed, VmLost, VmOff
 from dcres.model.commit import (
     AnotherRound,
     Barrier,
@@ -83,6 +83,7 @@ class Checkpointing:
         self._downtime_s = 0.0
         self._manifest: Manifest | None = None
         self._stuck = ""
+        self._ended = ""  # what the VM has become meanwhile: off or lost
         self.vm_stands = False  # it was stopped, and could not be told to go on
         self._halting: dict[str, threading.Thread] = {}
         self._gone: set[str] = set()  # hosts whose actor is not there any more
@@ -133,6 +134,8 @@ class Checkpointing:
 
     def _what_now(self) -> str:
         """What has become of the VM whose checkpoint was given up."""
+        if self._ended:
+            return f"the VM is {self._ended},"
         if self._stuck or not self._gone:
             state = self._subject.run_state
             as_before = "goes on" if state is RunState.RUNNING else f"is as it was ({state})"
@@ -176,6 +179,8 @@ class Checkpointing:
             try:
                 self._events.put(Passed(host, work(host)))
             except DcresError as error:
+                if isinstance(error, VmLost):
+                    self._ended = "off" if isinstance(error, VmOff) else "lost"
                 self._events.put(Failed(host, str(error)))
             except Exception as error:
                 log.exception("checkpoint %s on %s", self.checkpoint, host)

@@ -164,9 +164,11 @@ class Coordinator(Coordination):
         self._fixed_s = max(0.5 * (self._fixed_s + downtime_s - staging_s), 0.005)
 
     def _savable_state(self) -> RunState:
-        """The VM's run state. Raises Conflict if it cannot be saved in that and left as it is."""
+        """The VM's run state. Raises Conflict if it cannot be saved in that, VmLost, VmOff."""
         try:
             state = RunState(self._main().call("status")["run_state"])
+        except VmLost:
+            raise
         except DcresError:  # the checkpoint itself meets that again, and tells it host by host
             return RunState.RUNNING
         if why := no_save(self._vm, state):

@@ -132,7 +132,10 @@ class QemuHost(SavingHost, PartServing):
         with self._orders:
             qemu = self._qemu
             if self._monitor is None:
-                self._monitor = qemu.connect()
+                try:
+                    self._monitor = qemu.connect()
+                except VmLost:
+                    raise self._ended(qemu) from None
             try:
                 yield self._monitor
             except MonitorError:

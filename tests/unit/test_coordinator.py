@@ -647,7 +647,7 @@ def test_what_may_be_repeated_is_repeated_when_the_actor_dies_in_it(
 def test_a_vm_that_cannot_go_on_is_not_said_to_go_on(started: Coordinator, world: World) -> None:
     world.fail["h0.finish"] = VmLost("QEMU has ended")
     world.fail["h0.resume"] = VmLost("QEMU has ended")
-    with pytest.raises(OperationFailed, match=r"to go on \(QEMU has ended\) and is") as caught:
+    with pytest.raises(OperationFailed, match="the VM is lost, and earlier") as caught:
         started.checkpoint("stop")
     assert "the VM goes on" not in str(caught.value)
 
@@ -820,6 +820,21 @@ def test_a_vm_that_is_not_there_is_not_paused(
             with pytest.raises(type(error), match=str(error)):
                 call()
         assert coordinator.status()["phase"] == phase
+
+
+@pytest.mark.parametrize(
+    ("error", "phase"), [(VmLost("QEMU has ended"), "lost"), (VmOff("it was told to end"), "off")]
+)
+def test_nobody_says_that_a_vm_goes_on_which_has_ended(
+    started: Coordinator, world: World, error: VmLost, phase: str
+) -> None:
+    """Before its checkpoint, or in the middle of it."""
+    world.fail["h0.save"] = error
+    with pytest.raises(OperationFailed, match=rf"the VM is {phase}, and earlier .*\(h0: {error}"):
+        started.checkpoint("stop")
+    world.fail["h0.status"] = error
+    with pytest.raises(type(error), match=str(error)):
+        started.checkpoint("stop")
 
 
 def test_how_far_the_guests_clock_is_behind_counts_from_the_stop(

@@ -233,5 +233,8 @@ def test_how_a_vm_came_to_its_end_is_told_apart(
             assert (status["phase"], status["generation"]) == (phase, 1 + (phase == "lost"))
             assert [each["host"] for each in status["hosts"]] == ["h0", "h1"]
         assert "restore a checkpoint" in vm.coordinator.status()["why"]
-        with pytest.raises(VmLost):
-            vm.coordinator.pause()
+        for call in (vm.coordinator.pause, vm.main().pause, vm.main().go):
+            with pytest.raises(VmLost, match=r"QEMU of VM vm (has ended|was told to end)"):
+                call()
+        with pytest.raises(VmLost, match="QEMU of VM vm"):
+            vm.coordinator.checkpoint()
