@@ -175,12 +175,12 @@ class Store:
     def delete(self, checkpoint: str) -> None:
         """Remove a published checkpoint, readable or not: its manifest first, then its files.
 
-        Raises NotFound, Conflict for one that is pinned, HostError where something is mounted in
-        it. After a crash in between, `sweep` removes the rest.
+        Raises NotFound, StoreReadOnly, Conflict for one that is pinned, HostError where something
+        is mounted in it. After a crash in between, `sweep` removes the rest.
         """
         folder = self._require_published(checkpoint)
         try:
-            with unpinned(folder):
+            with unpinned(folder), store_written(folder / layout.MANIFEST):
                 (ours := CheckpointFolder(folder)).require_removable()
                 ours.remove_file(folder / layout.MANIFEST)
                 sync_folder(folder)

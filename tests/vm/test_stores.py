@@ -14,7 +14,7 @@ import pytest
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.main_host import MainHost
 from dcres.api.status import status_of
-from dcres.errors import Conflict, NameTaken, OperationFailed
+from dcres.errors import Conflict, NameTaken, OperationFailed, StoreReadOnly
 from dcres.linux.process import ProcessId
 from dcres.storage import layout
 from dcres.storage.manifest import Manifest, dumps
@@ -200,6 +200,8 @@ def test_a_restore_from_a_store_to_read_only(
             assert "the VM goes on" in str(caught.value)
             if len(generations) < 2:
                 other.stop()
+        with pytest.raises(StoreReadOnly, match=r"manifest\.json cannot be written"):
+            Store(store).delete(taken.checkpoint)
         assert taken.generation < generations[0] < generations[1]
         assert sorted(path for path in vm.store.root.rglob("*")) == tree
         subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
