@@ -21,6 +21,7 @@ from typing import Any
 from dcres.errors import CheckpointCorrupt, ConfigError, UnsupportedHost
 
 QEMU_IMG = "qemu-img"
+_LOCKED = "Is another process using the image"
 _LEAST_REFCOUNT_BITS = 8  # 255 snapshots
 
 
@@ -49,6 +50,8 @@ class Image:
         share = ["--force-share"] if shared else []
         done = _run("info", "--output=json", *share, str(disk))
         if done.returncode:
+            if _LOCKED in done.stderr:
+                raise ConfigError(f"disk {disk} is in use by another process; end that first")
             raise ConfigError(f"disk {disk} cannot be read: {_said(done)}")
         return cls(disk, json.loads(done.stdout))
 

@@ -246,7 +246,7 @@ def given_up(world: World) -> Iterator[None]:
 
 Hindrance = Callable[[World], AbstractContextManager[None]]
 HINDRANCES: dict[Hindrance, tuple[type[DcresError], str]] = {
-    locked: (ConfigError, r"b\.qcow2 cannot be read: .*lock"),
+    locked: (ConfigError, r"b\.qcow2 is in use by another process; end"),
     locked_late: (ConfigError, r"b\.qcow2 takes no snapshot: .*lock"),
     without_its_snapshot: (CheckpointCorrupt, r"b\.qcow2 has no snapshot"),
     gone: (ConfigError, r"b\.qcow2 of VM vm does not exist"),
