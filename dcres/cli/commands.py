@@ -205,7 +205,7 @@ def resume(options: Options, vm: VmArgument) -> Answer:
 
     with open_cluster(options) as cluster:
         found = cluster.vm(vm).resume()
-    return Answer(found.to_dict(), status_view(found))
+    return Answer(found.to_dict(), status_view(found), 1 if found.is_bad else 0)
 
 
 @add_command(app, "stop", panel=_VMS)

@@ -35,10 +35,10 @@ AddressOption = Annotated[
 
 
 def folder(text: str) -> Path:
-    """A folder that somebody named on the command line; as ``"$UNSET"`` leaves it: none."""
+    """A store that somebody named on the command line; as ``"$UNSET"`` leaves it: none."""
     from dcres.config import named_folder
 
-    return named_folder(text, "the folder")
+    return named_folder(text, "the store")
 
 
 StoreOption = Annotated[

@@ -35,8 +35,8 @@ _PHASE_STYLES = {
 _CHECK_STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 
 
-def _table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=False)
     return table
@@ -109,13 +109,12 @@ def vms_view(statuses: Sequence[VmStatus]) -> RenderableType:
 
 def orphans_table(orphans: Sequence[dict[str, Any]]) -> RenderableType:
     """One line for what each cluster that has ended left here."""
-    title = "left by clusters that have ended"
-    table = _table("cluster", "VMs", "processes", "memory", right=("memory",), title=title)
+    table = _table("cluster", "VMs", "processes", "memory", right=("memory",))
     for each in orphans:
         pids = " ".join(str(process["pid"]) for process in each["processes"])
         memory = format_size(each["memory_bytes"])
         table.add_row(each["cluster"] or "", " ".join(each["vms"]), pids, memory)
-    return table
+    return Group("left by clusters that have ended:", table)
 
 
 def hosts_view(hosts: Sequence[Host], address: str) -> RenderableType:
@@ -130,12 +129,13 @@ def hosts_view(hosts: Sequence[Host], address: str) -> RenderableType:
 def checkpoint_view(facts: dict[str, Any]) -> RenderableType:
     """A checkpoint that was taken, host by host."""
     state = facts.get("run_state", "running")
-    stood = f" the VM stood still for {facts['downtime_seconds'] * 1000:.0f} ms"
+    stood = f"the VM stood still for {facts['downtime_seconds'] * 1000:.0f} ms"
+    if "verdict" in facts:
+        stood += f" after {facts['rounds']} rounds: {facts['verdict']}"
     head = Text.assemble(
         (facts["checkpoint"], "bold"),
-        f"  {_size_of(facts['pages'])} in {facts['seconds']:.2f} s,",
-        stood if state == "running" else f" the VM is as it was: {state}",
-        f" after {facts['rounds']} rounds: {facts['verdict']}" if "verdict" in facts else "",
+        f"  {_size_of(facts['pages'])} in {facts['seconds']:.2f} s, ",
+        stood if state == "running" else f"the VM is {state}, as it was",
     )
     number = ("pages", "size", "written", "on disk", "seconds")
     table = _table("host", "role", *number, right=number)

@@ -608,7 +608,7 @@ class TestOptions:
     ) -> None:
         """As a shell leaves it of a variable that is not set."""
         assert main([*command, "--store", ""]) == 2
-        assert "the name of the folder is empty" in capsys.readouterr().err
+        assert "the name of the store is empty" in capsys.readouterr().err
 
     def test_a_store_only_for_what_reads_checkpoints(
         self, capsys: pytest.CaptureFixture[str]
@@ -769,6 +769,17 @@ class TestJson:
         assert answer_of(capsys) == json.loads(json.dumps(RUNNING.to_dict()))
         assert [each for each in fake.asked if each[0] != "connect"] == [("pause",), ("resume",)]
 
+    def test_a_disk_that_fails_again_fails_the_resume(
+        self,
+        fake: FakeCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        again = VmStatus("box", "running", run_state="io-error", advice="make room")
+        monkeypatch.setattr(FakeVm, "resume", lambda _: again)
+        assert main(["resume", "box"]) == 1
+        assert "make room" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("behind_s", "told"), [(3.4, "3 s"), (150, "2 minutes"), (9000, "2 hours"), (2e5, "2 days")]
     )
@@ -925,7 +936,10 @@ class TestTables:
 
 @pytest.mark.parametrize(
     ("state", "told"),
-    [("running", "the VM stood still for 12 ms"), ("paused", "the VM is as it was: paused")],
+    [
+        ("running", "the VM stood still for 12 ms after 2 rounds: the rest fits"),
+        ("paused", "in 0.50 s, the VM is paused, as it was\n"),
+    ],
 )
 def test_what_a_checkpoint_says_of_its_vm(state: str, told: str) -> None:
     facts = {
@@ -936,6 +950,8 @@ def test_what_a_checkpoint_says_of_its_vm(state: str, told: str) -> None:
         "pages_moved_for_checkpoint": 0,
         "hosts": [],
         "run_state": state,
+        "rounds": 2,
+        "verdict": "the rest fits",
     }
     console = Console(width=120, file=StringIO(), record=True)
     console.print(checkpoint_view(facts))

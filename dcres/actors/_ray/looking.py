@@ -64,7 +64,7 @@ def require_listener(address: str) -> None:
     except OSError as error:
         raise ClusterError(
             f"no Ray cluster answers at {address} ({error.strerror or error}); "
-            "start one with `dcres up`, or name another with --address"
+            "start one with `dcres up`, or name another with --address or RAY_ADDRESS"
         ) from None
 
 
