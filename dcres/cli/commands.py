@@ -91,7 +91,7 @@ def list_vms(options: Options) -> Answer:
     """All VMs with their phase and hosts, and what is left of clusters that have ended."""
     from dcres.cli.orphans import found, told, values_of, with_orphans
     from dcres.cli.tables import vms_view
-    from dcres.errors import NotFound
+    from dcres.errors import ClusterError, NotFound
 
     left = found()
     try:
@@ -99,6 +99,8 @@ def list_vms(options: Options) -> Answer:
             statuses = cluster.statuses()
     except NotFound as error:
         raise NotFound(f"{error}{told(left)}") from None
+    except ClusterError as error:
+        raise ClusterError(f"{error}{told(left)}") from None
     values = {"vms": [status.to_dict() for status in statuses], "orphans": values_of(left)}
     return Answer(values, with_orphans(vms_view(statuses), left))
 

@@ -200,6 +200,10 @@ class TestCommands:
         assert "no local cluster runs" in error
         assert f"left VM box of cluster {machine.id} on this machine" in error
         assert "see `dcres down --orphans`" in error
+        assert main(["list", "--address", "127.0.0.1:1"]) == 1  # where all of Ray is gone
+        error = capsys.readouterr().err
+        assert "no Ray cluster answers" in error
+        assert f"left VM box of cluster {machine.id} on this machine" in error
         assert machine.found() == before
 
     def test_it_is_confirmed_first(
