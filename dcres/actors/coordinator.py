@@ -178,7 +178,7 @@ class Coordinator(Coordination):
     def pause(self) -> Status:
         """Stop the guest until `resume`; all else goes on. Repeatable. Raises Conflict, VmLost."""
         with self._at_rest():
-            self._main().call("pause")
+            self._tell_main("pause")
         return self.status()
 
     def resume(self) -> Status:
@@ -187,8 +187,17 @@ class Coordinator(Coordination):
         Raises Conflict where it cannot run any more, VmLost.
         """
         with self._at_rest():
-            self._main().call("go")
+            self._tell_main("go")
         return self.status()
+
+    def _tell_main(self, order: str) -> None:
+        try:
+            self._main().call(order)
+        except ClusterError as error:
+            raise ClusterError(
+                f"host {self._hosts[0]} of VM {self._vm} does not answer ({error}); whether it has "
+                f"done this, `dcres status {self._vm}` says once it does"
+            ) from None
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:

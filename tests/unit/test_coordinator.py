@@ -837,6 +837,13 @@ def test_nobody_says_that_a_vm_goes_on_which_has_ended(
         started.checkpoint("stop")
 
 
+def test_a_host_that_does_not_answer_an_order_is_named(started: Coordinator, world: World) -> None:
+    world.fail["h0.pause"] = SILENCE
+    told = r"host h0 of VM vm does not answer \(it did not.*`dcres status vm` says"
+    with pytest.raises(ClusterError, match=told):
+        started.pause()
+
+
 def test_how_far_the_guests_clock_is_behind_counts_from_the_stop(
     started: Coordinator, world: World
 ) -> None:
