@@ -186,6 +186,8 @@ def test_a_restore_from_a_store_to_read_only(
         read_only(vm.store.root, tmp_path / "store") as store,
         another_cluster(vm, store) as (_, other),
     ):
+        with pytest.raises(StoreReadOnly, match=r"manifest\.json cannot be written"):
+            Store(store).delete(taken.checkpoint)
         generations = []
         for _ in range(2):
             other.restore(dumps(taken), lazy=lazy)
@@ -200,8 +202,6 @@ def test_a_restore_from_a_store_to_read_only(
             assert "the VM goes on" in str(caught.value)
             if len(generations) < 2:
                 other.stop()
-        with pytest.raises(StoreReadOnly, match=r"manifest\.json cannot be written"):
-            Store(store).delete(taken.checkpoint)
         assert taken.generation < generations[0] < generations[1]
         assert sorted(path for path in vm.store.root.rglob("*")) == tree
         subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
