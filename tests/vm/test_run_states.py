@@ -50,6 +50,7 @@ def new_actors(vm: Rig) -> None:
     main._pager._wanted = False  # its watching thread is gone with it
     if main._monitor is not None:
         main._monitor.close()
+    main._kept.drop()  # the kernel lets go of the pin with its process
     vm.fleet.actor("vm", 0).restart()
     vm.coordinator = Coordinator("vm", vm.fleet)
 
