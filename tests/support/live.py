@@ -66,12 +66,19 @@ class WriterSub(SubHost):
 class WriterMonitor:
     """The part of QEMU's monitor that a checkpoint uses, for a process without devices."""
 
+    has_saved_core = False
+
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._stopped = False
 
     def status(self) -> RunState:
         return RunState.PAUSED if self._stopped else RunState.RUNNING
+
+    settled_status = status
+
+    def send_fd(self, name: str, fd: int) -> None:
+        """The claim to the VM's name would end with QEMU; here with the actor that made it."""
 
     def stop(self) -> None:
         os.kill(self._pid, signal.SIGSTOP)
@@ -122,6 +129,8 @@ class WriterMain(MainHost):
             codes=[] if without else [sub_code(index) for index in range(len(names))],
             accel="tcg",
             accel_why="",
+            cluster="test",
+            generation=1,
         )
 
     @contextmanager
