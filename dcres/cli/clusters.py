@@ -126,20 +126,26 @@ def down(
     yes: YesOption = False,
 ) -> Answer:
     """End the local cluster and its VMs; checkpoints stay."""
-    from dcres.actors.local_cluster import LocalCluster
-    from dcres.actors.local_home import Home
-    from dcres.api.show import working
     from dcres.cli.orphans import end_orphans
-    from dcres.config import default_home
-    from dcres.errors import ConfigError, NotFound
-    from dcres.linux.interrupt import uninterrupted
+    from dcres.errors import ConfigError
 
+    if orphans and purge:
+        raise ConfigError("--orphans is about other clusters than --purge; say one at a time")
     if orphans:
-        if purge:
-            raise ConfigError("--orphans is about other clusters than --purge; say one at a time")
         return end_orphans(options, yes=yes, dry_run=dry_run)
     if dry_run:
         raise ConfigError("--dry-run goes with --orphans")
+    return _end_cluster(options, purge=purge, yes=yes)
+
+
+def _end_cluster(options: Options, *, purge: bool, yes: bool) -> Answer:
+    from dcres.actors.local_cluster import LocalCluster
+    from dcres.actors.local_home import Home
+    from dcres.api.show import working
+    from dcres.config import default_home
+    from dcres.errors import NotFound
+    from dcres.linux.interrupt import uninterrupted
+
     home = default_home()
     local = _running(home)
     if purge:
