@@ -21,12 +21,14 @@ from typing import Any
 import pytest
 
 from dcres.actors import _ray as gateway
+from dcres.actors import local_node
 from dcres.actors._ray import ActorPort, Pending
 from dcres.actors.coordinator import Coordinator
 from dcres.actors.fleet import coordinator_name, host_actor_name
 from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.local_node import CLUSTER_MARK, HOST_MARK
 from dcres.errors import ActorGone, DcresError
-from dcres.linux.process import find_marked
+from dcres.linux.process import ProcessId, find_marked
 from dcres.storage.manifest import Manifest, dumps
 from dcres.storage.store import Store
 from dcres.vm import witness
@@ -197,6 +199,12 @@ def running(campaign: Campaign) -> Campaign:
         campaign.checkpoint_s = time.monotonic() - began
         print(f"\na checkpoint takes {campaign.checkpoint_s:.2f} s; seed {SEED}")
     return campaign
+
+
+def processes_of_host(cluster: LocalCluster, host: str) -> set[ProcessId]:
+    """All that runs there, workers of Ray's too, whose marks are gone."""
+    found = local_node.marked({CLUSTER_MARK: cluster.id, HOST_MARK: host})
+    return found | local_node._in_sessions(local_node._sessions_led_by(found))
 
 
 def kill_during_checkpoint(campaign: Campaign, name: str, round_: int, mode: str) -> str:
@@ -372,11 +380,14 @@ def test_a_host_that_is_lost_during_a_live_checkpoint(
     """With a `spare` host Ray moves the lost one's actor there, where nothing of the VM is."""
     before = running.newest()
     where = [str(host["host"]) for host in running.hosts()]
+    doomed = processes_of_host(running.cluster, where[index])  # to look for them takes a while
     # A downtime that no stop can keep: it copies for as long as it may.
     pending = running.coordinator.submit("checkpoint", "live", None, 0.001)
     phase = partial(running.coordinator.call, "progress")
     until(lambda: phase()["phase"] == "copying", 30, "it copies")
     began = time.monotonic()
+    for process in doomed:
+        process.kill()
     running.cluster.kill_host(where[index])
     if spare:
         running.cluster.add_host()
