@@ -27,7 +27,7 @@ KERNEL = Path("/tmp/dcres-fixture/kernel")
 
 @pytest.fixture
 def kernel() -> Iterator[Path]:
-    KERNEL.parent.mkdir()
+    KERNEL.parent.mkdir(exist_ok=True)  # a run that was killed may have left it
     try:
         shutil.copy(FIXTURES / "guest.elf", KERNEL)
         yield KERNEL
