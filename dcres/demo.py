@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.api.cluster import Cluster, local_cluster
 from dcres.api.operation import OperationProgress
 from dcres.api.status import VmStatus

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from dcres.actors import orphans
+from dcres.actors.host import orphans
 from dcres.config import HostSettings, default_cache, default_home, format_size
 from dcres.errors import DcresError
 from dcres.linux import inject, tmpfs
@@ -48,7 +48,9 @@ _PROBE_PAGES = 16
 # Optional modules in C, and what takes longer without.
 _NATIVE = {
     "dcres.paging._hot": "page-in takes about twice as long",
-    "dcres.storage._bulk": "saving and loading scattered pages takes up to half as long again",
+    "dcres.storage.engine._bulk": (
+        "saving and loading scattered pages takes up to half as long again"
+    ),
 }
 
 

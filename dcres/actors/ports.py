@@ -1,7 +1,7 @@
 """How the coordinator sees the rest: hosts behind ports, and the fleet that provides them.
 
-`dcres.actors._ray.ActorPort` and `tests.support.fleet.LocalPort` are both ports; the contract
-tests hold them to the same behaviour.
+`dcres.actors.ray.gateway.ActorPort` and `tests.support.fleet.LocalPort` are both ports; the
+contract tests hold them to the same behaviour.
 """
 
 from __future__ import annotations

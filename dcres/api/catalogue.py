@@ -9,16 +9,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dcres.actors import _ray
-from dcres.actors.publishing import checkpoint_facts
+from dcres.actors.control.publishing import checkpoint_facts
+from dcres.actors.ray import gateway
 from dcres.api.operation import HostProgress, OperationProgress, ProgressOption, shown_progress
 from dcres.config import HostSettings
 from dcres.errors import CheckpointCorrupt, ClusterError, DcresError, NotFound, OperationFailed
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.checks import VerifiedPart, VerifyReport
+from dcres.storage.format.checks import VerifiedPart, VerifyReport
+from dcres.storage.format.manifest import Manifest
 from dcres.storage.layout import stamp_of, vm_of
-from dcres.storage.manifest import Manifest
-from dcres.storage.store import Listed, Listing, Names, Store
+from dcres.storage.store.store import Listed, Listing, Names, Store
 
 _T = TypeVar("_T")
 _LOOK_TIMEOUT_S = 60.0
@@ -91,8 +91,8 @@ class StoresOfHosts:
     def verify(self, checkpoint: str, done: Callable[[int], None] | None = None) -> VerifyReport:
         """See `Catalogue`; the hosts read at the same time, and `done` is called at the end."""
         host, manifest = self._find(checkpoint)
-        if _ray.run_on(host, _has_all_parts, manifest):
-            report = _ray.run_apart(host, _verify, checkpoint, timeout_s=_READ_ALL_TIMEOUT_S)
+        if gateway.run_on(host, _has_all_parts, manifest):
+            report = gateway.run_apart(host, _verify, checkpoint, timeout_s=_READ_ALL_TIMEOUT_S)
         else:
             report = self._verify_apart(manifest)
         if done is not None:
@@ -110,13 +110,13 @@ class StoresOfHosts:
         out_of_reach = self._out_of_reach(first, checkpoint)
         others = [host for host in _alive() if host != first]
         for host in (first, *others):
-            _ray.run_on(host, _require_unpinned, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
-        _ray.run_on(first, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+            gateway.run_on(host, _require_unpinned, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+        gateway.run_on(first, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
         left = _LEFT.format(vm=vm_of(checkpoint), name=checkpoint)
         failures: dict[str, str] = dict.fromkeys(out_of_reach, left)
         for host in others:
             try:
-                _ray.run_on(host, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+                gateway.run_on(host, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
             except DcresError as error:
                 failures[host] = str(error)
         if failures:
@@ -128,7 +128,7 @@ class StoresOfHosts:
         None if the manifest does not tell.
         """
         with suppress(CheckpointCorrupt):
-            manifest = _ray.run_on(first, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+            manifest = gateway.run_on(first, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
             found = {part for here in _on_all(_parts_here, manifest) for part in here}
             there = found.union(_alive())
             return [part.host for part in manifest.hosts if part.host not in there]
@@ -137,7 +137,7 @@ class StoresOfHosts:
     def _publisher(self, checkpoint: str) -> str:
         """A host whose store has the manifest, readable or not. Raises NotFound."""
         for host in _alive():
-            if _ray.run_on(host, _is_published, checkpoint, timeout_s=_LOOK_TIMEOUT_S):
+            if gateway.run_on(host, _is_published, checkpoint, timeout_s=_LOOK_TIMEOUT_S):
                 return host
         return self._find(checkpoint)[0]  # it is nowhere, and this says what is
 
@@ -145,22 +145,24 @@ class StoresOfHosts:
         missing: NotFound | None = None
         for host in _alive():
             try:
-                return host, _ray.run_on(host, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
+                return host, gateway.run_on(host, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
             except NotFound as error:
                 missing = error
         raise missing or ClusterError("the cluster has no host that could be asked")
 
     def _verify_apart(self, manifest: Manifest) -> VerifyReport:
         def part(host: str) -> VerifiedPart:
-            return _ray.run_apart(host, _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S)
+            return gateway.run_apart(
+                host, _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S
+            )
 
         parts = _at_once(part, [each.host for each in manifest.hosts])
         main = manifest.main.host
-        return _ray.run_on(main, _verify_together, manifest, parts, timeout_s=_LOOK_TIMEOUT_S)
+        return gateway.run_on(main, _verify_together, manifest, parts, timeout_s=_LOOK_TIMEOUT_S)
 
 
 def _alive() -> list[str]:
-    return [host.name for host in _ray.hosts() if host.alive]
+    return [host.name for host in gateway.hosts() if host.alive]
 
 
 def _at_once(work: Callable[[str], _T], hosts: Sequence[str]) -> list[_T]:
@@ -170,7 +172,7 @@ def _at_once(work: Callable[[str], _T], hosts: Sequence[str]) -> list[_T]:
 
 def _on_all(function: Callable[..., _T], *args: object) -> list[_T]:
     return _at_once(
-        lambda host: _ray.run_on(host, function, *args, timeout_s=_LOOK_TIMEOUT_S), _alive()
+        lambda host: gateway.run_on(host, function, *args, timeout_s=_LOOK_TIMEOUT_S), _alive()
     )
 
 

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dcres.actors import _ray, naming
-from dcres.actors.fleet import RayFleet, parts_in_store, roomier
-from dcres.actors.loading import parse
-from dcres.actors.room import HostInfo, host_named, require_room
-from dcres.actors.vm_folder import VmFolder
+from dcres.actors.control.room import HostInfo, host_named, require_room
+from dcres.actors.host import naming
+from dcres.actors.host.loading import parse
+from dcres.actors.host.vm_folder import VmFolder
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import RayFleet, parts_in_store, roomier
 from dcres.api.session import Session
 from dcres.config import HostSettings, Layout, VmSpec, format_size, listed
 from dcres.errors import ConfigError, Conflict, DcresError, NoRoom, NotFound
@@ -21,8 +22,8 @@ from dcres.linux.memory import free_for_guests
 from dcres.model.choice import Candidate, Share, choose, choose_evenly, choose_for
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.model.phase import VmPhase, in_the_way
-from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest, dumps
+from dcres.storage.store.store import Store
 
 log = logging.getLogger("dcres.restore")
 
@@ -105,8 +106,8 @@ def look_around(manifest: Manifest, *, take_over: bool = False) -> list[Seen]:
     What the VM itself still holds counts as free: a restore gives it back first.
     """
     held = RayFleet().held(manifest.vm)
-    alive = [roomier(host, held) for host in _ray.hosts() if host.alive]
-    asked = (dumps(manifest), _ray.cluster_id(), take_over)
+    alive = [roomier(host, held) for host in gateway.hosts() if host.alive]
+    asked = (dumps(manifest), gateway.cluster_id(), take_over)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         looked = pool.map(partial(_look_at, asked), alive)
         return [seen for seen in looked if seen is not None]
@@ -114,7 +115,7 @@ def look_around(manifest: Manifest, *, take_over: bool = False) -> list[Seen]:
 
 def _look_at(asked: tuple[str, str, bool], host: HostInfo) -> Seen | None:
     try:
-        look = _ray.run_on(host.name, look_here, *asked, timeout_s=_LOOK_TIMEOUT_S)
+        look = gateway.run_on(host.name, look_here, *asked, timeout_s=_LOOK_TIMEOUT_S)
     except DcresError as error:
         log.warning("host %s is left out: %s", host.name, error)
         return None

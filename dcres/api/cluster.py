@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from dcres.actors import _ray
-from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import LocalCluster, purge
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.local_cluster import LocalCluster, purge
 from dcres.api.operation import ProgressOption
 from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
@@ -19,7 +19,7 @@ from dcres.config import Layout, VmSpec, load_vm_spec, named_folder, parse_size,
 from dcres.errors import ConfigError, Conflict
 from dcres.linux.interrupt import Terminated, ended_by_sigterm, uninterrupted
 from dcres.linux.removal import remove_if_empty
-from dcres.storage.store import Listing
+from dcres.storage.store.store import Listing
 
 _STATUS_TIMEOUT_S = 60.0
 
@@ -68,7 +68,7 @@ class Cluster:
                 free_bytes=info.memory_free_bytes if info.alive else 0,
                 alive=info.alive,
             )
-            for info in _ray.hosts()
+            for info in gateway.hosts()
         ]
 
     def start(
@@ -102,8 +102,8 @@ class Cluster:
     def statuses(self) -> list[VmStatus]:
         """What all VMs do; one whose coordinator does not answer has the phase ``unknown``."""
         names = {coordinator_name(vm): vm for vm in self._session.vms()}
-        pending = {name: _ray.ActorPort(name).submit("status") for name in names}
-        answers, failures = _ray.gather(pending, _STATUS_TIMEOUT_S)
+        pending = {name: gateway.ActorPort(name).submit("status") for name in names}
+        answers, failures = gateway.gather(pending, _STATUS_TIMEOUT_S)
         found = [status_of(answer) for answer in answers.values() if answer["phase"] != "absent"]
         unknown = [VmStatus(names[n], "unknown", str(why)) for n, why in failures.items()]
         return sorted([*found, *unknown], key=lambda status: status.vm)
@@ -189,14 +189,14 @@ def local_cluster(
             local = LocalCluster.start(
                 folder, hosts, memory_bytes, store_folder, dashboard=dashboard
             )
-            joined = _ray.connect(local.address, local.token_path)
+            joined = gateway.connect(local.address, local.token_path)
             yield Cluster(Session(local.address, catalogue_of(None, local), local, joined=joined))
         except (KeyboardInterrupt, Terminated):
             keep = False
             raise
         finally:
             with uninterrupted():
-                _ray.disconnect()  # there was no connection before, so it is ours
+                gateway.disconnect()  # there was no connection before, so it is ours
                 if local is not None and not keep:
                     local.stop()
                 if home is None and not (keep and local):
@@ -205,7 +205,7 @@ def local_cluster(
 
 
 def _require_unconnected() -> None:
-    connected = _ray.connected_address()
+    connected = gateway.connected_address()
     if connected is not None:
         raise Conflict(
             f"this process is connected to the cluster at {connected} already; "

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dcres.actors import _ray
-from dcres.actors.loading import make_plan
+from dcres.actors.control.restoring import Where, capacities_of
+from dcres.actors.host.loading import make_plan
 from dcres.actors.messages import PlanOrder
-from dcres.actors.restoring import Where, capacities_of
+from dcres.actors.ray import gateway
 from dcres.api.choosing import Choice, Seen, Wish, decide, require_name
 from dcres.config import HostSettings, format_size
 from dcres.errors import DcresError
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest, dumps
+from dcres.storage.store.store import Store
 
 STORE_BYTES_PER_S = 1000e6  # `load_1` to `load_3` in docs/measurements.md
 NETWORK_BYTES_PER_S = 110e6  # what 1 Gbit/s leaves for pages
@@ -189,7 +189,7 @@ def verdict(plan: RestorePlan) -> str:
 
 def flow_on(host: str, order: PlanOrder) -> Flow:
     """The plan's numbers, from a host that has the main host's part."""
-    return _ray.run_on(host, flow_here, order, timeout_s=_PLAN_TIMEOUT_S)
+    return gateway.run_on(host, flow_here, order, timeout_s=_PLAN_TIMEOUT_S)
 
 
 def flow_here(order: PlanOrder) -> Flow:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from dcres.actors import _ray
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_home import HOST_FIELD, Home
-from dcres.actors.local_node import CLUSTER_MARK
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_home import HOST_FIELD, Home
+from dcres.actors.ray.local_node import CLUSTER_MARK
 from dcres.api.catalogue import Catalogue, StoreHere, StoresOfHosts
 from dcres.config import default_home, store_of_environ
 from dcres.errors import ConfigError, Conflict, DcresError, NotFound
@@ -39,24 +39,24 @@ class Session:
     def close(self) -> None:
         """Leave the cluster if dcres joined it; what goes on there goes on."""
         if self.joined:
-            _ray.disconnect()
+            gateway.disconnect()
 
     def coordinator(self, vm: str) -> Port:
         """The VM's coordinator, spawned unless there is one already."""
         name = coordinator_name(vm)
-        port = _ray.find(name)
+        port = gateway.find(name)
         if port is None:
             try:
-                port = _ray.spawn(Coordinator, name, (vm,))
+                port = gateway.spawn(Coordinator, name, (vm,))
             except Conflict:
                 # Somebody else was faster; the coordinator lets one of us begin.
-                port = _ray.ActorPort(name)
+                port = gateway.ActorPort(name)
         port.wait_ready(_READY_TIMEOUT_S)
         return port
 
     def existing(self, vm: str) -> Port:
         """The coordinator of a VM that there is. Raises NotFound."""
-        port = _ray.find(coordinator_name(vm))
+        port = gateway.find(coordinator_name(vm))
         if port is None:
             raise self._unknown(vm)
         port.wait_ready(_READY_TIMEOUT_S)
@@ -67,7 +67,7 @@ class Session:
 
         Only its own coordinator is asked; if that is silent, there is something to be done.
         """
-        port = _ray.find(coordinator_name(vm))
+        port = gateway.find(coordinator_name(vm))
         if port is None:
             raise self._unknown(vm)
         try:
@@ -89,12 +89,12 @@ class Session:
         """End the VM's coordinator unless there is something to coordinate."""
         name = coordinator_name(vm)
         with suppress(DcresError):
-            if _ray.ActorPort(name).call("retire"):
-                _ray.kill(name)
+            if gateway.ActorPort(name).call("retire"):
+                gateway.kill(name)
 
     def vms(self) -> list[str]:
         """The names of VMs that have a coordinator, whether they run or not."""
-        return [name.removeprefix(_PREFIX) for name in _ray.list_actors(_PREFIX)]
+        return [name.removeprefix(_PREFIX) for name in gateway.list_actors(_PREFIX)]
 
 
 def open_session(address: str | None, store: Path | None) -> Session:
@@ -104,7 +104,7 @@ def open_session(address: str | None, store: Path | None) -> Session:
     address = local.address if local is not None else str(named)
     catalogue = catalogue_of(named_store(store), local)
     try:
-        joined = _ray.connect(address, None if local is None else local.token_path)
+        joined = gateway.connect(address, None if local is None else local.token_path)
     except DcresError:
         if local is not None:
             local.require_here()  # else this says why nobody answers
@@ -114,13 +114,13 @@ def open_session(address: str | None, store: Path | None) -> Session:
 
 def _named(address: str | None) -> str | None:
     """The address of the cluster that is meant; None if nothing names one."""
-    connected = _ray.connected_address()
+    connected = gateway.connected_address()
     if connected is not None and address in (None, "auto"):
         return connected
     if address is not None:
-        return _ray.resolve(address)
-    named = os.environ.get(_ray.ADDRESS_VARIABLE)
-    return _ray.resolve(named, _ray.ADDRESS_VARIABLE) if named else None
+        return gateway.resolve(address)
+    named = os.environ.get(gateway.ADDRESS_VARIABLE)
+    return gateway.resolve(named, gateway.ADDRESS_VARIABLE) if named else None
 
 
 def local_cluster_at(address: str | None) -> LocalCluster | None:
@@ -146,7 +146,7 @@ def open_catalogue(address: str | None, store: Path | None) -> tuple[Catalogue, 
     named = named_store(store)
     if named is not None:
         return catalogue_of(named, None), False
-    if address is not None or os.environ.get(_ray.ADDRESS_VARIABLE):
+    if address is not None or os.environ.get(gateway.ADDRESS_VARIABLE):
         return _joining(address)
     try:
         local = local_cluster_at(None)

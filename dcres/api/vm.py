@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dcres.actors import _ray
-from dcres.actors.fleet import RayFleet
+from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.messages import Foreseen
-from dcres.actors.publishing import checkpoint_facts
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import RayFleet
 from dcres.api.catalogue import verify
 from dcres.api.choosing import choose_hosts, look_around, phase_of, wish_of
 from dcres.api.defaults import (
@@ -43,8 +43,8 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.phase import VmPhase, in_the_way
 from dcres.model.picture import MOST_BUCKETS
-from dcres.storage.checks import VerifyReport
-from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.format.checks import VerifyReport
+from dcres.storage.format.manifest import Manifest, dumps
 
 log = logging.getLogger("dcres.restore")
 
@@ -282,7 +282,7 @@ class Vm:
         host, path = status.hosts[0].host, Path(status.console)
         if self._session.local is not None:
             return read_from(path, offset_bytes)
-        return _ray.run_on(host, read_from, path, offset_bytes)
+        return gateway.run_on(host, read_from, path, offset_bytes)
 
     def checkpoints(self) -> list[Checkpoint]:
         """The VM's readable checkpoints, oldest first."""
@@ -446,7 +446,7 @@ def _bring_up(
     """Have the VM's coordinator start or restore it; when that fails, no coordinator is left."""
     with ended_by_sigterm():
         try:
-            wanted = (*call, _ray.own_driver())
+            wanted = (*call, gateway.own_driver())
             return attend(session.coordinator(vm), *wanted, title=title, progress=progress)
         except BaseException:
             with uninterrupted():

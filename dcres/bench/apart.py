@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dcres.actors import _ray
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_home import HOST_FIELD
-from dcres.actors.local_node import Places
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_home import HOST_FIELD
+from dcres.actors.ray.local_node import Places
 from dcres.bench.rig import wait_for
 from dcres.errors import VmError
-from dcres.storage.manifest import Manifest
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.store.store import Store
 
 FILL_TIMEOUT_S = 600.0
 _READY_TIMEOUT_S = 60.0
@@ -29,11 +29,11 @@ def apart(
     """Such a cluster, and this process connected to it."""
     store = folder / "stores" / HOST_FIELD
     with LocalCluster.start(folder, hosts, memory_per_host, store, places=places) as cluster:
-        _ray.connect(cluster.address, cluster.token_path)
+        gateway.connect(cluster.address, cluster.token_path)
         try:
             yield cluster
         finally:
-            _ray.disconnect()
+            gateway.disconnect()
 
 
 def store_of(cluster: LocalCluster, host: str) -> Store:
@@ -56,13 +56,13 @@ def delete(cluster: LocalCluster, manifest: Manifest) -> None:
 @contextmanager
 def coordinator(vm: str) -> Iterator[Port]:
     """The coordinator of a VM that does not run yet; the VM ends with it."""
-    port: Port = _ray.spawn(Coordinator, coordinator_name(vm), (vm,))
+    port: Port = gateway.spawn(Coordinator, coordinator_name(vm), (vm,))
     try:
         port.wait_ready(_READY_TIMEOUT_S)
         yield port
         port.call("stop")
     finally:
-        _ray.kill(coordinator_name(vm))
+        gateway.kill(coordinator_name(vm))
 
 
 def await_word(console: Path, word: str) -> None:

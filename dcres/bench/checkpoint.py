@@ -22,19 +22,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dcres.actors import _ray
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench import disk
 from dcres.bench.filler import fill_mib, filler_image
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import wait_for
 from dcres.errors import VmError
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.manifest import dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import dumps
+from dcres.storage.store.store import Store
 
 MIB = 1 << 20
 HOSTS = (1, 2, 3)
@@ -67,11 +67,11 @@ def _cluster(folder: Path, memory_mib: int) -> Iterator[LocalCluster]:
     """Three hosts, each with room for one share of every VM, and this process connected."""
     room = sum(max(_shares(hosts, memory_mib)) for hosts in HOSTS) * MIB
     with LocalCluster.start(folder / "c", HOSTS[-1], memory_per_host=room) as cluster:
-        _ray.connect(cluster.address, cluster.token_path)
+        gateway.connect(cluster.address, cluster.token_path)
         try:
             yield cluster
         finally:
-            _ray.disconnect()
+            gateway.disconnect()
 
 
 def _shares(hosts: int, memory_mib: int) -> list[int]:
@@ -88,7 +88,7 @@ class Subject:
         self._cluster = cluster
         self._store = Store(cluster.settings(cluster.hosts[0]).store)
         self._raw = folder / "raw"
-        self._port: Port = _ray.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
+        self._port: Port = gateway.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
         main, *subs = (f"{share}MiB" for share in _shares(hosts, memory_mib))
         image = filler_image(folder)
@@ -173,7 +173,7 @@ class Subject:
     def end(self) -> None:
         """Stop the VM and its coordinator."""
         self._port.call("stop")
-        _ray.kill(coordinator_name(self._vm))
+        gateway.kill(coordinator_name(self._vm))
 
 
 class LoadWatch:

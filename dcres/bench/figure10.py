@@ -17,7 +17,7 @@ from __future__ import annotations
 from dcres.bench import ratios
 from dcres.bench.result import Bench, Row, Setup
 from dcres.bench.split import SplitVm, Timed, restore_details
-from dcres.storage.manifest import Manifest
+from dcres.storage.format.manifest import Manifest
 
 ROUNDS, QUICK_ROUNDS = 4, 1
 _RESTORE, _LOAD, _WHOLE = "restore", "load", "whole"

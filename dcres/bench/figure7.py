@@ -33,7 +33,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench.apart import await_word
 from dcres.bench.hosts import Hosts, slow_cluster
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
@@ -47,7 +47,7 @@ from dcres.bench.split import (
 )
 from dcres.bench.traditional import Image
 from dcres.config import Accel, VmSpec
-from dcres.storage.manifest import Manifest
+from dcres.storage.format.manifest import Manifest
 from dcres.vm import process
 from dcres.vm.command import QEMU, VmFiles
 from dcres.vm.monitor import Monitor

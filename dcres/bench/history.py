@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
-from dcres.actors.vm_folder import VmFolder
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench.apart import await_word, coordinator, folder_of, store_of
 from dcres.bench.filler import filler_image
 from dcres.bench.result import Aim, Direction, Ratio, Row, Setup
-from dcres.storage import tables
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import Manifest, dumps
 from dcres.storage.layout import HISTORY
-from dcres.storage.manifest import Manifest, dumps
 
 WHATS = ("page_ins_by_history", "page_ins_by_chance")
 RATIOS = {"page_ins_history_over_random": Ratio(*WHATS)}

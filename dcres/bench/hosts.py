@@ -33,9 +33,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_home import HOST_FIELD
-from dcres.actors.local_node import Places
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_home import HOST_FIELD
+from dcres.actors.ray.local_node import Places
 from dcres.bench.apart import apart
 from dcres.bench.move import ONE_GBIT, Place, plain_copy, require_iproute, run_command
 from dcres.bench.result import Row

@@ -21,16 +21,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dcres.actors import _ray
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench.filler import fill_mib, filler_image
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import build_writer, rig, wait_for
 from dcres.config import Accel, VmSpec
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.store import Store
+from dcres.storage.store.store import Store
 from dcres.vm import process
 from dcres.vm.command import VmFiles
 from dcres.vm.monitor import Monitor
@@ -69,11 +69,11 @@ def measure(setup: Setup) -> list[Row]:
 @contextmanager
 def _connected(cluster: LocalCluster) -> Iterator[LocalCluster]:
     with cluster:
-        _ray.connect(cluster.address, cluster.token_path)
+        gateway.connect(cluster.address, cluster.token_path)
         try:
             yield cluster
         finally:
-            _ray.disconnect()
+            gateway.disconnect()
 
 
 def _spec(
@@ -103,7 +103,7 @@ class _Subject:
         layout = {"main": f"{3 * quarter}MiB", "subs": [f"{quarter}MiB"]}
         spec = _spec(folder, memory_mib, rate, reads, layout=layout)
         self._vm = str(spec["name"])
-        self._port = _ray.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
+        self._port = gateway.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
         status = self._port.call("start", spec, timeout_s=_TIMEOUT_S)
         self._console = Path(status["hosts"][0]["console"])
@@ -131,7 +131,7 @@ class _Subject:
         """All rounds; the VM is gone afterwards."""
         rows = [row for at in range(rounds) for row in self._round(at)]
         self._port.call("stop")
-        _ray.kill(coordinator_name(self._vm))
+        gateway.kill(coordinator_name(self._vm))
         return rows
 
     def _round(self, at: int) -> list[Row]:

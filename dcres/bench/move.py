@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dcres.actors.slice_server import SliceSettings
+from dcres.actors.host.slice_server import SliceSettings
 from dcres.bench.result import Aim, Direction, Ratio, Row, Setup
 from dcres.bench.rig import wait_for
 from dcres.errors import PagingError, UnsupportedHost
@@ -34,17 +34,17 @@ from dcres.linux.files import opened
 from dcres.model.handshake import Identity
 from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.paging import control, settings
-from dcres.paging.puller import pull
 from dcres.paging.settings import SubAddress
+from dcres.paging.transport.puller import pull
 from dcres.storage import layout
 from dcres.storage.atomic import write_durably
-from dcres.storage.bulk import write_fully
 from dcres.storage.digest import file_sum
-from dcres.storage.manifest import HostSlice, Manifest, Mode, Role
-from dcres.storage.memory_file import MemoryFileWriter
-from dcres.storage.pins import Hold
-from dcres.storage.slices import write_memory_tables
-from dcres.storage.store import Store
+from dcres.storage.engine.bulk import write_fully
+from dcres.storage.engine.memory_file import MemoryFileWriter
+from dcres.storage.format.manifest import HostSlice, Manifest, Mode, Role
+from dcres.storage.format.slices import write_memory_tables
+from dcres.storage.store.pins import Hold
+from dcres.storage.store.store import Store
 
 T = TypeVar("T")
 
@@ -238,7 +238,7 @@ def _serving(source: Source, place: Place) -> Iterator[SubAddress]:
             parts=(store.memory_part(source.manifest, _HOST),),
         )
         settings.save(chosen, folder / "slices.json")
-        argv = [sys.executable, "-m", "dcres.actors.slice_server", str(folder / "slices.json")]
+        argv = [sys.executable, "-m", "dcres.actors.host.slice_server", str(folder / "slices.json")]
         process = subprocess.Popen([*place.prefix, *argv], stderr=subprocess.DEVNULL)
         try:
             yield SubAddress(_HOST, place.address, _port(process, folder / "slices.sock"), 0)

@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dcres.actors import _ray
-from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.ports import Port
+from dcres.actors.ray import gateway
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench import fio
 from dcres.bench.apart import await_word, coordinator
 from dcres.bench.backport import QemuProgram, with_mapped_ram
@@ -41,8 +41,8 @@ from dcres.config import VmSpec, default_cache
 from dcres.errors import UnsupportedHost
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, MAX_ROUNDS
-from dcres.storage.manifest import dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import dumps
+from dcres.storage.store.store import Store
 from dcres.vm.command import QEMU
 
 MIB = 1 << 20
@@ -143,11 +143,11 @@ class Subject:
 @contextmanager
 def _cluster(folder: Path, memory_mib: int) -> Iterator[LocalCluster]:
     with LocalCluster.start(folder, 1, memory_per_host=memory_mib * MIB) as cluster:
-        _ray.connect(cluster.address, cluster.token_path)
+        gateway.connect(cluster.address, cluster.token_path)
         try:
             yield cluster
         finally:
-            _ray.disconnect()
+            gateway.disconnect()
 
 
 def _row(what: str, at: int, length: int, seconds: float, downtime: float | None = None) -> Row:

@@ -18,7 +18,7 @@ import numpy as np
 from dcres.errors import StorageError
 from dcres.linux.files import allocate, open_direct
 from dcres.model.pages import PAGE_SIZE, Pages
-from dcres.storage.buffers import Buffers
+from dcres.storage.engine.buffers import Buffers
 
 _SAVING_THREADS, _LOADING_THREADS = 8, 4
 _PIECE_PAGES = 1024

@@ -34,7 +34,7 @@ from dcres.bench.rig import Writer, build_writer, wait_for
 from dcres.config import Accel, VmSpec, default_home
 from dcres.model.pages import pages_of
 from dcres.model.policy import Fifo, SegmentedFifo
-from dcres.paging.watcher import STEP_PAGES
+from dcres.paging.pager.watcher import STEP_PAGES
 from dcres.vm import guest, process
 from dcres.vm.command import VmFiles
 from dcres.vm.witness import read as read_witness

@@ -28,8 +28,8 @@ from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Pages, mask_of_extents
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
-from dcres.paging.outbox import Outbox
-from dcres.paging.table import PageTable
+from dcres.paging.pager.outbox import Outbox
+from dcres.paging.pager.table import PageTable
 
 _BATCH_PAGES = 16
 _FAULTS_AT_ONCE = 16

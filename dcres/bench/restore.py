@@ -14,11 +14,11 @@ checkpoint is restored, every time read from the disk:
 
 The time of a restore ends when QEMU has been told to let the guest run. ``reserve`` is the part
 of it in which Ray sets memory aside and starts the hosts' actors, in processes that are there
-already (`dcres.actors._ray.spares`); ``own`` is a lazy restore over two hosts, with all of that,
-but without QEMU's start. On one host Ray has to start an actor on the other one, too, which no
-longer is the VM's. All hosts are on this machine, and so share its processors. What else a restore
-is about is in `dcres.bench.move` (bytes per second between two hosts) and `dcres.bench.history`
-(what the access history is good for).
+already (`dcres.actors.ray.gateway.spares`); ``own`` is a lazy restore over two hosts, with all
+of that, but without QEMU's start. On one host Ray has to start an actor on the other one, too,
+which no longer is the VM's. All hosts are on this machine, and so share its processors. What else
+a restore is about is in `dcres.bench.move` (bytes per second between two hosts) and
+`dcres.bench.history` (what the access history is good for).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
-from dcres.actors.vm_folder import VmFolder
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench import history, move
 from dcres.bench.apart import (
     FILL_TIMEOUT_S,
@@ -49,7 +49,7 @@ from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.bench.rig import wait_for
 from dcres.config import Accel, Layout, VmSpec
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.format.manifest import Manifest, dumps
 from dcres.vm import process
 from dcres.vm.command import VmFiles
 from dcres.vm.monitor import Monitor

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
-from dcres.actors.vm_folder import VmFolder
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench.apart import FILL_TIMEOUT_S, await_word, coordinator, delete, folder_of, store_of
 from dcres.bench.filler import filler_image
 from dcres.bench.move import forget
 from dcres.bench.rig import wait_for
 from dcres.config import Layout
-from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.format.manifest import Manifest, dumps
 
 MIB = 1 << 20
 TIMEOUT_S = 600.0

@@ -12,7 +12,7 @@ import typer
 from dcres.cli.frame import HERE, Answer, Options, YesOption, add_command, confirm, folder
 
 if TYPE_CHECKING:
-    from dcres.actors.local_cluster import LocalCluster
+    from dcres.actors.ray.local_cluster import LocalCluster
 
 app = typer.Typer(
     add_completion=False,
@@ -77,7 +77,7 @@ def up(
     ] = False,
 ) -> Answer:
     """Start a local cluster of Ray nodes on this machine."""
-    from dcres.actors.local_cluster import LocalCluster
+    from dcres.actors.ray.local_cluster import LocalCluster
     from dcres.api.cluster import connect, memory_size
     from dcres.api.show import working
     from dcres.cli.tables import hosts_view
@@ -139,8 +139,8 @@ def down(
 
 
 def _end_cluster(options: Options, *, purge: bool, yes: bool) -> Answer:
-    from dcres.actors.local_cluster import LocalCluster
-    from dcres.actors.local_home import Home
+    from dcres.actors.ray.local_cluster import LocalCluster
+    from dcres.actors.ray.local_home import Home
     from dcres.api.show import working
     from dcres.config import default_home
     from dcres.errors import NotFound
@@ -170,8 +170,8 @@ def _end_cluster(options: Options, *, purge: bool, yes: bool) -> Answer:
 
 def _running(home: Path) -> LocalCluster | None:
     """The cluster to end, if one runs. Raises Conflict for one that may run elsewhere."""
-    from dcres.actors.local_cluster import LocalCluster
-    from dcres.actors.local_home import Home
+    from dcres.actors.ray.local_cluster import LocalCluster
+    from dcres.actors.ray.local_home import Home
     from dcres.errors import NotFound
 
     try:
@@ -184,7 +184,7 @@ def _running(home: Path) -> LocalCluster | None:
 
 
 def _confirm_purge(options: Options, home: Path, local: LocalCluster | None, yes: bool) -> None:
-    from dcres.actors.local_home import Home
+    from dcres.actors.ray.local_home import Home
     from dcres.errors import NotFound
 
     place = Home(home)
@@ -200,7 +200,7 @@ def _confirm_purge(options: Options, home: Path, local: LocalCluster | None, yes
 
 
 def _purge(home: Path) -> tuple[list[str], list[str]]:
-    from dcres.actors.local_cluster import purge
+    from dcres.actors.ray.local_cluster import purge
     from dcres.api.show import working
 
     with working(f"removing what clusters made in {home}"):

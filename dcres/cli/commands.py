@@ -53,7 +53,7 @@ def open_cluster(options: Options) -> Iterator[Cluster]:
 @contextmanager
 def open_catalogue(options: Options) -> Iterator[Catalogue]:
     """The checkpoints; a cluster is joined only if they are not to be found here."""
-    from dcres.actors._ray import disconnect
+    from dcres.actors.ray.gateway import disconnect
     from dcres.api import session
 
     catalogue, joined = session.open_catalogue(options.address, options.store)

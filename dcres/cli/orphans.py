@@ -10,7 +10,7 @@ from dcres.cli.frame import Answer, Options, confirm
 from dcres.cli.tables import orphans_table
 
 if TYPE_CHECKING:
-    from dcres.actors.orphans import Orphans
+    from dcres.actors.host.orphans import Orphans
 
 REMEDY = "nobody can take them up again: `dcres down --orphans` ends them, checkpoints stay"
 
@@ -19,7 +19,7 @@ def found() -> list[Orphans]:
     """All that is left on this host."""
     import os
 
-    from dcres.actors import orphans
+    from dcres.actors.host import orphans
     from dcres.config import HostSettings
 
     return orphans.find(HostSettings.from_environ(os.environ).ram)
@@ -49,7 +49,7 @@ def end_orphans(options: Options, *, yes: bool, dry_run: bool) -> Answer:
     """``dcres down --orphans``."""
     import os
 
-    from dcres.actors import orphans
+    from dcres.actors.host import orphans
     from dcres.api.show import working
     from dcres.config import HostSettings
     from dcres.linux.interrupt import uninterrupted

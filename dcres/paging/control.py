@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from dcres import errors
 from dcres.linux.removal import remove_socket
-from dcres.paging.loop import READ, Loop
+from dcres.paging.transport.loop import READ, Loop
 
 _LONGEST_LINE = 1 << 16
 _MOST_PAGES = 1 << 52  # of 4 KiB each, in 64 bits

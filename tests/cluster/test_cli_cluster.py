@@ -499,12 +499,12 @@ JOB_PROGRAM = "import dcres, sys; dcres.connect().restore(sys.argv[1], hosts=3)"
 API_PROGRAM = """
 import json, sys, time
 import dcres
-from dcres.actors import _ray
+from dcres.actors.ray import gateway
 
 def inside():
     with dcres.connect() as cluster:
         found = sorted(host.name for host in cluster.hosts() if host.alive)
-    assert _ray.connected_address(), "the task's own connection stays"
+    assert gateway.connected_address(), "the task's own connection stays"
     return found
 
 with dcres.connect() as cluster:
@@ -531,6 +531,6 @@ with dcres.connect() as cluster:
         "phases": bool(seen) and all(each.vm == "box" for each in seen),
         "restored": again.name,
         "deleted": taken.id not in [each.id for each in cluster.checkpoints()],
-        "inside": _ray.run_on("h1", inside),
+        "inside": gateway.run_on("h1", inside),
     }))
 """

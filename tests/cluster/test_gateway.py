@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from dcres.actors import _ray as gateway
-from dcres.actors._ray import ActorPort, looking
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.ray import gateway
+from dcres.actors.ray.gateway import ActorPort, looking
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
 from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
 from tests.support.cli import Cli, ended
@@ -126,8 +126,8 @@ class TestDrivers:
     def test_one_that_is_killed_is_gone(self, cluster: LocalCluster, tmp_path: Path) -> None:
         """And one that is there is not, as this process is."""
         program = (
-            "import os, sys; from dcres.actors import _ray; _ray.connect(sys.argv[1])\n"
-            "print(_ray.own_driver(), flush=True); os.kill(os.getpid(), 9)"
+            "import os, sys; from dcres.actors import _ray; gateway.connect(sys.argv[1])\n"
+            "print(gateway.own_driver(), flush=True); os.kill(os.getpid(), 9)"
         )
         token = str(cluster.token_path)
         cli = Cli.at(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
@@ -337,7 +337,7 @@ class TestSpares:
         pytest.fail("no actor found a process waiting for it")
 
     def test_it_has_imported_what_actors_need(self, unique: str) -> None:
-        assert start(f"{unique}:a").call("has_imported", "dcres.actors.main_host")
+        assert start(f"{unique}:a").call("has_imported", "dcres.actors.host.main_host")
 
 
 class TestDeaths:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors import _ray as gateway
-from dcres.actors import awaiting_nodes, local_node
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_node import CLUSTER_MARK, HOST_MARK
+from dcres.actors.ray import awaiting_nodes, gateway, local_node
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_node import CLUSTER_MARK, HOST_MARK
 from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from dcres.linux.removal import HOME_MARK

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from dcres.actors import _ray as gateway
 from dcres.actors.ports import Port
+from dcres.actors.ray import gateway
 from dcres.errors import ActorGone, ClusterError, DcresError
 from tests.support.actors import Probe
 from tests.support.errors import ALL_ERRORS, example

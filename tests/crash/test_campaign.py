@@ -20,17 +20,16 @@ from typing import Any
 
 import pytest
 
-from dcres.actors import _ray as gateway
-from dcres.actors import local_node
-from dcres.actors._ray import ActorPort, Pending
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.fleet import coordinator_name, host_actor_name
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_node import CLUSTER_MARK, HOST_MARK
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.ray import gateway, local_node
+from dcres.actors.ray.fleet import coordinator_name, host_actor_name
+from dcres.actors.ray.gateway import ActorPort, Pending
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_node import CLUSTER_MARK, HOST_MARK
 from dcres.errors import ActorGone, DcresError
 from dcres.linux.process import ProcessId, find_marked
-from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest, dumps
+from dcres.storage.store.store import Store
 from dcres.vm import witness
 from tests.support.speed import patience
 from tests.support.vm import await_checks, spec_of, stays

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from dcres.actors.main_host import MainHost
+from dcres.actors.host.main_host import MainHost
 from dcres.actors.messages import Finished, RunOrder
 from dcres.errors import Conflict, DcresError, OperationFailed
 from dcres.model.formats import MemoryFormat

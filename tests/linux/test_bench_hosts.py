@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_node import CLUSTER_MARK, HOST_MARK, marked
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_node import CLUSTER_MARK, HOST_MARK, marked
 from dcres.bench.hosts import Hosts, slow_hosts
 from dcres.errors import UnsupportedHost
 from dcres.linux.cgroup import ROOT, disk_under

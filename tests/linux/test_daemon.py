@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors import host, sub_host
-from dcres.actors.host import Daemon, Life, restart_delay_s
+from dcres.actors.host import host, sub_host
+from dcres.actors.host.host import Daemon, Life, restart_delay_s
+from dcres.actors.host.prepared import Prepared
+from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.vm_folder import VmFolder, end_leftovers, marker
 from dcres.actors.messages import Incarnation, LoadOrder, ServeOrder
-from dcres.actors.prepared import Prepared
-from dcres.actors.sub_host import SubHost
-from dcres.actors.vm_folder import VmFolder, end_leftovers, marker
 from dcres.config import HostSettings
 from dcres.errors import Conflict, HostError, PagingError
 from dcres.linux.process import ProcessId, find_marked

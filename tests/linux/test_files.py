@@ -17,9 +17,9 @@ from dcres.linux import files
 from dcres.linux.removal import Mark, OwnFolder
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask, mask_of_extents
 from dcres.paging.changes import ChangeMap
-from dcres.storage import tables
 from dcres.storage.atomic import write_durably
-from dcres.storage.memory_file import MemoryFileWriter, load
+from dcres.storage.engine.memory_file import MemoryFileWriter, load
+from dcres.storage.format import tables
 from tests.support.speed import patience
 from tests.support.stored import memory, save
 

@@ -11,7 +11,7 @@ import pytest
 
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import MAIN
-from dcres.paging.table import PageTable
+from dcres.paging.pager.table import PageTable
 from tests.support.paging import Rig
 from tests.support.wait import until
 

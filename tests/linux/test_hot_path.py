@@ -26,7 +26,7 @@ from dcres.model import wire
 from dcres.model.pages import PAGE_SIZE, pages_of_extents
 from dcres.model.placement import FIRST_SUB, MAIN
 from dcres.model.wire import Kind
-from dcres.paging import loop
+from dcres.paging.transport import loop
 from tests.support.paging import Rig, rig
 from tests.support.servers import Client, data_of, extents, memory_server, packed_pages
 from tests.support.speed import patience

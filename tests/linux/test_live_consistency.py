@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.storage.store import Store
+from dcres.storage.store.store import Store
 from tests.support import sabotage
 from tests.support.live import LiveCheckpoints, Writes, faults_in, pages_of_writes
 from tests.support.paging import rig

@@ -17,7 +17,7 @@ from dcres.model.moves import Moves, moves
 from dcres.model.placement import FIRST_SUB, sub_code
 from dcres.paging import moves as moves_file
 from dcres.paging import settings
-from dcres.paging.table import PageTable
+from dcres.paging.pager.table import PageTable
 from tests.support.paging import Rig, rig
 from tests.support.wait import until
 

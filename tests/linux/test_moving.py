@@ -19,15 +19,16 @@ from dcres.model import wire
 from dcres.model.handshake import Role
 from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.model.wire import Endpoint, Kind
-from dcres.paging import fetcher, loop, service
 from dcres.paging.changes import ChangeMap
-from dcres.paging.fetcher import FetchingTable
-from dcres.paging.loop import Loop
-from dcres.paging.puller import pull
-from dcres.paging.service import PageService
+from dcres.paging.server import fetcher, service
+from dcres.paging.server.fetcher import FetchingTable
+from dcres.paging.server.service import PageService
+from dcres.paging.server.subtable import SubTable
 from dcres.paging.settings import SubAddress
-from dcres.paging.stream import FrameStream
-from dcres.paging.subtable import SubTable
+from dcres.paging.transport import loop
+from dcres.paging.transport.loop import Loop
+from dcres.paging.transport.puller import pull
+from dcres.paging.transport.stream import FrameStream
 from tests.support.servers import (
     ME,
     Client,
@@ -527,7 +528,7 @@ def test_a_source_to_which_there_is_no_socket(
         asker = FrameStream(loop, listener.accept()[0], lambda _: None, lambda _: None)
         with monkeypatch.context() as patch:  # as on a host without IPv6
             patch.setattr(
-                "dcres.paging.fetcher.socket.socket",
+                "dcres.paging.server.fetcher.socket.socket",
                 Mock(side_effect=OSError(97, "no such family")),
             )
             table.fetch(asker, 5, Endpoint("::1", 9), extents(1, 2))

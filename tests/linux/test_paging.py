@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.actors.reshaping import Shape, foresee
+from dcres.actors.host.reshaping import Shape, foresee
 from dcres.errors import PagesLost, PagingError
 from dcres.linux import files, inject
 from dcres.linux.pagemap import WriteTracker
@@ -30,8 +30,8 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import FIRST_SUB, MAIN, NOWHERE, digest, sub_code
 from dcres.model.wire import Kind
 from dcres.paging import settings as settings_
-from dcres.paging.evictor import REGION_PAGES, STEP_PAGES
-from dcres.paging.table import PageTable
+from dcres.paging.pager.evictor import REGION_PAGES, STEP_PAGES
+from dcres.paging.pager.table import PageTable
 from tests.support.paging import Rig, rig
 from tests.support.speed import patience
 from tests.support.wait import until

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.actors.host import Daemon
-from dcres.actors.vm_folder import VmFolder
+from dcres.actors.host.host import Daemon
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
 from dcres.linux.files import opened
 from dcres.model import wire
@@ -19,11 +19,12 @@ from dcres.model.handshake import Role
 from dcres.model.pages import PAGE_SIZE, Extents, extents_of_mask
 from dcres.model.wire import Endpoint, Kind
 from dcres.paging import settings
-from dcres.paging.puller import pull
 from dcres.paging.settings import SubAddress
-from dcres.storage import layout, tables
-from dcres.storage.manifest import Manifest
-from dcres.storage.store import Store
+from dcres.paging.transport.puller import pull
+from dcres.storage import layout
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.store.store import Store
 from tests.support.servers import (
     ME,
     Client,
@@ -157,7 +158,7 @@ def test_a_slice_server_is_found_where_it_was(
     store, manifest, ram = stored
     folder = VmFolder(tmp_path / "run", tmp_path / "mem")
     folder.make()
-    daemon = Daemon("dcres.actors.slice_server", folder, "slices")
+    daemon = Daemon("dcres.actors.host.slice_server", folder, "slices")
     chosen = slice_settings(folder.run, "slices", store, manifest, ("h0", "h1", "h2"))
     path = folder.run / "slices.json"
     settings.save(chosen, path)

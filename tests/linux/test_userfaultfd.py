@@ -22,10 +22,10 @@ from dcres.linux.pipe import address_of, waiting_bytes
 from dcres.linux.userfaultfd import REQUIRED_FEATURES, Userfaultfd
 from dcres.model.pages import PAGE_SIZE, extents_of_pages, pages_of_extents
 from dcres.model.placement import LEAVING, MAIN, recover
-from dcres.paging import outbox as outbox_module
-from dcres.paging.attach import present
-from dcres.paging.outbox import BATCH_PAGES, Outbox
-from dcres.paging.table import JournalState, PageTable
+from dcres.paging.pager import outbox as outbox_module
+from dcres.paging.pager.attach import present
+from dcres.paging.pager.outbox import BATCH_PAGES, Outbox
+from dcres.paging.pager.table import JournalState, PageTable
 from tests.support.paging import Writer
 from tests.support.sabotage import sitecustomize
 from tests.support.speed import patience

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from dcres.actors import _ray as gateway
-from dcres.actors._ray import ActorPort, Reservation
+from dcres.actors.ray import gateway
+from dcres.actors.ray.gateway import ActorPort, Reservation
 from dcres.config import HostSettings
 from dcres.errors import DcresError
 from dcres.linux.process import ProcessId, spawn_detached

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors import _ray as gateway
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.ray import gateway
+from dcres.actors.ray.local_cluster import LocalCluster
 
 HOSTS = 3
 

@@ -1,7 +1,7 @@
 """A fleet without Ray: hosts' actors as objects of this process, behind ports like an actor's.
 
-`LocalPort` keeps the promises of `dcres.actors._ray.ActorPort` (the contract tests hold both to
-them): values are copied on their way, errors of dcres come out as themselves, everything else
+`LocalPort` keeps the promises of `dcres.actors.ray.gateway.ActorPort` (the contract tests hold both
+to them): values are copied on their way, errors of dcres come out as themselves, everything else
 as ClusterError, and an actor that has died raises ActorGone until it is there again.
 """
 
@@ -16,15 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dcres.actors.disks import put_disks_back
-from dcres.actors.loading import SliceHost, parse
-from dcres.actors.main_host import MainHost
+from dcres.actors.host.disks import put_disks_back
+from dcres.actors.host.loading import SliceHost, parse
+from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.vm_folder import VmFolder, end_leftovers
 from dcres.actors.ports import Port
-from dcres.actors.sub_host import SubHost
-from dcres.actors.vm_folder import VmFolder, end_leftovers
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
-from dcres.storage.store import Store
+from dcres.storage.store.store import Store
 
 _POLL_S = 0.01
 _THREADS = 16

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.local_cluster import _new_state
-from dcres.actors.local_home import Home, State, own_folders
+from dcres.actors.ray.local_cluster import _new_state
+from dcres.actors.ray.local_home import Home, State, own_folders
 from dcres.linux.removal import STORE_MARK, OwnFolder
 
 CHECKPOINT = "box-20260102-030405-abcd"

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dcres.actors import publishing
-from dcres.actors.checkpointing import Checkpointing
-from dcres.actors.host import Daemon, write_state
-from dcres.actors.main_host import MainHost
-from dcres.actors.publishing import Subject
-from dcres.actors.sub_host import SubHost
-from dcres.actors.vm_folder import VmFolder
+from dcres.actors.control import publishing
+from dcres.actors.control.checkpointing import Checkpointing
+from dcres.actors.control.publishing import Subject
+from dcres.actors.host.host import Daemon, write_state
+from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.config import HostSettings, Layout, VmSpec
 from dcres.linux.process import ProcessId
 from dcres.linux.removal import Mark
@@ -35,9 +35,9 @@ from dcres.model.live import Target
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import sub_code
 from dcres.model.run_state import RunState
+from dcres.storage.format.manifest import Manifest, Mode
 from dcres.storage.layout import MEMORY
-from dcres.storage.manifest import Manifest, Mode
-from dcres.storage.store import Store
+from dcres.storage.store.store import Store
 from dcres.vm.command import VmFiles
 from dcres.vm.process import QemuProcess
 from tests.support.paging import Rig

@@ -138,7 +138,7 @@ def serve(descriptor: int) -> None:
     """Fork what is ordered, tell of each end; until nobody orders any more."""
     import ray  # noqa: F401
 
-    import dcres.actors._ray
+    import dcres.actors.ray.gateway
     import dcres.api.cluster
     import dcres.api.plan
     import dcres.api.resizing

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcres.actors.slice_server import SliceSettings
+from dcres.actors.host.slice_server import SliceSettings
 from dcres.errors import PagingError
 from dcres.model import wire
 from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role, ServerHandshake
@@ -23,8 +23,8 @@ from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages
 from dcres.model.wire import Decoder, Endpoint, Frame, Kind
 from dcres.paging import control, settings
 from dcres.paging.settings import ServerSettings, SubAddress
-from dcres.storage.manifest import Manifest
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.store.store import Store
 from tests.support.speed import patience
 from tests.support.wait import until
 
@@ -147,7 +147,7 @@ def slice_settings(
 def slice_server(folder: Path, name: str, chosen: SliceSettings) -> Iterator[Server]:
     """A slice server."""
     settings.save(replace(chosen, control=str(folder / f"{name}.sock")), folder / f"{name}.json")
-    with _running("dcres.actors.slice_server", folder, name) as server:
+    with _running("dcres.actors.host.slice_server", folder, name) as server:
         yield server
 
 

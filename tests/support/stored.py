@@ -13,13 +13,14 @@ from dcres.config import vm_spec
 from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask
-from dcres.storage import layout, tables
+from dcres.storage import layout
 from dcres.storage.digest import FileSum
-from dcres.storage.manifest import DiskSnapshot, HostSlice, Manifest, Mode, Role
-from dcres.storage.memory_file import MemoryFileWriter, SavedMemory
-from dcres.storage.pins import Hold
-from dcres.storage.slices import write_main_files, write_memory_tables
-from dcres.storage.store import Store
+from dcres.storage.engine.memory_file import MemoryFileWriter, SavedMemory
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import DiskSnapshot, HostSlice, Manifest, Mode, Role
+from dcres.storage.format.slices import write_main_files, write_memory_tables
+from dcres.storage.store.pins import Hold
+from dcres.storage.store.store import Store
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 HOSTS = ("h0", "h1", "h2")

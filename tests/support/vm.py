@@ -21,15 +21,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.main_host import MainHost
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.host.main_host import MainHost
 from dcres.config import HostSettings, parse_size
 from dcres.errors import DcresError
 from dcres.linux.process import find_marked
 from dcres.linux.removal import MARK
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest, dumps
+from dcres.storage.store.store import Store
 from dcres.vm import witness
 from dcres.vm.witness import WitnessReport
 from tests.support.fleet import LocalFleet, real_hosts

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dcres.actors.main_host import MainHost
-from dcres.storage import tables
-from dcres.storage.manifest import Manifest
+from dcres.actors.host.main_host import MainHost
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import Manifest
 from tests.support.vm import PAGE_BYTES, PlainMemory, Rig, rig
 
 ZEROS = bytes(PAGE_BYTES)

@@ -16,11 +16,11 @@ import pytest
 from rich.console import Console
 
 import dcres
-from dcres.actors import _ray, local_cluster
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_home import Home
+from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.messages import Foreseen, PageFlow
-from dcres.actors.publishing import checkpoint_facts
+from dcres.actors.ray import gateway, local_cluster
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_home import Home
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
 from dcres.api.cluster import Cluster
@@ -50,8 +50,8 @@ from dcres.errors import (
 )
 from dcres.linux.interrupt import Terminated
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.manifest import Manifest
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.store.store import Store
 from tests.support.stored import PAGE_COUNT, memory, store_with_demo, take
 
 MEMORY = PAGE_COUNT * PAGE_SIZE
@@ -506,7 +506,7 @@ class TestStandingStill:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """And not where the main host does not answer."""
-        monkeypatch.setattr(_ray, "run_on", lambda host, function, *args: function(*args))
+        monkeypatch.setattr(gateway, "run_on", lambda host, function, *args: function(*args))
         console = tmp_path / "console.log"
         console.write_text("bye")
         main = {**MAIN, "run_state": "shutdown", "console": str(console), "host_state": "off"}
@@ -641,8 +641,8 @@ class TestCheckpoints:
     ) -> None:
         local = local_cluster_with(tmp_path, tmp_path / "cluster")
         monkeypatch.setattr(LocalCluster, "load", lambda _: local)
-        monkeypatch.setattr(_ray, "connect", lambda *_: False)
-        monkeypatch.setattr(_ray, "connected_address", lambda: None)
+        monkeypatch.setattr(gateway, "connect", lambda *_: False)
+        monkeypatch.setattr(gateway, "connected_address", lambda: None)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         monkeypatch.setenv("DCRES_STORE", environ and str(tmp_path / environ))
         if inside:

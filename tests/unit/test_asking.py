@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dcres.actors.asking import Heard, Roll, await_ready
+from dcres.actors.control.asking import Heard, Roll, await_ready
 from dcres.actors.ports import Pending
 from dcres.errors import (
     ActorGone,

@@ -14,9 +14,9 @@ import pytest
 from dcres.errors import PagingError, VmLost
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import LEAVING, MAIN, NOWHERE, sub_code
-from dcres.paging.attach import _adopt_pipe, open_table
+from dcres.paging.pager.attach import _adopt_pipe, open_table
+from dcres.paging.pager.table import PageTable
 from dcres.paging.settings import PagerSettings, SubAddress
-from dcres.paging.table import PageTable
 
 PAGES = 8
 

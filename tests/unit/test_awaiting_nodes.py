@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dcres.actors.awaiting_nodes import last_words, waiting_for
+from dcres.actors.ray.awaiting_nodes import last_words, waiting_for
 
 TRACEBACK = """\
 2026-12-01 21:30:08,296	INFO scripts.py:1043 -- Local node IP: 127.92.79.1

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcres.actors import _ray
+from dcres.actors.ray import gateway
 from dcres.api import catalogue
 from dcres.api.catalogue import StoresOfHosts
 from dcres.errors import ActorGone, Conflict, NotFound, OperationFailed
 from dcres.linux.removal import CheckpointFolder
-from dcres.storage import layout, tables
-from dcres.storage.manifest import Manifest
-from dcres.storage.slices import write_memory_tables
-from dcres.storage.store import Store
+from dcres.storage import layout
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.format.slices import write_memory_tables
+from dcres.storage.store.store import Store
 from tests.support.stored import (
     HOSTS,
     begin,
@@ -66,8 +67,8 @@ def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asking:
     made = Asking(tmp_path)
     monkeypatch.setattr(catalogue, "_alive", lambda: list(HOSTS))
     monkeypatch.setattr(catalogue, "_store", made.store)
-    monkeypatch.setattr(_ray, "run_on", made.run_on)
-    monkeypatch.setattr(_ray, "run_apart", made.run_on)
+    monkeypatch.setattr(gateway, "run_on", made.run_on)
+    monkeypatch.setattr(gateway, "run_apart", made.run_on)
     return made
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dcres.actors import _ray
-from dcres.actors.fleet import RayFleet
-from dcres.actors.loading import make_plan
+from dcres.actors.control.room import MIB, HostInfo
+from dcres.actors.host.loading import make_plan
 from dcres.actors.messages import Foreseen, PageFlow, PlanOrder
-from dcres.actors.room import MIB, HostInfo
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import RayFleet
 from dcres.api import choosing
 from dcres.api.catalogue import StoresOfHosts
 from dcres.api.choosing import Seen, Wish, choose_hosts, decide, wish_of
@@ -23,8 +23,8 @@ from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, ConfigError, Conflict, DcresError, NoRoom, NotFound
 from dcres.linux.memory import available_bytes, free_for_guests
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.manifest import Manifest
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.store.store import Store
 from tests.support.stored import PAGE_COUNT, store_with_demo
 
 MEMORY = PAGE_COUNT * PAGE_SIZE
@@ -205,7 +205,7 @@ class TestChoosingHosts:
     def test_a_wish_that_cannot_be_leaves_a_lost_vm_alone(
         self, manifest: Manifest, two_hosts: list[Seen], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_ray, "hosts", lambda: [each.info for each in two_hosts])
+        monkeypatch.setattr(gateway, "hosts", lambda: [each.info for each in two_hosts])
         session = session_with("lost", "lost", "lost")
         with pytest.raises(NotFound, match="no host typo in the cluster; it has a, b"):
             choose_hosts(session, manifest, Wish(count=1, names=("typo",)))
@@ -346,9 +346,9 @@ def test_a_host_that_does_not_answer_is_left_out(
         return choosing.Look(2 * MIB if host == "a" else 9 * MIB, ("h0",), trouble)
 
     monkeypatch.setattr(RayFleet, "held", lambda fleet, vm: {"a": MIB, "c": MIB})
-    monkeypatch.setattr(_ray, "hosts", lambda: infos)
-    monkeypatch.setattr(_ray, "cluster_id", lambda: "this cluster")
-    monkeypatch.setattr(_ray, "run_on", run_on)
+    monkeypatch.setattr(gateway, "hosts", lambda: infos)
+    monkeypatch.setattr(gateway, "cluster_id", lambda: "this cluster")
+    monkeypatch.setattr(gateway, "run_on", run_on)
     found = choosing.look_around(manifest, take_over=True)
     assert [(each.info.name, each.info.memory_free_bytes // MIB) for each in found] == [
         ("a", 2),

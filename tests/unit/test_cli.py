@@ -18,8 +18,8 @@ from rich.console import Console, RenderableType
 
 import dcres
 from dcres import doctor
-from dcres.actors.local_cluster import LocalCluster
 from dcres.actors.messages import Foreseen, PageFlow
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.api import cluster as api_cluster
 from dcres.api.placement import Placement
 from dcres.api.plan import PlannedHost, RestorePlan
@@ -39,8 +39,8 @@ from dcres.errors import (
     VmLost,
 )
 from dcres.linux.interrupt import OperationInterrupted
-from dcres.storage.checks import FileResult, VerifyReport
-from dcres.storage.store import Listed
+from dcres.storage.format.checks import FileResult, VerifyReport
+from dcres.storage.store.store import Listed
 from dcres.vm.witness import WitnessReport
 from tests.support.homes import left_by_a_cluster
 from tests.support.placement import placement

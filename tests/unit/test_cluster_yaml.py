@@ -15,7 +15,7 @@ from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
-from dcres.actors import local_node
+from dcres.actors.ray import local_node
 from dcres.config import HostSettings
 
 FILE = Path(__file__).parents[2] / "cluster.yaml"

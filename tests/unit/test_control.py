@@ -12,7 +12,7 @@ import pytest
 from dcres.errors import PagingError, ProtocolError
 from dcres.paging import control
 from dcres.paging.control import ControlServer, Reply
-from dcres.paging.loop import Loop
+from dcres.paging.transport.loop import Loop
 
 
 def answers(loop: Loop, path: Path) -> int:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from dcres.actors import checkpointing
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.host import Meter
+from dcres.actors.control import checkpointing
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.host.host import Meter
 from dcres.actors.messages import (
     ClaimOrder,
     Finished,
@@ -52,7 +52,7 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.run_state import RunState, is_held, kept, told
 from dcres.paging.settings import SubAddress
-from dcres.storage.manifest import Manifest, dumps, loads
+from dcres.storage.format.manifest import Manifest, dumps, loads
 from tests.support.fleet import LocalFleet
 from tests.support.speed import patience
 from tests.support.wait import until
@@ -1803,6 +1803,6 @@ def test_ids_are_in_order_though_the_clock_is_set_back(
         def now(cls, tz: tzinfo | None = None) -> Any:
             return cls.times.pop(0)
 
-    monkeypatch.setattr("dcres.actors.coordinator.datetime", Clock)
+    monkeypatch.setattr("dcres.actors.control.coordinator.datetime", Clock)
     names = [started.checkpoint()["checkpoint"] for _ in range(4)]
     assert names == [f"vm-20260301-120000-{number:04x}" for number in range(4)]

@@ -93,7 +93,7 @@ def test_a_good_host() -> None:
         (replace(GOOD, guest_kernel=False), "guest", "warn", "scripts/setup"),
         (replace(GOOD, python=(3, 10, 1)), "python", "fail", "3.11"),
         (
-            replace(GOOD, not_compiled=("dcres.storage._bulk",)),
+            replace(GOOD, not_compiled=("dcres.storage.engine._bulk",)),
             "modules in C",
             "warn",
             "gcc libc6-dev python3-dev libxxhash-dev, then install dcres again",
@@ -119,7 +119,7 @@ def test_json_is_plain_and_a_warning_is_no_failure() -> None:
 
 
 def test_modules_in_c_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = ("dcres.paging._hot", "dcres.storage._bulk")
+    both = ("dcres.paging._hot", "dcres.storage.engine._bulk")
     for name in both:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     assert doctor._not_compiled() == both

@@ -10,8 +10,8 @@ import pytest
 
 from dcres.errors import Conflict
 from dcres.model.ownership import Claimant
-from dcres.storage import emptying
-from dcres.storage.store import Store
+from dcres.storage.store import emptying
+from dcres.storage.store.store import Store
 from tests.support.stored import PAGE_COUNT, memory, take
 
 OTHER = Claimant("other", "h0", "machine", "boot")

@@ -31,10 +31,10 @@ from dcres.model.pages import (
 )
 from dcres.model.placement import LEAVING, MAIN, sub_code
 from dcres.model.wire import Kind
-from dcres.paging.evictor import Evictor
-from dcres.paging.outbox import Outbox
-from dcres.paging.requests import Request
-from dcres.paging.table import PageTable
+from dcres.paging.pager.evictor import Evictor
+from dcres.paging.pager.outbox import Outbox
+from dcres.paging.pager.table import PageTable
+from dcres.paging.transport.requests import Request
 
 PAGES = 8
 SMALL = 3  # pages that the second sub host has room for; the first could take all

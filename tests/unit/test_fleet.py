@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dcres.actors import _ray, host
-from dcres.actors.fleet import RayFleet, end_what_is_left, require_ram_here
-from dcres.actors.room import MIB, HostInfo
+from dcres.actors.control.room import MIB, HostInfo
+from dcres.actors.host import host
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import RayFleet, end_what_is_left, require_ram_here
 from dcres.errors import ActorGone, ClusterError, NoRoom
 
 
@@ -30,10 +31,10 @@ def test_what_a_silent_helper_leaves_is_swept(monkeypatch: pytest.MonkeyPatch) -
             if self._error is not None:
                 raise self._error
 
-    monkeypatch.setattr(_ray, "list_actors", lambda prefix: [prefix + host for host in errors])
-    monkeypatch.setattr(_ray, "ActorPort", Port)
-    monkeypatch.setattr(_ray, "kill", killed.append)
-    monkeypatch.setattr(_ray, "run_on", lambda *call, timeout_s: swept.append(call))
+    monkeypatch.setattr(gateway, "list_actors", lambda prefix: [prefix + host for host in errors])
+    monkeypatch.setattr(gateway, "ActorPort", Port)
+    monkeypatch.setattr(gateway, "kill", killed.append)
+    monkeypatch.setattr(gateway, "run_on", lambda *call, timeout_s: swept.append(call))
     monkeypatch.setattr(RayFleet, "alive", lambda fleet, host: host != "h1")
     RayFleet().leave("box")
     assert killed == [f"dcres-parts/box/{host}" for host in errors]
@@ -63,16 +64,16 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         kinds = {"dcres-extra/box/1": True, "dcres/box": False}
         return FakeReservation(kinds[name]) if name in kinds else None
 
-    monkeypatch.setattr(_ray, "hosts", lambda: hosts)
-    monkeypatch.setattr(_ray, "reservation", reservation)
+    monkeypatch.setattr(gateway, "hosts", lambda: hosts)
+    monkeypatch.setattr(gateway, "reservation", reservation)
     extra = ["dcres-extra/box/1"]
     monkeypatch.setattr(
-        _ray, "list_reservations", lambda prefix: extra if "extra" in prefix else []
+        gateway, "list_reservations", lambda prefix: extra if "extra" in prefix else []
     )
-    monkeypatch.setattr(_ray, "list_actors", lambda prefix: [f"{prefix}0", f"{prefix}1"])
-    monkeypatch.setattr(_ray, "run_on", lambda *call, timeout_s: ran.append(call))
+    monkeypatch.setattr(gateway, "list_actors", lambda prefix: [f"{prefix}0", f"{prefix}1"])
+    monkeypatch.setattr(gateway, "run_on", lambda *call, timeout_s: ran.append(call))
     for changing in ("reserve", "release", "spawn"):
-        monkeypatch.setattr(_ray, changing, None)
+        monkeypatch.setattr(gateway, changing, None)
     return ran
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.local_home import HOST_FIELD
+from dcres.actors.ray.local_home import HOST_FIELD
 from dcres.bench.hosts import Hosts
 from dcres.linux.cgroup import DiskGroup
 

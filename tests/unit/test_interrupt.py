@@ -13,9 +13,9 @@ from typing import Any, NoReturn, cast
 
 import pytest
 
-from dcres.actors import _ray
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_home import Claim
+from dcres.actors.ray import gateway
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_home import Claim
 from dcres.api import cluster as api_cluster
 from dcres.api import vm as api_vm
 from dcres.api.session import Session
@@ -218,7 +218,7 @@ def leave_a_cluster(cleaning: Cleaning, home: Path, patch: pytest.MonkeyPatch) -
     patch.setattr(LocalCluster, "_bring_up", lambda *_: None)
     patch.setattr(LocalCluster, "stop", cleaning.clean)
     for name in ("connected_address", "connect", "disconnect"):
-        patch.setattr(_ray, name, lambda *_: None)
+        patch.setattr(gateway, name, lambda *_: None)
     with api_cluster.local_cluster(hosts=1, memory="1MiB", home=home):
         cleaning.begin()
 
@@ -250,13 +250,13 @@ SIGTERM_IN_A_LOCAL_CLUSTER = """
 import signal, sys
 from pathlib import Path
 import dcres
-from dcres.actors import _ray
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.ray import gateway
+from dcres.actors.ray.local_cluster import LocalCluster
 
 home = Path(sys.argv[1])
 LocalCluster._bring_up = lambda *_: None
 LocalCluster.stop = lambda self: (home / "stopped").touch()
-_ray.connected_address = _ray.connect = _ray.disconnect = lambda *_: None
+gateway.connected_address = gateway.connect = gateway.disconnect = lambda *_: None
 with dcres.local_cluster(hosts=1, memory="1MiB", home=home, keep=True):
     signal.raise_signal(signal.SIGTERM)
     print("not reached")

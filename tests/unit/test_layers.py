@@ -39,10 +39,10 @@ MAY_IMPORT = {
     "": {"model", "config", "api"},  # dcres/__init__.py, the façade
 }
 OWNERS = {
-    "ray": ("dcres/actors/_ray/",),
+    "ray": ("dcres/actors/ray/gateway/",),
     "qemu": ("dcres/vm/monitor.py",),
     "pyarrow": ("dcres/storage/",),
-    "pydantic": ("dcres/config.py", "dcres/storage/manifest.py"),
+    "pydantic": ("dcres/config.py", "dcres/storage/format/manifest.py"),
     "ctypes": ("dcres/linux/",),
     "fcntl": ("dcres/linux/",),
     "typer": ("dcres/cli/",),
@@ -108,7 +108,11 @@ def test_imports_point_down(file: str) -> None:
         ("dcres/model/x.py", "dcres.linux.abi", "but model may import nothing"),
         ("dcres/linux/x.py", "dcres.model.plan", "but linux may import nothing"),
         ("dcres/storage/x.py", "dcres.config.VmSpec", "but storage may import"),
-        ("dcres/actors/coordinator.py", "ray", "only dcres/actors/_ray/ may import ray"),
+        (
+            "dcres/actors/control/coordinator.py",
+            "ray",
+            "only dcres/actors/ray/gateway/ may import ray",
+        ),
         ("dcres/vm/process.py", "qemu.qmp.QMPClient", "only dcres/vm/monitor.py"),
         ("dcres/model/x.py", "xxhash", "model is pure"),
         ("dcres/new/x.py", "dcres.vm.command", "has no place among the layers"),
@@ -123,9 +127,9 @@ def test_the_rules_catch(file: str, name: str, why: str) -> None:
     [
         ("dcres/linux/x.py", "dcres.model.pages.PAGE_SIZE"),
         ("dcres/linux/x.py", "dcres.errors.HostError"),
-        ("dcres/storage/tables.py", "pyarrow.ipc"),
+        ("dcres/storage/format/tables.py", "pyarrow.ipc"),
         ("dcres/cli.py", "dcres.api.connect"),
-        ("dcres/actors/_ray/calls.py", "ray.exceptions"),
+        ("dcres/actors/ray/gateway/calls.py", "ray.exceptions"),
     ],
 )
 def test_the_rules_allow(file: str, name: str) -> None:

@@ -15,16 +15,16 @@ from dcres.linux import network
 from dcres.model.handshake import Identity, Role
 from dcres.model.pages import PAGE_SIZE, Extents, Mask
 from dcres.model.wire import Endpoint, Frame, Kind, pack_extents
-from dcres.paging import link as link_module
-from dcres.paging.fetcher import FetchingTable
-from dcres.paging.link import Link, LinkState
-from dcres.paging.loop import READ, Loop
-from dcres.paging.requests import Request, Runs
-from dcres.paging.service import PageService
+from dcres.paging.server.fetcher import FetchingTable
+from dcres.paging.server.service import PageService
+from dcres.paging.server.subtable import SubTable
 from dcres.paging.settings import SubAddress
-from dcres.paging.silence import Silence
-from dcres.paging.stream import FrameStream
-from dcres.paging.subtable import SubTable
+from dcres.paging.transport import link as link_module
+from dcres.paging.transport.link import Link, LinkState
+from dcres.paging.transport.loop import READ, Loop
+from dcres.paging.transport.requests import Request, Runs
+from dcres.paging.transport.silence import Silence
+from dcres.paging.transport.stream import FrameStream
 from tests.support.speed import patience
 
 ME = Identity(b"v" * 16, 1, b"s" * 32)

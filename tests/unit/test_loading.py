@@ -8,18 +8,19 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from dcres.actors.host import Daemon
-from dcres.actors.loading import SliceHost
-from dcres.actors.main_host import MainHost
+from dcres.actors.host.host import Daemon
+from dcres.actors.host.loading import SliceHost
+from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.messages import ClaimOrder, Incarnation, PartsOrder, RunOrder
-from dcres.actors.sub_host import SubHost
-from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings, vm_spec
 from dcres.errors import Conflict, QemuFailed
 from dcres.paging import settings as paging_settings
-from dcres.storage import layout, tables
-from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Store
+from dcres.storage import layout
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import Manifest, dumps
+from dcres.storage.store.store import Store
 from dcres.vm import accel
 from tests.support.servers import slice_settings
 from tests.support.stored import folder, memory, placement, take
@@ -111,7 +112,7 @@ def test_a_manifest_that_is_not_durable_is_not_told_as_published(
     def refused(path: Path) -> None:
         raise OSError(errno.EIO, "of the disk", str(path))
 
-    monkeypatch.setattr("dcres.storage.store.sync_folder", refused)
+    monkeypatch.setattr("dcres.storage.store.store.sync_folder", refused)
     with pytest.raises(OSError, match="of the disk"):
         host.published(stored.checkpoint)
 

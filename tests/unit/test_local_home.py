@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors import local_home
-from dcres.actors.local_cluster import LocalCluster, purge
-from dcres.actors.local_home import Home
+from dcres.actors.ray import local_home
+from dcres.actors.ray.local_cluster import LocalCluster, purge
+from dcres.actors.ray.local_home import Home
 from dcres.cli import main
 from dcres.errors import ClusterError, Conflict, NotFound, NotOurs
 from dcres.linux.holding import hold, is_held
@@ -333,7 +333,7 @@ class TestStarting:
         state = state_of(home)
         Path(state.temp).mkdir()
         (Path(state.temp) / "trap").touch()
-        monkeypatch.setattr("dcres.actors.local_cluster._new_state", lambda *_: state)
+        monkeypatch.setattr("dcres.actors.ray.local_cluster._new_state", lambda *_: state)
         with pytest.raises(Conflict, match=r"dcres-.* is there already"):
             start(home)
         assert (Path(state.temp) / "trap").exists()
@@ -356,7 +356,7 @@ def interrupt_bringing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcres.actors.local_cluster.LocalNode.launch", interrupted)
+    monkeypatch.setattr("dcres.actors.ray.local_cluster.LocalNode.launch", interrupted)
 
 
 def test_a_home_that_is_a_link(tmp_path: Path) -> None:

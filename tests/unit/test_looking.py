@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors._ray import connection, looking
+from dcres.actors.ray.gateway import connection, looking
 from dcres.errors import ClusterError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dcres.paging.loop import MOST_LOOKS, READ, RECEIVED, Loop
+from dcres.paging.transport.loop import MOST_LOOKS, READ, RECEIVED, Loop
 
 Told = list[tuple[int, Any]]
 

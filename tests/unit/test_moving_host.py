@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcres.actors.host import write_state
-from dcres.actors.main_host import MainHost
+from dcres.actors.host.host import write_state
+from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.reshaping import kept_pages
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.messages import PageFlow
-from dcres.actors.reshaping import kept_pages
-from dcres.actors.vm_folder import VmFolder
 from dcres.config import HostSettings
 from dcres.errors import NoRoom, VmLost
 from dcres.linux.process import ProcessId
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import MAIN, NOWHERE, sub_code
-from dcres.paging.table import PageTable
+from dcres.paging.pager.table import PageTable
 from dcres.vm.command import VmFiles
 from dcres.vm.process import QemuProcess
 

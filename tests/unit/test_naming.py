@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from dcres.actors.host.naming import NameInStore, claimant
 from dcres.actors.messages import ClaimOrder
-from dcres.actors.naming import NameInStore, claimant
 from dcres.errors import NameTaken
 from dcres.storage import layout
-from dcres.storage.store import Store
+from dcres.storage.store.store import Store
 
 NOBODY = 65534
 codecs.lookup("ascii")  # Python's own files may be for root alone

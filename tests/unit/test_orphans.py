@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from dcres.actors import orphans
-from dcres.actors.local_home import RAM_MARK, Home
-from dcres.actors.local_node import CLUSTER_MARK
-from dcres.actors.orphans import Orphans, end, find
-from dcres.actors.vm_folder import VM_MARK, VmFolder
+from dcres.actors.host import orphans
+from dcres.actors.host.orphans import Orphans, end, find
+from dcres.actors.host.vm_folder import VM_MARK, VmFolder
+from dcres.actors.ray.local_home import RAM_MARK, Home
+from dcres.actors.ray.local_node import CLUSTER_MARK
 from dcres.cli import main
 from dcres.doctor import Status, evaluate
 from dcres.linux.files import is_open_for_writing

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.actors.host import write_state
+from dcres.actors.host.host import write_state
 from dcres.errors import Conflict, HostError
 from dcres.linux.files import held, locked, open_own
 from dcres.linux.process import spawn_detached
@@ -19,11 +19,11 @@ from dcres.model.moves import NO_MOVES
 from dcres.paging import moves, settings
 from dcres.paging.alone import alone
 from dcres.paging.changes import ChangeMap
+from dcres.paging.pager.table import PageTable
+from dcres.paging.server.subtable import SubTable
 from dcres.paging.settings import SubAddress
-from dcres.paging.subtable import SubTable
-from dcres.paging.table import PageTable
 from dcres.storage.atomic import write_durably
-from dcres.storage.memory_file import MemoryFileWriter
+from dcres.storage.engine.memory_file import MemoryFileWriter
 
 PAGES = 8
 NOWHERE = np.zeros(PAGES, dtype=np.uint8)

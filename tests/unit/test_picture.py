@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcres.actors.coordinator import Coordinator
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.host.picturing import look
 from dcres.actors.messages import ClaimOrder
-from dcres.actors.picturing import look
 from dcres.errors import Conflict, NotFound
 from dcres.model.history import Ticks
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.picture import Picture, bucket_pages, summarise
 from dcres.model.placement import LEAVING, MAIN, NOWHERE, Owners, pages_by_host, sub_code
-from dcres.paging.table import PageTable
+from dcres.paging.pager.table import PageTable
 from tests.support.fleet import LocalFleet
 from tests.support.placement import CODES, TICK_S, placement
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcres.actors.room import (
+from dcres.actors.control.room import (
     MIB,
     HostInfo,
     free_sentence,

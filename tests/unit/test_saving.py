@@ -11,23 +11,24 @@ from typing import Any, NoReturn
 
 import pytest
 
-from dcres.actors import saving
-from dcres.actors.host import Meter, write_state
+from dcres.actors.host import saving
+from dcres.actors.host.host import Meter, write_state
+from dcres.actors.host.saving import SavingHost
+from dcres.actors.host.sub_host import SubHost
 from dcres.actors.messages import Saved
-from dcres.actors.saving import SavingHost
-from dcres.actors.sub_host import SubHost
 from dcres.errors import Conflict, StoreFull
 from dcres.linux.files import data_extents
 from dcres.linux.removal import Mark, OwnFolder
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.pages import PAGE_SIZE, Extents
-from dcres.storage import layout, tables
-from dcres.storage.buffers import Buffers
-from dcres.storage.memory_file import SAVING_THREADS, MemoryFileWriter
-from dcres.storage.pins import Hold
-from dcres.storage.store import Store
-from dcres.storage.transfer import BATCH_PAGES
+from dcres.storage import layout
+from dcres.storage.engine.buffers import Buffers
+from dcres.storage.engine.memory_file import SAVING_THREADS, MemoryFileWriter
+from dcres.storage.engine.transfer import BATCH_PAGES
+from dcres.storage.format import tables
+from dcres.storage.store.pins import Hold
+from dcres.storage.store.store import Store
 from tests.support.speed import patience
 from tests.support.stored import folder, memory, placement, take
 from tests.support.vm import PlainMemory

@@ -12,9 +12,9 @@ import ray.util
 from ray._private import services
 
 import dcres
-from dcres.actors import _ray
-from dcres.actors._ray import connection
-from dcres.actors.local_cluster import LocalCluster
+from dcres.actors.ray import gateway
+from dcres.actors.ray.gateway import connection
+from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.api.catalogue import StoresOfHosts
 from dcres.api.cluster import Cluster
 from dcres.api.session import Session, open_catalogue
@@ -46,9 +46,9 @@ def fake_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     for name in ("RAY_ADDRESS", "DCRES_STORE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DCRES_HOME", str(tmp_path))
-    monkeypatch.setattr(_ray, "connected_address", lambda: fake.connected)
-    monkeypatch.setattr(_ray, "connect", fake.connect)
-    monkeypatch.setattr(_ray, "disconnect", fake.disconnect)
+    monkeypatch.setattr(gateway, "connected_address", lambda: fake.connected)
+    monkeypatch.setattr(gateway, "connect", fake.connect)
+    monkeypatch.setattr(gateway, "disconnect", fake.disconnect)
     return fake
 
 
@@ -225,8 +225,8 @@ class VmCoordinator:
 class TestFindingVms:
     def vms(self, monkeypatch: pytest.MonkeyPatch, **phases: str | Exception) -> VmsOnly:
         found = VmsOnly(phases)
-        monkeypatch.setattr(_ray, "find", found.find)
-        monkeypatch.setattr(_ray, "list_actors", found.list_actors)
+        monkeypatch.setattr(gateway, "find", found.find)
+        monkeypatch.setattr(gateway, "list_actors", found.list_actors)
         return found
 
     @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from dcres.actors.standing import Standing
+from dcres.actors.host.standing import Standing
 from dcres.errors import Conflict
 from dcres.model.run_state import SAVED, RunState
 from dcres.vm.monitor import Monitor

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dcres.paging.link import LinkState
-from dcres.paging.standstill import PagerState, Standstill
+from dcres.paging.pager.standstill import PagerState, Standstill
+from dcres.paging.transport.link import LinkState
 
 
 class Pager:

@@ -11,8 +11,8 @@ from typing import NoReturn
 import pytest
 
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage import buffers
-from dcres.storage.buffers import Buffers
+from dcres.storage.engine import buffers
+from dcres.storage.engine.buffers import Buffers
 
 LENGTH = 16 * PAGE_SIZE  # short, so that they have no huge pages
 

@@ -15,8 +15,8 @@ import pytest
 
 from dcres.linux.files import opened
 from dcres.model.pages import PAGE_SIZE, Extents, Pages, pages_of_extents
-from dcres.storage import bulk
-from dcres.storage.transfer import ANYWHERE, batches
+from dcres.storage.engine import bulk
+from dcres.storage.engine.transfer import ANYWHERE, batches
 from tests.support.stored import memory
 
 PAGES = 3000
@@ -24,7 +24,9 @@ NOISE = memoryview(np.random.default_rng(3).bytes(64 * PAGE_SIZE))
 
 
 def test_this_installation_has_the_module_in_c() -> None:
-    assert bulk.NATIVE is not None, "dcres/storage/bulk.c was not compiled: gcc, Python's headers"
+    assert bulk.NATIVE is not None, (
+        "dcres/storage/engine/bulk.c was not compiled: gcc, Python's headers"
+    )
 
 
 @pytest.fixture(name="native")

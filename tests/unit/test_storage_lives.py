@@ -17,8 +17,8 @@ import pytest
 from dcres.errors import CheckpointCorrupt, Conflict
 from dcres.model.ownership import Claimant
 from dcres.storage import layout
-from dcres.storage.lives import Lives, next_without_store
-from dcres.storage.store import Store
+from dcres.storage.store.lives import Lives, next_without_store
+from dcres.storage.store.store import Store
 from tests.support.stored import PAGE_COUNT, memory, take
 
 ME = Claimant("mine", "h0", "machine", "boot")

@@ -31,18 +31,18 @@ from dcres.model.pages import (
     extents_of_pages,
     join,
 )
-from dcres.storage import buffers, bulk, placed, sources, transfer
-from dcres.storage.buffers import Buffers
-from dcres.storage.bulk import stretches, write_fully
-from dcres.storage.contents import MemoryFile
-from dcres.storage.memory_file import (
+from dcres.storage.engine import buffers, bulk, placed, sources, transfer
+from dcres.storage.engine.buffers import Buffers
+from dcres.storage.engine.bulk import stretches, write_fully
+from dcres.storage.engine.contents import MemoryFile
+from dcres.storage.engine.memory_file import (
     MemoryFileWriter,
     SavedMemory,
     load,
     verify,
 )
-from dcres.storage.page_reader import PageReader
-from dcres.storage.transfer import ANYWHERE, BATCH_PAGES, WIDEST_BATCH, batches
+from dcres.storage.engine.page_reader import PageReader
+from dcres.storage.engine.transfer import ANYWHERE, BATCH_PAGES, WIDEST_BATCH, batches
 from tests.support.stored import memory, save
 
 PAGES = 40

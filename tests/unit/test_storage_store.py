@@ -30,13 +30,16 @@ from dcres.linux.removal import CheckpointFolder
 from dcres.model.formats import MemoryFormat
 from dcres.model.ownership import Claimant
 from dcres.model.pages import PAGE_SIZE, extents_of_mask
-from dcres.storage import layout, marker, memory_file, tables
-from dcres.storage.manifest import Manifest
-from dcres.storage.memory_file import SavedMemory
-from dcres.storage.page_reader import PageReader
-from dcres.storage.pins import Hold, unpinned
-from dcres.storage.slices import write_main_files, write_memory_tables
-from dcres.storage.store import Store
+from dcres.storage import layout
+from dcres.storage.engine import memory_file
+from dcres.storage.engine.memory_file import SavedMemory
+from dcres.storage.engine.page_reader import PageReader
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.format.slices import write_main_files, write_memory_tables
+from dcres.storage.store import marker
+from dcres.storage.store.pins import Hold, unpinned
+from dcres.storage.store.store import Store
 from tests.support.stored import (
     HOSTS,
     NOW,
@@ -135,7 +138,7 @@ def test_confirmed_is_durable(
         raise OSError(errno.EIO, "of the disk", str(path))
 
     assert root.confirm(published.checkpoint)
-    monkeypatch.setattr("dcres.storage.store.sync_folder", refused)
+    monkeypatch.setattr("dcres.storage.store.store.sync_folder", refused)
     assert root.is_published(published.checkpoint)
     with pytest.raises(OSError, match="of the disk"):
         root.confirm(published.checkpoint)
@@ -313,7 +316,7 @@ def test_a_checkpoint_that_is_published_while_a_sweep_looks_stays(
         with unpinned(path):
             yield
 
-    monkeypatch.setattr("dcres.storage.store.unpinned", published_before)
+    monkeypatch.setattr("dcres.storage.store.store.unpinned", published_before)
     assert root.sweep("demo") == []
     (folder(root, manifest) / layout.MANIFEST).unlink()
     with pytest.raises(Conflict, match="published already"):

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from dcres.errors import CheckpointCorrupt
-from dcres.storage import tables
 from dcres.storage.digest import FileSum, file_sum
+from dcres.storage.format import tables
 
 COUNT = 50
 MASK = np.arange(COUNT) % 3 == 1

@@ -9,8 +9,8 @@ import pytest
 
 from dcres.model import wire
 from dcres.model.wire import Frame, Kind
-from dcres.paging.loop import READ, RECEIVED, WRITE, Loop
-from dcres.paging.stream import FrameStream
+from dcres.paging.transport.loop import READ, RECEIVED, WRITE, Loop
+from dcres.paging.transport.stream import FrameStream
 
 
 class Pair:
@@ -37,7 +37,7 @@ class Pair:
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
-    monkeypatch.setattr("dcres.paging.stream.watch_peer", lambda sock: None)  # TCP only
+    monkeypatch.setattr("dcres.paging.transport.stream.watch_peer", lambda sock: None)  # TCP only
     monkeypatch.setattr(socket.socket, "setsockopt", lambda *_: None)
     made = Pair()
     yield made

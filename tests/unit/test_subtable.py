@@ -18,7 +18,7 @@ from dcres.errors import NoRoom, PagesLost
 from dcres.linux.files import data_extents, opened
 from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages, pages_of_extents
 from dcres.paging.changes import ChangeMap
-from dcres.paging.subtable import SubTable
+from dcres.paging.server.subtable import SubTable
 
 PAGES = 40
 CAPACITY = 24

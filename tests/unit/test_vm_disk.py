@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.disks import begun, put_disks_back
-from dcres.actors.host import write_state
-from dcres.actors.main_host import MainHost
-from dcres.actors.sub_host import SubHost
-from dcres.actors.vm_folder import VmFolder, marker
+from dcres.actors.host.disks import begun, put_disks_back
+from dcres.actors.host.host import write_state
+from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.vm_folder import VmFolder, marker
 from dcres.config import HostSettings
 from dcres.errors import CheckpointCorrupt, ConfigError, MonitorError
 from dcres.linux.process import ProcessId

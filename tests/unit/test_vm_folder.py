@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors import orphans
-from dcres.actors.fleet import end_what_is_left
-from dcres.actors.loading import SliceHost
-from dcres.actors.local_node import CLUSTER_MARK
-from dcres.actors.main_host import MainHost
+from dcres.actors.host import orphans
+from dcres.actors.host.loading import SliceHost
+from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.vm_folder import VmFolder, marker
 from dcres.actors.messages import Incarnation, ServeOrder
-from dcres.actors.sub_host import SubHost
-from dcres.actors.vm_folder import VmFolder, marker
+from dcres.actors.ray.fleet import end_what_is_left
+from dcres.actors.ray.local_node import CLUSTER_MARK
 from dcres.config import HostSettings
 from dcres.errors import HostError, NotOurs
 from dcres.linux.removal import MARK, Mark, OwnFolder

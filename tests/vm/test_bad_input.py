@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.fleet import require_ram_here
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.ray.fleet import require_ram_here
 from dcres.config import HostSettings, Layout
 from dcres.errors import (
     CheckpointCorrupt,
@@ -30,7 +30,7 @@ from dcres.errors import (
     UnsupportedHost,
 )
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.format.manifest import Manifest, dumps
 from tests.support import sabotage
 from tests.support.fleet import real_hosts
 from tests.support.guest import create_disk

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.loading import make_plan
+from dcres.actors.control.restoring import spec_for
+from dcres.actors.host.loading import make_plan
 from dcres.actors.messages import (
     ClaimOrder,
     Incarnation,
@@ -23,11 +24,10 @@ from dcres.actors.messages import (
     Resumption,
     RunOrder,
 )
-from dcres.actors.restoring import spec_for
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, Conflict, OperationFailed, PagingError
 from dcres.model.formats import MemoryFormat
-from dcres.storage.manifest import Manifest, dumps
+from dcres.storage.format.manifest import Manifest, dumps
 from dcres.vm import disk
 from tests.support.guest import create_disk
 from tests.support.speed import patience

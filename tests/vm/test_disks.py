@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from dcres.actors.main_host import MainHost
+from dcres.actors.host.main_host import MainHost
 from dcres.errors import (
     CheckpointCorrupt,
     ConfigError,
@@ -26,7 +26,7 @@ from dcres.errors import (
     UnsafeDevice,
 )
 from dcres.storage.digest import bytes_sum
-from dcres.storage.manifest import Manifest
+from dcres.storage.format.manifest import Manifest
 from dcres.vm import disk
 from dcres.vm.monitor import Monitor
 from tests.support.disks import in_use, same, sound

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.coordinator import Coordinator
-from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Store
+from dcres.actors.control.coordinator import Coordinator
+from dcres.storage.format.manifest import Manifest, dumps
+from dcres.storage.store.store import Store
 from dcres.vm import witness
 from tests.support.vm import Rig, await_checks, rig
 

@@ -11,7 +11,7 @@ import pytest
 
 from dcres.bench.filler import filler_image
 from dcres.model import plan as plan_module
-from dcres.storage.manifest import Manifest
+from dcres.storage.format.manifest import Manifest
 from tests.support.speed import patience
 from tests.support.vm import Rig, rig, spec_of
 from tests.support.wait import until

@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from dcres.actors import asking
+from dcres.actors.control import asking
 from dcres.config import Layout
 from dcres.errors import Conflict, DcresError, NotFound
 from dcres.linux.process import find_marked
-from dcres.storage.manifest import Manifest
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest
+from dcres.storage.store.store import Store
 from tests.support.speed import patience
 from tests.support.vm import (
     PAGE_BYTES,

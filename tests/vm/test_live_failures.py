@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from dcres.actors import checkpointing
-from dcres.actors.main_host import MainHost
-from dcres.actors.saving import PartSaver
-from dcres.actors.sub_host import SubHost
+from dcres.actors.control import checkpointing
+from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.saving import PartSaver
+from dcres.actors.host.sub_host import SubHost
 from dcres.errors import OperationFailed
 from tests.support.speed import patience
 from tests.support.vm import Rig, await_checks, rig, spec_of

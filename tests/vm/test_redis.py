@@ -22,15 +22,15 @@ from typing import Any
 
 import pytest
 
-from dcres.actors import _ray as gateway
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.fleet import coordinator_name
-from dcres.actors.local_cluster import LocalCluster
-from dcres.actors.local_node import CLUSTER_MARK, free_port
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.ray import gateway
+from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.local_cluster import LocalCluster
+from dcres.actors.ray.local_node import CLUSTER_MARK, free_port
 from dcres.config import default_home
 from dcres.linux.process import find_marked
-from dcres.storage.manifest import dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import dumps
+from dcres.storage.store.store import Store
 from tests.support.redis_guest import (
     Redis,
     answers,

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from dcres.actors import asking
-from dcres.actors.coordinator import Coordinator
+from dcres.actors.control import asking
+from dcres.actors.control.coordinator import Coordinator
 from dcres.errors import Conflict, OperationFailed, StoreFull, VmLost
 from dcres.model.formats import MemoryFormat
 from dcres.model.run_state import RunState
-from dcres.storage.manifest import Manifest
+from dcres.storage.format.manifest import Manifest
 from dcres.vm import disk, witness
 from tests.support.guest import create_disk
 from tests.support.sector import POWER_OFF, RESET, disk_with, say, writer

@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import pytest
 
-from dcres.actors.coordinator import Coordinator
-from dcres.actors.main_host import MainHost
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.host.main_host import MainHost
 from dcres.api.status import status_of
 from dcres.errors import Conflict, NameTaken, OperationFailed, StoreReadOnly
 from dcres.linux.process import ProcessId
 from dcres.storage import layout
-from dcres.storage.manifest import Manifest, dumps
-from dcres.storage.store import Store
+from dcres.storage.format.manifest import Manifest, dumps
+from dcres.storage.store.store import Store
 from tests.support.fleet import LocalFleet, real_hosts
 from tests.support.vm import Rig, await_checks, rig, spec_of
 from tests.support.wait import until

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def arrivals_are_not_recorded() -> None:
-    from dcres.paging.evictor import Evictor
+    from dcres.paging.pager.evictor import Evictor
 
     def arrived(self: Any, first: int, stop: int, *, wanted: bool = True) -> None:
         self.resident += stop - first
@@ -19,7 +19,7 @@ def arrivals_are_not_recorded() -> None:
 
 
 def departures_are_not_recorded() -> None:
-    from dcres.paging.evictor import NOBODY_LOOKS, Evictor
+    from dcres.paging.pager.evictor import NOBODY_LOOKS, Evictor
 
     honest = Evictor.step
 
@@ -34,7 +34,7 @@ def departures_are_not_recorded() -> None:
 
 
 def writes_are_looked_for_only_before_the_stop() -> None:
-    from dcres.paging.evictor import Evictor
+    from dcres.paging.pager.evictor import Evictor
 
     honest = Evictor.note_writes
 

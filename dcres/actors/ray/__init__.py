@@ -1,0 +1,1 @@
+"""Ray: the gateway, which alone imports it, the fleet of hosts, and local clusters."""

@@ -1,0 +1,69 @@
+"""Functions that run once on a host.
+
+A Ray task needs a worker process of its job's own, so every command would start one on every
+host that it asks something: 1.2 s of a core each. So each host has one *runner*, a detached
+actor that is started when first needed and then answers whoever asks, in milliseconds. What may
+take long is a task: Ray ends it when the process that wanted it is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dcres.actors.control.room import host_named
+from dcres.actors.ray.gateway.actors import ActorPort
+from dcres.actors.ray.gateway.calls import Pending
+from dcres.actors.ray.gateway.nodes import hosts
+from dcres.actors.ray.gateway.placing import spawn
+from dcres.errors import ActorGone, Conflict
+from dcres.linux import priority
+
+RUNNERS = "dcres-runner/"
+
+_T = TypeVar("_T")
+
+
+class Runner:
+    """Runs functions, several at once, on the host where it is."""
+
+    def __init__(self) -> None:
+        priority.take_normal()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Its result; raises what it raises."""
+        return function(*args)
+
+
+def run_on(host: str, function: Callable[..., _T], *args: Any, timeout_s: float = 60.0) -> _T:
+    """Run a plain function once on `host` and return its result.
+
+    Raises NotFound, what the function raises (as `ActorPort.call` does), and ClusterError.
+    """
+    answer: _T = start_on(host, function, *args).result(timeout_s)
+    return answer
+
+
+def start_on(host: str, function: Callable[..., Any], *args: Any) -> Pending:
+    """As `run_on`, but for waiting: a host's runner takes a second to come up."""
+    # A host that comes back under its name is another node, and its runner another actor.
+    runner = ActorPort(f"{RUNNERS}{host_named(host, hosts()).node_id}")
+    what = f"{function.__name__} on {host}"
+    try:
+        return runner.submit("run", function, *args).named(what)
+    except ActorGone:
+        with suppress(Conflict):  # somebody else was first
+            spawn(Runner, runner.name, on_host=host, max_restarts=0)
+        return runner.submit("run", function, *args).named(what)
+
+
+def run_apart(host: str, function: Callable[..., _T], *args: Any, timeout_s: float) -> _T:
+    """As `run_on`, in a process that ends when this one does."""
+    strategy = NodeAffinitySchedulingStrategy(host_named(host, hosts()).node_id, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=strategy)
+    answer: _T = Pending(f"{function.__name__} on {host}", task.remote(*args)).result(timeout_s)
+    return answer

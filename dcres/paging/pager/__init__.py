@@ -1,0 +1,1 @@
+"""The pager of a main host: ``python -m dcres.paging.pager SETTINGS``."""

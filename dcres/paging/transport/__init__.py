@@ -1,0 +1,1 @@
+"""What carries pages between a pager and its servers."""

@@ -1,0 +1,1 @@
+"""Bytes: pages read, summed, placed and written in large pieces."""

@@ -1,0 +1,1 @@
+"""What the files of a checkpoint say, and how they are read back and checked."""

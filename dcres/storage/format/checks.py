@@ -1,0 +1,160 @@
+"""Verifying a checkpoint: every byte of every file, and that the hosts' parts fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Self, TypeVar
+
+import numpy as np
+
+from dcres.errors import CheckpointCorrupt
+from dcres.model.pages import Mask
+from dcres.storage import layout
+from dcres.storage.digest import FileSum, Sums, check_file
+from dcres.storage.engine import memory_file
+from dcres.storage.engine.transfer import Progress
+from dcres.storage.format import slices, tables
+from dcres.storage.format.manifest import HostSlice, Manifest, Role
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class FileResult:
+    """One file, and what is wrong with it, if anything is."""
+
+    host: str
+    name: str
+    problem: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the file is as it was written."""
+        return self.problem is None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The result for every file, in the manifest's order; `pages` were read and compared."""
+
+    checkpoint: str
+    pages: int
+    files: tuple[FileResult, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the whole checkpoint can be trusted."""
+        return all(file.ok for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedPart:
+    """What was found in one host's files; another host may be told, to see that all fit together.
+
+    `bits` are the pages that it saved, one bit each; None where that is unknown.
+    """
+
+    host: str
+    report: VerifyReport
+    bits: bytes | None
+
+    @classmethod
+    def of(cls, host: str, report: VerifyReport, mask: Mask | None) -> Self:
+        """The same with a mask."""
+        return cls(host, report, None if mask is None else np.packbits(mask).tobytes())
+
+    def mask(self, page_count: int) -> Mask | None:
+        """The pages that the host saved, or None."""
+        if self.bits is None:
+            return None
+        bits = np.frombuffer(self.bits, dtype=np.uint8)
+        return np.unpackbits(bits, count=page_count).view(np.bool_)
+
+
+@dataclass(slots=True)
+class Verifier:
+    """Checks parts of one checkpoint and collects results; raises the first problem if strict."""
+
+    manifest: Manifest
+    progress: Progress | None = None
+    strict: bool = False
+    _pages: int = 0
+    _problems: dict[tuple[str, str], str | None] = field(default_factory=dict)
+
+    def part(self, folder: Path, host: str) -> Mask | None:
+        """Check all files of `host`; the mask of its pages, or None where that is unknown."""
+        part = slices.find_slice(self.manifest, host)
+        sums = self._try(host, layout.SUMS, partial(self._read_sums, folder, part))
+        mask = sums[0] if sums is not None else None
+        self._try(host, layout.PAGES, partial(self._check_here, folder, part, mask))
+        for file in part.files:
+            if file.name not in (layout.SUMS, layout.PAGES):
+                self._try(host, file.name, partial(self._check_other, folder / file.name, file))
+        if part.role is Role.MAIN:  # a restore would miss it, and only then
+            listed = partial(slices.listed, self.manifest, part, layout.HISTORY)
+            self._try(host, layout.HISTORY, listed)
+        if sums is not None and not self._problems.get((host, layout.INDEX)):
+            self._try(host, part.memory_file, partial(self._check_memory, folder, part))
+        return mask
+
+    def include(self, part: VerifiedPart) -> None:
+        """What another verifier found in a part."""
+        self._pages += part.report.pages
+        for file in part.report.files:
+            self._problems[file.host, file.name] = file.problem
+
+    def agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
+        """Check each host's pages against the placement file in the main host's `folder`.
+
+        With a mask for every host this means: each page that is anywhere is in exactly the
+        memory file that the placement names.
+        """
+        check = partial(self._check_agreement, folder, masks)
+        self._try(self.manifest.main.host, layout.PAGES, check)
+
+    def report(self) -> VerifyReport:
+        """What was found so far."""
+        files = tuple(FileResult(*key, problem) for key, problem in self._problems.items())
+        return VerifyReport(self.manifest.checkpoint, self._pages, files)
+
+    def _try(self, host: str, name: str, check: Callable[[], T]) -> T | None:
+        key = (host, name)
+        self._problems.setdefault(key, None)
+        try:
+            return check()
+        except CheckpointCorrupt as error:
+            if self.strict:
+                raise
+            self._problems[key] = self._problems[key] or str(error)
+            return None
+
+    def _read_sums(self, folder: Path, part: HostSlice) -> tuple[Mask, Sums]:
+        return slices.memory_part(folder, self.manifest, part).read_sums()
+
+    def _check_here(self, folder: Path, part: HostSlice, mask: Mask | None) -> None:
+        here = slices.read_here(folder, self.manifest, part)
+        if mask is not None:
+            slices.require_same(folder / layout.PAGES, here, mask, part.host)
+
+    def _check_other(self, path: Path, expected: FileSum) -> None:
+        match path.name:
+            case layout.HISTORY:
+                tables.read_history(path, self.manifest.page_count, expected)
+            case layout.INDEX:
+                tables.read_index(path, self.manifest.page_count, expected)
+            case _:
+                check_file(path, expected)
+
+    def _check_memory(self, folder: Path, part: HostSlice) -> None:
+        memory = slices.memory_part(folder, self.manifest, part).read()
+        self._pages += memory_file.verify(memory, self.progress)
+
+    def _check_agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
+        placement = slices.read_placement(folder, self.manifest)
+        for index, part in enumerate(self.manifest.hosts):
+            if part.host in masks:
+                path = folder / layout.PAGES
+                slices.require_same(path, placement == index, masks[part.host], part.host)
