@@ -21,8 +21,11 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
 
+OWN_FAULTS = 3  # that Python itself may have meanwhile, on a loaded machine
+
+
 def touch(buffer: memoryview, length_bytes: int) -> int:
-    """How many pages were not there."""
+    """How many pages were not there, and up to OWN_FAULTS more."""
     before = faults()
     for at in range(0, length_bytes, PAGE_SIZE):
         buffer[at] = 1
@@ -42,7 +45,7 @@ def test_a_buffer_is_kept_for_the_next_user() -> None:
     with pool.lent() as buffer:
         assert touch(buffer, LENGTH) >= LENGTH // PAGE_SIZE
     with pool.lent() as buffer:
-        assert touch(buffer, LENGTH) == 0
+        assert touch(buffer, LENGTH) <= OWN_FAULTS
 
 
 def test_a_buffer_comes_back_from_a_user_that_fails() -> None:
@@ -63,7 +66,8 @@ def test_what_was_warmed_is_there() -> None:
     pool = Buffers(LENGTH)
     pool.warm(2, LENGTH // 2)
     with pool.lent() as one, pool.lent() as other, pool.lent() as cold:
-        assert touch(one, LENGTH // 2) == touch(other, LENGTH // 2) == 0
+        assert touch(one, LENGTH // 2) <= OWN_FAULTS
+        assert touch(other, LENGTH // 2) <= OWN_FAULTS
         assert touch(cold, LENGTH) >= LENGTH // PAGE_SIZE
 
 
@@ -73,7 +77,7 @@ def test_warming_makes_no_more_than_there_are_to_be() -> None:
         mine[0] = 7
         pool.warm(2, LENGTH)
         with pool.lent() as one, pool.lent() as fresh:
-            assert touch(one, LENGTH) == 0
+            assert touch(one, LENGTH) <= OWN_FAULTS
             assert touch(fresh, LENGTH) >= LENGTH // PAGE_SIZE
         assert mine[0] == 7
 
