@@ -126,7 +126,7 @@ class TestDrivers:
     def test_one_that_is_killed_is_gone(self, cluster: LocalCluster, tmp_path: Path) -> None:
         """And one that is there is not, as this process is."""
         program = (
-            "import os, sys; from dcres.actors import _ray; gateway.connect(sys.argv[1])\n"
+            "import os, sys; from dcres.actors.ray import gateway; gateway.connect(sys.argv[1])\n"
             "print(gateway.own_driver(), flush=True); os.kill(os.getpid(), 9)"
         )
         token = str(cluster.token_path)
