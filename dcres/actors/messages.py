@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -15,8 +16,6 @@ from dcres.config import VmSpec
 from dcres.model.pages import Mask
 from dcres.model.run_state import RunState
 from dcres.paging.settings import SubAddress
-
-Status = dict[str, Any]
 
 _FAST = 1  # zlib's level: such arrays are long runs
 
@@ -57,6 +56,40 @@ class Incarnation:
     def identity(self) -> str:
         """The VM's 16 bytes in the paging protocol, as hex."""
         return hashlib.sha256(f"dcres vm {self.vm}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Who a host is and what its state file says of the VM; a main host's says most.
+
+    `reserved` is what was set aside for the VM when the host became one of its own, in bytes, and
+    `shares` what sub hosts may keep, in bytes by host.
+    """
+
+    host: str
+    role: str
+    present: bool  # whether there is anything of the VM
+    generation: int = 0
+    reserved: int = 0
+    spec: VmSpec | None = None
+    checkpoint: str | None = None  # under way
+    accel: str = ""
+    accel_why: str = ""
+    qemu_version: str = ""
+    machine: str = ""
+    running: bool = False  # its start or restore has come to its end
+    moving: bool = False  # a lazy restore is bringing in pages
+    reshaping: bool = False
+    hosts: tuple[str, ...] = ()
+    shares: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PagingCounters:
+    """Pages that a pager has moved since its process began; 0 on a sub host."""
+
+    pages_in: int = 0
+    pages_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

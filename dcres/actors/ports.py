@@ -6,25 +6,39 @@ contract tests hold them to the same behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
-class Pending(Protocol):
+class Pending(Protocol[R_co]):
     """A call under way."""
 
-    def result(self, timeout_s: float) -> Any:
-        """Wait for its result. Raises what the call raised, ClusterError when time is over."""
+    def result(self, timeout_s: float | None = None) -> R_co:
+        """Wait for its result, as long as the order says by default.
+
+        Raises what the call raised, ClusterError when time is over.
+        """
 
 
 class Port(Protocol):
-    """An actor that can be called."""
+    """An actor that can be called; `order` is a method of what it is, such as `Saving.copy`."""
 
-    def submit(self, method: str, *args: Any) -> Pending:
+    def submit(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
         """Start a call and return at once."""
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+    def call(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
         """Call and wait. Raises DcresError as raised there, ActorGone, ClusterError."""
+
+    def within(self, timeout_s: float) -> Self:
+        """The same actor, whose answers may take `timeout_s` whatever their orders say."""
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the actor answers, through a restart if need be."""

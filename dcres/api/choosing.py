@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.control.room import HostInfo, host_named, require_room
 from dcres.actors.host import naming
 from dcres.actors.host.loading import parse
@@ -136,7 +137,7 @@ def look_here(manifest: str, cluster: str, take_over: bool) -> Look:
 def phase_of(session: Session, vm: str) -> VmPhase:
     """What VM `vm` is doing; ``absent`` when there is none."""
     try:
-        return VmPhase(session.existing(vm).call("status")["phase"])
+        return VmPhase(session.existing(vm).call(Coordinator.status)["phase"])
     except NotFound:
         return VmPhase.ABSENT
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import coordinator_name
 from dcres.actors.ray.local_cluster import LocalCluster, purge
@@ -102,7 +103,7 @@ class Cluster:
     def statuses(self) -> list[VmStatus]:
         """What all VMs do; one whose coordinator does not answer has the phase ``unknown``."""
         names = {coordinator_name(vm): vm for vm in self._session.vms()}
-        pending = {name: gateway.ActorPort(name).submit("status") for name in names}
+        pending = {name: gateway.ActorPort(name).submit(Coordinator.status) for name in names}
         answers, failures = gateway.gather(pending, _STATUS_TIMEOUT_S)
         found = [status_of(answer) for answer in answers.values() if answer["phase"] != "absent"]
         unknown = [VmStatus(names[n], "unknown", str(why)) for n, why in failures.items()]

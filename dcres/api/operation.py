@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Pending, Port
 from dcres.api.show import progress_bars
 from dcres.errors import DcresError
@@ -22,6 +23,10 @@ from dcres.linux.interrupt import OperationInterrupted, Terminated, ended_by_sig
 
 log = logging.getLogger("dcres.api")
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_BRINGING_UP = (Coordinator.start, Coordinator.restore)
 _NO_LIMIT_S = 7 * 24 * 3600.0
 _LOOK_EVERY_S = 0.25
 _ASK_TIMEOUT_S = 30.0
@@ -87,29 +92,39 @@ def shown_progress(
     return nullcontext(None) if option is False else progress_bars(title)
 
 
-def attend(
-    coordinator: Port, method: str, *args: Any, title: str, progress: ProgressOption = None
-) -> Any:
-    """Call `method` of a coordinator and wait for its end, however long that takes.
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """A call to a VM's coordinator that is waited for; `title` names it for people."""
 
-    An exception in the meantime gives the operation up and is raised once that is done: a
-    checkpoint is cancelled, what a start or restore had brought up is taken down, and pages that
-    were being moved stay where they are. KeyboardInterrupt becomes an `OperationInterrupted`,
-    whose text says when it was too late for that: a checkpoint that is being published is there
-    in a moment. After SIGTERM the process ends, see `ended_by_sigterm`.
-    """
-    with ended_by_sigterm():
-        with shown_progress(progress, title) as show:
-            future = _in_thread(coordinator.submit(method, *args))
-            try:
-                while not wait([future], timeout=_LOOK_EVERY_S).done:
-                    if show is not None:
-                        _look(coordinator, show)
-            except BaseException as error:
-                _give_up(coordinator, method, future)
-                _tell(error, title, _what_became(method, title, future))
-                raise
-        return future.result()
+    coordinator: Port
+    title: str
+    progress: ProgressOption = None
+
+    def run(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Give the order and wait for its end, however long that takes.
+
+        An exception in the meantime gives the operation up and is raised once that is done: a
+        checkpoint is cancelled, what a start or restore had brought up is taken down, and pages
+        that were being moved stay where they are. KeyboardInterrupt becomes an
+        `OperationInterrupted`, whose text says when it was too late for that: a checkpoint that is
+        being published is there in a moment. After SIGTERM the process ends, see
+        `ended_by_sigterm`.
+        """
+        with ended_by_sigterm():
+            with shown_progress(self.progress, self.title) as show:
+                pending = self.coordinator.within(_NO_LIMIT_S).submit(order, *args, **kwargs)
+                future = _in_thread(pending)
+                try:
+                    while not wait([future], timeout=_LOOK_EVERY_S).done:
+                        if show is not None:
+                            _look(self.coordinator, show)
+                except BaseException as error:
+                    _give_up(self.coordinator, order, future)
+                    _tell(error, self.title, _what_became(order, self.title, future))
+                    raise
+            return future.result()
 
 
 def _tell(error: BaseException, title: str, what_became: str) -> None:
@@ -121,27 +136,27 @@ def _tell(error: BaseException, title: str, what_became: str) -> None:
             log.warning("SIGTERM during %s: %s", title, what_became)
 
 
-def _what_became(method: str, title: str, future: Future[Any]) -> str:
+def _what_became(order: Callable[..., object], title: str, future: Future[Any]) -> str:
     """What whoever interrupted an operation has to know of it, now that it has ended.
 
     An error says so itself: that it was given up, or failed before, or that nobody can tell.
     """
     if (error := future.exception()) is not None:
         return str(error)
-    if method in ("start", "restore"):
+    if order in _BRINGING_UP:
         return "what was under way is given up"
-    if method == "checkpoint":
+    if order == Coordinator.checkpoint:
         return f"checkpoint {future.result()['checkpoint']} was published before that"
     return f"{title} was done before that"
 
 
-def _in_thread(pending: Pending) -> Future[Any]:
+def _in_thread(pending: Pending[R]) -> Future[R]:
     """Wait for a call beside the main thread, which stays open to Ctrl-C."""
-    future: Future[Any] = Future()
+    future: Future[R] = Future()
 
     def collect() -> None:
         try:
-            future.set_result(pending.result(_NO_LIMIT_S))
+            future.set_result(pending.result())
         except BaseException as error:
             future.set_exception(error)
 
@@ -152,7 +167,7 @@ def _in_thread(pending: Pending) -> Future[Any]:
 def _look(coordinator: Port, show: ShowProgress) -> None:
     # While the coordinator is being restarted there is nothing to see, and nothing to say.
     with suppress(DcresError):
-        answer = coordinator.call("progress", timeout_s=_ASK_TIMEOUT_S)
+        answer = coordinator.within(_ASK_TIMEOUT_S).call(Coordinator.progress)
         hosts = tuple(_host_progress(host) for host in answer["hosts"])
         show(
             OperationProgress(
@@ -179,11 +194,11 @@ def _host_progress(answer: Mapping[str, Any]) -> HostProgress:
     )
 
 
-def _give_up(coordinator: Port, method: str, future: Future[Any]) -> None:
+def _give_up(coordinator: Port, order: Callable[..., object], future: Future[Any]) -> None:
     """Cancel until it has ended: the first order may come before the operation has begun."""
     while not future.done():
         with suppress(DcresError):
-            coordinator.call("cancel", timeout_s=_ASK_TIMEOUT_S)
+            coordinator.within(_ASK_TIMEOUT_S).call(Coordinator.cancel)
         wait([future], timeout=1.0)
-    if method in ("start", "restore") and future.exception() is None:
-        coordinator.call("stop", timeout_s=_NO_LIMIT_S)
+    if order in _BRINGING_UP and future.exception() is None:
+        coordinator.within(_NO_LIMIT_S).call(Coordinator.stop)

@@ -71,7 +71,7 @@ class Session:
         if port is None:
             raise self._unknown(vm)
         try:
-            phase = port.call("status", timeout_s=_STATUS_TIMEOUT_S)["phase"]
+            phase = port.within(_STATUS_TIMEOUT_S).call(Coordinator.status)["phase"]
         except DcresError:
             return
         if phase == "absent":
@@ -89,7 +89,7 @@ class Session:
         """End the VM's coordinator unless there is something to coordinate."""
         name = coordinator_name(vm)
         with suppress(DcresError):
-            if gateway.ActorPort(name).call("retire"):
+            if gateway.ActorPort(name).call(Coordinator.retire):
                 gateway.kill(name)
 
     def vms(self) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.messages import Foreseen
+from dcres.actors.protocol import Presence
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet
 from dcres.api.catalogue import verify
@@ -23,7 +25,7 @@ from dcres.api.defaults import (
     DEFAULT_MODE,
     require_kind,
 )
-from dcres.api.operation import ProgressOption, attend
+from dcres.api.operation import Attended, ProgressOption
 from dcres.api.placement import Placement
 from dcres.api.plan import RestorePlan, plan_restore
 from dcres.api.resizing import DrainPlan, ResizePlan
@@ -47,6 +49,8 @@ from dcres.storage.format.checks import VerifyReport
 from dcres.storage.format.manifest import Manifest, dumps
 
 log = logging.getLogger("dcres.restore")
+
+P = ParamSpec("P")
 
 _STOP_TIMEOUT_S = 300.0
 _WHOLE_TIMEOUT_S = 24 * 3600.0
@@ -81,7 +85,7 @@ class Vm:
         return with_rates(first, second, time.monotonic() - began)
 
     def _status(self) -> VmStatus:
-        return status_of(self._session.existing(self.name).call("status"))
+        return status_of(self._session.existing(self.name).call(Coordinator.status))
 
     def placement(self, buckets: int = 1024) -> Placement:
         """Which host holds which part of memory, and how hot it is; a notebook draws it.
@@ -94,7 +98,7 @@ class Vm:
             raise ConfigError(
                 f"memory cannot be shown in {buckets} buckets; take 1 to {MOST_BUCKETS}"
             )
-        picture = self._session.existing(self.name).call("placement", buckets)
+        picture = self._session.existing(self.name).call(Coordinator.placement, buckets)
         return Placement(self.name, datetime.now(UTC), picture)
 
     def checkpoint(
@@ -124,22 +128,14 @@ class Vm:
                 f"a downtime of {downtime_s} s in {max_rounds} rounds cannot be aimed at; "
                 "give more than 0 s and at least 1 round"
             )
-        facts = attend(
-            self._session.existing(self.name),
-            "checkpoint",
-            mode,
-            None,
-            downtime_s,
-            max_rounds,
-            MemoryFormat(format),
-            title=f"checkpoint of {self.name}",
-            progress=progress,
-        )
+        attended = self._attended(f"checkpoint of {self.name}", progress)
+        order = mode, None, downtime_s, max_rounds, MemoryFormat(format)
+        facts = attended.run(Coordinator.checkpoint, *order)
         return Checkpoint(self._session, facts)
 
     def cancel(self) -> bool:
         """Give up the checkpoint, start, restore or change of shares under way, if there is one."""
-        return bool(self._session.existing(self.name).call("cancel"))
+        return bool(self._session.existing(self.name).call(Coordinator.cancel))
 
     def wait_until_whole(self, timeout_s: float = _WHOLE_TIMEOUT_S) -> VmStatus:
         """Wait until a lazy restore has brought every page to where it belongs; the status then.
@@ -177,7 +173,8 @@ class Vm:
         and Conflict while a lazy restore brings pages in.
         """
         shares = self._shares(main, subs)
-        return self._reshape("resize", shares, f"resize of {self.name}", progress)
+        attended = self._attended(f"resize of {self.name}", progress)
+        return status_of(attended.run(Coordinator.resize, *shares))
 
     def plan_resize(
         self,
@@ -191,7 +188,7 @@ class Vm:
         ConfigError for what is no size.
         """
         shares = self._shares(main, subs)
-        foreseen = self._foresee("plan_resize", *shares)
+        foreseen = self._foresee(Coordinator.plan_resize, *shares)
         return ResizePlan.of(self.name, foreseen)
 
     def _shares(
@@ -211,27 +208,26 @@ class Vm:
         VM, ConfigError or NoRoom when the others cannot take its pages, and Conflict while a
         lazy restore brings pages in.
         """
-        return self._reshape("drain", (host,), f"drain {host} of {self.name}", progress)
+        attended = self._attended(f"drain {host} of {self.name}", progress)
+        return status_of(attended.run(Coordinator.drain, host))
 
     def plan_drain(self, host: str) -> DrainPlan:
         """What `drain` would move where, as things are now; changes nothing. Raises NotFound."""
-        return DrainPlan.of(self.name, host, self._foresee("plan_drain", host))
+        return DrainPlan.of(self.name, host, self._foresee(Coordinator.plan_drain, host))
 
-    def _foresee(self, method: str, *args: Any) -> Foreseen:
+    def _foresee(
+        self, order: Callable[Concatenate[Any, P], Foreseen], *args: P.args, **kwargs: P.kwargs
+    ) -> Foreseen:
         """A refusal to begin is a problem as well. Raises NotFound."""
         try:
-            foreseen: Foreseen = self._session.existing(self.name).call(method, *args)
+            return self._session.existing(self.name).call(order, *args, **kwargs)
         except NotFound:
             raise
         except DcresError as error:
             return Foreseen((), problem=str(error))
-        return foreseen
 
-    def _reshape(
-        self, method: str, args: tuple[Any, ...], title: str, progress: ProgressOption
-    ) -> VmStatus:
-        coordinator = self._session.existing(self.name)
-        return status_of(attend(coordinator, method, *args, title=title, progress=progress))
+    def _attended(self, title: str, progress: ProgressOption) -> Attended:
+        return Attended(self._session.existing(self.name), title, progress)
 
     def pause(self) -> VmStatus:
         """Stop the guest until `resume`, also through checkpoints and restarts of what controls it.
@@ -239,7 +235,7 @@ class Vm:
         Its pages may go on moving. Repeatable. Raises Conflict while something else is done to the
         VM, VmLost.
         """
-        return status_of(self._session.existing(self.name).call("pause"))
+        return status_of(self._session.existing(self.name).call(Coordinator.pause))
 
     def resume(self) -> VmStatus:
         """Let the guest run, from wherever it stands: paused, or after an error of a disk.
@@ -247,21 +243,21 @@ class Vm:
         Repeatable. Raises Conflict where it cannot run any more (`VmStatus.advice` says what can be
         done then) or while something else is done to the VM, VmLost.
         """
-        return status_of(self._session.existing(self.name).call("resume"))
+        return status_of(self._session.existing(self.name).call(Coordinator.resume))
 
     def stop(self) -> None:
         """End the VM and give back all it used; a checkpoint under way is given up first."""
-        self._session.existing(self.name).call("stop", timeout_s=_STOP_TIMEOUT_S)
+        self._session.existing(self.name).within(_STOP_TIMEOUT_S).call(Coordinator.stop)
         self._session.retire(self.name)
 
     def kill(self) -> None:
         """End the VM like a power failure, whatever is under way; its checkpoints stay."""
         coordinator = self._session.existing(self.name)
-        coordinator.call("cancel")
+        coordinator.call(Coordinator.cancel)
         for port in RayFleet().find(self.name):
             with suppress(ActorGone):
-                port.submit("destroy")
-        coordinator.call("stop", timeout_s=_STOP_TIMEOUT_S)
+                port.submit(Presence.destroy)
+        coordinator.within(_STOP_TIMEOUT_S).call(Coordinator.stop)
         self._session.retire(self.name)
 
     def console(self) -> str:
@@ -402,13 +398,13 @@ class Checkpoint:
         """
         wish = wish_of(self.manifest, layout, single, hosts)
         choice = choose_hosts(self._session, self.manifest, wish)
-        facts = _bring_up(
-            self._session,
-            self.vm,
-            ("restore", dumps(self.manifest), choice.layout, list(choice.hosts), lazy, take_over),
-            f"restore of {self.vm}",
-            progress,
-        )
+        text, hosts_chosen = dumps(self.manifest), list(choice.hosts)
+
+        def restore(attended: Attended, driver: str | None) -> dict[str, Any]:
+            order = text, choice.layout, hosts_chosen, lazy, take_over, driver
+            return attended.run(Coordinator.restore, *order)
+
+        facts = _bring_up(self._session, self.vm, restore, f"restore of {self.vm}", progress)
         return Vm(self._session, self.vm, {**facts, "chosen": choice.why})
 
 
@@ -426,8 +422,11 @@ def start_vm(
     began = time.monotonic()
     values = spec.model_dump(mode="json", by_alias=True)
     names = None if hosts is None else listed(hosts)
-    call = ("start", values, names, take_over)
-    answer = _bring_up(session, spec.name, call, f"start of {spec.name}", progress)
+
+    def start(attended: Attended, driver: str | None) -> dict[str, Any]:
+        return attended.run(Coordinator.start, values, names, take_over, driver)
+
+    answer = _bring_up(session, spec.name, start, f"start of {spec.name}", progress)
     seconds = time.monotonic() - began
     return Vm(session, spec.name, {**status_of(answer).to_dict(), "seconds": seconds})
 
@@ -441,13 +440,16 @@ def _share(text: int | str) -> int:
 
 
 def _bring_up(
-    session: Session, vm: str, call: tuple[Any, ...], title: str, progress: ProgressOption
-) -> Any:
+    session: Session,
+    vm: str,
+    begin: Callable[[Attended, str | None], dict[str, Any]],
+    title: str,
+    progress: ProgressOption,
+) -> dict[str, Any]:
     """Have the VM's coordinator start or restore it; when that fails, no coordinator is left."""
     with ended_by_sigterm():
         try:
-            wanted = (*call, gateway.own_driver())
-            return attend(session.coordinator(vm), *wanted, title=title, progress=progress)
+            return begin(Attended(session.coordinator(vm), title, progress), gateway.own_driver())
         except BaseException:
             with uninterrupted():
                 session.retire(vm)

@@ -60,7 +60,7 @@ def coordinator(vm: str) -> Iterator[Port]:
     try:
         port.wait_ready(_READY_TIMEOUT_S)
         yield port
-        port.call("stop")
+        port.call(Coordinator.stop)
     finally:
         gateway.kill(coordinator_name(vm))
 

@@ -92,8 +92,8 @@ class Subject:
         self._port.wait_ready(60.0)
         main, *subs = (f"{share}MiB" for share in _shares(hosts, memory_mib))
         image = filler_image(folder)
-        self._port.call(
-            "start",
+        self._port.within(_RESTORE_TIMEOUT_S).call(
+            Coordinator.start,
             {
                 "name": self._vm,
                 "memory": f"{memory_mib}MiB",
@@ -102,12 +102,11 @@ class Subject:
                 "append": f"console=ttyS0 quiet panic=-1 fill={fill_mib(memory_mib)}",
                 "layout": {"main": main, "subs": subs},
             },
-            timeout_s=_RESTORE_TIMEOUT_S,
         )
         self._await_filled()
 
     def _await_filled(self) -> None:
-        console = Path(self._port.call("status")["hosts"][0]["console"])
+        console = Path(self._port.call(Coordinator.status)["hosts"][0]["console"])
 
         def filled() -> bool:
             text = console.read_text(errors="replace")
@@ -119,8 +118,8 @@ class Subject:
 
     def round(self, at: int) -> list[Row]:
         """Checkpoint, bare write and read, restore; the checkpoint is deleted in the end."""
-        facts = self._port.call("checkpoint", "stop", timeout_s=_RESTORE_TIMEOUT_S)
-        self._port.call("stop")
+        facts = self._port.within(_RESTORE_TIMEOUT_S).call(Coordinator.checkpoint, "stop")
+        self._port.call(Coordinator.stop)
         length = facts["pages"] * PAGE_SIZE
         raw_write = disk.write(self._raw, length)
         raw_read = disk.read(self._raw)
@@ -161,7 +160,7 @@ class Subject:
         manifest = dumps(self._store.get(facts["checkpoint"]))
         watch = LoadWatch(self._memory_files(), facts["pages"])
         with watch:
-            answer = self._port.call("restore", manifest, timeout_s=_RESTORE_TIMEOUT_S)
+            answer = self._port.within(_RESTORE_TIMEOUT_S).call(Coordinator.restore, manifest)
         return watch.seconds, answer["seconds"]
 
     def _memory_files(self) -> list[Path]:
@@ -172,7 +171,7 @@ class Subject:
 
     def end(self) -> None:
         """Stop the VM and its coordinator."""
-        self._port.call("stop")
+        self._port.call(Coordinator.stop)
         gateway.kill(coordinator_name(self._vm))
 
 

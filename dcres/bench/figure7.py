@@ -33,6 +33,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench.apart import await_word
 from dcres.bench.hosts import Hosts, slow_cluster
@@ -139,7 +140,7 @@ class Split:
         return Row("restore_traditional", at, seconds, "s", details)
 
     def _paged(self) -> dict[str, int]:
-        main = self._vm.port.call("status")["hosts"][0]
+        main = self._vm.port.call(Coordinator.status)["hosts"][0]
         return {key: main[key] for key in ("pages_in", "pages_out")}
 
     def _since(self, before: dict[str, int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
 from dcres.actors.ray.local_cluster import LocalCluster
@@ -66,11 +67,11 @@ class _Subject:
             "accel": "tcg",
             "layout": {"main": main, "subs": [sub]},
         }
-        port.call("start", spec, list(cluster.hosts), timeout_s=_TIMEOUT_S)
+        port.within(_TIMEOUT_S).call(Coordinator.start, spec, list(cluster.hosts))
         self._await_work()
         time.sleep(learning_s)
-        facts = port.call("checkpoint", "live", timeout_s=_TIMEOUT_S)
-        port.call("stop")
+        facts = port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "live")
+        port.call(Coordinator.stop)
         self._manifest = store_of(cluster, cluster.hosts[0]).get(facts["checkpoint"])
         self._history = self._read_history()
 
@@ -93,13 +94,13 @@ class _Subject:
         if not by_history:
             ticks = np.random.default_rng(at).permutation(ticks)
         manifest = self._with_history(ticks)
-        self._port.call("restore", dumps(manifest), timeout_s=_TIMEOUT_S)
+        self._port.within(_TIMEOUT_S).call(Coordinator.restore, dumps(manifest))
         began = time.monotonic()
         self._await_work()
         time.sleep(max(0.0, began + seconds - time.monotonic()))
-        counters: dict[str, Any] = self._port.call("status")["hosts"][0]
+        counters: dict[str, Any] = self._port.call(Coordinator.status)["hosts"][0]
         taken = time.monotonic() - began
-        self._port.call("stop")
+        self._port.call(Coordinator.stop)
         seen = {key: counters[key] for key in ("pages_in", "pages_out", "faults")}
         return Row(what, at, counters["pages_in"] / taken, "pages/s", {"seconds": taken, **seen})
 

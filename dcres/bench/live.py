@@ -105,7 +105,7 @@ class _Subject:
         self._vm = str(spec["name"])
         self._port = gateway.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
-        status = self._port.call("start", spec, timeout_s=_TIMEOUT_S)
+        status = self._port.within(_TIMEOUT_S).call(Coordinator.start, spec)
         self._console = Path(status["hosts"][0]["console"])
         last = "FILLED" if rate == 0 else "WROTE"
         wait_for(lambda: last in self._text(), _TIMEOUT_S, "the guest has filled its memory")
@@ -118,7 +118,7 @@ class _Subject:
         return self._pages_in() - before < _AT_REST_PAGES
 
     def _pages_in(self) -> int:
-        return int(self._port.call("status")["hosts"][0]["pages_in"])
+        return int(self._port.call(Coordinator.status)["hosts"][0]["pages_in"])
 
     def _text(self) -> str:
         return self._console.read_text(errors="replace")
@@ -130,7 +130,7 @@ class _Subject:
     def measure(self, rounds: int) -> list[Row]:
         """All rounds; the VM is gone afterwards."""
         rows = [row for at in range(rounds) for row in self._round(at)]
-        self._port.call("stop")
+        self._port.call(Coordinator.stop)
         gateway.kill(coordinator_name(self._vm))
         return rows
 
@@ -139,7 +139,7 @@ class _Subject:
         facts: dict[str, object] = {}
 
         def checkpoint() -> None:
-            facts.update(self._port.call("checkpoint", "live", timeout_s=_TIMEOUT_S))
+            facts.update(self._port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "live"))
 
         during, seconds = self._speed(checkpoint)
         self._store.delete(str(facts["checkpoint"]))

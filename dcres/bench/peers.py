@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
 from dcres.actors.ray import gateway
 from dcres.actors.ray.local_cluster import LocalCluster
@@ -118,16 +119,16 @@ class Subject:
         self._cluster = held.enter_context(_cluster(folder / "c", int(spec["memory"][:-3])))
         self._store = Store(self._cluster.settings(self._cluster.hosts[0]).store)
         self._port: Port = held.enter_context(coordinator(_VM))
-        self._port.call("start", spec, timeout_s=_TIMEOUT_S)
-        await_word(Path(self._port.call("status")["hosts"][0]["console"]), "FILLED")
+        self._port.within(_TIMEOUT_S).call(Coordinator.start, spec)
+        await_word(Path(self._port.call(Coordinator.status)["hosts"][0]["console"]), "FILLED")
 
     def round(self, memory_format: MemoryFormat, at: int) -> list[Row]:
         """A checkpoint and a restore from it; the checkpoint is deleted in the end."""
         order = ("stop", None, DOWNTIME_S, MAX_ROUNDS, memory_format)
-        facts = self._port.call("checkpoint", *order, timeout_s=_TIMEOUT_S)
-        self._port.call("stop")
+        facts = self._port.within(_TIMEOUT_S).call(Coordinator.checkpoint, *order)
+        self._port.call(Coordinator.stop)
         manifest = dumps(self._store.get(facts["checkpoint"]))
-        restored = self._port.call("restore", manifest, timeout_s=_TIMEOUT_S)
+        restored = self._port.within(_TIMEOUT_S).call(Coordinator.restore, manifest)
         self._store.delete(facts["checkpoint"])
         (host,) = facts["hosts"]
         length = host["bytes_written"]

@@ -30,6 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
 from dcres.actors.ray.local_cluster import LocalCluster
@@ -127,7 +128,7 @@ class _Subject:
 
     def _save(self, spec: dict[str, Any]) -> Manifest:
         """The checkpoint over two hosts; memory is filled where no page has to leave."""
-        self._port.call("start", spec, self._hosts[:1], timeout_s=_TIMEOUT_S)
+        self._port.within(_TIMEOUT_S).call(Coordinator.start, spec, self._hosts[:1])
         await_word(self._console(self._hosts[0]), "WROTE")
         alone = self._checkpoint()
         self._restore(alone, self._two, self._hosts, lazy=False)
@@ -136,8 +137,8 @@ class _Subject:
         return both
 
     def _checkpoint(self) -> Manifest:
-        facts = self._port.call("checkpoint", "stop", timeout_s=_TIMEOUT_S)
-        self._port.call("stop")
+        facts = self._port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "stop")
+        self._port.call(Coordinator.stop)
         return store_of(self._cluster, self._hosts[0]).get(facts["checkpoint"])
 
     def _console(self, host: str) -> Path:
@@ -150,8 +151,8 @@ class _Subject:
         for part in manifest.hosts:
             forget(folder_of(self._cluster, manifest, part.host) / part.memory_file)
         began = time.monotonic()
-        facts: dict[str, Any] = self._port.call(
-            "restore", dumps(manifest), layout, hosts, lazy, timeout_s=_TIMEOUT_S
+        facts: dict[str, Any] = self._port.within(_TIMEOUT_S).call(
+            Coordinator.restore, dumps(manifest), layout, hosts, lazy
         )
         await_word(self._console(hosts[0]), "WROTE")
         return {**facts, "first_word_seconds": time.monotonic() - began, "began": began}
@@ -169,7 +170,7 @@ class _Subject:
         ):
             eager = self._restore(self._manifest, layout, hosts, lazy=False)
             rows.append(_row(f"eager_{name}", at, eager))
-            self._port.call("stop")
+            self._port.call(Coordinator.stop)
             rows += self._lazy_rows(name, at, layout, hosts, start)
         return rows
 
@@ -183,12 +184,12 @@ class _Subject:
         yield Row(f"reserve_{name}", at, reserve, "s")
         if layout is self._two:
             yield Row(f"own_{name}", at, facts["seconds"] - start, "s")
-        while self._port.call("status")["hosts"][0]["moving"]:
+        while self._port.call(Coordinator.status)["hosts"][0]["moving"]:
             time.sleep(_POLL_S)
         whole = time.monotonic() - facts["began"]
         rate = self._manifest.pages * PAGE_SIZE / 1e6 / (whole - facts["seconds"])
         yield Row(f"whole_{name}", at, whole, "s", {"MB_per_s": rate})
-        self._port.call("stop")
+        self._port.call(Coordinator.stop)
 
 
 def _row(what: str, at: int, facts: dict[str, Any]) -> Row:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
 from dcres.actors.ray.local_cluster import LocalCluster
@@ -75,7 +76,7 @@ class SplitVm:
         """Seconds until it runs, or with ``-incoming`` among `extra_args` until it could."""
         spec = {**self._spec, "layout": layout.model_dump(), "extra_args": list(extra_args)}
         began = time.monotonic()
-        self.port.call("start", spec, self._hosts(layout), timeout_s=TIMEOUT_S)
+        self.port.within(TIMEOUT_S).call(Coordinator.start, spec, self._hosts(layout))
         return time.monotonic() - began
 
     def _hosts(self, layout: Layout) -> list[str]:
@@ -100,26 +101,26 @@ class SplitVm:
         """Wait until no page is on its way out."""
 
         def rests() -> bool:
-            main = self.port.call("status")["hosts"][0]
+            main = self.port.call(Coordinator.status)["hosts"][0]
             return bool(main["leaving"] == 0 and main["pages"][0] <= main["limit_pages"])
 
         wait_for(rests, FILL_TIMEOUT_S, "the main host is within its share")
 
     def resize(self, layout: Layout) -> None:
         """Other shares on the same hosts; done when nothing moves any more."""
-        self.port.call("resize", layout.main, list(layout.subs), timeout_s=TIMEOUT_S)
+        self.port.within(TIMEOUT_S).call(Coordinator.resize, layout.main, list(layout.subs))
         self.await_rest()
 
     def checkpoint(self) -> tuple[Timed, Manifest]:
         """A checkpoint of the stopped VM, which runs again."""
         began = time.monotonic()
-        facts = self.port.call("checkpoint", "stop", timeout_s=TIMEOUT_S)
+        facts = self.port.within(TIMEOUT_S).call(Coordinator.checkpoint, "stop")
         timed = Timed(time.monotonic() - began, facts)
         return timed, store_of(self._cluster, self.main_host).get(facts["checkpoint"])
 
     def stop(self) -> None:
         """End it."""
-        self.port.call("stop", timeout_s=TIMEOUT_S)
+        self.port.within(TIMEOUT_S).call(Coordinator.stop)
 
     def restore(self, manifest: Manifest, layout: Layout) -> Timed:
         """Bring it back on the hosts that saved it, from disk; it has shown that it lives."""
@@ -127,7 +128,9 @@ class SplitVm:
             forget(folder_of(self._cluster, manifest, part.host) / part.memory_file)
         text = dumps(manifest)
         began = time.monotonic()
-        facts = self.port.call("restore", text, layout, self._hosts(layout), timeout_s=TIMEOUT_S)
+        facts = self.port.within(TIMEOUT_S).call(
+            Coordinator.restore, text, layout, self._hosts(layout)
+        )
         timed = Timed(time.monotonic() - began, facts)
         self.await_life()
         return timed

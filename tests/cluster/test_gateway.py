@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from dcres.actors.ray import gateway
-from dcres.actors.ray.gateway import ActorPort, looking
+from dcres.actors.ray.gateway import ActorPort, Pending, looking
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
 from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
@@ -117,7 +117,7 @@ class TestConnecting:
         port = start(f"{unique}:a")
         os.kill(port.pid(), signal.SIGKILL)
         with pytest.raises(ActorGone):
-            port.call("hold", patience(30), timeout_s=patience(20))
+            port.within(patience(20)).call(Probe.hold, patience(30))
         port.wait_ready(READY_S)
         assert capfd.readouterr().out == ""
 
@@ -126,7 +126,7 @@ class TestDrivers:
     def test_one_that_is_killed_is_gone(self, cluster: LocalCluster, tmp_path: Path) -> None:
         """And one that is there is not, as this process is."""
         program = (
-            "import os, sys; from dcres.actors import _ray; gateway.connect(sys.argv[1])\n"
+            "import os, sys; from dcres.actors.ray import gateway; gateway.connect(sys.argv[1])\n"
             "print(gateway.own_driver(), flush=True); os.kill(os.getpid(), 9)"
         )
         token = str(cluster.token_path)
@@ -233,7 +233,7 @@ class TestReservations:
         gateway.release(unique)
         assert gateway.list_actors(unique) == []
         with pytest.raises(ActorGone):
-            ports[0].call("get")
+            ports[0].call(Probe.get)
 
 
 class TestActors:
@@ -241,13 +241,13 @@ class TestActors:
         reservation = gateway.reserve(unique, [MIB, MIB])
         for bundle in (0, 1):
             port = start(f"{unique}:{bundle}", bundle=bundle)
-            assert port.call("host") == reservation.host_of(bundle)
+            assert port.call(Probe.host) == reservation.host_of(bundle)
 
     def test_without_a_reservation_it_runs_on_the_head(self, probe: ActorPort) -> None:
-        assert probe.call("host") == "head"
+        assert probe.call(Probe.host) == "head"
 
     def test_it_knows_its_name_and_address(self, cluster: LocalCluster, probe: ActorPort) -> None:
-        assert probe.call("where") == (probe.name, cluster.settings("head").address)
+        assert probe.call(Probe.where) == (probe.name, cluster.settings("head").address)
 
     def test_the_name_is_taken(self, probe: ActorPort) -> None:
         with pytest.raises(Conflict, match=probe.name):
@@ -261,7 +261,7 @@ class TestActors:
         assert gateway.find(probe.name) is None
         gateway.kill(probe.name)
         start(probe.name, 4)
-        assert probe.call("get") == 4
+        assert probe.call(Probe.get) == 4
 
     def test_a_constructors_error_comes_back(self, unique: str) -> None:
         port = gateway.spawn(Probe, f"{unique}:a", (None, "the constructor failed"))
@@ -270,14 +270,14 @@ class TestActors:
 
     def test_actors_call_and_spawn_each_other(self, unique: str, probe: ActorPort) -> None:
         reservation = gateway.reserve(unique, [MIB])
-        nested = probe.call("spawn", f"{unique}:nested", reservation, 0)
+        nested = probe.call(Probe.spawn, f"{unique}:nested", reservation, 0)
         nested.wait_ready(READY_S)
-        assert probe.call("ask", nested, "get") == "nested"
-        assert probe.call("ask", nested, "host") == reservation.host_of(0)
+        assert probe.call(Probe.ask, nested, Probe.get) == "nested"
+        assert probe.call(Probe.ask, nested, Probe.host) == reservation.host_of(0)
 
     def test_calls_run_side_by_side(self, probe: ActorPort) -> None:
-        under_way = [probe.submit("hold", 60) for _ in range(8)]
-        assert probe.call("get", timeout_s=patience(5)) == 3
+        under_way = [probe.submit(Probe.hold, 60) for _ in range(8)]
+        assert probe.within(patience(5)).call(Probe.get) == 3
         gateway.kill(probe.name)
         with pytest.raises(ActorGone):
             under_way[0].result(patience(10))
@@ -289,7 +289,7 @@ class TestErrors:
         self, raiser: ActorPort, cls: type[DcresError]
     ) -> None:
         with pytest.raises(cls) as raised:
-            raiser.call("fail", cls)
+            raiser.call(Probe.fail, cls)
         assert type(raised.value) is cls
         assert raised.value.args == example(cls).args
         assert str(raised.value) == str(example(cls))
@@ -298,24 +298,24 @@ class TestErrors:
         with pytest.raises(
             ClusterError, match=r"test-raiser\.break_down failed: KeyError"
         ) as raised:
-            raiser.call("break_down")
+            raiser.call(Probe.break_down)
         assert "in break_down" in str(raised.value.__cause__)
 
     def test_no_answer_in_time(self, raiser: ActorPort) -> None:
         with pytest.raises(ClusterError, match=r"test-raiser\.hold did not answer within 0.1 s"):
-            raiser.call("hold", 1, timeout_s=0.1)
+            raiser.within(0.1).call(Probe.hold, 1)
 
     def test_no_such_actor(self, cluster: LocalCluster) -> None:
         with pytest.raises(ActorGone, match="there is no actor test-nobody"):
-            ActorPort("test-nobody").call("get")
+            ActorPort("test-nobody").call(Probe.get)
         with pytest.raises(ActorGone):
             ActorPort("test-nobody").wait_ready(patience(5))
 
     def test_gathering_keeps_results_and_failures_apart(self, raiser: ActorPort) -> None:
-        pendings = {
-            "good": raiser.submit("get"),
-            "bad": raiser.submit("fail", NoRoom),
-            "late": raiser.submit("hold", 1),
+        pendings: dict[str, Pending[object]] = {
+            "good": raiser.submit(Probe.get),
+            "bad": raiser.submit(Probe.fail, NoRoom),
+            "late": raiser.submit(Probe.hold, 1),
         }
         results, failures = gateway.gather(pendings, timeout_s=0.5)
         assert results == {"good": None}
@@ -337,28 +337,28 @@ class TestSpares:
         pytest.fail("no actor found a process waiting for it")
 
     def test_it_has_imported_what_actors_need(self, unique: str) -> None:
-        assert start(f"{unique}:a").call("has_imported", "dcres.actors.host.main_host")
+        assert start(f"{unique}:a").call(Probe.has_imported, "dcres.actors.host.main_host")
 
 
 class TestDeaths:
     def test_a_killed_worker_is_started_again(self, probe: ActorPort) -> None:
-        probe.call("set", 99)
+        probe.call(Probe.set, 99)
         before = probe.pid()
-        under_way = probe.submit("hold", 60)
-        probe.call("get")
+        under_way = probe.submit(Probe.hold, 60)
+        probe.call(Probe.get)
         os.kill(before, signal.SIGKILL)
         with pytest.raises(ActorGone):
             under_way.result(patience(10))
         probe.wait_ready(READY_S)
         assert probe.pid() != before
-        assert probe.call("get") == 3, "the constructor ran again, with its first arguments"
+        assert probe.call(Probe.get) == 3, "the constructor ran again, with its first arguments"
 
     def test_a_detached_process_outlives_worker_and_actor(
         self, unique: str, tmp_path: Path
     ) -> None:
         gateway.reserve(unique, [MIB])
         port = start(f"{unique}:a", bundle=0)
-        process = port.call("start_process", tmp_path / "log")
+        process = port.call(Probe.start_process, tmp_path / "log")
         try:
             os.kill(port.pid(), signal.SIGKILL)
             until(lambda: _answers(port), READY_S, "the actor to answer again")
@@ -375,8 +375,8 @@ class TestDeaths:
         lost = cluster.add_host()
         gateway.reserve(unique, [MIB], [lost])
         port = start(f"{unique}:a", bundle=0)
-        process = port.call("start_process", tmp_path / "log")
-        under_way = port.submit("hold", 60)
+        process = port.call(Probe.start_process, tmp_path / "log")
+        under_way = port.submit(Probe.hold, 60)
         cluster.kill_host(lost)
         assert not process.alive
         with pytest.raises(ActorGone):
@@ -392,7 +392,7 @@ class TestDeaths:
 
 def _answers(port: ActorPort) -> bool:
     try:
-        port.call("get", timeout_s=patience(5))
+        port.within(patience(5)).call(Probe.get)
     except ActorGone:
         return False
     return True

@@ -87,24 +87,25 @@ def port(world: World) -> Port:
 
 
 def test_a_call_returns_what_the_method_returns(port: Port) -> None:
-    assert port.call("get") == "value"
-    assert port.call("set", {"a": [1, 2]}) is None
-    assert port.submit("get").result(patience(10)) == {"a": [1, 2]}
+    assert port.call(Probe.get) == "value"
+    assert port.call(Probe.set, {"a": [1, 2]}) is None
+    assert port.submit(Probe.get).result(patience(10)) == {"a": [1, 2]}
 
 
 def test_values_are_copies(port: Port) -> None:
     mine = [1]
-    port.call("set", mine)
+    port.call(Probe.set, mine)
     mine.append(2)
-    got = port.call("get")
+    got = port.call(Probe.get)
+    assert isinstance(got, list)
     got.append(3)
-    assert port.call("get") == [1]
+    assert port.call(Probe.get) == [1]
 
 
 def test_every_error_keeps_its_type_and_its_text(port: Port) -> None:
     for cls in ALL_ERRORS:
         with pytest.raises(DcresError) as caught:
-            port.call("fail", cls)
+            port.call(Probe.fail, cls)
         assert type(caught.value) is cls
         assert str(caught.value) == str(example(cls))
         assert vars(caught.value) == vars(example(cls))
@@ -112,23 +113,23 @@ def test_every_error_keeps_its_type_and_its_text(port: Port) -> None:
 
 def test_any_other_exception_is_a_cluster_error(port: Port) -> None:
     with pytest.raises(ClusterError, match=r"break_down.*KeyError.*key") as caught:
-        port.call("break_down")
+        port.call(Probe.break_down)
     assert type(caught.value) is ClusterError
 
 
 def test_time_over_is_a_cluster_error_and_the_call_goes_on(port: Port) -> None:
     with pytest.raises(ClusterError, match=r"hold.* did not answer") as caught:
-        port.call("hold", 0.5, timeout_s=0.05)
+        port.within(0.05).call(Probe.hold, 0.5)
     assert type(caught.value) is ClusterError
-    pending = port.submit("hold", 0.3)
+    pending = port.submit(Probe.hold, 0.3)
     with pytest.raises(ClusterError):
         pending.result(0.01)
     assert pending.result(patience(10)) is None
 
 
 def test_calls_run_side_by_side(port: Port) -> None:
-    slow = port.submit("hold", 3.0)
-    assert port.call("get") == "value"
+    slow = port.submit(Probe.hold, 3.0)
+    assert port.call(Probe.get) == "value"
     with pytest.raises(ClusterError, match="did not answer"):
         slow.result(0.01)
     slow.result(patience(10))
@@ -136,7 +137,7 @@ def test_calls_run_side_by_side(port: Port) -> None:
 
 @pytest.mark.parametrize(
     "use",
-    [lambda port: port.call("get"), lambda port: port.wait_ready(0.1)],
+    [lambda port: port.call(Probe.get), lambda port: port.wait_ready(0.1)],
     ids=["call", "wait_ready"],
 )
 def test_an_actor_that_is_not_there(world: World, use: Callable[[Port], object]) -> None:
@@ -153,10 +154,10 @@ def test_a_constructor_that_fails_says_why(world: World) -> None:
 def test_a_call_under_way_is_lost_with_the_actor_and_it_comes_back(
     world: World, port: Port
 ) -> None:
-    port.call("set", "changed")
-    lost = port.submit("hold", 10)
+    port.call(Probe.set, "changed")
+    lost = port.submit(Probe.hold, 10)
     world.kill(port)
     with pytest.raises(ActorGone):
         lost.result(patience(30))
     port.wait_ready(patience(30))
-    until(lambda: port.call("get") == "value", 30, "it begins anew")
+    until(lambda: port.call(Probe.get) == "value", 30, "it begins anew")

@@ -79,7 +79,7 @@ class Campaign:
         return ActorPort(coordinator_name(VM))
 
     def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = retrying(lambda: self.coordinator.call("status"))
+        status: dict[str, Any] = retrying(lambda: self.coordinator.call(Coordinator.status))
         return status
 
     def hosts(self) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ class Campaign:
 
     def start(self) -> None:
         values = spec_of(**SPEC)
-        self.coordinator.call("start", values, timeout_s=patience(100))
+        self.coordinator.within(patience(100)).call(Coordinator.start, values)
 
     def newest(self) -> Manifest | None:
         """The newest checkpoint, after a look that nothing half-done is listed."""
@@ -126,10 +126,13 @@ class Campaign:
                 return int(self.hosts()[0]["qemu_pid"])
         raise AssertionError(name)
 
-    def begin_checkpoint(self, mode: str) -> Pending:
-        return self.coordinator.submit("checkpoint", mode)
+    def take(self, mode: str) -> dict[str, Any]:
+        return self.coordinator.within(patience(100)).call(Coordinator.checkpoint, mode)
 
-    def settle(self, pending: Pending) -> str:
+    def begin_checkpoint(self, mode: str) -> Pending[dict[str, Any]]:
+        return self.coordinator.submit(Coordinator.checkpoint, mode)
+
+    def settle(self, pending: Pending[dict[str, Any]]) -> str:
         """Wait until the checkpoint is over, and say how it went."""
         try:
             pending.result(patience(100))
@@ -161,7 +164,7 @@ class Campaign:
         return left
 
     def clean(self) -> None:
-        retrying(lambda: self.coordinator.call("stop", timeout_s=patience(60)))
+        retrying(lambda: self.coordinator.within(patience(60)).call(Coordinator.stop))
         until(lambda: self.leftovers() == [], 30, f"nothing is left: {self.leftovers()}")
         assert gateway.list_actors(f"dcres-host/{VM}/") == []
         assert gateway.reservation(f"dcres/{VM}") is None
@@ -176,7 +179,7 @@ def campaign(cluster: LocalCluster) -> Iterator[Campaign]:
         yield made
         made.clean()
     finally:
-        retrying(lambda: made.coordinator.call("stop", timeout_s=patience(60)))
+        retrying(lambda: made.coordinator.within(patience(60)).call(Coordinator.stop))
         gateway.kill(coordinator_name(VM))
         for each in store.list(VM):
             store.delete(each.checkpoint)
@@ -190,11 +193,11 @@ def running(campaign: Campaign) -> Campaign:
         if newest is None:
             campaign.start()
         else:
-            campaign.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
+            campaign.coordinator.within(patience(100)).call(Coordinator.restore, dumps(newest))
         await_checks(campaign.console, 2)
     if campaign.newest() is None:
         began = time.monotonic()
-        campaign.coordinator.call("checkpoint", "stop", timeout_s=patience(100))
+        campaign.coordinator.within(patience(100)).call(Coordinator.checkpoint, "stop")
         campaign.checkpoint_s = time.monotonic() - began
         print(f"\na checkpoint takes {campaign.checkpoint_s:.2f} s; seed {SEED}")
     return campaign
@@ -246,7 +249,7 @@ def test_a_kill_during_a_checkpoint(running: Campaign, name: str, mode: str) -> 
         said = kill_during_checkpoint(running, name, round_, mode)
         print(f"  {said}; the {require_old_or_new(running, before, said)} one is the newest")
         running.require_goes_on()
-    again = retrying(partial(running.coordinator.call, "checkpoint", mode, timeout_s=patience(100)))
+    again = retrying(lambda: running.take(mode))
     assert running.store.verify(again["checkpoint"]).ok
     assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
     for each in running.store.list(VM)[:-2]:
@@ -263,9 +266,7 @@ def test_a_kill_without_a_checkpoint(running: Campaign, name: str) -> None:
     now = [host["pid"] for host in running.hosts()] + [running.hosts()[0]["qemu_pid"]]
     changed = [before for before, after in zip(daemons, now, strict=True) if before != after]
     assert changed == ([old] if old in daemons else [])  # a new actor adopts, it starts nothing
-    taken = retrying(
-        partial(running.coordinator.call, "checkpoint", "stop", timeout_s=patience(100))
-    )
+    taken = retrying(lambda: running.take("stop"))
     assert running.store.verify(taken["checkpoint"]).ok
 
 
@@ -275,7 +276,7 @@ def test_a_kill_of_the_coordinator_without_a_checkpoint(running: Campaign) -> No
     running.require_goes_on(2)
     after = running.hosts()
     assert [host["pid"] for host in after] == [host["pid"] for host in before]
-    taken = running.coordinator.call("checkpoint", "stop", timeout_s=patience(100))
+    taken = running.coordinator.within(patience(100)).call(Coordinator.checkpoint, "stop")
     assert running.store.verify(taken["checkpoint"]).ok
 
 
@@ -289,12 +290,12 @@ def test_a_kill_of_qemu_during_a_checkpoint(running: Campaign, round_: int) -> N
     assert "has ended" in running.status()["why"]
     newest = running.newest()
     assert newest is not None
-    running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
+    running.coordinator.within(patience(100)).call(Coordinator.restore, dumps(newest))
     running.require_goes_on()
     assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
 
 
-def killed(campaign: Campaign, pending: Pending, name: str, delay_s: float) -> str:
+def killed(campaign: Campaign, pending: Pending[dict[str, Any]], name: str, delay_s: float) -> str:
     """Kill what `name` says while a start or restore is under way; the error that comes."""
     until(lambda: find_victims(campaign, name), 30, f"there is a {name}")
     there = time.monotonic()
@@ -357,8 +358,8 @@ def test_a_kill_during_start_or_restore(running: Campaign, name: str, what: str)
     if status["phase"] == "absent":
         until(lambda: running.leftovers() == [], 30, f"nothing is left: {running.leftovers()}")
     if status["phase"] != "running" or what == "start":
-        running.coordinator.call("stop", timeout_s=patience(60))
-        running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
+        running.coordinator.within(patience(60)).call(Coordinator.stop)
+        running.coordinator.within(patience(100)).call(Coordinator.restore, dumps(newest))
     running.require_goes_on()
 
 
@@ -381,9 +382,12 @@ def test_a_host_that_is_lost_during_a_live_checkpoint(
     where = [str(host["host"]) for host in running.hosts()]
     doomed = processes_of_host(running.cluster, where[index])  # to look for them takes a while
     # A downtime that no stop can keep: it copies for as long as it may.
-    pending = running.coordinator.submit("checkpoint", "live", None, 0.001)
-    phase = partial(running.coordinator.call, "progress")
-    until(lambda: phase()["phase"] == "copying", 30, "it copies")
+    pending = running.coordinator.submit(Coordinator.checkpoint, "live", None, 0.001)
+
+    def phase() -> str:
+        return str(running.coordinator.call(Coordinator.progress)["phase"])
+
+    until(lambda: phase() == "copying", 30, "it copies")
     began = time.monotonic()
     for process in doomed:
         process.kill()
@@ -405,7 +409,7 @@ def test_a_host_that_is_lost_during_a_live_checkpoint(
         running.cluster.add_host()
     newest = running.newest()
     assert newest is not None
-    running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
+    running.coordinator.within(patience(100)).call(Coordinator.restore, dumps(newest))
     running.require_goes_on(2)
     assert where[index] not in [host["host"] for host in running.hosts()]
     assert running.parts() == [each.checkpoint for each in running.store.list(VM)]
@@ -418,7 +422,9 @@ def test_a_host_that_is_lost_in_the_middle_of_a_restore(running: Campaign) -> No
     name = str(running.hosts()[1]["host"])
     running.clean()
     chosen = [name, *(host for host in running.cluster.hosts if host != name)]
-    pending = running.coordinator.submit("restore", dumps(newest), None, chosen[1:] + chosen[:1])
+    pending = running.coordinator.submit(
+        Coordinator.restore, dumps(newest), None, chosen[1:] + chosen[:1]
+    )
     ram = running.cluster.settings(name).ram / VM
     until(lambda: (ram / "store.ram").exists(), 30, f"{name} loads its part")
     began = time.monotonic()
@@ -430,7 +436,7 @@ def test_a_host_that_is_lost_in_the_middle_of_a_restore(running: Campaign) -> No
     until(lambda: running.leftovers() == [], 30, f"nothing is left: {running.leftovers()}")
     assert running.store.verify(newest.checkpoint).ok
     running.cluster.add_host()
-    running.coordinator.call("restore", dumps(newest), timeout_s=patience(100))
+    running.coordinator.within(patience(100)).call(Coordinator.restore, dumps(newest))
     running.require_goes_on(2)
 
 
@@ -440,10 +446,10 @@ def test_checkpoints_leave_no_descriptor_open(running: Campaign) -> None:
         return {name: len(os.listdir(f"/proc/{running.victim(name)}/fd")) for name in names}
 
     for mode in ("stop", "live"):
-        running.coordinator.call("checkpoint", mode, timeout_s=patience(100))
+        running.coordinator.within(patience(100)).call(Coordinator.checkpoint, mode)
     before = count()
     for mode in ("stop", "live") * 3:
-        running.coordinator.call("checkpoint", mode, timeout_s=patience(100))
+        running.coordinator.within(patience(100)).call(Coordinator.checkpoint, mode)
     # One that lasts for a call only may be open at the moment of the count; one that every
     # checkpoint leaves, or every live one, is there six or three times.
     after = count()
@@ -452,8 +458,8 @@ def test_checkpoints_leave_no_descriptor_open(running: Campaign) -> None:
 
 
 def test_in_the_end_every_page_is_as_the_guest_left_it(running: Campaign) -> None:
-    taken = running.coordinator.call("checkpoint", "live", timeout_s=patience(100))
-    running.coordinator.call("stop", timeout_s=patience(60))
-    running.coordinator.call("restore", dumps(running.store.get(taken["checkpoint"])))
+    taken = running.coordinator.within(patience(100)).call(Coordinator.checkpoint, "live")
+    running.coordinator.within(patience(60)).call(Coordinator.stop)
+    running.coordinator.call(Coordinator.restore, dumps(running.store.get(taken["checkpoint"])))
     running.require_goes_on(FILES * 5 // 4)  # every fourth tick checks twice
     print(f"\n  {witness.read(running.console)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dcres.actors.ray import gateway
@@ -49,8 +50,8 @@ class Probe:
     def break_down(self) -> None:
         raise KeyError("key")
 
-    def ask(self, other: ActorPort, method: str) -> object:
-        return other.call(method, timeout_s=patience(10))
+    def ask(self, other: ActorPort, order: Callable[[Probe], object]) -> object:
+        return other.within(patience(10)).call(order)
 
     def spawn(self, name: str, reservation: Reservation, bundle: int) -> ActorPort:
         return gateway.spawn(Probe, name, ("nested",), reservation=reservation, bundle=bundle)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from dcres.actors.host.disks import put_disks_back
 from dcres.actors.host.loading import SliceHost, parse
@@ -22,6 +22,7 @@ from dcres.actors.host.main_host import MainHost
 from dcres.actors.host.sub_host import SubHost
 from dcres.actors.host.vm_folder import VmFolder, end_leftovers
 from dcres.actors.ports import Port
+from dcres.actors.protocol import Presence, deadline_s
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
 from dcres.storage.store.store import Store
@@ -34,14 +35,21 @@ def _copy(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
 
-@dataclass(frozen=True, slots=True)
-class LocalPending:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class LocalPending(Generic[R]):
     """A call under way in a thread."""
 
     what: str
-    future: Future[Any]
+    future: Future[R]
+    timeout_s: float
 
-    def result(self, timeout_s: float) -> Any:
+    def result(self, timeout_s: float | None = None) -> R:
+        if timeout_s is None:
+            timeout_s = self.timeout_s
         try:
             return self.future.result(timeout_s)
         except TimeoutError:
@@ -74,7 +82,9 @@ class LocalActor:
         except DcresError as error:
             self._failure = error
 
-    def submit(self, method: str, args: tuple[Any, ...]) -> LocalPending:
+    def submit(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float
+    ) -> LocalPending[Any]:
         what = f"{self.name}.{method}"
         if self._failure is not None:
             raise _copy(self._failure)
@@ -82,16 +92,22 @@ class LocalActor:
         answer: Future[Any] = Future()
         if target is None:
             answer.set_exception(ActorGone(f"{what}: the actor has died or is being restarted"))
-            return LocalPending(what, answer)
-        given = _copy(args)
+            return LocalPending(what, answer, timeout_s)
+        given = _copy((args, kwargs))
         with self._lock:
             self._calls.add(answer)
         self._pool.submit(self._run, getattr(target, method), given, answer)
-        return LocalPending(what, answer)
+        return LocalPending(what, answer, timeout_s)
 
-    def _run(self, method: Callable[..., Any], args: tuple[Any, ...], answer: Future[Any]) -> None:
+    def _run(
+        self,
+        method: Callable[..., Any],
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        answer: Future[Any],
+    ) -> None:
+        args, kwargs = given
         try:
-            result = _copy(method(*args))
+            result = _copy(method(*args, **kwargs))
         except BaseException as error:
             failure = _copy(error)
             self._settle(answer, lambda: answer.set_exception(failure))
@@ -135,15 +151,26 @@ class LocalActor:
 class LocalPort:
     """An actor of this process by name, in a registry of actors."""
 
-    def __init__(self, name: str, actors: Mapping[str, LocalActor]) -> None:
+    def __init__(
+        self, name: str, actors: Mapping[str, LocalActor], timeout_s: float | None = None
+    ) -> None:
         self.name = name
         self._actors = actors
+        self._timeout_s = timeout_s
 
-    def submit(self, method: str, *args: Any) -> LocalPending:
-        return self._actor().submit(method, args)
+    def within(self, timeout_s: float) -> LocalPort:
+        return LocalPort(self.name, self._actors, timeout_s)
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        return self.submit(method, *args).result(timeout_s)
+    def submit(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> LocalPending[R]:
+        timeout_s = deadline_s(order) if self._timeout_s is None else self._timeout_s
+        return self._actor().submit(order.__name__, args, kwargs, timeout_s)
+
+    def call(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return self.submit(order, *args, **kwargs).result()
 
     def wait_ready(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -151,7 +178,8 @@ class LocalPort:
             if time.monotonic() > deadline:
                 raise ActorGone(f"{self.name} is not back within {timeout_s:.3g} s")
             time.sleep(_POLL_S)
-        self.call("__str__", timeout_s=max(deadline - time.monotonic(), 0.01))
+        left_s = max(deadline - time.monotonic(), 0.01)
+        self._actor().submit("__str__", (), {}, left_s).result()
 
     def _actor(self) -> LocalActor:
         try:
@@ -278,7 +306,7 @@ class LocalFleet:
     def leave(self, vm: str) -> None:
         for name in self.visiting.pop(vm, []):
             with suppress(DcresError):
-                LocalPort(name, self.actors).call("destroy")
+                LocalPort(name, self.actors).call(Presence.destroy)
             self.actors.pop(name).close()
 
 

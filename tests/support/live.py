@@ -11,7 +11,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +26,7 @@ from dcres.actors.host.host import Daemon, write_state
 from dcres.actors.host.main_host import MainHost
 from dcres.actors.host.sub_host import SubHost
 from dcres.actors.host.vm_folder import VmFolder
+from dcres.actors.ports import Port
 from dcres.config import HostSettings, Layout, VmSpec
 from dcres.linux.process import ProcessId
 from dcres.linux.removal import Mark
@@ -41,6 +41,7 @@ from dcres.storage.store.store import Store
 from dcres.vm.command import VmFiles
 from dcres.vm.process import QemuProcess
 from tests.support.paging import Rig
+from tests.support.ports import DirectPort
 
 VM = "writer"
 
@@ -139,22 +140,6 @@ class WriterMain(MainHost):
             yield self._writer
 
 
-@dataclass(frozen=True)
-class DirectPort:
-    """A port to an object of this process."""
-
-    target: Any
-
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        return getattr(self.target, method)(*args)
-
-    def submit(self, method: str, *args: Any) -> Any:
-        raise NotImplementedError
-
-    def wait_ready(self, timeout_s: float) -> None:
-        return
-
-
 class LiveCheckpoints:
     """Takes checkpoints of a rig's writer, one after the other, into a store."""
 
@@ -168,7 +153,7 @@ class LiveCheckpoints:
             kernel=Path("none"),
             layout=Layout(main=shares[0], subs=tuple(shares[1:])),
         )
-        ports = {"main": DirectPort(WriterMain(rig, store, spec, without))}
+        ports: dict[str, Port] = {"main": DirectPort(WriterMain(rig, store, spec, without))}
         ports |= {f"sub{i}": DirectPort(WriterSub(rig, i, store)) for i in range(subs)}
         self._subject = Subject(VM, 1, spec, "tcg", "none", "q35", tuple(ports), ports)
 

@@ -9,22 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import dcres
+from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.messages import Foreseen, PageFlow
+from dcres.actors.ports import Pending
 from dcres.actors.ray import gateway, local_cluster
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.actors.ray.local_home import Home
 from dcres.api import cluster as api_cluster
 from dcres.api.catalogue import StoreHere, StoresOfHosts, listed_facts, verify
 from dcres.api.cluster import Cluster
-from dcres.api.operation import HostProgress, OperationProgress, attend
+from dcres.api.operation import Attended, HostProgress, OperationProgress
 from dcres.api.resizing import ResizePlan
 from dcres.api.session import (
     Session,
@@ -52,6 +54,7 @@ from dcres.linux.interrupt import Terminated
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.store.store import Store
+from tests.support.ports import ScriptedPort
 from tests.support.stored import PAGE_COUNT, memory, store_with_demo, take
 
 MEMORY = PAGE_COUNT * PAGE_SIZE
@@ -174,6 +177,12 @@ class TestStatus:
         assert HostStatus("h", "sub", 1, 0, 0, 0).fill == 0
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DONE = {"vm": "v"}
+
+
 class FakePending:
     """A call that ends when it is told to."""
 
@@ -181,14 +190,14 @@ class FakePending:
         self.ended = threading.Event()
         self._result = result
 
-    def result(self, timeout_s: float) -> Any:
+    def result(self, timeout_s: float | None = None) -> Any:
         self.ended.wait()
         if isinstance(self._result, Exception):
             raise self._result
         return self._result
 
 
-class FakeCoordinator:
+class FakeCoordinator(ScriptedPort):
     """A coordinator whose one operation ends when it is asked for progress, or cancelled."""
 
     def __init__(self, result: object, at_progress: Callable[[], None] | None = None) -> None:
@@ -196,23 +205,29 @@ class FakeCoordinator:
         self.called: list[str] = []
         self._at_progress = at_progress or self.pending.ended.set
 
-    def submit(self, method: str, *args: Any) -> FakePending:
-        self.called.append(method)
+    def submit(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        self.called.append(order.__name__)
         return self.pending
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        self.called.append(method)
-        if method == "progress":
+    def answer(self, order: str, *args: Any) -> Any:
+        self.called.append(order)
+        if order == "progress":
             self._at_progress()
             part = {"host": "h0", "what": "save", "done_bytes": 1, "total_bytes": 2}
             live = {**part, "host": "h1", "bytes_per_s": 9.0, "pages_left": 7}
             hosts = [part, {**live, "estimated_downtime_seconds": 0.25}]
             return {"vm": "v", "phase": "saving", "hosts": hosts}
-        if method == "cancel":
+        if order == "cancel":
             self.pending.ended.set()
         return None
 
-    def wait_ready(self, timeout_s: float) -> None: ...
+
+def attended(
+    coordinator: FakeCoordinator, title: str, progress: Callable[[OperationProgress], None]
+) -> Attended:
+    return Attended(coordinator, title, progress)
 
 
 def interrupt() -> None:
@@ -222,8 +237,8 @@ def interrupt() -> None:
 class TestAttending:
     def test_progress_is_told_and_the_result_returned(self) -> None:
         seen: list[OperationProgress] = []
-        coordinator = FakeCoordinator("done")
-        assert attend(coordinator, "restore", title="t", progress=seen.append) == "done"
+        coordinator = FakeCoordinator(DONE)
+        assert attended(coordinator, "t", seen.append).run(Coordinator.restore, "{}") == DONE
         assert seen == [
             OperationProgress(
                 "v",
@@ -239,42 +254,49 @@ class TestAttending:
     def test_a_failure_comes_out_as_itself(self) -> None:
         coordinator = FakeCoordinator(Conflict("no"))
         with pytest.raises(Conflict, match="no"):
-            attend(coordinator, "start", title="t", progress=lambda _: None)
+            attended(coordinator, "t", lambda _: None).run(Coordinator.start, {})
 
     def test_a_coordinator_that_restarts_is_no_reason_to_fail(self) -> None:
-        coordinator = FakeCoordinator("done")
+        coordinator = FakeCoordinator(DONE)
 
         def restarting() -> None:
             coordinator.pending.ended.set()
             raise ActorGone("it is being restarted")
 
         coordinator._at_progress = restarting
-        assert attend(coordinator, "start", title="t", progress=lambda _: None) == "done"
+        assert attended(coordinator, "t", lambda _: None).run(Coordinator.start, {}) == DONE
 
     def test_a_checkpoint_that_is_interrupted_is_cancelled(self) -> None:
         coordinator = FakeCoordinator(OperationFailed("it was given up", {}), interrupt)
         with pytest.raises(KeyboardInterrupt, match="it was given up"):
-            attend(coordinator, "checkpoint", title="t", progress=lambda _: None)
+            attended(coordinator, "t", lambda _: None).run(Coordinator.checkpoint)
         assert coordinator.called == ["checkpoint", "progress", "cancel"]
 
     @pytest.mark.parametrize(
-        ("method", "result", "words"),
+        ("order", "result", "words"),
         [
-            ("checkpoint", {"checkpoint": "v-1"}, "checkpoint v-1 was published before that"),
-            ("drain", {}, "drain h1 of v was done before that"),
+            (
+                Coordinator.checkpoint,
+                {"checkpoint": "v-1"},
+                "checkpoint v-1 was published before that",
+            ),
+            (Coordinator.pause, {}, "drain h1 of v was done before that"),
         ],
     )
     def test_what_was_done_before_it_could_be_given_up_is_said(
-        self, method: str, result: dict[str, Any], words: str
+        self,
+        order: Callable[[Coordinator], dict[str, Any]],
+        result: dict[str, Any],
+        words: str,
     ) -> None:
         coordinator = FakeCoordinator(result, interrupt)
         with pytest.raises(KeyboardInterrupt, match=f"^{words}$"):
-            attend(coordinator, method, title="drain h1 of v", progress=lambda _: None)
+            attended(coordinator, "drain h1 of v", lambda _: None).run(order)
 
     def test_a_start_that_ended_all_the_same_is_taken_down(self) -> None:
-        coordinator = FakeCoordinator("done", interrupt)
+        coordinator = FakeCoordinator(DONE, interrupt)
         with pytest.raises(KeyboardInterrupt, match="what was under way is given up"):
-            attend(coordinator, "start", title="t", progress=lambda _: None)
+            attended(coordinator, "t", lambda _: None).run(Coordinator.start, {})
         assert coordinator.called == ["start", "progress", "cancel", "stop"]
 
     @pytest.mark.parametrize("error", [SystemExit(15), Terminated(), ValueError("show")])
@@ -284,9 +306,9 @@ class TestAttending:
         def raise_it(_: object) -> None:
             raise error
 
-        coordinator = FakeCoordinator("done", lambda: None)
+        coordinator = FakeCoordinator(DONE, lambda: None)
         with pytest.raises(type(error)) as caught:
-            attend(coordinator, "restore", title="t", progress=raise_it)
+            attended(coordinator, "t", raise_it).run(Coordinator.restore, "{}")
         assert caught.value is error
         assert coordinator.called == ["restore", "progress", "cancel", "stop"]
 
@@ -296,14 +318,14 @@ class TestAttending:
 
         coordinator = FakeCoordinator({"checkpoint": "v-1"}, lambda: None)
         with pytest.raises(Terminated):
-            attend(coordinator, "checkpoint", title="checkpoint of v", progress=term)
+            attended(coordinator, "checkpoint of v", term).run(Coordinator.checkpoint)
         words = "SIGTERM during checkpoint of v: checkpoint v-1 was published before that"
         assert caplog.messages == [words]
 
     def test_a_start_that_was_refused_touches_nothing(self) -> None:
         coordinator = FakeCoordinator(Conflict("it runs already"), interrupt)
         with pytest.raises(KeyboardInterrupt):
-            attend(coordinator, "restore", title="t", progress=lambda _: None)
+            attended(coordinator, "t", lambda _: None).run(Coordinator.restore, "{}")
         assert "stop" not in coordinator.called
 
 
@@ -385,7 +407,7 @@ def copying(round_: int, left: int) -> OperationProgress:
 
 
 @dataclass(frozen=True)
-class FakeSession(Session):
+class FakeSession(ScriptedPort, Session):
     """A session whose one VM answers `status` as told, one answer after the other."""
 
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -399,13 +421,15 @@ class FakeSession(Session):
 
     coordinator = existing
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        if method in ("status", "pause", "resume"):
+    def answer(self, order: str, *args: Any) -> Any:
+        if order in ("status", "pause", "resume"):
             return self.answers.pop(0)
         return []
 
-    def submit(self, method: str, *args: Any) -> FakePending:
-        self.asked.append((method, *args))
+    def submit(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        self.asked.append((order.__name__, *args))
         pending = FakePending(self.done)
         pending.ended.set()
         return pending
@@ -453,18 +477,18 @@ class TestChangesOfShares:
 class PlanningSession(FakeSession):
     """Its coordinator foresees something, or refuses."""
 
-    answer: Foreseen | DcresError = field(default_factory=lambda: Foreseen(()))
+    foreseen: Foreseen | DcresError = field(default_factory=lambda: Foreseen(()))
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        self.asked.append((method, *args))
-        if isinstance(self.answer, DcresError):
-            raise self.answer
-        return self.answer
+    def answer(self, order: str, *args: Any) -> Any:
+        self.asked.append((order, *args))
+        if isinstance(self.foreseen, DcresError):
+            raise self.foreseen
+        return self.foreseen
 
 
 class TestPlanningOtherShares:
     def planned(self, answer: Foreseen | DcresError) -> Vm:
-        session = PlanningSession("nowhere", StoresOfHosts(), None, answer=answer)
+        session = PlanningSession("nowhere", StoresOfHosts(), None, foreseen=answer)
         self.asked = session.asked
         return Vm(session, "v")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dcres.actors.control.asking import Heard, Roll, await_ready
-from dcres.actors.ports import Pending
+from dcres.actors.messages import Description
 from dcres.errors import (
     ActorGone,
     ClusterError,
@@ -19,9 +19,10 @@ from dcres.errors import (
     VmOff,
 )
 from dcres.model.phase import HostState
+from tests.support.ports import ScriptedPort
 
 
-class SlowPort:
+class SlowPort(ScriptedPort):
     """An actor whose first answers fail."""
 
     def __init__(self, *failures: DcresError) -> None:
@@ -31,12 +32,9 @@ class SlowPort:
         if self.failures:
             raise self.failures.pop(0)
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        self.wait_ready(timeout_s)
+    def answer(self, order: str, *args: Any) -> Any:
+        self.wait_ready(0.0)
         return {"state": "running"}
-
-    def submit(self, method: str, *args: Any) -> Pending:
-        raise NotImplementedError
 
 
 def always() -> bool:
@@ -117,13 +115,13 @@ def test_a_qemu_that_was_told_to_end_is_in_no_run_state_any_more() -> None:
 
 
 class Runs(SlowPort):
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+    def answer(self, order: str, *args: Any) -> Any:
         return {"state": "running", "run_state": "running", "generation": 3}
 
 
 def test_a_guest_that_has_shut_down_is_off() -> None:
     class Off(SlowPort):
-        def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        def answer(self, order: str, *args: Any) -> Any:
             return {"state": "running", "run_state": "shutdown", "generation": 3}
 
     (heard,) = Roll("vm", lambda host: True).call({"h0": Off()})
@@ -135,10 +133,10 @@ def test_what_is_left_of_a_vm_tells_its_generation_and_shares() -> None:
     """To a coordinator that has never heard its hosts, as one that was just started again."""
 
     class Left(AnswersStatusWith):
-        def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-            if method == "describe":
-                return {"generation": 3, "reserved": 8192}
-            return super().call(method)
+        def answer(self, order: str, *args: Any) -> Any:
+            if order == "describe":
+                return Description("h0", "main", present=True, generation=3, reserved=8192)
+            return super().answer(order)
 
     for error in (VmLost("QEMU has ended"), VmOff("QEMU was told to end")):
         (heard,) = Roll("vm", lambda host: True).call({"h0": Left(error)})
@@ -153,5 +151,5 @@ class AnswersStatusWith(SlowPort):
     def wait_ready(self, timeout_s: float) -> None:
         return
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+    def answer(self, order: str, *args: Any) -> Any:
         raise self.failures[0]

@@ -25,6 +25,7 @@ from dcres.linux.memory import available_bytes, free_for_guests
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.store.store import Store
+from tests.support.ports import ScriptedPort
 from tests.support.stored import PAGE_COUNT, store_with_demo
 
 MEMORY = PAGE_COUNT * PAGE_SIZE
@@ -146,7 +147,7 @@ class TestDecision:
 
 
 @dataclass(frozen=True)
-class PhasesOnly(Session):
+class PhasesOnly(ScriptedPort, Session):
     """A session whose one VM is in these phases, one after the other; it can be stopped."""
 
     phases: list[str] = field(default_factory=list)
@@ -158,10 +159,10 @@ class PhasesOnly(Session):
             raise NotFound(f"there is no VM {vm}")
         return self
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        if method == "status":
+    def answer(self, order: str, *args: Any) -> Any:
+        if order == "status":
             return {"phase": self.phases.pop(0)}
-        self.called.append(method)
+        self.called.append(order)
         return None
 
     def retire(self, vm: str) -> None:

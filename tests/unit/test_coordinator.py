@@ -17,11 +17,13 @@ from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.host import Meter
 from dcres.actors.messages import (
     ClaimOrder,
+    Description,
     Finished,
     Foreseen,
     Incarnation,
     MainPart,
     PageFlow,
+    PagingCounters,
     PartsOrder,
     Placed,
     Planned,
@@ -31,7 +33,7 @@ from dcres.actors.messages import (
     Saved,
     ServeOrder,
 )
-from dcres.config import Layout
+from dcres.config import Layout, VmSpec
 from dcres.errors import (
     ActorGone,
     CheckpointCorrupt,
@@ -192,25 +194,27 @@ class FakeHost:
 class FakeMain(FakeHost):
     """Stands for QEMU and its pager."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         self.world.note(self.host, "describe")
-        return {
-            "host": self.host,
-            "present": bool(self.world.state),
-            "accel": "tcg",
-            "accel_why": "TCG",
-            "qemu_version": "7.2.22",
-            "machine": "pc-q35-7.2",
-            "reserved": 32 << 20,
-            "generation": 1,
-            "checkpoint": None,
-            "running": False,
-            "spec": None,
-            "moving": self.world.moving,
-            "reshaping": False,
-            "hosts": [],
-            **self.world.state,
-        }
+        state = self.world.state
+        return Description(
+            host=self.host,
+            role="main",
+            present=bool(state),
+            accel="tcg",
+            accel_why="TCG",
+            qemu_version="7.2.22",
+            machine="pc-q35-7.2",
+            reserved=32 << 20,
+            generation=state.get("generation", 1),
+            checkpoint=state.get("checkpoint"),
+            running=state.get("running", False),
+            spec=VmSpec.model_validate(state["spec"]) if state.get("spec") else None,
+            moving=self.world.moving,
+            reshaping=state.get("reshaping", False),
+            hosts=tuple(state.get("hosts", ())),
+            shares=state.get("shares", {}),
+        )
 
     def status(self) -> dict[str, Any]:
         self.world.note(self.host, "status")
@@ -258,11 +262,11 @@ class FakeMain(FakeHost):
         self.world.note(self.host, "stop_moves")
         self.world.moving = False
 
-    def set_layout(self, layout: dict[str, Any]) -> None:
+    def set_layout(self, layout: Layout) -> None:
         self.world.note(self.host, "set_layout")
-        self.world.state["spec"]["layout"] = layout
+        self.world.state["spec"]["layout"] = layout.model_dump(mode="json")
         self.world.state["shares"] = dict(
-            zip(self.world.state["hosts"][1:], layout["subs"], strict=True)
+            zip(self.world.state["hosts"][1:], layout.subs, strict=True)
         )
         self.world.state["reshaping"] = False
 
@@ -297,14 +301,14 @@ class FakeMain(FakeHost):
         self.world.note(self.host, "pause")
         self.world.run_state = "paused"
 
-    def resize(self, limit_pages: int) -> None:
-        self.world.note(self.host, f"resize {limit_pages}")
+    def limit(self, limit_pages: int) -> None:
+        self.world.note(self.host, f"limit {limit_pages}")
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> dict[str, int]:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
         self.world.state["checkpoint"] = checkpoint
         self.world.unfinished.add((checkpoint, self.host))
         self.world.note(self.host, "prepare")
-        return {"pages_in": 0, "pages_out": 0}
+        return PagingCounters()
 
     def finish(self, checkpoint: str) -> Finished:
         found = told(RunState(self.world.run_state), self.found)
@@ -354,13 +358,10 @@ class FakeMain(FakeHost):
 class FakeSub(FakeHost):
     """Stands for a memory server."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         self.world.note(self.host, "describe")
-        return {
-            "host": self.host,
-            "present": self.host in self.world.serving,
-            "reserved": 16 << 20,
-        }
+        present = self.host in self.world.serving
+        return Description(self.host, "sub", present, reserved=16 << 20)
 
     def status(self) -> dict[str, Any]:
         self.world.note(self.host, "status")
@@ -378,11 +379,12 @@ class FakeSub(FakeHost):
         self.world.capacities[self.host] = order.capacity_pages
         return SubAddress(self.host, "127.0.0.1", 1, order.capacity_pages)
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> None:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
         self.world.unfinished.add((checkpoint, self.host))
         self.world.note(self.host, "prepare")
+        return PagingCounters()
 
-    def save(self, checkpoint: str) -> Saved:
+    def save(self, checkpoint: str, tick: int) -> Saved:
         self.world.note(self.host, "save")
         return self._saved(["pages.arrow", "sums.arrow"])
 
@@ -1387,7 +1389,7 @@ def test_a_change_that_fails_takes_the_main_hosts_share_back(
     world.fail["h0.move_into [6144, 4096]"] = NoRoom("no room")
     with pytest.raises(NoRoom):
         started.resize(48 * MIB, [24 * MIB, 16 * MIB])
-    assert steps(world, "resize")[-1] == "h0.resize 8192"
+    assert steps(world, "limit")[-1] == "h0.limit 8192"
     assert world.state["spec"]["layout"] == {"main": 32 * MIB, "subs": [16 * MIB, 16 * MIB]}
 
 

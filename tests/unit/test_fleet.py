@@ -14,6 +14,7 @@ from dcres.actors.host import host
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet, end_what_is_left, require_ram_here
 from dcres.errors import ActorGone, ClusterError, NoRoom
+from tests.support.ports import ScriptedPort
 
 
 def test_what_a_silent_helper_leaves_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,12 +23,12 @@ def test_what_a_silent_helper_leaves_is_swept(monkeypatch: pytest.MonkeyPatch) -
     killed: list[str] = []
     swept: list[tuple[Any, ...]] = []
 
-    class Port:
+    class Port(ScriptedPort):
         def __init__(self, name: str) -> None:
             self._error = errors[name.rpartition("/")[2]]
 
-        def call(self, method: str) -> None:
-            assert method == "destroy"
+        def answer(self, order: str, *args: Any) -> None:
+            assert order == "destroy"
             if self._error is not None:
                 raise self._error
 

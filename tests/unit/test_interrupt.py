@@ -230,8 +230,8 @@ def bring_up_a_vm(cleaning: Cleaning, home: Path, patch: pytest.MonkeyPatch) -> 
         def coordinator(self, vm: str) -> Any:
             return None
 
-    patch.setattr(api_vm, "attend", cleaning.begin)
-    api_vm._bring_up(cast(Session, Retiring()), "vm", ("start",), "start vm", False)
+    session = cast(Session, Retiring())
+    api_vm._bring_up(session, "vm", lambda *_: cleaning.begin(), "start vm", False)
 
 
 @pytest.mark.parametrize("work", [start_a_cluster, leave_a_cluster, bring_up_a_vm])

@@ -330,6 +330,6 @@ def test_a_sub_host_that_is_told_twice_keeps_what_it_has_begun(
     for _ in range(2):
         host.prepare(wanted, MemoryFormat.PACKED)
     host.stage(wanted, 0)
-    assert host.save(wanted).pages == PAGES
+    assert host.save(wanted, tick=1).pages == PAGES
     assert core.read_bytes() == b"core"
     other.drop()

@@ -19,6 +19,7 @@ from dcres.api.catalogue import StoresOfHosts
 from dcres.api.cluster import Cluster
 from dcres.api.session import Session, open_catalogue
 from dcres.errors import ActorGone, ClusterError, ConfigError, Conflict, NotFound
+from tests.support.ports import ScriptedPort
 
 A_SESSION = Session("nowhere", StoresOfHosts(), None)
 
@@ -210,11 +211,11 @@ class VmsOnly:
 
 
 @dataclass
-class VmCoordinator:
+class VmCoordinator(ScriptedPort):
     cluster: VmsOnly
     vm: str
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> dict[str, Any]:
+    def answer(self, order: str, *args: Any) -> dict[str, Any]:
         self.cluster.asked.append(self.vm)
         phase = self.cluster.phases[self.vm]
         if isinstance(phase, Exception):

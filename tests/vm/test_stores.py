@@ -13,6 +13,7 @@ import pytest
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.main_host import MainHost
+from dcres.actors.protocol import Presence
 from dcres.api.status import status_of
 from dcres.errors import Conflict, NameTaken, OperationFailed, StoreReadOnly
 from dcres.linux.process import ProcessId
@@ -188,10 +189,10 @@ def test_a_restore_from_a_store_to_read_only(
     ):
         with pytest.raises(StoreReadOnly, match=r"manifest\.json cannot be written"):
             Store(store).delete(taken.checkpoint)
-        generations = []
+        generations: list[int] = []
         for _ in range(2):
             other.restore(dumps(taken), lazy=lazy)
-            generations.append(other._main().call("describe")["generation"])
+            generations.append(other._main().call(Presence.describe).generation)
             console = Path(other.status()["hosts"][0]["console"])
             await_checks(console)
             assert "no checkpoint: " in (why := status_of(other.status()).why)

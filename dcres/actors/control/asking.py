@@ -11,15 +11,15 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from dcres.actors.messages import Progress, Status
+from dcres.actors.messages import Description, Progress
 from dcres.actors.ports import Port
+from dcres.actors.protocol import Presence
 from dcres.errors import ClusterError, DcresError, NotFound, VmLost, VmOff
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.phase import HostState
 from dcres.model.run_state import RunState, advice
 
 _STATUS_TIMEOUT_S = 20.0  # Ray notices a host that is cut off after 10 s
-_PROGRESS_TIMEOUT_S = 5.0
 _PAUSE_S = 0.05
 _LOOK_S = 1.0  # Ray notices a dead host after 5 s in a cluster of dcres, 14 s by default
 
@@ -42,11 +42,13 @@ def await_ready(port: Port, alive: Callable[[], bool], timeout_s: float) -> None
             time.sleep(_PAUSE_S)
 
 
-def describe(port: Port) -> Status:
+def describe(port: Port) -> Description:
     """What a host knows of the VM; waits for an actor that is being started again."""
     port.wait_ready(_STATUS_TIMEOUT_S)
-    description: Status = port.call("describe", timeout_s=_STATUS_TIMEOUT_S)
-    return description
+    return port.call(Presence.describe)
+
+
+Facts = dict[str, Any]  # what a host has told, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Heard:
 
     host: str
     state: HostState
-    status: Status
+    status: Facts
     why: str = ""
     since: datetime | None = None
 
@@ -67,7 +69,7 @@ class Heard:
         """The VM's, as far as this host has told it; 0 if not."""
         return int(self.status.get("generation", 0))
 
-    def to_dict(self) -> Status:
+    def to_dict(self) -> Facts:
         """As a coordinator's status has it."""
         since = None if self.since is None else self.since.isoformat(timespec="seconds")
         facts = {"host_state": str(self.state), "host_why": self.why, "silent_since": since}
@@ -89,7 +91,7 @@ class Roll:
         self._vm = vm
         self._alive = alive
         self._clock = clock
-        self._latest: dict[str, Status] = {}
+        self._latest: dict[str, Facts] = {}
         self._silent: dict[str, datetime] = {}
 
     def call(self, ports: Mapping[str, Port]) -> list[Heard]:
@@ -132,12 +134,13 @@ class Roll:
         if self._latest.get(host) or not self._alive(host):
             self._latest.setdefault(host, {})
             return
-        known: Status = {}
+        generation = reserved = 0
         with suppress(DcresError):
             known = describe(port)
-        pages = int(known.get("reserved", 0)) // PAGE_SIZE
+            generation, reserved = known.generation, known.reserved
+        pages = reserved // PAGE_SIZE
         shares = {"limit_pages": pages, "capacity_pages": pages}
-        self._latest[host] = {"generation": known.get("generation", 0), **shares}
+        self._latest[host] = {"generation": generation, **shares}
 
     def _heard(
         self, host: str, state: HostState, why: str = "", since: datetime | None = None
@@ -150,7 +153,7 @@ def why_of(heard: Sequence[Heard], state: HostState) -> str:
     return "; ".join(each.why for each in heard if each.state is state)
 
 
-def _status_of(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Status:
+def _status_of(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Facts:
     """Raises VmLost where it is proven that what the VM had on this host is gone.
 
     Silence proves nothing, nor does an actor that is being started again for long.
@@ -158,7 +161,7 @@ def _status_of(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Sta
     gone = f"host {host} of VM {vm} is gone"
     try:
         await_ready(port, alive, _STATUS_TIMEOUT_S)
-        status: Status = port.call("status", timeout_s=_STATUS_TIMEOUT_S)
+        status = port.within(_STATUS_TIMEOUT_S).call(Presence.status)
     except ClusterError as error:
         if alive():
             raise ClusterError(f"host {host} of VM {vm} does not answer ({error})") from None
@@ -166,9 +169,10 @@ def _status_of(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Sta
     except NotFound:
         # Ray moves the actors of a dead host to a new one, where nothing of the VM is.
         raise VmLost(f"{gone}; restore a checkpoint") from None
-    if status.get("state") == "lost":
-        raise VmLost(f"VM {vm} is lost: {status['lost_why']}")
-    return status
+    facts: Facts = dict(status)
+    if facts.get("state") == "lost":
+        raise VmLost(f"VM {vm} is lost: {facts['lost_why']}")
+    return facts
 
 
 def ask_progress(ports: Mapping[str, Port]) -> list[dict[str, Any]]:
@@ -178,7 +182,6 @@ def ask_progress(ports: Mapping[str, Port]) -> list[dict[str, Any]]:
 
 def _progress(port: Port) -> Progress:
     try:
-        progress: Progress = port.call("progress", timeout_s=_PROGRESS_TIMEOUT_S)
+        return port.call(Presence.progress)
     except DcresError:  # it is being restarted; the next look may find it
         return Progress()
-    return progress

@@ -19,20 +19,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import Any
 
 from dcres.actors.control import restoring as restoring_
 from dcres.actors.control.asking import await_ready
 from dcres.actors.control.restoring import Restoring
 from dcres.actors.messages import ClaimOrder, Incarnation, LoadOrder, RunOrder, ServeOrder
 from dcres.actors.ports import Fleet, Pending, Port
+from dcres.actors.protocol import Machine, Presence, Serving
 from dcres.config import VmSpec
 from dcres.errors import ActorGone, ClusterError, OperationFailed
 from dcres.model.pages import pages_of
 from dcres.model.run_state import runs_restored
+from dcres.paging.settings import SubAddress
 from dcres.storage.format.manifest import Manifest
 
-_START_TIMEOUT_S = 24 * 3600.0  # loading a large part takes what it takes
 _RESTART_TIMEOUT_S = 30.0  # of an actor whose process died
 _TRIES = 3
 
@@ -77,7 +77,7 @@ class BringingUp:
         """The VM's hosts, the main host first. Raises NoRoom, NotFound, Conflict."""
         names = self._fleet.reserve(self._vm, self._spec.layout.shares, hosts)
         self._ports = dict(zip(names, self._fleet.find(self._vm), strict=True))
-        _first_failure({name: port.submit("clear") for name, port in self._ports.items()})
+        _first_failure({name: port.submit(Presence.clear) for name, port in self._ports.items()})
         self.laps.end("reserve")
         self._require_wanted()
         return tuple(names)
@@ -113,7 +113,7 @@ class BringingUp:
         One that is restored would be a second of the one that it was saved from.
         """
         order = ClaimOrder(self._fleet.cluster(), above, self._take_over, needs_name)
-        generation = self._main.call("claim", order)
+        generation = self._main.call(Machine.claim, order)
         return Incarnation(self._vm, generation, secrets.token_hex(32))
 
     def _boot(
@@ -122,18 +122,19 @@ class BringingUp:
         """Every host starts what it runs and loads its pages at the same time."""
         main, *subs = self._ports
         order = RunOrder(incarnation, self._spec, tuple(self._ports), (), load_order(main))
-        under_way: dict[str, Pending] = {main: self._main.submit("boot", order)}
+        booting = self._main.submit(Machine.boot, order)
+        serving: dict[str, Pending[SubAddress]] = {}
         for host, share in zip(subs, self._spec.layout.subs, strict=True):
             pages = pages_of(self._spec.memory), pages_of(share)
             serve = ServeOrder(incarnation, *pages, load_order(host))
-            under_way[host] = self._ports[host].submit("serve", serve)
-        answers = _first_failure(under_way)
+            serving[host] = self._ports[host].submit(Serving.serve, serve)
+        _first_failure({main: booting, **serving})
         self.laps.end("boot")
         self._require_wanted()
-        return replace(order, subs=tuple(answers[host] for host in subs), load=None)
+        return replace(order, subs=tuple(each.result() for each in serving.values()), load=None)
 
     def _go(self, order: RunOrder, *, paused: bool = False) -> None:
-        self._main.call("run", order, timeout_s=_START_TIMEOUT_S)
+        self._main.call(Machine.run, order)
         self._let_go(paused)
         self.laps.end("run")
 
@@ -146,7 +147,7 @@ class BringingUp:
         for tries_left in reversed(range(_TRIES)):
             self._require_wanted()
             try:
-                main.call("go", paused, timeout_s=_START_TIMEOUT_S)
+                main.call(Machine.go, paused)
                 return
             except ActorGone:
                 if not tries_left:
@@ -159,27 +160,24 @@ class BringingUp:
         return self._fleet.alive(host) and bool(self._fleet.find(self._vm))
 
 
-def _first_failure(under_way: Mapping[str, Pending]) -> dict[str, Any]:
-    """The answers of all hosts, or the first failure, however long others still take.
+def _first_failure(under_way: Mapping[str, Pending[object]]) -> None:
+    """Wait until all hosts have answered; raises the first failure, however long others take.
 
     A failure keeps its type and gets its host's name where it can.
     """
     pool = ThreadPoolExecutor(len(under_way), "bringing-up")
     try:
-        waiting = {
-            host: pool.submit(pending.result, _START_TIMEOUT_S)
-            for host, pending in under_way.items()
-        }
+        waiting = {host: pool.submit(pending.result) for host, pending in under_way.items()}
         done, _ = wait(waiting.values(), return_when=FIRST_EXCEPTION)
         failed = [host for host, each in waiting.items() if each in done and each.exception()]
-        answers = {host: _answer(host, waiting[host]) for host in failed or waiting}
+        for host in failed:
+            _raise(host, waiting[host])
     finally:
         pool.shutdown(wait=False)  # who still waits learns soon that the hosts are told to end
-    return answers
 
 
-def _answer(host: str, waiting: Future[Any]) -> Any:
+def _raise(host: str, failed: Future[object]) -> None:
     try:
-        return waiting.result()
+        failed.result()
     except ClusterError as error:
         raise OperationFailed("the start was given up", {host: str(error)}) from None

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from dcres.actors.control.asking import await_ready
 from dcres.actors.control.publishing import Subject, Taken, manifest_of
-from dcres.actors.messages import Finished, Saved
+from dcres.actors.messages import Finished, PagingCounters, Saved
+from dcres.actors.ports import Port
+from dcres.actors.protocol import Machine, Saving
 from dcres.errors import ActorGone, ClusterError, DcresError, OperationFailed, VmLost, VmOff
 from dcres.model.commit import (
     AnotherRound,
@@ -41,10 +43,9 @@ from dcres.storage.format.manifest import (
 
 log = logging.getLogger("dcres.coordinator")
 
-_PREPARE_TIMEOUT_S = 60.0
-_SAVE_TIMEOUT_S = 24 * 3600.0
+R = TypeVar("R")
+
 _RESTART_TIMEOUT_S = 30.0  # of an actor whose process died; a host that died takes longer
-_PERSIST_TIMEOUT_S = 300.0
 HALT_TIMEOUT_S = 20.0  # a host whose disk hangs; the VM need not wait for that
 # Ray starts an actor again in 1 to 3 s, unless its host is gone; the VM's loss is told after this.
 _DISCARD_TIMEOUT_S = 10.0
@@ -77,7 +78,7 @@ class Checkpointing:
         self._created = created or datetime.now(UTC)
         self._events: queue.Queue[Event] = queue.Queue()
         self._began = time.monotonic()
-        self._before: dict[str, int] = {}
+        self._before = PagingCounters()
         self._finished: Finished | None = None
         self._saved: dict[str, Saved] = {}
         self._downtime_s = 0.0
@@ -189,9 +190,7 @@ class Checkpointing:
         threading.Thread(target=attempt, name=f"checkpoint-{host}", daemon=True).start()
 
     def _prepare(self, host: str) -> Barrier:
-        answer = self._subject.ports[host].call(
-            "prepare", self.checkpoint, self._format, timeout_s=_PREPARE_TIMEOUT_S
-        )
+        answer = self._subject.ports[host].call(Saving.prepare, self.checkpoint, self._format)
         if host == self._subject.main:
             self._before = answer
         return Barrier.PREPARED
@@ -199,7 +198,7 @@ class Checkpointing:
     def _copy(self, host: str) -> Barrier:
         this_round = self.rounds[-1]
         port = self._subject.ports[host]
-        this_round[host] = port.call("copy", self.checkpoint, timeout_s=_SAVE_TIMEOUT_S)
+        this_round[host] = port.call(Saving.copy, self.checkpoint)
         return Barrier.COPIED
 
     def _judge(self) -> None:
@@ -217,9 +216,8 @@ class Checkpointing:
 
     def _synchronise(self, once_more: bool, host: str) -> Barrier:
         port = self._subject.ports[host]
-        arguments = self.checkpoint, once_more, self._stage_pages
-        done = port.call("synchronise", *arguments, timeout_s=_SAVE_TIMEOUT_S)
-        if once_more:
+        done = port.call(Saving.synchronise, self.checkpoint, once_more, self._stage_pages)
+        if done is not None:
             self.rounds[-1][host] = done
         return Barrier.SYNCHRONISE
 
@@ -229,22 +227,17 @@ class Checkpointing:
         return STAGE_PAGES if self._mode is Mode.LIVE else 0
 
     def _finish(self, host: str) -> Barrier:
-        self._finished = self._subject.ports[host].call(
-            "finish", self.checkpoint, timeout_s=_SAVE_TIMEOUT_S
-        )
+        self._finished = self._subject.ports[host].call(Machine.finish, self.checkpoint)
         return Barrier.FINISH
 
     def _stage(self, host: str) -> Barrier:
         port = self._subject.ports[host]
-        port.call("stage", self.checkpoint, self._stage_pages, timeout_s=_SAVE_TIMEOUT_S)
+        port.call(Saving.stage, self.checkpoint, self._stage_pages)
         return Barrier.STAGED
 
     def _save(self, host: str) -> Barrier:
-        arguments: tuple[Any, ...] = (self.checkpoint,)
-        if host == self._subject.main:
-            arguments = (self.checkpoint, self._require_finished().tick)
-        saved: Saved = self._subject.ports[host].call("save", *arguments, timeout_s=_SAVE_TIMEOUT_S)
-        self._saved[host] = saved
+        port, tick = self._subject.ports[host], self._require_finished().tick
+        self._saved[host] = port.call(Saving.save, self.checkpoint, tick)
         return Barrier.SAVED
 
     def _require_finished(self) -> Finished:
@@ -255,7 +248,9 @@ class Checkpointing:
     def _resume(self) -> None:
         """Let the VM go on, through a restart of the main host's actor if need be."""
         try:
-            resumed_at = self._persist(self._subject.main, "resume", self.checkpoint)
+            resumed_at = self._main_persists(
+                lambda main: main.call(Machine.resume, self.checkpoint)
+            )
         except Exception as error:  # whatever it is, the coordinator must try again
             log.error("VM %s cannot go on: %s", self._subject.vm, error)
             self._stuck = f"the VM could not be told to go on ({error}) and is told again,"
@@ -266,15 +261,13 @@ class Checkpointing:
             parts = dict(self._finished.parts_s)
             self.downtime_parts_s = {**parts, "hosts": self._downtime_s - sum(parts.values())}
 
+    def _main_persists(self, give: Callable[[Port], R]) -> R:
+        return self._persist(self._subject.main, give)
+
     def _persist(
-        self,
-        host: str,
-        method: str,
-        *args: Any,
-        patience_s: float = _RESTART_TIMEOUT_S,
-        timeout_s: float = _PERSIST_TIMEOUT_S,
-    ) -> Any:
-        """Call what may be repeated, again when the actor dies in it: it is back in a moment.
+        self, host: str, give: Callable[[Port], R], patience_s: float = _RESTART_TIMEOUT_S
+    ) -> R:
+        """Give an order that may be repeated, again when the actor dies in it: it is soon back.
 
         Raises ActorGone when it is not back after `patience_s`.
         """
@@ -285,7 +278,7 @@ class Checkpointing:
             except ClusterError as error:
                 raise ActorGone(f"{host} does not answer any more ({error})") from None
             try:
-                return port.call(method, *args, timeout_s=timeout_s)
+                return give(port)
             except ActorGone:
                 if not tries_left:
                     raise
@@ -295,7 +288,7 @@ class Checkpointing:
         try:
             self._manifest = manifest_of(self._subject, self._taken())
             text, here = dumps(self._manifest), self._in_store_of_main()
-            self._persist(self._subject.main, "publish", text, here)
+            self._main_persists(lambda main: main.call(Machine.publish, text, here))
         except Exception as error:
             self._events.put(self._after_publishing_failed(str(error)))
         else:
@@ -312,8 +305,10 @@ class Checkpointing:
             return PublishFailed(why)
         try:
             # A publishing that is still under way ends first, or is refused; then it is certain.
-            self._persist(self._subject.main, "halt", self.checkpoint)
-            published = self._persist(self._subject.main, "published", self.checkpoint)
+            self._main_persists(lambda main: main.call(Saving.halt, self.checkpoint))
+            published = self._main_persists(
+                lambda main: main.call(Machine.published, self.checkpoint)
+            )
         except DcresError as error:
             self._stuck = (
                 "whether it was published, its main host cannot tell now (see `dcres checkpoints` "
@@ -327,8 +322,11 @@ class Checkpointing:
 
         Or when it cannot for now: what it still saves is refused later and never published.
         """
-        halt = partial(self._in_thread, step="halt", timeout_s=HALT_TIMEOUT_S)
-        self._halting = {host: halt(host) for host in self._subject.hosts}
+
+        def halt(port: Port) -> None:
+            port.within(HALT_TIMEOUT_S).call(Saving.halt, self.checkpoint)
+
+        self._halting = {host: self._in_thread(host, "halt", halt) for host in self._subject.hosts}
         self._halting[self._subject.main].join()
 
     def _discard(self) -> None:
@@ -339,20 +337,18 @@ class Checkpointing:
         # A main host whose VM stands still keeps in mind why, for whoever asks it next.
         hosts = self._subject.hosts[1:] if self.vm_stands else self._subject.hosts
         left = [host for host in hosts if host not in self._gone]
-        discarding = [self._in_thread(host, "abandon", _PERSIST_TIMEOUT_S) for host in left]
+
+        def abandon(port: Port) -> None:
+            port.call(Saving.abandon, self.checkpoint)
+
+        discarding = [self._in_thread(host, "abandon", abandon) for host in left]
         for thread in discarding:
             thread.join()
 
-    def _in_thread(self, host: str, step: str, timeout_s: float) -> threading.Thread:
+    def _in_thread(self, host: str, step: str, give: Callable[[Port], None]) -> threading.Thread:
         def attempt() -> None:
             try:
-                self._persist(
-                    host,
-                    step,
-                    self.checkpoint,
-                    patience_s=_DISCARD_TIMEOUT_S,
-                    timeout_s=timeout_s,
-                )
+                self._persist(host, give, _DISCARD_TIMEOUT_S)
             except DcresError as error:
                 # It is not listed, and swept before the next checkpoint.
                 log.warning("%s keeps an unfinished part of %s: %s", host, self.checkpoint, error)

@@ -17,8 +17,9 @@ from dcres.actors.control.checkpointing import Checkpointing
 from dcres.actors.control.following import Follower
 from dcres.actors.control.replacing import settle_shape
 from dcres.actors.control.taking_down import take_down
-from dcres.actors.messages import Status
+from dcres.actors.messages import Description
 from dcres.actors.ports import Fleet, Port
+from dcres.actors.protocol import Machine, Presence
 from dcres.actors.ray.fleet import RayFleet
 from dcres.errors import ActorGone, Conflict, DcresError, NotFound, VmLost, VmOff
 from dcres.linux import priority
@@ -27,6 +28,8 @@ from dcres.model.phase import HostState, VmPhase, is_at_rest, judged
 from dcres.model.picture import Picture
 
 log = logging.getLogger("dcres.coordinator")
+
+VmFacts = dict[str, Any]  # a VM as its coordinator tells of it, for people
 
 _CANCEL_TIMEOUT_S = 45.0
 
@@ -116,13 +119,13 @@ class Coordination:
 
     def _settle_what_is_there(self, ports: Sequence[Port]) -> None:
         main = describe(ports[0])
-        if main["running"]:
-            self._hosts = tuple(main["hosts"])
+        if main.running:
+            self._hosts = main.hosts
             # Before the sub hosts are asked, which may take long: the guest waits for this alone.
-            recovering.let_go(self._vm, ports[0], main["checkpoint"])
+            recovering.let_go(self._vm, ports[0], main.checkpoint)
         descriptions = [main, *map(describe, ports[1:])]
-        self._hosts = tuple(each["host"] for each in descriptions)
-        if not descriptions[0]["running"]:
+        self._hosts = tuple(each.host for each in descriptions)
+        if not descriptions[0].running:
             log.warning("VM %s: taking down a start that was not finished", self._vm)
             self._take_down()
             self._phase, self._why = VmPhase.ABSENT, ""
@@ -130,19 +133,19 @@ class Coordination:
         if self._reshaped(descriptions[0]):
             ports = self._fleet.find(self._vm)
             descriptions = [describe(port) for port in ports]
-        gone = [each["host"] for each in descriptions if not each["present"]]
+        gone = [each.host for each in descriptions if not each.present]
         if gone:
             # Ray moves the actors of a dead host to a new one, where nothing of the VM is.
             raise VmLost(f"a host of VM {self._vm} is gone ({', '.join(gone)} has nothing of it)")
-        if main["checkpoint"] is not None:
-            recovering.discard(main["checkpoint"], ports)
+        if main.checkpoint is not None:
+            recovering.discard(main.checkpoint, ports)
         self._phase, self._why = VmPhase.RUNNING, ""
-        if descriptions[0]["moving"]:
+        if descriptions[0].moving:
             self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
         else:
             self._end_servers(ports)  # of a restore that had come as far as the guest
 
-    def _reshaped(self, main: Status) -> bool:
+    def _reshaped(self, main: Description) -> bool:
         """Whether shares were being changed; if so that is brought to an end."""
         if self._is_settled(main):
             return False
@@ -150,9 +153,8 @@ class Coordination:
         self._hosts = settle_shape(self._vm, self._fleet)
         return True
 
-    def _is_settled(self, main: Status) -> bool:
-        hosts: tuple[str, ...] = tuple(main["hosts"])
-        return not main["reshaping"] and hosts == self._hosts
+    def _is_settled(self, main: Description) -> bool:
+        return not main.reshaping and main.hosts == self._hosts
 
     def _settle_shares(self) -> None:
         """Bring a change of shares to an end that could not be undone when it failed."""
@@ -164,7 +166,7 @@ class Coordination:
     def _end_servers(self, ports: Sequence[Port]) -> None:
         recovering.end_servers(self._vm, self._fleet, ports)
 
-    def status(self) -> Status:
+    def status(self) -> VmFacts:
         """The VM as its hosts see it: what is proven of it, and who does not answer."""
         self._recover_if_due()
         before, why = self._phase, self._why
@@ -229,8 +231,7 @@ class Coordination:
         """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
         if self._phase in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
             raise self._busy()
-        picture: Picture = self._main().call("picture", buckets)
-        return picture
+        return self._main().call(Machine.picture, buckets)
 
     def progress(self) -> dict[str, Any]:
         """How far the operation under way is: its phase, and bytes, rate and rest per host."""
@@ -247,7 +248,7 @@ class Coordination:
             facts["pages_left"] = checkpointing.pages_left
         if self._phase is VmPhase.RESIZING:
             with suppress(DcresError):
-                facts["pages_to_move"] = self._main().call("status")["pages_to_move"]
+                facts["pages_to_move"] = self._main().call(Machine.status)["pages_to_move"]
         return facts
 
     def cancel(self) -> bool:
@@ -263,7 +264,7 @@ class Coordination:
             unwanted.set()
             for port in self._fleet.find(self._vm):
                 with suppress(ActorGone):
-                    port.submit("destroy")
+                    port.submit(Presence.destroy)
         elif moves_unwanted is not None:
             moves_unwanted.set()
         return any(each is not None for each in (checkpointing, unwanted, moves_unwanted))

@@ -23,13 +23,14 @@ from typing import Any, TypeVar
 from dcres.actors.control.asking import describe
 from dcres.actors.control.bringing_up import BringingUp
 from dcres.actors.control.checkpointing import Checkpointing
-from dcres.actors.control.coordination import Coordination
+from dcres.actors.control.coordination import Coordination, VmFacts
 from dcres.actors.control.publishing import Subject, checkpoint_facts
 from dcres.actors.control.replacing import Checked, Replacing, Shares, settle_shape
 from dcres.actors.control.restoring import Restoring, spec_for
 from dcres.actors.control.wanting import while_it_lives
-from dcres.actors.messages import Foreseen, Status
+from dcres.actors.messages import Description, Foreseen
 from dcres.actors.ports import Port
+from dcres.actors.protocol import Machine, Presence
 from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import ClusterError, Conflict, DcresError, NotFound, VmLost, VmOff
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
@@ -56,7 +57,7 @@ class Coordinator(Coordination):
         hosts: Sequence[str] | None = None,
         take_over: bool = False,
         driver: str | None = None,
-    ) -> Status:
+    ) -> VmFacts:
         """Boot a VM over the hosts of its layout. Raises Conflict, NoRoom and what hosts raise.
 
         `take_over` its name in the store from another cluster that may have ended. If the driver
@@ -166,7 +167,7 @@ class Coordinator(Coordination):
     def _savable_state(self) -> RunState:
         """The VM's run state. Raises Conflict if it cannot be saved in that, VmLost, VmOff."""
         try:
-            state = RunState(self._main().call("status")["run_state"])
+            state = RunState(self._main().call(Machine.status)["run_state"])
         except VmLost:
             raise
         except DcresError:  # the checkpoint itself meets that again, and tells it host by host
@@ -175,22 +176,22 @@ class Coordinator(Coordination):
             raise Conflict(why)
         return state
 
-    def pause(self) -> Status:
+    def pause(self) -> VmFacts:
         """Stop the guest until `resume`; all else goes on. Repeatable. Raises Conflict, VmLost."""
         with self._at_rest():
-            self._tell_main("pause")
+            self._tell_main(Machine.pause)
         return self.status()
 
-    def resume(self) -> Status:
+    def resume(self) -> VmFacts:
         """Let the guest run, from wherever it stands. Repeatable.
 
         Raises Conflict where it cannot run any more, VmLost.
         """
         with self._at_rest():
-            self._tell_main("go")
+            self._tell_main(Machine.go)
         return self.status()
 
-    def _tell_main(self, order: str) -> None:
+    def _tell_main(self, order: Callable[[Machine], None]) -> None:
         try:
             self._main().call(order)
         except ClusterError as error:
@@ -211,14 +212,14 @@ class Coordinator(Coordination):
             yield
 
     def _subject(self, ports: dict[str, Port], run_state: RunState) -> Subject:
-        main = ports[self._hosts[0]].call("describe")
+        main = ports[self._hosts[0]].call(Presence.describe)
         return Subject(
             vm=self._vm,
-            generation=main["generation"],
-            spec=VmSpec.model_validate(main["spec"]),
-            accel=main["accel"],
-            qemu_version=main["qemu_version"],
-            machine=main["machine"],
+            generation=main.generation,
+            spec=_spec_of(main),
+            accel=main.accel,
+            qemu_version=main.qemu_version,
+            machine=main.machine,
             hosts=self._hosts,
             ports=ports,
             alive=self._fleet.alive,
@@ -270,7 +271,7 @@ class Coordinator(Coordination):
 
     def resize(
         self, main_bytes: int | None = None, subs_bytes: Sequence[int] | None = None
-    ) -> Status:
+    ) -> VmFacts:
         """Change how much the hosts keep, while the VM runs.
 
         More sub hosts than there are join on hosts with room; with fewer the last ones are
@@ -293,7 +294,7 @@ class Coordinator(Coordination):
         spec = self._running_spec()
         return self._replacing(spec, Shares.of(spec.layout, main_bytes, subs_bytes)).foresee()
 
-    def drain(self, host: str) -> Status:
+    def drain(self, host: str) -> VmFacts:
         """Empty one sub host while the VM runs, then leave it. Raises NotFound, NoRoom."""
         with self._exclusively(VmPhase.RESIZING):
             self._settle_shares()
@@ -329,10 +330,10 @@ class Coordinator(Coordination):
             )
 
     def _running_spec(self) -> VmSpec:
-        description = self._main().call("describe")
-        if description["moving"]:
+        description = self._main().call(Presence.describe)
+        if description.moving:
             raise Conflict(f"VM {self._vm} is still being restored; wait until its pages are there")
-        return VmSpec.model_validate(description["spec"])
+        return _spec_of(description)
 
     def _replacing(self, spec: VmSpec, shares: Shares) -> Replacing:
         return Replacing(self._vm, self._fleet, spec, self._hosts, shares)
@@ -357,3 +358,11 @@ class Coordinator(Coordination):
         except BaseException:
             self._hosts = settle_shape(self._vm, self._fleet)
             raise
+
+
+def _spec_of(main: Description) -> VmSpec:
+    if main.spec is None:
+        raise NotFound(
+            f"host {main.host} knows nothing of the VM; start it or restore a checkpoint"
+        )
+    return main.spec

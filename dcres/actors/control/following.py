@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from dcres.actors.ports import Port
+from dcres.actors.protocol import Machine, Paging, Parts
 from dcres.errors import ActorGone, ClusterError, DcresError, VmLost
 
 log = logging.getLogger("dcres.coordinator")
@@ -39,10 +40,10 @@ class Follower:
     def _follow(self) -> None:
         while not self._over.wait(_POLL_S):
             try:
-                if self._main.call("status", timeout_s=_ASK_TIMEOUT_S)["moving"]:
+                if self._main.within(_ASK_TIMEOUT_S).call(Machine.status)["moving"]:
                     self._look_for_trouble()
                     continue
-                self._main.call("settle_moves", timeout_s=_ASK_TIMEOUT_S)
+                self._main.within(_ASK_TIMEOUT_S).call(Paging.settle_moves)
             except VmLost as error:
                 log.error("VM %s: %s", self._vm, error)
                 return
@@ -60,7 +61,7 @@ class Follower:
         found = []
         for host, port in self._servers.items():
             try:
-                found.append(port.call("parts_trouble", timeout_s=_ASK_TIMEOUT_S))
+                found.append(port.within(_ASK_TIMEOUT_S).call(Parts.parts_trouble))
             except DcresError as error:
                 found.append(f"{host}, which has parts of its memory, does not answer ({error})")
         self.trouble = "; ".join(filter(None, found))

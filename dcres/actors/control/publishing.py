@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from dcres.actors.messages import Finished, Saved
+from dcres.actors.messages import Finished, PagingCounters, Saved
 from dcres.actors.ports import Port
 from dcres.config import VmSpec
 from dcres.errors import OperationFailed
@@ -57,7 +57,7 @@ class Taken:
     created: datetime
     mode: Mode
     memory_format: MemoryFormat
-    paging_before: Mapping[str, int]  # the pager's counters when it began
+    paging_before: PagingCounters  # when it began
     finished: Finished
     saved: Mapping[str, Saved]  # by host
     rounds: int
@@ -98,8 +98,8 @@ def manifest_of(subject: Subject, taken: Taken) -> Manifest:
         pages_moved_for_checkpoint=finished.moved,
         paging_during=PagingDuring(
             # A pager that was started again meanwhile counts from 0.
-            pages_in=max(0, finished.pages_in - before["pages_in"]),
-            pages_out=max(0, finished.pages_out - before["pages_out"]),
+            pages_in=max(0, finished.pages_in - before.pages_in),
+            pages_out=max(0, finished.pages_out - before.pages_out),
         ),
     )
 

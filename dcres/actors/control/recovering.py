@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from dcres.actors.control.checkpointing import HALT_TIMEOUT_S
 from dcres.actors.ports import Fleet, Port
+from dcres.actors.protocol import Machine, Parts, Saving
 from dcres.errors import ClusterError, DcresError
 
 log = logging.getLogger("dcres.coordinator")
@@ -24,13 +25,13 @@ def let_go(vm: str, main: Port, checkpoint: str | None) -> None:
     if checkpoint is not None:
         log.warning("VM %s: giving up checkpoint %s", vm, checkpoint)
         with suppress(ClusterError):  # its disk hangs: the guest goes on first
-            main.call("halt", checkpoint, timeout_s=HALT_TIMEOUT_S)
-        main.call("resume", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
+            main.within(HALT_TIMEOUT_S).call(Saving.halt, checkpoint)
+        main.within(_RESUME_TIMEOUT_S).call(Machine.resume, checkpoint)
         return
-    status = main.call("status")
+    status = main.call(Machine.status)
     if status["held"] or status["state"] in ("quiet", "frozen"):
         log.warning("VM %s stands still for a checkpoint that is over; it is let go", vm)
-        main.call("resume", "", timeout_s=_RESUME_TIMEOUT_S)
+        main.within(_RESUME_TIMEOUT_S).call(Machine.resume, "")
 
 
 def discard(checkpoint: str, ports: Sequence[Port]) -> None:
@@ -39,20 +40,20 @@ def discard(checkpoint: str, ports: Sequence[Port]) -> None:
     Which is certain once the main host has halted it: a publishing under way ends first.
     """
     main, *subs = ports
-    main.call("halt", checkpoint, timeout_s=_RESUME_TIMEOUT_S)
-    if main.call("published", checkpoint):
+    main.within(_RESUME_TIMEOUT_S).call(Saving.halt, checkpoint)
+    if main.call(Machine.published, checkpoint):
         return
     for port in subs:
-        port.call("halt", checkpoint)
+        port.call(Saving.halt, checkpoint)
     for port in ports:
-        port.call("abandon", checkpoint)
+        port.call(Saving.abandon, checkpoint)
 
 
 def end_servers(vm: str, fleet: Fleet, ports: Sequence[Port]) -> None:
     """As `Restoring.end`, when nobody remembers which hosts serve parts."""
     for port in ports:
         with suppress(DcresError):
-            port.call("end_serving_parts")
+            port.call(Parts.end_serving_parts)
     fleet.leave(vm)
 
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dcres.actors.control.asking import describe
-from dcres.actors.messages import Foreseen, PageFlow, ServeOrder, Status
+from dcres.actors.messages import Foreseen, PageFlow, ServeOrder
 from dcres.actors.ports import Fleet, Port
+from dcres.actors.protocol import Machine, Paging, Presence, Serving
 from dcres.config import Layout, VmSpec, layout_of
 from dcres.errors import DcresError, PagingError, VmLost
 from dcres.model.pages import PAGE_SIZE, pages_of
@@ -106,7 +107,7 @@ class Replacing:
         joining = tuple(self.fleet.room_for(self.vm, growth, self.shares.added))
         capacities = self._capacities(self.hosts + joining)
         order = (capacities, pages_of(self.shares.main), self._replaces)
-        flows = self.fleet.find(self.vm)[0].call("plan_moves", *order)
+        flows = self.fleet.find(self.vm)[0].call(Paging.plan_moves, *order)
         return Checked(growth, joining, flows)
 
     def run(self, checked: Checked) -> tuple[str, ...]:
@@ -117,15 +118,15 @@ class Replacing:
         """
         ports = self.fleet.find(self.vm)
         main = ports[0]
-        main.call("begin_reshape")
+        main.call(Paging.begin_reshape)
         for index, extra in checked.growth.items():
             self.fleet.extend(self.vm, index, extra)
         if self.shares.main > self.spec.layout.main:
-            main.call("resize", pages_of(self.shares.main))
+            main.call(Paging.limit, pages_of(self.shares.main))
         hosts = self._replace(ports, checked.joining) if self._replaces else self.hosts
         if self.shares.main < self.spec.layout.main:
-            main.call("resize", pages_of(self.shares.main))
-        main.call("set_layout", self.shares.layout.model_dump())
+            main.call(Paging.limit, pages_of(self.shares.main))
+        main.call(Paging.set_layout, self.shares.layout)
         return hosts
 
     @property
@@ -139,7 +140,7 @@ class Replacing:
         growth = {}
         for index, port, now, share in zip(indices, ports, before, after, strict=True):
             if share > now:
-                growth[index] = max(0, share - int(port.call("describe")["reserved"]))
+                growth[index] = max(0, share - port.call(Presence.describe).reserved)
         return growth
 
     def _capacities(self, hosts: Sequence[str]) -> dict[str, int]:
@@ -155,26 +156,24 @@ class Replacing:
             port = self.fleet.add(self.vm, share, host)
             subs.append(self._served(ports[0], port, share))
         hosts = (*self.hosts, *joining)
-        ports[0].call("reshape", hosts, tuple(subs))
+        ports[0].call(Paging.reshape, hosts, tuple(subs))
         self._move(ports[0], self._capacities(hosts))
         return self._without_leavers(ports[0], hosts, tuple(subs))
 
     def _resized(self, port: Port, share: int) -> SubAddress:
-        address: SubAddress = port.call("resize", pages_of(share))
-        return address
+        return port.call(Serving.resize, pages_of(share))
 
     def _served(self, main: Port, port: Port, share: int) -> SubAddress:
-        incarnation = main.call("incarnation")
+        incarnation = main.call(Machine.incarnation)
         order = ServeOrder(incarnation, pages_of(self.spec.memory), pages_of(share))
-        address: SubAddress = port.call("serve", order, timeout_s=_SERVE_TIMEOUT_S)
-        return address
+        return port.within(_SERVE_TIMEOUT_S).call(Serving.serve, order)
 
     def _move(self, main: Port, capacities: dict[str, int]) -> None:
         """Move until nobody holds too much; the guest pages out meanwhile, so ask again."""
         for _ in range(_TRIES):
-            if not main.call("move_into", capacities):
+            if not main.call(Paging.move_into, capacities):
                 return
-            while main.call("status")["moving"]:
+            while main.call(Machine.status)["moving"]:
                 self.require_wanted()
                 time.sleep(_POLL_S)
         raise PagingError(f"the pages of VM {self.vm} do not come to rest; try again")
@@ -187,11 +186,11 @@ class Replacing:
         left = (hosts[0], *(hosts[1 + index] for index in staying))
         if len(left) == len(hosts):
             return left
-        main.call("reshape", left, tuple(subs[index] for index in staying))
+        main.call(Paging.reshape, left, tuple(subs[index] for index in staying))
         ports, indices = self.fleet.find(self.vm), self.fleet.indices(self.vm)
         for position, share in enumerate(shares):
             if not share:
-                ports[1 + position].call("destroy")
+                ports[1 + position].call(Presence.destroy)
                 self.fleet.dismiss(self.vm, indices[1 + position])
         return left
 
@@ -203,27 +202,29 @@ def settle_shape(vm: str, fleet: Fleet) -> tuple[str, ...]:
     moves any more. A host that has joined keeps what it was given, since pages may be there.
     """
     ports = fleet.find(vm)
-    main = ports[0].call("describe")
-    hosts: tuple[str, ...] = tuple(main["hosts"])
+    main = ports[0].call(Presence.describe)
+    hosts = main.hosts
     for index, port in zip(fleet.indices(vm), ports, strict=True):
-        if describe(port)["host"] not in hosts:
-            port.call("destroy")
+        if describe(port).host not in hosts:
+            port.call(Presence.destroy)
             fleet.dismiss(vm, index)
-    if main["reshaping"]:
-        _give_shares_back(fleet.find(vm), hosts, main)
+    if main.reshaping and main.spec is not None:
+        _give_shares_back(fleet.find(vm), hosts, main.spec, main.shares)
     return hosts
 
 
-def _give_shares_back(ports: Sequence[Port], hosts: tuple[str, ...], described: Status) -> None:
-    main, shares_bytes = ports[0], described["shares"]
+def _give_shares_back(
+    ports: Sequence[Port], hosts: tuple[str, ...], spec: VmSpec, shares_bytes: Mapping[str, int]
+) -> None:
+    main = ports[0]
     subs: list[SubAddress] = []
     for host, port in zip(hosts[1:], ports[1:], strict=True):
-        given = int(port.call("status")["capacity_pages"])
+        given = port.call(Serving.status)["capacity_pages"]
         share = pages_of(shares_bytes[host]) if host in shares_bytes else given
-        subs.append(port.call("resize", share))
-    main_bytes = described["spec"]["layout"]["main"]
-    main.call("stop_moves")
-    main.call("reshape", hosts, tuple(subs))
-    main.call("resize", pages_of(main_bytes))
-    given_bytes = [sub.capacity_pages * PAGE_SIZE for sub in subs]
-    main.call("set_layout", {"main": main_bytes, "subs": given_bytes})
+        subs.append(port.call(Serving.resize, share))
+    main_bytes = spec.layout.main
+    main.call(Paging.stop_moves)
+    main.call(Paging.reshape, hosts, tuple(subs))
+    main.call(Paging.limit, pages_of(main_bytes))
+    given_bytes = tuple(sub.capacity_pages * PAGE_SIZE for sub in subs)
+    main.call(Paging.set_layout, Layout.model_construct(main=main_bytes, subs=given_bytes))

@@ -25,6 +25,7 @@ from dcres.actors.messages import (
     Resumption,
 )
 from dcres.actors.ports import Fleet, Pending, Port
+from dcres.actors.protocol import Parts
 from dcres.config import Layout, VmSpec
 from dcres.errors import CheckpointCorrupt, DcresError, NotFound
 from dcres.model.pages import PAGE_SIZE, pages_of
@@ -34,11 +35,7 @@ from dcres.storage.format.manifest import Manifest, dumps
 
 log = logging.getLogger("dcres.coordinator")
 
-_PLAN_TIMEOUT_S = 600.0
-_SERVE_TIMEOUT_S = 60.0
-_ASK_TIMEOUT_S = 60.0
-
-Parts = tuple[str, ...]  # hosts of the checkpoint, as names of what they saved
+Names = tuple[str, ...]  # hosts of the checkpoint, as names of their parts
 
 
 def spec_for(manifest: Manifest, layout: Layout | None) -> VmSpec:
@@ -66,17 +63,17 @@ def capacities_of(shares_bytes: Sequence[int], pages: int) -> tuple[int, ...]:
 class Where:
     """Which hosts have which parts, as far as was asked; the VM's hosts come first."""
 
-    parts: Parts
+    parts: Names
     targets: tuple[str, ...]
-    here: Mapping[str, Parts]
+    here: Mapping[str, Names]
 
     @property
-    def missing(self) -> Parts:
-        """Parts that no host has."""
+    def missing(self) -> Names:
+        """Names that no host has."""
         found = {part for parts in self.here.values() for part in parts}
         return tuple(part for part in self.parts if part not in found)
 
-    def completed(self, holders: Mapping[str, Parts], checkpoint: str) -> Where:
+    def completed(self, holders: Mapping[str, Names], checkpoint: str) -> Where:
         """With hosts outside the VM for what its own lack, no more of them than it takes.
 
         Raises NotFound for a part that no host has.
@@ -114,22 +111,23 @@ class Restoring:
     lazy: bool
     where: Where
     helpers: Mapping[str, Port]  # hosts that only have parts
-    planning: Pending
-    reading: Pending | None  # the main host's part, if another host has it
-    starting: dict[str, tuple[Parts, Pending]] = field(default_factory=dict)  # servers, by host
+    planning: Pending[Planned]
+    reading: Pending[MainPart] | None  # the main host's part, if another host has it
+    starting: dict[str, tuple[Names, Pending[SubAddress]]] = field(
+        default_factory=dict
+    )  # servers, by host
     sources: dict[str, SubAddress] = field(default_factory=dict)  # by part
     servers: list[str] = field(default_factory=list)
 
     @cached_property
     def planned(self) -> Planned:
         """Which pages go where; waits until that is known. Raises NoRoom, CheckpointCorrupt."""
-        planned: Planned = self.planning.result(_PLAN_TIMEOUT_S)
-        return planned
+        return self.planning.result()
 
     @cached_property
     def main_part(self) -> MainPart | None:
         """The main host's part if another host has it; waits for it. Raises CheckpointCorrupt."""
-        return None if self.reading is None else self.reading.result(_PLAN_TIMEOUT_S)
+        return None if self.reading is None else self.reading.result()
 
     @property
     def moved_pages(self) -> int:
@@ -155,7 +153,7 @@ class Restoring:
         for host, parts in served.items():
             self.servers.append(host)
             order = PartsOrder(self.incarnation, dumps(self.manifest), tuple(parts))
-            self.starting[host] = tuple(parts), self._port(host).submit("serve_parts", order)
+            self.starting[host] = tuple(parts), self._port(host).submit(Parts.serve_parts, order)
 
     def _saved_parts(self) -> list[str]:
         return [part.host for part in self.manifest.hosts if part.pages]
@@ -173,7 +171,7 @@ class Restoring:
         """Learn where the slice servers listen. Repeatable; raises what starting them raises."""
         while self.starting:
             host, (parts, pending) = next(iter(self.starting.items()))
-            self.sources.update(dict.fromkeys(parts, pending.result(_SERVE_TIMEOUT_S)))
+            self.sources.update(dict.fromkeys(parts, pending.result()))
             del self.starting[host]
 
     def load_order(self, host: str) -> LoadOrder | None:
@@ -236,7 +234,7 @@ class Restoring:
         """End the slice servers and unpin; the pages are where they belong. Repeatable."""
         for host in self.where.here:
             try:
-                self._port(host).call("end_serving_parts")
+                self._port(host).call(Parts.end_serving_parts)
             except DcresError as error:
                 log.warning("%s keeps the checkpoint or its slice server: %s", host, error)
         self.servers.clear()
@@ -258,22 +256,22 @@ def prepare(
     """
     text = dumps(manifest)
     parts = tuple(part.host for part in manifest.hosts)
-    asked = {host: port.submit("parts_here", text) for host, port in ports.items()}
-    here: dict[str, Parts] = {host: each.result(_ASK_TIMEOUT_S) for host, each in asked.items()}
+    asked = {host: port.submit(Parts.parts_here, text) for host, port in ports.items()}
+    here: dict[str, Names] = {host: each.result() for host, each in asked.items()}
     where = Where(parts, tuple(ports), here)
     if where.missing:
         where = where.completed(fleet.holders(text), manifest.checkpoint)
     helpers = {host: fleet.visit(manifest.vm, host) for host in where.here if host not in ports}
-    keeping = [helper.submit("parts_here", text) for helper in helpers.values()]
+    keeping = [helper.submit(Parts.parts_here, text) for helper in helpers.values()]
     planner = {**ports, **helpers}[where.holder(parts[0])]
     capacities = capacities_of(shares_bytes, manifest.pages)
     order = PlanOrder(text, capacities, where.holds, masks=not lazy)
-    planning = planner.submit("plan", order)
-    reading = None if where.holds[0][0] else planner.submit("read_main_part", text)
+    planning = planner.submit(Parts.plan, order)
+    reading = None if where.holds[0][0] else planner.submit(Parts.read_main_part, text)
     made = Restoring(manifest, ports, fleet, incarnation, lazy, where, helpers, planning, reading)
     if not lazy:
         _ = made.main_part  # nothing is loaded from a checkpoint that cannot be resumed
         for each in keeping:  # who serves parts for a lazy restore keeps them from its start
-            each.result(_PLAN_TIMEOUT_S)
+            each.result()
     made.serve()
     return made

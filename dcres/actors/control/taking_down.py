@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from dcres.actors.control.asking import await_ready
 from dcres.actors.ports import Fleet, Port
+from dcres.actors.protocol import Presence
 from dcres.errors import DcresError
 
 log = logging.getLogger("dcres.coordinator")
@@ -44,7 +45,7 @@ def _not_destroyed(vm: str, ports: Mapping[int, Port], alive: Callable[[int], bo
     def destroyed(index: int) -> bool:
         try:
             await_ready(ports[index], lambda: alive(index), _READY_TIMEOUT_S)
-            ports[index].call("destroy", timeout_s=_DESTROY_TIMEOUT_S)
+            ports[index].within(_DESTROY_TIMEOUT_S).call(Presence.destroy)
         except DcresError as error:
             log.warning("VM %s: %s", vm, error)
             return False

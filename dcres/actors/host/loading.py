@@ -24,6 +24,7 @@ from dcres.actors.host.host import Daemon, Meter
 from dcres.actors.host.slice_server import SliceSettings
 from dcres.actors.host.vm_folder import VmFolder, end_leftovers
 from dcres.actors.messages import (
+    Description,
     LoadOrder,
     MainPart,
     PartsOrder,
@@ -32,7 +33,6 @@ from dcres.actors.messages import (
     Reading,
     RunOrder,
     ServeOrder,
-    Status,
     pack_array,
     pack_mask,
     unpack_mask,
@@ -287,9 +287,9 @@ class SliceHost(PartServing):
         folder = VmFolder.of(settings, name_of_parts(vm))
         super().__init__(settings, folder, Store(settings.store))
 
-    def describe(self) -> Status:
+    def describe(self) -> Description:
         """Who this host is."""
-        return {"host": self._settings.name, "role": "parts", "present": self._slices_path.exists()}
+        return Description(self._settings.name, "parts", present=self._slices_path.exists())
 
     def destroy(self) -> None:
         """End the slice server and leave nothing. Repeatable."""

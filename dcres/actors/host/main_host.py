@@ -16,6 +16,7 @@ from dcres.actors.host.host import require_store_room
 from dcres.actors.host.moving import MovingHost
 from dcres.actors.messages import (
     Finished,
+    PagingCounters,
     Placed,
     Saved,
 )
@@ -50,7 +51,7 @@ _DRAIN_TIMEOUT_S = 60.0
 class MainHost(MovingHost):
     """One VM on its main host; what is here takes checkpoints."""
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> dict[str, int]:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
         """Sweep unfinished checkpoints, make room for this one, track changes from now on.
 
         The state file says so: an actor that is started again finds out what it left. Returns
@@ -68,7 +69,7 @@ class MainHost(MovingHost):
             require_store_room(self._settings.store, status["pages"][0] * PAGE_SIZE)
             self._remember(checkpoint=checkpoint)
             self._begin_saving(checkpoint, memory_format, self._ram, self._pager)
-        return {"pages_in": status["pages_in"], "pages_out": status["pages_out"]}
+        return PagingCounters(status["pages_in"], status["pages_out"])
 
     def _require_saveable(self) -> None:
         """UnsafeDevice when the VM is not what it was at its start, or QEMU could not save it."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dcres.actors.host.host import Daemon, Life, Meter, read_state, write_state
 from dcres.actors.host.loading import PartServing
@@ -17,9 +17,8 @@ from dcres.actors.host.picturing import look
 from dcres.actors.host.saving import LATE_ORDERS, SavingHost
 from dcres.actors.host.standing import Standing
 from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.messages import (
-    Status,
-)
+from dcres.actors.messages import Description
+from dcres.actors.protocol import MainStatus
 from dcres.config import HostSettings, VmSpec
 from dcres.errors import (
     MonitorError,
@@ -38,6 +37,7 @@ from dcres.model.placement import (
     Owners,
 )
 from dcres.model.run_state import RunState
+from dcres.paging.status import PagerStatus
 from dcres.storage.store.store import Store
 from dcres.vm.monitor import Monitor
 from dcres.vm.process import QemuProcess
@@ -76,26 +76,29 @@ class QemuHost(SavingHost, PartServing):
 
     # What this host knows
 
-    def describe(self) -> Status:
+    def describe(self) -> Description:
         """Who this host is, and the VM's state file as the actor before left it."""
-        return {
-            "host": self._settings.name,
-            "role": "main",
-            "present": bool(self._state),
-            "spec": self._state.get("spec"),
-            "generation": self._state.get("generation", 0),
-            "checkpoint": self._state.get("checkpoint"),
-            "accel": self._state.get("accel"),
-            "accel_why": self._state.get("accel_why"),
-            "qemu_version": self._state.get("qemu_version"),
-            "machine": self._state.get("machine"),
-            "reserved": self._state.get("reserved", 0),
-            "running": self._state.get("running", False),
-            "moving": bool(self._state.get("sources")),
-            "hosts": self._state.get("hosts", []),
-            "shares": self._state.get("shares", {}),
-            "reshaping": self._state.get("reshaping", False),
-        }
+        host, state = self._settings.name, self._state
+        if not state:
+            return Description(host, "main", present=False)
+        return Description(
+            host=host,
+            role="main",
+            present=True,
+            spec=self._spec,
+            generation=state["generation"],
+            checkpoint=state.get("checkpoint"),
+            accel=state["accel"],
+            accel_why=state["accel_why"],
+            qemu_version=state["qemu_version"],
+            machine=state.get("machine", ""),  # not known of a VM that an earlier dcres started
+            reserved=state.get("reserved", 0),
+            running=state.get("running", False),
+            moving=bool(state.get("sources")),
+            hosts=tuple(state["hosts"]),
+            shares=state.get("shares", {}),
+            reshaping=state.get("reshaping", False),
+        )
 
     @property
     def _qemu(self) -> QemuProcess:
@@ -168,7 +171,7 @@ class QemuHost(SavingHost, PartServing):
                 raise blame(self._obituary(self._qemu)) from None
             raise
 
-    def status(self) -> Status:
+    def status(self) -> MainStatus:
         """The VM and its paging as they are now. Raises VmLost when QEMU has ended."""
         qemu = self._require_qemu()
         if self._pager.given_up:
@@ -177,23 +180,26 @@ class QemuHost(SavingHost, PartServing):
             now = monitor.status()
             run_state = self._standing.told(now)
             failed = monitor.failed_disks() if run_state is RunState.IO_ERROR else []
-        return {
-            "host": self._settings.name,
-            "role": "main",
-            "generation": self._state["generation"],
-            "run_state": str(run_state),
-            "held": self._standing.is_held(now),
-            "failed_disks": failed,
-            "accel": self._state["accel"],
-            "accel_why": self._state["accel_why"],
-            "console": str(qemu.files.console),
-            "qemu_pid": qemu.process.pid,
-            "checkpoint": self._state.get("checkpoint"),
-            "restarts": self._pager.restarts,
-            "bringing_in": bool(self._state.get("sources")),
-            "unclaimed": self._state.get("unclaimed", ""),
-            **self._pager.call_patiently("status"),
-        }
+        return MainStatus(
+            host=self._settings.name,
+            role="main",
+            generation=self._state["generation"],
+            run_state=str(run_state),
+            held=self._standing.is_held(now),
+            failed_disks=list(failed),
+            accel=self._state["accel"],
+            accel_why=self._state["accel_why"],
+            console=str(qemu.files.console),
+            qemu_pid=qemu.process.pid,
+            checkpoint=self._state.get("checkpoint"),
+            restarts=self._pager.restarts,
+            bringing_in=bool(self._state.get("sources")),
+            unclaimed=self._state.get("unclaimed", ""),
+            **self._pager_status(),
+        )
+
+    def _pager_status(self) -> PagerStatus:
+        return cast(PagerStatus, self._pager.call_patiently("status"))
 
     def picture(self, buckets: int) -> Picture:
         """Where memory is and how hot, in at most `buckets` stretches. Raises NotFound, VmLost."""

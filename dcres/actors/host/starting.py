@@ -26,7 +26,7 @@ from dcres.actors.messages import (
     Resumption,
     RunOrder,
 )
-from dcres.config import Accel, default_cache
+from dcres.config import Accel, Layout, default_cache
 from dcres.errors import (
     CheckpointCorrupt,
     ConfigError,
@@ -322,15 +322,15 @@ class StartingHost(QemuHost):
         with self._qmp() as monitor:
             self._standing.pause(monitor)
 
-    def resize(self, limit_pages: int) -> None:
+    def limit(self, limit_pages: int) -> None:
         """Change how much the main host keeps; pages move while the guest runs."""
         self._pager.call("resize", limit_pages=limit_pages)
 
-    def set_layout(self, layout: dict[str, Any]) -> None:
+    def set_layout(self, layout: Layout) -> None:
         """Remember what the hosts may keep from now on."""
         self._remember(
-            spec={**self._state["spec"], "layout": layout},
-            shares=dict(zip(self._state["hosts"][1:], layout["subs"], strict=True)),
+            spec={**self._state["spec"], "layout": layout.model_dump(mode="json")},
+            shares=dict(zip(self._state["hosts"][1:], layout.subs, strict=True)),
             reshaping=False,
         )
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 from dcres.actors.host.disks import has_its_disks, put_disks_back
 from dcres.actors.host.host import (
@@ -24,13 +25,15 @@ from dcres.actors.host.host import (
 from dcres.actors.host.loading import PartServing, identity_of, load_pages
 from dcres.actors.host.saving import SavingHost
 from dcres.actors.host.vm_folder import VmFolder, end_leftovers
-from dcres.actors.messages import Saved, ServeOrder, Status
+from dcres.actors.messages import Description, PagingCounters, Saved, ServeOrder
+from dcres.actors.protocol import SubStatus
 from dcres.config import HostSettings
 from dcres.errors import NotFound
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.paging import settings as paging_settings
 from dcres.paging.settings import ServerSettings, SubAddress
+from dcres.paging.status import ServerStatus
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import SavedMemory
 from dcres.storage.format import tables
@@ -54,16 +57,16 @@ class SubHost(SavingHost, PartServing):
         if read_state(self._folder.state) is not None:
             self._server.adopt()
 
-    def describe(self) -> Status:
+    def describe(self) -> Description:
         """Who this host is and whether it serves."""
         state = read_state(self._folder.state) or {}
-        return {
-            "host": self._settings.name,
-            "role": "sub",
-            "present": bool(state),
-            "generation": state.get("generation", 0),
-            "reserved": state.get("reserved", 0),
-        }
+        return Description(
+            host=self._settings.name,
+            role="sub",
+            present=bool(state),
+            generation=state.get("generation", 0),
+            reserved=state.get("reserved", 0),
+        )
 
     @property
     def _store_file(self) -> Path:
@@ -127,18 +130,21 @@ class SubHost(SavingHost, PartServing):
         self._server.call_patiently("resize", capacity_pages=capacity_pages)
         return SubAddress(self._settings.name, settings.address, settings.port, capacity_pages)
 
-    def status(self) -> Status:
+    def status(self) -> SubStatus:
         """Counters of the memory server. Raises NotFound when this host serves nothing."""
         self._require_serving()
-        return {
-            "host": self._settings.name,
-            "role": "sub",
-            "generation": (read_state(self._folder.state) or {}).get("generation", 0),
-            "restarts": self._server.restarts,
-            **self._server.call_patiently("status"),
-        }
+        return SubStatus(
+            host=self._settings.name,
+            role="sub",
+            generation=(read_state(self._folder.state) or {}).get("generation", 0),
+            restarts=self._server.restarts,
+            **self._server_status(),
+        )
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> None:
+    def _server_status(self) -> ServerStatus:
+        return cast(ServerStatus, self._server.call_patiently("status"))
+
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
         """Sweep what is unfinished, make room for a checkpoint, track changes from now on.
 
         Raises StoreFull, Conflict.
@@ -151,8 +157,9 @@ class SubHost(SavingHost, PartServing):
             self._store.sweep(self._vm, keep=frozenset({checkpoint}), whole_parts=False)
             require_store_room(self._settings.store, held * PAGE_SIZE)
             self._begin_saving(checkpoint, memory_format, self._store_file, self._server)
+        return PagingCounters()
 
-    def save(self, checkpoint: str) -> Saved:
+    def save(self, checkpoint: str, tick: int) -> Saved:
         """Make this host's part durable, with its page existence file: the vote.
 
         Raises StoreFull, Conflict when it was cancelled.

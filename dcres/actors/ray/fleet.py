@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from dcres.actors.control.room import HostInfo, host_named, hosts_to_join, require_room
 from dcres.actors.host.disks import put_disks_back
@@ -21,10 +21,13 @@ from dcres.actors.host.main_host import MainHost
 from dcres.actors.host.sub_host import SubHost
 from dcres.actors.host.vm_folder import VmFolder, end_leftovers
 from dcres.actors.ports import Pending, Port
+from dcres.actors.protocol import Presence
 from dcres.actors.ray import gateway
 from dcres.config import HostSettings
 from dcres.errors import DcresError, NotFound
 from dcres.storage.store.store import Store
+
+R = TypeVar("R")
 
 _READY_TIMEOUT_S = 300.0  # an actor's process starts in 0.5 s, or when the machine gets to it
 _LOOK_TIMEOUT_S = 30.0
@@ -222,7 +225,7 @@ class RayFleet:
         silent = []
         for name in gateway.list_actors(_visitor_name(vm, "")):
             try:
-                gateway.ActorPort(name).call("destroy")
+                gateway.ActorPort(name).call(Presence.destroy)
             except DcresError:
                 silent.append(name.removeprefix(_visitor_name(vm, "")))
             finally:
@@ -232,9 +235,9 @@ class RayFleet:
                 self.sweep(name_of_parts(vm), host)
 
 
-def _on_all_hosts(function: Callable[..., Any], *args: Any) -> dict[str, Pending]:
+def _on_all_hosts(function: Callable[..., R], *args: Any) -> dict[str, Pending[R]]:
     """Begin to run `function` on every host that is there; one that just went is left out."""
-    begun: dict[str, Pending] = {}
+    begun: dict[str, Pending[R]] = {}
     for host in _alive():
         with suppress(DcresError):
             begun[host.name] = gateway.start_on(host.name, function, *args)

@@ -73,7 +73,7 @@ RAY_ENVIRON = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
     # What every worker does first; ray.init would say so for one job's workers.
-    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "dcres.actors.ray.preload.import_actors",
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "dcres.actors.preload.import_actors",
 }
 
 

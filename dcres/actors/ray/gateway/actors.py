@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
+from dcres.actors.protocol import deadline_s
 from dcres.actors.ray.gateway.calls import Pending
 from dcres.actors.ray.gateway.connection import NAMESPACE
 from dcres.errors import ActorGone, ClusterError
@@ -18,25 +19,46 @@ _REMOVE_TIMEOUT_S = 20.0
 _POLL_S = 0.02
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 @dataclass(frozen=True, slots=True)
 class ActorPort:
-    """An actor by name: callable from any process of the cluster, and picklable."""
+    """An actor by name: callable from any process of the cluster, and picklable.
+
+    `timeout_s` is how long an answer may take; None: as long as its order says.
+    """
 
     name: str
+    timeout_s: float | None = None
 
-    def submit(self, method: str, *args: Any) -> Pending:
+    def within(self, timeout_s: float) -> ActorPort:
+        """The same actor, whose answers may take `timeout_s`."""
+        return replace(self, timeout_s=timeout_s)
+
+    def submit(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
         """Start a call and return at once. Raises ActorGone if there is no such actor."""
-        return Pending(f"{self.name}.{method}", getattr(self._handle(), method).remote(*args))
+        timeout_s = deadline_s(order) if self.timeout_s is None else self.timeout_s
+        return self._submit(order.__name__, timeout_s, *args, **kwargs)
 
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        """Call `method` and wait for its result; it runs once, or not at all, or unknown.
+    def call(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Give an order and wait for its result; it runs once, or not at all, or unknown.
 
         Raises the DcresError that the method raised; ActorGone if the actor is dead, is being
         restarted or died during the call (what it did until then is unknown); ClusterError
-        for any other exception (its traceback is in ``__cause__``) and when `timeout_s` is
-        over (the call may go on).
+        for any other exception (its traceback is in ``__cause__``) and when time is over (the
+        call may go on).
         """
-        return self.submit(method, *args).result(timeout_s)
+        return self.submit(order, *args, **kwargs).result()
+
+    def _submit(self, method: str, timeout_s: float, *args: Any, **kwargs: Any) -> Pending[Any]:
+        reference = getattr(self._handle(), method).remote(*args, **kwargs)
+        return Pending(f"{self.name}.{method}", reference, timeout_s)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the actor answers, through a restart if need be. Raises ActorGone.
@@ -46,7 +68,8 @@ class ActorPort:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                self.call("__ray_ready__", timeout_s=max(deadline - time.monotonic(), 0.01))
+                left_s = max(deadline - time.monotonic(), 0.01)
+                self._submit("__ray_ready__", left_s).result()
             except ActorGone:
                 if time.monotonic() > deadline or find(self.name) is None:
                     raise
@@ -56,7 +79,7 @@ class ActorPort:
 
     def pid(self, timeout_s: float = 10.0) -> int:
         """The process that the actor runs in now."""
-        return int(self.call("__ray_call__", _pid, timeout_s=timeout_s))
+        return int(self._submit("__ray_call__", timeout_s, _pid).result())
 
     def _handle(self) -> Any:
         try:

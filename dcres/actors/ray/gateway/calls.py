@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import ray
 import ray.exceptions
 
+from dcres.actors.protocol import DEADLINE_S
 from dcres.errors import ActorGone, ClusterError, DcresError
 
+R = TypeVar("R")
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A call under way; `what` names it in errors."""
+
+@dataclass(frozen=True)
+class Pending(Generic[R]):
+    """A call under way; `what` names it in errors, and `timeout_s` is how long it may take."""
 
     what: str
     _reference: Any
+    timeout_s: float = DEADLINE_S
 
-    def named(self, what: str) -> Pending:
+    def named(self, what: str) -> Pending[R]:
         """The same call under another name."""
-        return Pending(what, self._reference)
+        return replace(self, what=what)
 
-    def result(self, timeout_s: float) -> Any:
+    def result(self, timeout_s: float | None = None) -> R:
         """Wait for the answer. Raises what the call raised; see `ActorPort.call`."""
+        if timeout_s is None:
+            timeout_s = self.timeout_s
         try:
-            return ray.get(self._reference, timeout=timeout_s)
+            answer: R = ray.get(self._reference, timeout=timeout_s)
+            return answer
         except ray.exceptions.GetTimeoutError:
             raise ClusterError(f"{self.what} did not answer within {timeout_s:.3g} s") from None
         except ray.exceptions.RayError as error:
@@ -52,14 +59,14 @@ def _translate(what: str, error: ray.exceptions.RayError) -> DcresError:
 
 
 def gather(
-    pendings: Mapping[str, Pending], timeout_s: float
-) -> tuple[dict[str, Any], dict[str, Exception]]:
+    pendings: Mapping[str, Pending[R]], timeout_s: float
+) -> tuple[dict[str, R], dict[str, Exception]]:
     """Wait for calls on several hosts: the results of those that succeeded, and the failures.
 
     Every call gets its chance: one failure does not end the waiting for the others.
     """
     deadline = time.monotonic() + timeout_s
-    results: dict[str, Any] = {}
+    results: dict[str, R] = {}
     failures: dict[str, Exception] = {}
     for host, pending in pendings.items():
         try:

@@ -34,7 +34,7 @@ class Runner:
     def __init__(self) -> None:
         priority.take_normal()
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+    def run(self, function: Callable[..., _T], *args: Any) -> _T:
         """Its result; raises what it raises."""
         return function(*args)
 
@@ -44,26 +44,25 @@ def run_on(host: str, function: Callable[..., _T], *args: Any, timeout_s: float 
 
     Raises NotFound, what the function raises (as `ActorPort.call` does), and ClusterError.
     """
-    answer: _T = start_on(host, function, *args).result(timeout_s)
-    return answer
+    return start_on(host, function, *args).result(timeout_s)
 
 
-def start_on(host: str, function: Callable[..., Any], *args: Any) -> Pending:
+def start_on(host: str, function: Callable[..., _T], *args: Any) -> Pending[_T]:
     """As `run_on`, but for waiting: a host's runner takes a second to come up."""
     # A host that comes back under its name is another node, and its runner another actor.
     runner = ActorPort(f"{RUNNERS}{host_named(host, hosts()).node_id}")
     what = f"{function.__name__} on {host}"
     try:
-        return runner.submit("run", function, *args).named(what)
+        return runner.submit(Runner.run, function, *args).named(what)
     except ActorGone:
         with suppress(Conflict):  # somebody else was first
             spawn(Runner, runner.name, on_host=host, max_restarts=0)
-        return runner.submit("run", function, *args).named(what)
+        return runner.submit(Runner.run, function, *args).named(what)
 
 
 def run_apart(host: str, function: Callable[..., _T], *args: Any, timeout_s: float) -> _T:
     """As `run_on`, in a process that ends when this one does."""
     strategy = NodeAffinitySchedulingStrategy(host_named(host, hosts()).node_id, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=strategy)
-    answer: _T = Pending(f"{function.__name__} on {host}", task.remote(*args)).result(timeout_s)
-    return answer
+    pending: Pending[_T] = Pending(f"{function.__name__} on {host}", task.remote(*args), timeout_s)
+    return pending.result()

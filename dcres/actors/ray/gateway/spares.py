@@ -3,7 +3,7 @@
 Most of the time until an actor answers is its process: the interpreter, and what it imports. Ray
 can be told to start one ahead that belongs to no job yet, and gives it to the next actor. So
 whoever starts an actor orders the next process for that node. What that process imports ahead is
-in `dcres.actors.ray.preload`.
+in `dcres.actors.preload`.
 """
 
 from __future__ import annotations

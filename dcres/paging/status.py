@@ -1,0 +1,67 @@
+"""What paging processes tell of themselves when asked for their status (docs/protocol.md)."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class LinkStatus(TypedDict):
+    """One connection of a pager."""
+
+    state: str
+    trouble: str
+    express: bool
+
+
+class PagerStatus(TypedDict):
+    """A pager's counters, which begin at 0 with its process."""
+
+    state: str
+    lost_why: str
+    pid: int
+    adopted: bool
+    tracking: bool
+    native: bool
+    limit_pages: int
+    pages: list[int]  # by host, the main host first
+    leaving: int
+    moving: bool
+    pages_to_move: int
+    page_in_median_us: float
+    page_in_p99_us: float
+    links: dict[str, LinkStatus]
+    pages_in: int
+    pages_out: int
+    zero_pages: int
+    taken_back: int
+    faults: int
+
+
+class ServerStatus(TypedDict):
+    """A memory server's counters."""
+
+    port: int
+    pid: int
+    tracking: bool
+    held_pages: int
+    capacity_pages: int
+    pages_in: int
+    pages_out: int
+    pages_peeked: int
+    pages_fetched: int
+    refused: int
+    connected: bool
+    readers: int
+    digest: str
+
+
+class PartServerStatus(TypedDict):
+    """A slice server's counters, and what is wrong with its files."""
+
+    port: int
+    pid: int
+    pages_served: int
+    refused: int
+    pagers: int
+    readers: int
+    trouble: str
