@@ -152,6 +152,18 @@ class Rig:
         assert not left, left
 
 
+def restart_main(vm: Rig) -> None:
+    """The main host's actor is killed, and Ray starts it again: what its process had ends."""
+    dead = vm.main()
+    vm.fleet.actor("vm", 0).die()
+    dead._pager._wanted = False  # nobody keeps it running any more
+    dead._pager._unwanted.set()
+    if dead._monitor is not None:
+        dead._monitor.close()
+    dead._kept.drop()
+    vm.fleet.actor("vm", 0).restart()
+
+
 @contextmanager
 def rig(
     hosts: int = 3,

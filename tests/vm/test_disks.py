@@ -31,7 +31,7 @@ from dcres.vm import disk
 from dcres.vm.monitor import Monitor
 from tests.support.disks import in_use, same, sound
 from tests.support.guest import create_disk
-from tests.support.vm import Rig, await_checks, rig, spec_of
+from tests.support.vm import Rig, await_checks, restart_main, rig, spec_of
 from tests.support.wait import until
 
 pytestmark = pytest.mark.vm
@@ -62,16 +62,6 @@ class Hindered(MainHost):
 
 def small(**values: Any) -> dict[str, Any]:
     return spec_of(memory="128MiB", main="128MiB", subs=[], fill=8, **values)
-
-
-def restart_main(vm: Rig) -> None:
-    """As if the main host's actor had died, whose connections end with it."""
-    dead = vm.main()
-    dead._pager._wanted = False  # it keeps nothing running any more
-    dead._pager._unwanted.set()
-    if dead._monitor is not None:
-        dead._monitor.close()
-    vm.fleet.actor("vm", 0).restart()
 
 
 @dataclass

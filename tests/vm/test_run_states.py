@@ -21,7 +21,7 @@ from dcres.storage.format.manifest import Manifest
 from dcres.vm import disk, witness
 from tests.support.guest import create_disk
 from tests.support.sector import POWER_OFF, RESET, disk_with, say, writer
-from tests.support.vm import Rig, await_checks, rig, spec_of
+from tests.support.vm import Rig, await_checks, restart_main, rig, spec_of
 from tests.support.wait import until
 
 pytestmark = pytest.mark.vm
@@ -46,12 +46,7 @@ def core_of(vm: Rig, manifest: Manifest) -> bytes:
 
 def new_actors(vm: Rig) -> None:
     """As when the main host's actor and the coordinator are killed: others take over."""
-    main = vm.main()
-    main._pager._wanted = False  # its watching thread is gone with it
-    if main._monitor is not None:
-        main._monitor.close()
-    main._kept.drop()  # the kernel lets go of the pin with its process
-    vm.fleet.actor("vm", 0).restart()
+    restart_main(vm)
     vm.coordinator = Coordinator("vm", vm.fleet)
 
 

@@ -21,7 +21,7 @@ from dcres.storage import layout
 from dcres.storage.format.manifest import Manifest, dumps
 from dcres.storage.store.store import Store
 from tests.support.fleet import LocalFleet, real_hosts
-from tests.support.vm import Rig, await_checks, rig, spec_of
+from tests.support.vm import Rig, await_checks, restart_main, rig, spec_of
 from tests.support.wait import until
 
 pytestmark = pytest.mark.vm
@@ -74,17 +74,6 @@ def another_cluster(vm: Rig, store: Path) -> Iterator[tuple[LocalFleet, Coordina
         yield fleet, coordinator
     finally:
         coordinator.stop()
-
-
-def restart_main(vm: Rig) -> None:
-    """The main host's actor is killed, and Ray starts it again."""
-    main = vm.main()
-    vm.fleet.actor("vm", 0).die()
-    main._pager._wanted = False  # what watches it is gone with its process
-    if main._monitor is not None:
-        main._monitor.close()
-    main._kept.drop()
-    vm.fleet.actor("vm", 0).restart()
 
 
 def test_nobody_takes_the_files_of_a_checkpoint_under_way(vm: Rig) -> None:
