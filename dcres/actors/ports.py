@@ -94,7 +94,10 @@ class Fleet(Protocol):
         """The hosts where these of the VM's are, as far as they are there."""
 
     def sweep(self, vm: str, host: str) -> None:
-        """End what is left of the VM on a host, past its actor, which has ended. Repeatable."""
+        """End what is left of the VM on a host, past its actor, which has ended. Repeatable.
+
+        Another cluster's VM of that name stays.
+        """
 
     def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
         """Live hosts that have parts of a checkpoint in their store: the parts, by host."""

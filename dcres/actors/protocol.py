@@ -118,9 +118,15 @@ class Presence(Protocol):
     def progress(self) -> Progress:
         """How far a long operation here is."""
 
+    def require_free(self, take_over: bool) -> None:
+        """Conflict unless a start may `clear` what is here. Changes nothing."""
+
     @within(_AS_LONG_AS_IT_TAKES_S)
-    def clear(self) -> None:
-        """Before a start: end and remove what an earlier life of the VM left here. Repeatable."""
+    def clear(self, take_over: bool) -> None:
+        """Before a start: end and remove what an earlier life of the VM left here. Repeatable.
+
+        Raises Conflict for a VM of another cluster that runs.
+        """
 
     def destroy(self) -> None:
         """End all of the VM here, give its memory back. Repeatable; nothing starts here again."""

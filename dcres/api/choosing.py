@@ -128,9 +128,10 @@ def look_here(manifest: str, cluster: str, take_over: bool) -> Look:
     """Runs on a host: the memory free as its kernel sees it, and what its store has."""
     settings = HostSettings.from_environ(os.environ)
     vm, me = parse(manifest).vm, naming.claimant(cluster, settings.name)
-    given_back = VmFolder.of(settings, vm).ram_bytes
-    free = free_for_guests(settings.ram, _BESIDES_BYTES) + given_back
-    trouble = naming.trouble(Store(settings.store), vm, me, take_over=take_over)
+    folder = VmFolder.of(settings, vm, cluster)
+    free = free_for_guests(settings.ram, _BESIDES_BYTES) + folder.ram_bytes
+    trouble = folder.trouble(take_over=take_over)
+    trouble = trouble or naming.trouble(Store(settings.store), vm, me, take_over=take_over)
     return Look(free, parts_in_store(manifest), trouble)
 
 

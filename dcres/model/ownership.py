@@ -1,4 +1,7 @@
-"""To whom a VM's name in a store belongs: one cluster at a time. `storage.lives` acts on it."""
+"""To which cluster a VM's name in a store belongs, and its files on a host: to one at a time.
+
+`storage.store.lives` acts on the one, `actors.host.folder_claim` on the other.
+"""
 
 from __future__ import annotations
 
@@ -88,4 +91,47 @@ def refusal(vm: str, lives: Iterable[Life], me: Claimant, take_over: bool) -> st
                 "ended for certain, add --take-over (take_over=True)"
             )
         case _:
+            assert_never(standing)
+
+
+def judge_files(kept: Life, me: Claimant) -> Standing:
+    """What files of a VM on a host, which `kept` tells of, mean for one who wants their folder.
+
+    Files that name no cluster are an earlier dcres's, which nobody holds: ours. While somebody
+    holds them they are just being named.
+    """
+    owner = kept.owner.cluster
+    if owner == me.cluster:
+        return Standing.OURS
+    if not owner:
+        return Standing.ALIVE if kept.held else Standing.OURS
+    return judge([kept], me)[0]
+
+
+def files_refusal(
+    vm: str, place: str, variable: str, kept: Life, me: Claimant, take_over: bool
+) -> str:
+    """Why `me` cannot have what is in `place`, chosen by `variable`; empty if it can."""
+    there = kept.owner.host or me.host
+    since = f" since {kept.since}" if kept.since else ""
+    match judge_files(kept, me):
+        case Standing.FREE | Standing.OURS | Standing.ENDED:
+            return ""
+        case Standing.ALIVE:
+            return (
+                f"VM {vm} of another cluster is in use on host {there}{since}, with its files in "
+                f"{place}; give this cluster another {variable}, or end that VM there "
+                f"(`dcres stop {vm}`, or `dcres down --orphans` if its cluster has ended): one "
+                "that runs is not taken over"
+            )
+        case Standing.UNCERTAIN:
+            if take_over:
+                return ""
+            return (
+                f"VM {vm} of another cluster was started on host {there}{since}, with its files in "
+                f"{place}, and whether it still runs cannot be seen from here; give this cluster "
+                f"another {variable}, end that VM there (`dcres stop {vm}`), or, if it has ended "
+                "for certain, add --take-over (take_over=True)"
+            )
+        case standing:
             assert_never(standing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,11 @@ def start(
     qemu: str = QEMU,
     machine: str = MACHINE,
     timeout_s: float = 120.0,
+    inherited: Sequence[int] = (),
 ) -> tuple[QemuProcess, Monitor]:
     """Start QEMU, detached and stopped before its first instruction, with a ready monitor.
+
+    It keeps the descriptors that it `inherited` open.
 
     A RAM file of the VM's length that is there already is kept with its content (restore puts
     it there). Raises QemuFailed with QEMU's own words when it ends at once, ConfigError,
@@ -145,7 +148,7 @@ def start(
     _prepare_ram(spec, files.ram)
     remove_socket(files.monitor)
     said_before = files.log.stat().st_size if files.log.exists() else 0
-    process = spawn_detached(argv, files.log, env)
+    process = spawn_detached(argv, files.log, env, inherited=inherited)
     try:
         monitor = Monitor.connect(files.monitor, timeout_s, alive=lambda: process.alive)
     except BaseException as error:

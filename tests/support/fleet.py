@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from dcres.actors.host.disks import put_disks_back
-from dcres.actors.host.loading import SliceHost, parse
+from dcres.actors.host.loading import PartServing, SliceHost, parse
 from dcres.actors.host.main_host import MainHost
 from dcres.actors.host.sub_host import SubHost
-from dcres.actors.host.vm_folder import VmFolder, end_leftovers
+from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
 from dcres.actors.protocol import Presence, deadline_s
+from dcres.actors.ray.fleet import sweep
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
 from dcres.storage.store.store import Store
@@ -122,6 +122,8 @@ class LocalActor:
 
     def die(self) -> None:
         """As if its process were killed: calls under way are lost, it answers no more."""
+        if isinstance(self._object, PartServing):
+            self._object._folder.release()  # the end of its process closes it
         with self._lock:
             calls, self._calls = self._calls, set()
             self._object = None
@@ -315,20 +317,20 @@ def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = Main
 
     def make(vm: str, index: int, host: str) -> MainHost | SubHost:
         own = settings[host]
-        return (main if index == 0 else SubHost)(vm, own.address, own.environ())
+        kind = main if index == 0 else SubHost
+        return kind(vm, own.address, fleet.cluster(), own.environ())
 
     def holding(host: str, manifest: str) -> tuple[str, ...]:
         return Store(settings[host].store).parts_here(parse(manifest))
 
     def make_visitor(vm: str, host: str) -> SliceHost:
-        return SliceHost(vm, settings[host].address, settings[host].environ())
+        own = settings[host]
+        return SliceHost(vm, own.address, fleet.cluster(), own.environ())
 
     def sweeper(vm: str, host: str) -> None:
-        folder = VmFolder.of(settings[host], vm)
-        end_leftovers(folder)
-        put_disks_back(folder)
-        folder.remove()
+        sweep(VmFolder.of(settings[host], vm, fleet.cluster()))
 
-    return LocalFleet(
+    fleet = LocalFleet(
         list(settings), make, holding=holding, make_visitor=make_visitor, sweeper=sweeper
     )
+    return fleet

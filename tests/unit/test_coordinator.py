@@ -126,7 +126,11 @@ class FakeHost:
     def __init__(self, world: World, vm: str, host: str) -> None:
         self.world, self.vm, self.host = world, vm, host
 
-    def clear(self) -> None:
+    def require_free(self, take_over: bool) -> None:
+        if f"{self.host}.require_free" in self.world.fail:
+            raise self.world.fail[f"{self.host}.require_free"]
+
+    def clear(self, take_over: bool) -> None:
         self.world.note(self.host, "clear")
 
     def parts_here(self, manifest: str) -> tuple[str, ...]:
@@ -457,6 +461,14 @@ def test_a_start_boots_everywhere_at_once_and_lets_the_guest_go_last(
     assert sorted(orders[:3]) == ["h0.boot", "h1.serve", "h2.serve"]
     assert orders[3:] == ["h0.run", "h0.go"]
     assert world.runs
+
+
+def test_all_hosts_look_before_the_first_is_cleared(world: World, coordinator: Coordinator) -> None:
+    """Another cluster's VM may have the folder of any of them."""
+    world.fail["h2.require_free"] = Conflict("VM vm of another cluster is there")
+    with pytest.raises(Conflict, match="of another cluster is there"):
+        coordinator.start(SPEC)
+    assert not [each for each in world.done if each.endswith((".clear", ".boot"))]
 
 
 @pytest.mark.parametrize("where", ["h1.serve", "h2.serve", "h0.boot", "h0.run", "h0.go"])

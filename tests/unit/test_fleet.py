@@ -37,9 +37,10 @@ def test_what_a_silent_helper_leaves_is_swept(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gateway, "kill", killed.append)
     monkeypatch.setattr(gateway, "run_on", lambda *call, timeout_s: swept.append(call))
     monkeypatch.setattr(RayFleet, "alive", lambda fleet, host: host != "h1")
+    monkeypatch.setattr(RayFleet, "cluster", lambda fleet: "ours")
     RayFleet().leave("box")
     assert killed == [f"dcres-parts/box/{host}" for host in errors]
-    assert swept == [("h2", end_what_is_left, "box.parts")]
+    assert swept == [("h2", end_what_is_left, "box.parts", "ours")]
 
 
 class FakeReservation:
@@ -66,6 +67,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return FakeReservation(kinds[name]) if name in kinds else None
 
     monkeypatch.setattr(gateway, "hosts", lambda: hosts)
+    monkeypatch.setattr(RayFleet, "cluster", lambda fleet: "ours")
     monkeypatch.setattr(gateway, "reservation", reservation)
     extra = ["dcres-extra/box/1"]
     monkeypatch.setattr(
@@ -103,7 +105,7 @@ def test_what_a_vm_holds_counts_as_free_for_its_next_life(looked: list[tuple[Any
     fleet.require_room("box", [21 * MIB, 16 * MIB, 8 * MIB], None)
     assert looked == []
     fleet.require_room("box", [16 * MIB], ["h1"])
-    assert looked == [("h1", require_ram_here, 16 * MIB, "box")]
+    assert looked == [("h1", require_ram_here, 16 * MIB, "box", "ours")]
     with pytest.raises(NoRoom, match="a share of 17 MiB does not fit host h1"):
         fleet.require_room("box", [17 * MIB], ["h1"])
     with pytest.raises(NoRoom, match="a share of 22 MiB fits no host that is left"):

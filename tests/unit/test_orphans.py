@@ -56,6 +56,7 @@ class Machine:
         folder = OwnFolder.new(self.ram / f"dcres-{cluster}", Mark(RAM_MARK, f"cluster {cluster}"))
         vm = VmFolder(self.folder / "run" / "box", folder.path / "h0" / "box")
         vm.make()
+        vm.release()
         (vm.ram / "guest.ram").write_bytes(bytes(1 << 16))
         return folder.path
 
@@ -131,7 +132,9 @@ class TestFinding:
     ) -> None:
         """Of a cluster that `dcres up` did not start nothing else can be told."""
         run = machine.folder / "run" / "box"
-        VmFolder(run, machine.ram / "box").make()
+        folder = VmFolder(run, machine.ram / "box")
+        folder.make()
+        folder.release()
         process = machine.process(**{VM_MARK: str(run), "RAY_RAYLET_PID": "1"})
         machine.process(**{VM_MARK: str(machine.folder / "run" / "without-ray")})
         monkeypatch.setattr(orphans, "_RAYLET", "none of that name")

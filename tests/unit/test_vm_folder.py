@@ -30,7 +30,7 @@ ENDS: dict[str, Callable[[HostSettings], object]] = {
     "sub.destroy": lambda s: SubHost("vm", environ=s.environ()).destroy(),
     "sub.clear": lambda s: SubHost("vm", environ=s.environ()).clear(),
     "parts.destroy": lambda s: SliceHost("vm", environ=s.environ()).destroy(),
-    "sweep": lambda s: end_what_is_left("vm"),
+    "sweep": lambda s: end_what_is_left("vm", ""),
 }
 
 
@@ -131,7 +131,7 @@ class TestAnotherContainer:
         with subprocess.Popen(
             ["sleep", "600"], env={**os.environ, **marker(VmFolder.of(settings, "vm"))}
         ) as ours:
-            end_what_is_left("vm")
+            end_what_is_left("vm", "")
             assert ours.wait() == -signal.SIGTERM
         assert in_another_container.poll() is None
 

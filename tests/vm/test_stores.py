@@ -55,8 +55,10 @@ def taken(vm: Rig) -> Manifest:
 
 
 @contextmanager
-def another_cluster(vm: Rig, store: Path) -> Iterator[tuple[LocalFleet, Coordinator]]:
-    """Hosts of another one, whose checkpoints go to `store`."""
+def another_cluster(
+    vm: Rig, store: Path, shared: str = ""
+) -> Iterator[tuple[LocalFleet, Coordinator]]:
+    """Hosts of another one, whose checkpoints go to `store`; host `shared` has the VM's folders."""
     settings = {
         name: each.model_copy(
             update={
@@ -65,6 +67,8 @@ def another_cluster(vm: Rig, store: Path) -> Iterator[tuple[LocalFleet, Coordina
                 "store": store,
             }
         )
+        if name != shared
+        else each
         for name, each in vm.settings.items()
     }
     fleet = real_hosts(settings)
@@ -131,6 +135,44 @@ def test_a_name_is_one_cluster_s(vm: Rig, taken: Manifest) -> None:
         other.stop()
     vm.restore(taken)
     await_checks(vm.console)
+
+
+@pytest.mark.parametrize(
+    ("shared", "hosts"),
+    [
+        pytest.param("h0", ("h0", "h1", "h2"), id="main-main"),
+        pytest.param("h0", ("h1", "h0", "h2"), id="main-sub"),
+        pytest.param("h1", ("h1", "h0", "h2"), id="sub-main"),
+        pytest.param("h1", ("h0", "h1", "h2"), id="sub-sub"),
+    ],
+)
+def test_the_folders_of_a_vm_are_one_cluster_s(
+    vm: Rig, taken: Manifest, shared: str, hosts: tuple[str, ...]
+) -> None:
+    """One host has the same DCRES_RUN in both clusters: nothing there is ended, nor elsewhere."""
+    running = vm.running()
+    place = re.escape(str(vm.settings[shared].run / "vm"))
+    words = rf"VM vm of another cluster .* host {shared} .*{place} .*DCRES_RUN.*`dcres stop vm`"
+    with another_cluster(vm, vm.store.root, shared) as (fleet, other):
+        for take_over in (False, True):
+            with pytest.raises(Conflict, match=words):
+                other.start(SPEC, hosts, take_over=take_over)
+            with pytest.raises(Conflict, match=words):
+                other.restore(dumps(taken), hosts=hosts, take_over=take_over)
+        assert fleet.reserved == {}
+        fleet.sweep("vm", shared)
+        other.stop()
+        assert vm.running() == running
+        restart_main(vm)  # its own actors take it up, as ever
+        assert vm.main()._folder.held
+        for index in range(1, 3):
+            vm.fleet.actor("vm", index).object._server._wanted = False
+            vm.fleet.actor("vm", index).restart()
+        with pytest.raises(Conflict, match=words):
+            other.start(SPEC, hosts)
+    await_checks(vm.console)
+    assert vm.store.verify(vm.checkpoint().checkpoint).ok
+    assert vm.running() == running
 
 
 def test_a_former_life_takes_no_checkpoint(vm: Rig) -> None:

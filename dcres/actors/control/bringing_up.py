@@ -77,7 +77,11 @@ class BringingUp:
         """The VM's hosts, the main host first. Raises NoRoom, NotFound, Conflict."""
         names = self._fleet.reserve(self._vm, self._spec.layout.shares, hosts)
         self._ports = dict(zip(names, self._fleet.find(self._vm), strict=True))
-        _first_failure({name: port.submit(Presence.clear) for name, port in self._ports.items()})
+        # All look before the first changes anything.
+        for order in (Presence.require_free, Presence.clear):
+            _first_failure(
+                {name: port.submit(order, self._take_over) for name, port in self._ports.items()}
+            )
         self.laps.end("reserve")
         self._require_wanted()
         return tuple(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dcres.actors.host.host import read_state
+from dcres.actors.host.host import state_of
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.config import VmSpec
 from dcres.errors import DcresError
@@ -39,7 +39,7 @@ def has_its_disks(folder: VmFolder) -> bool:
     Ask before it is ended. Where it is not, a restore may have been interrupted long ago, as by a
     power failure, and its disks been used by others since; to put them back would undo their work.
     """
-    qemu = (read_state(folder.state) or {}).get("qemu")
+    qemu = (state_of(folder) or {}).get("qemu")
     return qemu is not None and QemuProcess.from_dict(qemu).alive
 
 
@@ -54,7 +54,7 @@ def put_disks_back(folder: VmFolder) -> None:
     No QEMU of the VM runs any more. What cannot be undone now is told, and by the next start, too.
     What was begun before this machine was started again stays: others may have used the disks.
     """
-    reverting = (read_state(folder.state) or {}).get("reverting")
+    reverting = (state_of(folder) or {}).get("reverting")
     if reverting is not None and reverting.get("boot") == boot_id():
         try:
             Reverting.from_dict(reverting).undo()

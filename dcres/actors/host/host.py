@@ -61,6 +61,11 @@ def read_state(path: Path) -> dict[str, Any] | None:
     return state
 
 
+def state_of(folder: VmFolder) -> dict[str, Any] | None:
+    """The content of a VM's state file; None without one, and for another cluster's."""
+    return read_state(folder.state) if folder.is_ours else None
+
+
 class Daemon:
     """A paging process that is kept running: started, adopted, and started again when it dies.
 
@@ -97,7 +102,9 @@ class Daemon:
         """Have a process loaded for `start`; it needs no settings yet, and ends with us."""
         with self._spawning:
             if self._prepared is None:
-                self._prepared = Prepared.start(self._argv, self._log, self._environ)
+                self._prepared = Prepared.start(
+                    self._argv, self._log, self._environ, self._vm_folder.held
+                )
 
     def start(self) -> None:
         """Start it, or adopt the one that runs; returns when it answers."""
@@ -170,11 +177,13 @@ class Daemon:
                 time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """End it for good. Repeatable."""
+        """End it for good. Repeatable. Another cluster's is left alone."""
         with self._spawning:
             self._wanted = False
             self._unwanted.set()
             self._end_preparing(None)
+        if not self._vm_folder.is_ours:
+            return
         process = self._process or self._read_pid()
         if process is not None:
             process.end()
@@ -194,7 +203,7 @@ class Daemon:
     def _spawn(self) -> ProcessId:
         if self._prepared is not None and self._prepared.process.alive:
             return self._prepared.process
-        return spawn_detached(self._argv, self._log, self._environ)
+        return spawn_detached(self._argv, self._log, self._environ, inherited=self._vm_folder.held)
 
     @property
     def _environ(self) -> dict[str, str]:

@@ -178,7 +178,7 @@ class PartServing:
         self._starting_slices = threading.Lock()
         self._slices_over = False
         self._hold = Hold()
-        if self._slices_path.exists():
+        if self._serves_parts:
             self._slices.adopt()
             # The store may hang, and this actor has more to adopt.
             threading.Thread(target=self._pin_again, name="pin", daemon=True).start()
@@ -186,6 +186,15 @@ class PartServing:
     @property
     def _slices_path(self) -> Path:
         return self._folder.run / "slices.json"
+
+    @property
+    def _serves_parts(self) -> bool:
+        return self._folder.is_ours and self._slices_path.exists()
+
+    def require_free(self, take_over: bool) -> None:
+        """Conflict where `clear` would refuse. Changes nothing."""
+        if why := self._folder.trouble(take_over=take_over):
+            raise Conflict(why)
 
     def parts_here(self, manifest: str) -> tuple[str, ...]:
         """The hosts whose parts of a checkpoint this host's store has; it is pinned from now on.
@@ -256,7 +265,7 @@ class PartServing:
 
     def parts_trouble(self) -> str:
         """What the slice server here found to be wrong with its files; empty if nothing."""
-        if not self._slices_path.exists():
+        if not self._serves_parts:
             return ""
         return str(self._slices.call_patiently("status")["trouble"])
 
@@ -281,18 +290,24 @@ class SliceHost(PartServing):
     """The actor of a host that is none of the VM's and has parts of its checkpoint."""
 
     def __init__(
-        self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
+        self,
+        vm: str,
+        address: str = "127.0.0.1",
+        cluster: str = "",
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         settings = HostSettings.from_environ(environ, address)
-        folder = VmFolder.of(settings, name_of_parts(vm))
+        folder = VmFolder.of(settings, name_of_parts(vm), cluster)
+        folder.resume()
         super().__init__(settings, folder, Store(settings.store))
 
     def describe(self) -> Description:
         """Who this host is."""
-        return Description(self._settings.name, "parts", present=self._slices_path.exists())
+        return Description(self._settings.name, "parts", present=self._serves_parts)
 
     def destroy(self) -> None:
         """End the slice server and leave nothing. Repeatable."""
         self.end_serving_parts()
         end_leftovers(self._folder)
         self._folder.remove()
+        self._folder.release()

@@ -113,7 +113,8 @@ def end(orphans: Orphans, ram: Path) -> bool:
     for folder in now.folders:
         folder.remove()
     for run in now.runs:
-        VmFolder(run, ram / run.name).remove()
+        memory = ram / run.name  # where another cluster's may be
+        VmFolder(run, memory, VmFolder(run, memory).owner).remove()
     if now.home is not None:
         _clear(Home(now.home), now.cluster)
     return True

@@ -28,13 +28,16 @@ class Prepared:
         self._word_fd = word_fd
 
     @classmethod
-    def start(cls, argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Self:
+    def start(
+        cls, argv: Sequence[str], log: Path, env: Mapping[str, str], inherited: Sequence[int] = ()
+    ) -> Self:
         """Prepare ``python -m MODULE ARGUMENT…``; see `dcres.linux.process.spawn_detached`."""
         python, option, *program = argv
         argv = [python, option, "dcres.actors.host.prepared", *program]
         stdin_fd, word_fd = os.pipe()
         try:
-            return cls(spawn_detached(argv, log, env, stdin=stdin_fd), word_fd)
+            process = spawn_detached(argv, log, env, stdin=stdin_fd, inherited=inherited)
+            return cls(process, word_fd)
         except BaseException:
             os.close(word_fd)
             raise

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from dcres.actors.host.host import Daemon, Life, Meter, read_state, write_state
+from dcres.actors.host.host import Daemon, Life, Meter, state_of, write_state
 from dcres.actors.host.loading import PartServing
 from dcres.actors.host.naming import NameInStore
 from dcres.actors.host.picturing import look
@@ -49,10 +49,15 @@ class QemuHost(SavingHost, PartServing):
     """One VM's QEMU and pager, and the state file that tells of them."""
 
     def __init__(
-        self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
+        self,
+        vm: str,
+        address: str = "127.0.0.1",
+        cluster: str = "",
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._settings = HostSettings.from_environ(environ, address)
-        self._folder = VmFolder.of(self._settings, vm)
+        self._folder = VmFolder.of(self._settings, vm, cluster)
+        self._folder.resume()
         self._pager = Daemon("dcres.paging.pager", self._folder, "pager", self._has_qemu)
         store = Store(self._settings.store)
         SavingHost.__init__(self, store, vm, self._settings.name, Meter())
@@ -69,7 +74,7 @@ class QemuHost(SavingHost, PartServing):
         record = self._settings.run / f"{vm}.generation"
         self._name = NameInStore(store, vm, self._settings.name, record)
         self._monitor: Monitor | None = None
-        self._state: dict[str, Any] = read_state(self._folder.state) or {}
+        self._state: dict[str, Any] = state_of(self._folder) or {}
         # Before its pager is there a VM that is being started is nothing to adopt.
         if self._state.get("paged") and self._has_qemu():
             self._pager.adopt()

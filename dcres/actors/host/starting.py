@@ -60,12 +60,14 @@ _LINKS_TIMEOUT_S = 60.0
 class StartingHost(QemuHost):
     """The part of the main host's actor that begins and ends a VM."""
 
-    def clear(self) -> None:
+    def clear(self, take_over: bool = False) -> None:
         """Before `boot`: end and remove what an earlier life of the VM left on this host.
 
         A QEMU that nobody ended would run on over this life's memory and disks. Repeatable.
+        Raises Conflict, see `VmFolder.take`.
         """
         with self._life.beginning():
+            self._folder.take(take_over=take_over)
             undo = has_its_disks(self._folder)
             self._pager.stop()
             self._stop_slices()
@@ -163,6 +165,7 @@ class StartingHost(QemuHost):
             incoming=order.load is not None,
             env={**os.environ, **marker(self._folder)},
             machine=machine,
+            inherited=self._folder.held,
         )
         self._monitor = monitor
         cluster = self._name.hand_over(order.incarnation.generation, monitor)
@@ -358,6 +361,7 @@ class StartingHost(QemuHost):
             self._name.release_last()
             if ended:  # by an actor before this one
                 self._name.release(ended.get("cluster", ""), ended["generation"])
+            self._folder.release()
 
     def _hurry(self) -> None:
         self._meter.cancel()

@@ -17,9 +17,9 @@ from dcres.actors.host.host import (
     Daemon,
     Life,
     Meter,
-    read_state,
     require_ram,
     require_store_room,
+    state_of,
     write_state,
 )
 from dcres.actors.host.loading import PartServing, identity_of, load_pages
@@ -45,21 +45,26 @@ class SubHost(SavingHost, PartServing):
     """One VM's part on one sub host."""
 
     def __init__(
-        self, vm: str, address: str = "127.0.0.1", environ: Mapping[str, str] = os.environ
+        self,
+        vm: str,
+        address: str = "127.0.0.1",
+        cluster: str = "",
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._settings = HostSettings.from_environ(environ, address)
-        self._folder = VmFolder.of(self._settings, vm)
+        self._folder = VmFolder.of(self._settings, vm, cluster)
+        self._folder.resume()
         self._server = Daemon("dcres.paging.server", self._folder, "server")
         store = Store(self._settings.store)
         SavingHost.__init__(self, store, vm, self._settings.name, Meter())
         PartServing.__init__(self, self._settings, self._folder, store)
         self._life = Life()
-        if read_state(self._folder.state) is not None:
+        if state_of(self._folder) is not None:
             self._server.adopt()
 
     def describe(self) -> Description:
         """Who this host is and whether it serves."""
-        state = read_state(self._folder.state) or {}
+        state = state_of(self._folder) or {}
         return Description(
             host=self._settings.name,
             role="sub",
@@ -72,9 +77,13 @@ class SubHost(SavingHost, PartServing):
     def _store_file(self) -> Path:
         return self._folder.ram / "store.ram"
 
-    def clear(self) -> None:
-        """Before `serve`: end and remove what an earlier life of the VM left. Repeatable."""
+    def clear(self, take_over: bool = False) -> None:
+        """Before `serve`: end and remove what an earlier life of the VM left. Repeatable.
+
+        Raises Conflict, see `VmFolder.take`.
+        """
         with self._life.beginning():
+            self._folder.take(take_over=take_over)
             undo = has_its_disks(self._folder)
             self._server.stop()
             self._stop_slices()
@@ -136,7 +145,7 @@ class SubHost(SavingHost, PartServing):
         return SubStatus(
             host=self._settings.name,
             role="sub",
-            generation=(read_state(self._folder.state) or {}).get("generation", 0),
+            generation=(state_of(self._folder) or {}).get("generation", 0),
             restarts=self._server.restarts,
             **self._server_status(),
         )
@@ -177,7 +186,7 @@ class SubHost(SavingHost, PartServing):
     def halt(self, checkpoint: str) -> None:
         """As on every host; also when an actor before this one began the saving. Repeatable."""
         super().halt(checkpoint)
-        if self._folder.state.exists():
+        if state_of(self._folder) is not None:
             self._end_tracking(self._store_file, self._server)
 
     def destroy(self) -> None:
@@ -190,6 +199,7 @@ class SubHost(SavingHost, PartServing):
             self._server.stop()  # once more: a start under way may have prepared another
             end_leftovers(self._folder)
             self._folder.remove()
+            self._folder.release()
 
     def _hurry(self) -> None:
         self._meter.cancel()
@@ -197,5 +207,5 @@ class SubHost(SavingHost, PartServing):
         end_leftovers(self._folder)
 
     def _require_serving(self) -> None:
-        if not self._folder.state.exists():
+        if state_of(self._folder) is None:
             raise NotFound(f"host {self._settings.name} serves nothing for VM {self._vm}")

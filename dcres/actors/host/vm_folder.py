@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from dcres.actors.host.folder_claim import FolderClaim
 from dcres.config import HostSettings
-from dcres.errors import NotOurs
+from dcres.errors import Conflict, NotOurs
 from dcres.linux.files import require_own
+from dcres.linux.machine import boot_id, machine_id
 from dcres.linux.process import ProcessId, find_marked, sees
 from dcres.linux.removal import Mark, OwnFolder
+from dcres.model.ownership import Claimant
 
 VM_MARK = "DCRES_VM_RUN"
 FILES_MARK = "files"
@@ -25,48 +28,117 @@ _FILE_OF_VM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class VmFolder:
-    """Where one VM's files are on one host."""
+    """Where one VM's files are on one host, for `cluster`: another's are not touched."""
 
     run: Path
     ram: Path
+    cluster: str = ""
+    host: str = ""
+    _claims: dict[Path, FolderClaim] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        me = Claimant(self.cluster, self.host, machine_id(), boot_id())
+        chosen = {self.run: "DCRES_RUN", self.ram: "DCRES_RAM"}
+        claims = {path: FolderClaim(path.name, path, name, me) for path, name in chosen.items()}
+        object.__setattr__(self, "_claims", claims)
 
     @classmethod
-    def of(cls, settings: HostSettings, vm: str) -> VmFolder:
+    def of(cls, settings: HostSettings, vm: str, cluster: str = "") -> VmFolder:
         """The folders of `vm` on the host with these settings."""
-        return cls(settings.run / vm, settings.ram / vm)
+        return cls(settings.run / vm, settings.ram / vm, cluster, settings.name)
 
     def make(self) -> None:
-        """Create both, private to us and marked.
+        """Create both, private to us and marked, and hold them.
 
-        Raises NotOurs where there is something else, HostError where somebody else could reach it.
+        Raises NotOurs where there is something else, HostError where somebody else could reach it,
+        Conflict where it is another cluster's.
         """
-        for folder in (self.run, self.ram):
+        for folder, claim in self._claims.items():
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
-                OwnFolder.made(folder, _mark(folder), earlier=_of_a_vm)
+                own = OwnFolder.made(folder, _mark(folder), earlier=_of_a_vm)
             except NotOurs as error:
                 raise NotOurs(f"{error} by DCRES_RUN or DCRES_RAM") from None
             require_own(folder.parent)
             require_own(folder)
+            if claim.take(seen=self._seen(folder)):
+                own.clear(keep=_is_log)
+
+    @property
+    def owner(self) -> str:
+        """The cluster whose the run folder is; empty if it is nobody's."""
+        return self._claims[self.run].owner
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether what is in the run folder, and runs, is the cluster's; also if nothing is."""
+        return self._claims[self.run].is_ours
+
+    def trouble(self, *, take_over: bool) -> str:
+        """Why `take` would refuse now; empty if it would not. Changes nothing."""
+        told = (
+            claim.trouble(seen=self._seen(folder), take_over=take_over)
+            for folder, claim in self._claims.items()
+        )
+        return next(filter(None, told), "")
+
+    def take(self, *, take_over: bool = False) -> None:
+        """Hold what is there: it is the cluster's from now on, and nobody else's until `release`.
+
+        Repeatable. Raises Conflict where another cluster's VM is alive, and, unless `take_over`,
+        where it may be.
+        """
+        for folder, claim in self._claims.items():
+            if self._own(folder, whoever=True) is not None:
+                claim.take(seen=self._seen(folder), take_over=take_over)
+
+    def resume(self) -> bool:
+        """Hold what is there if it is the cluster's; whether it is, or nothing is there."""
+        for claim in self._claims.values():
+            with suppress(Conflict):
+                claim.take(ours_alone=True)
+        return self.is_ours
+
+    def release(self) -> None:
+        """Hold nothing any more. Repeatable."""
+        for claim in self._claims.values():
+            claim.release()
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """What every process of the VM inherits, to hold the folders as long as it lives."""
+        return tuple(claim.fd for claim in self._claims.values() if claim.fd is not None)
+
+    def _seen(self, folder: Path) -> bool:
+        """Whether processes are seen that use it; those of the VM tell of its run folder alone."""
+        return folder == self.run and not self.is_ours and bool(processes_of(self))
 
     def remove(self) -> None:
         """Remove the RAM; of the run folder keep nothing but logs. What is not ours stays."""
-        run, ram = map(_own, (self.run, self.ram))
+        run, ram = map(self._own, (self.run, self.ram))
         if ram is not None:
             ram.remove()
         if run is not None:
-            run.clear(keep=lambda path: path.suffix == ".log")
+            run.clear(keep=_is_log)
 
     def remove_file(self, path: Path) -> None:
         """Remove the file `path` of the VM, if it is there. What is not ours stays."""
-        folder = _own(path.parent)
+        folder = self._own(path.parent)
         if folder is not None:
             folder.remove_file(path)
+
+    def _own(self, folder: Path, *, whoever: bool = False) -> OwnFolder | None:
+        """The folder if it is a VM's of that name, and the cluster's, or `whoever`'s."""
+        if not (whoever or self._claims[folder].is_ours):
+            return None
+        return OwnFolder.taken(folder, _mark(folder), _of_a_vm)
 
     @property
     def ram_bytes(self) -> int:
         """What the VM takes of the host's memory: its files on tmpfs, without their holes."""
         total = 0
+        if not self._claims[self.ram].is_ours:
+            return total
         for path in self.ram.rglob("*"):
             with suppress(FileNotFoundError):  # paging makes some and removes them
                 total += path.stat().st_blocks * 512
@@ -87,8 +159,8 @@ def _of_a_vm(names: Collection[str]) -> bool:
     return all(map(_FILE_OF_VM.fullmatch, names))
 
 
-def _own(folder: Path) -> OwnFolder | None:
-    return OwnFolder.taken(folder, _mark(folder), _of_a_vm)
+def _is_log(path: Path) -> bool:
+    return path.suffix == ".log"
 
 
 def marker(folder: VmFolder) -> dict[str, str]:
@@ -105,7 +177,8 @@ def processes_of(folder: VmFolder) -> list[ProcessId]:
 def end_leftovers(folder: VmFolder) -> None:
     """End processes of the VM on this host that no state file tells of.
 
-    An actor that was killed between starting a process and writing that down left them.
+    An actor that was killed between starting a process and writing that down left them. Another
+    cluster's stay.
     """
-    for process in processes_of(folder):
+    for process in processes_of(folder) if folder.is_ours else ():
         process.end(grace_s=1.0)

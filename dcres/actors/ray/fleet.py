@@ -87,7 +87,7 @@ class RayFleet:
         return gateway.spawn(
             MainHost if index == 0 else SubHost,
             host_actor_name(vm, index),
-            (vm, _address_of(host)),
+            (vm, _address_of(host), self.cluster()),
             reservation=reservation,
             bundle=bundle,
         )
@@ -140,7 +140,9 @@ class RayFleet:
         held = self.held(vm)
         require_room(shares, hosts, [roomier(each, held) for each in _alive()])
         for host, share in zip(hosts or (), shares, strict=False):
-            gateway.run_on(host, require_ram_here, share, vm, timeout_s=_LOOK_TIMEOUT_S)
+            gateway.run_on(
+                host, require_ram_here, share, vm, self.cluster(), timeout_s=_LOOK_TIMEOUT_S
+            )
 
     def extend(self, vm: str, index: int, extra: int) -> None:
         """A second reservation on that host for what the first lacks."""
@@ -197,7 +199,7 @@ class RayFleet:
 
     def sweep(self, vm: str, host: str) -> None:
         """By a task on the host."""
-        gateway.run_on(host, end_what_is_left, vm, timeout_s=_LOOK_TIMEOUT_S)
+        gateway.run_on(host, end_what_is_left, vm, self.cluster(), timeout_s=_LOOK_TIMEOUT_S)
 
     def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
         """Asked by a task on every host; one that does not answer has nothing."""
@@ -212,9 +214,8 @@ class RayFleet:
 
         What it is told first waits until it is there; so several come up at the same time.
         """
-        return gateway.spawn(
-            SliceHost, _visitor_name(vm, host), (vm, _address_of(host)), on_host=host
-        )
+        args = (vm, _address_of(host), self.cluster())
+        return gateway.spawn(SliceHost, _visitor_name(vm, host), args, on_host=host)
 
     def leave(self, vm: str) -> None:
         """The actors end what they started, then they are ended.
@@ -267,22 +268,30 @@ def _address_of(host: str) -> str:
     return host_named(host, gateway.hosts()).address
 
 
-def require_ram_here(share: int, vm: str = "") -> None:
+def require_ram_here(share: int, vm: str = "", cluster: str = "") -> None:
     """NoRoom unless the tmpfs of the host that this runs on can take the share.
 
-    Once it has given back what is left of `vm` there, if that is named.
+    Once it has given back what is left of the cluster's `vm` there, if that is named.
     """
     settings = HostSettings.from_environ(os.environ)
-    given_back = VmFolder.of(settings, vm).ram_bytes if vm else 0
+    given_back = VmFolder.of(settings, vm, cluster).ram_bytes if vm else 0
     require_ram(settings, max(share - given_back, 0))
 
 
-def end_what_is_left(vm: str) -> None:
-    """End processes and remove memory of a VM on the host that this runs on."""
-    folder = VmFolder.of(HostSettings.from_environ(os.environ), vm)
-    end_leftovers(folder)
-    put_disks_back(folder)
-    folder.remove()
+def end_what_is_left(vm: str, cluster: str) -> None:
+    """End processes and remove memory of the cluster's VM on the host that this runs on."""
+    sweep(VmFolder.of(HostSettings.from_environ(os.environ), vm, cluster))
+
+
+def sweep(folder: VmFolder) -> None:
+    """End and remove what is left there; another cluster's stays."""
+    folder.resume()
+    try:
+        end_leftovers(folder)
+        put_disks_back(folder)
+        folder.remove()
+    finally:
+        folder.release()
 
 
 def parts_in_store(manifest: str) -> tuple[str, ...]:
