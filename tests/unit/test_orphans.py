@@ -148,6 +148,24 @@ class TestFinding:
 
 
 class TestEnding:
+    def test_memory_of_another_cluster_at_that_name_stays(self, machine: Machine) -> None:
+        process = machine.of_vm(machine.id)
+        run = machine.folder / "home" / "hosts" / "h0" / "run" / "box"
+        left = VmFolder(run, machine.folder / "mem" / "box", "left")
+        lives = VmFolder(machine.folder / "run" / "box", machine.ram / "box", "lives")
+        for folder in (left, lives):
+            folder.make()
+            for path in (folder.state, folder.ram / "guest.ram"):
+                path.touch()
+        left.release()
+        (found,) = (each for each in machine.found() if each.cluster == machine.id)
+        assert end(found, machine.ram)
+        assert not process.alive
+        assert not left.state.exists()
+        assert lives.state.exists()
+        assert (lives.ram / "guest.ram").exists()
+        lives.release()
+
     def test_what_is_left_goes_and_nothing_else(self, machine: Machine) -> None:
         other = secrets.token_hex(4)
         home = left_by_a_cluster(machine.folder / "home", id=machine.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from dcres.actors.protocol import Presence
 from dcres.api.status import status_of
 from dcres.errors import Conflict, NameTaken, OperationFailed, StoreReadOnly
 from dcres.linux.process import ProcessId
+from dcres.linux.removal import MARK
 from dcres.storage import layout
 from dcres.storage.format.manifest import Manifest, dumps
 from dcres.storage.store.store import Store
@@ -137,6 +139,12 @@ def test_a_name_is_one_cluster_s(vm: Rig, taken: Manifest) -> None:
     await_checks(vm.console)
 
 
+def marks_held(pid: int) -> list[str]:
+    """The marks of folders that a process has open, as it inherited them."""
+    opened = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    return [each for each in opened if Path(each).name == MARK]
+
+
 @pytest.mark.parametrize(
     ("shared", "hosts"),
     [
@@ -151,6 +159,7 @@ def test_the_folders_of_a_vm_are_one_cluster_s(
 ) -> None:
     """One host has the same DCRES_RUN in both clusters: nothing there is ended, nor elsewhere."""
     running = vm.running()
+    assert [len(marks_held(pid)) for pid in running] == [2] * 4, "QEMU, pager, two memory servers"
     place = re.escape(str(vm.settings[shared].run / "vm"))
     words = rf"VM vm of another cluster .* host {shared} .*{place} .*DCRES_RUN.*`dcres stop vm`"
     with another_cluster(vm, vm.store.root, shared) as (fleet, other):
