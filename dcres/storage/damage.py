@@ -17,3 +17,11 @@ def unreadable(path: Path, error: OSError) -> CheckpointCorrupt:
     if isinstance(error, FileNotFoundError):
         return corrupt(path, "it is missing")
     return corrupt(path, f"it cannot be read ({error.strerror})")
+
+
+def newer(path: Path, version: int, newest: int) -> CheckpointCorrupt:
+    """The error for a file of a format `version` above the `newest` that is known here."""
+    return CheckpointCorrupt(
+        f"{path} has format version {version}: a newer dcres wrote it, and this one reads versions "
+        f"up to {newest}; use a dcres that reads version {version}"
+    )

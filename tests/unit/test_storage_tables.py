@@ -145,7 +145,15 @@ def u64(*values: int) -> Any:
         ("placement", {"host": pa.array(PLACEMENT)}, {"hosts": '["h0"]'}, "host 1 of 1"),
         ("placement", {"host": pa.array(PLACEMENT)}, {"hosts": "{}"}, "list of hosts"),
         ("placement", {"host": pa.array(PLACEMENT)}, {}, "list of hosts"),
-        ("placement", {"host": pa.array(PLACEMENT)}, {"format_version": "2"}, "format_version"),
+        (
+            "placement",
+            {"host": pa.array(PLACEMENT)},
+            {"format_version": "2"},
+            "a newer dcres wrote",
+        ),
+        ("index", {"page": u64(1)}, {"format_version": "2"}, "use a dcres that reads version 2"),
+        ("index", {"page": u64(1)}, {"format_version": "0"}, "'0', which no dcres wrote"),
+        ("index", {"page": u64(1)}, {"format_version": "1.5"}, "'1.5', which no dcres wrote"),
     ],
 )
 def test_a_well_formed_table_with_wrong_content(
@@ -168,3 +176,20 @@ def test_flips_without_a_checksum_never_crash(tmp_path: Path, kind: str) -> None
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x80]) + data[place + 1 :])
         with contextlib.suppress(CheckpointCorrupt):
             read(path, COUNT)
+
+
+def test_a_later_version_may_have_more_columns_and_the_first_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"page": pa.array([3, 9], pa.uint32()), "epoch": pa.array([1, 2], pa.uint32())}
+    later = {**tables._VERSIONS[1], "index": {"page": pa.uint32(), "epoch": pa.uint32()}}
+    monkeypatch.setitem(tables._VERSIONS, 99, later)
+    path = tmp_path / "t.arrow"
+    forge(path, "index", more, format_version="99")
+    assert tables.read_index(path, COUNT).tolist() == [3, 9]
+    tables.write_index(path, ORDER, COUNT)
+    assert tables.read_index(path, COUNT).tolist() == ORDER.tolist()
+    for columns, version in ((more, "1"), ({"page": more["page"]}, "99")):
+        forge(path, "index", columns, format_version=version)
+        with pytest.raises(CheckpointCorrupt, match="other names or types"):
+            tables.read_index(path, COUNT)

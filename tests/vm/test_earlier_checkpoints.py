@@ -7,21 +7,19 @@ to lie where it lay when they were taken.
 from __future__ import annotations
 
 import shutil
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dcres.actors.control.coordinator import Coordinator
-from dcres.storage.format.manifest import Manifest, dumps
-from dcres.storage.store.store import Store
+from dcres.storage.format.manifest import dumps
 from dcres.vm import witness
+from tests.support.earlier import FIXTURES, PAGES, VERSIONS, unpacked
 from tests.support.vm import Rig, await_checks, rig
 
 pytestmark = pytest.mark.vm
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 KERNEL = Path("/tmp/dcres-fixture/kernel")
 
 
@@ -41,23 +39,12 @@ def hosts(kernel: Path) -> Iterator[Rig]:
         yield made
 
 
-def unpacked(store: Store, version: int) -> Manifest:
-    with tarfile.open(FIXTURES / f"format{version}.tar.xz") as archive:
-        if hasattr(tarfile, "data_filter"):  # Debian 12's Python is older than that
-            archive.extraction_filter = tarfile.data_filter
-        archive.extractall(store.root)
-    (listed,) = store.list("kept")
-    assert listed.manifest is not None, listed.error
-    return listed.manifest
-
-
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_it_is_read_verified_and_restored(hosts: Rig, version: int, lazy: bool) -> None:
-    hosts.store.root.mkdir()
     manifest = unpacked(hosts.store, version)
     assert manifest.format_version == version
-    assert [part.pages for part in manifest.hosts] == [253, 120, 0]
+    assert tuple(part.pages for part in manifest.hosts) == PAGES
     report = hosts.store.verify(manifest.checkpoint)
     assert (report.ok, report.pages) == (True, 373)
     coordinator = Coordinator("kept", hosts.fleet)

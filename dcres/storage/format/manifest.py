@@ -1,13 +1,12 @@
 """The manifest: the one durable fact that a checkpoint exists, and all that restore must know.
 
 On disk it is JSON with a ``checksum`` key, the SHA-256 of the canonical JSON of all other keys.
-`loads` accepts exactly what `dumps` writes, so that no altered byte goes unnoticed.
+`loads` accepts exactly what `dumps` writes, so that no altered byte goes unnoticed. Both go by the
+keys of the manifest's version: one that gets a default here is in no file of an earlier version.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from datetime import datetime
 from enum import StrEnum
@@ -24,12 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from dcres.errors import CheckpointCorrupt
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.run_state import RunState
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum
+from dcres.storage.format.versions import VERSIONS, WRITTEN, Version, framed, unframed
 from dcres.storage.layout import (
     CHECKPOINT_PATTERN,
     FILE_PATTERN,
@@ -38,8 +37,6 @@ from dcres.storage.layout import (
     MEMORY_FILES,
     VM_PATTERN,
 )
-
-FORMAT_VERSION = 2  # of packed checkpoints; sparse ones are as they were in version 1
 
 # Four places: the shortest decimal of such a number never has an exponent, in any language.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(lambda s: round(s, 4))]
@@ -61,9 +58,6 @@ class Mode(StrEnum):
 
     LIVE = "live"
     STOP = "stop"
-
-
-_VERSIONS = {MemoryFormat.SPARSE: 1, MemoryFormat.PACKED: 2}
 
 
 class _Model(BaseModel):
@@ -106,7 +100,7 @@ class HostSlice(_Model):
 class Manifest(_Model):
     """A published checkpoint. `hosts` begins with the main host, in order of their indices."""
 
-    format_version: Literal[1, 2] = 1
+    format_version: int = 1
     checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
     vm: str = Field(pattern=VM_PATTERN)
     created: str = Field(pattern=TIME_PATTERN)
@@ -135,12 +129,13 @@ class Manifest(_Model):
         """The version follows from the format, where it is not given."""
         if isinstance(values, dict) and "format_version" not in values:
             memory_format = MemoryFormat(values.get("memory_format", MemoryFormat.SPARSE))
-            return {**values, "format_version": _VERSIONS[memory_format]}
+            return {**values, "format_version": WRITTEN[memory_format]}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.format_version != _VERSIONS[self.memory_format]:
+        version = VERSIONS.get(self.format_version)
+        if version is None or self.memory_format not in version.memory_formats:
             raise ValueError(f"{self.memory_format} memory files are not of this format version")
         if self.machine.get(RUN_STATE, RunState.RUNNING) not in set(RunState):
             raise ValueError("the VM was in a run state that there is not")
@@ -188,56 +183,24 @@ class Manifest(_Model):
         return self.memory_bytes // PAGE_SIZE
 
 
-def canonical(values: Any) -> bytes:
-    """Canonical JSON: keys sorted, no spaces, ASCII with escapes, shortest decimals."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
 def dumps(manifest: Manifest) -> str:
-    """The manifest file's content: sorted keys, two spaces of indentation, a final newline."""
-    values = manifest.model_dump(mode="json")
-    values["checksum"] = hashlib.sha256(canonical(values)).hexdigest()
-    return json.dumps(values, sort_keys=True, indent=2, allow_nan=False) + "\n"
+    """The manifest file's content, in the version that the manifest has."""
+    return _dumps(manifest, VERSIONS[manifest.format_version])
+
+
+def _dumps(manifest: Manifest, version: Version) -> str:
+    return framed(manifest.model_dump(mode="json", include=dict(version.keys)))
 
 
 def loads(text: str, path: Path) -> Manifest:
     """The manifest in `text`. Raises CheckpointCorrupt, which names `path`, for any other text."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise corrupt(path, f"it is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise corrupt(path, "it is not a JSON object")
-    _require_sum(values, path)
-    _require_version(values, path)
+    version, values = unframed(text, path)
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise corrupt(path, f"{where or 'it'}: {first['msg']}") from None
-    if dumps(manifest) != text:
+    if _dumps(manifest, version) != text:
         raise corrupt(path, "it says the same in other bytes, so it was altered")
     return manifest
-
-
-def _require_version(values: dict[str, Any], path: Path) -> None:
-    version = values.get("format_version")
-    if type(version) is int and 1 <= version <= FORMAT_VERSION:
-        return
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointCorrupt(
-            f"{path} has format version {version} and this dcres reads {FORMAT_VERSION}; "
-            f"use a dcres that reads version {version}"
-        )
-    raise corrupt(path, f"its format version is {version!r}, which no dcres wrote")
-
-
-def _require_sum(values: dict[str, Any], path: Path) -> None:
-    claimed = values.pop("checksum", None)
-    try:
-        found = hashlib.sha256(canonical(values)).hexdigest()
-    except ValueError as error:
-        raise corrupt(path, f"it is not JSON ({error})") from None
-    if claimed != found:
-        raise corrupt(path, "it was altered: its checksum differs")

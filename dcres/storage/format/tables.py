@@ -1,12 +1,14 @@
 """Tables of a checkpoint as Arrow IPC files, one record batch each.
 
 Schemas and metadata keys are in docs/format.md. Reading takes nothing on trust: lengths, types
-and values are checked, and with the manifest's checksum every byte is.
+and values are checked, and with the manifest's checksum every byte is. What a table must look like
+goes by the version that it names, which is looked at first.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,27 @@ import pyarrow as pa
 
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
 from dcres.storage.atomic import replaced
-from dcres.storage.damage import corrupt
+from dcres.storage.damage import corrupt, newer
 from dcres.storage.digest import FileSum, SummedFile, Sums, read_checked
 
 Placement = npt.NDArray[np.uint8]
 Ticks = npt.NDArray[np.uint32]
 
 NOWHERE = 0xFF
-_VERSION = "1"
+Columns = dict[str, npt.NDArray[Any]]
 
-_COLUMNS: dict[str, dict[str, Any]] = {
-    "placement": {"host": pa.uint8()},
-    "existence": {"here": pa.bool_()},
-    "sums": {"page": pa.uint64(), "xxh3_64": pa.uint64()},
-    "index": {"page": pa.uint32()},
-    "history": {"last_access": pa.uint32()},
+# For each version of the tables the columns of each kind; as with the manifest's, what has been
+# written in a version stays as it is.
+_VERSIONS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "placement": {"host": pa.uint8()},
+        "existence": {"here": pa.bool_()},
+        "sums": {"page": pa.uint64(), "xxh3_64": pa.uint64()},
+        "index": {"page": pa.uint32()},
+        "history": {"last_access": pa.uint32()},
+    }
 }
+_WRITTEN = 1
 
 
 def write_placement(path: Path, placement: Placement, hosts: tuple[str, ...]) -> FileSum:
@@ -51,7 +58,8 @@ def read_placement(
     As with the other readers: arrays may be read-only; raises CheckpointCorrupt, which names
     the file, if it is not what `expected` says or not such a table of `page_count` pages.
     """
-    (placement,), metadata = _read(path, "placement", page_count, expected)
+    columns, metadata = _read(path, "placement", page_count, expected)
+    placement = columns["host"]
     try:
         hosts = json.loads(metadata.get("hosts", ""))
     except ValueError:
@@ -72,7 +80,8 @@ def write_existence(path: Path, here: Mask) -> FileSum:
 
 def read_existence(path: Path, page_count: int, expected: FileSum | None = None) -> Mask:
     """Read a page existence file as a mask."""
-    (here,), _ = _read(path, "existence", page_count, expected)
+    columns, _ = _read(path, "existence", page_count, expected)
+    here = columns["here"]
     _require_length(path, here, page_count)
     return here
 
@@ -84,7 +93,8 @@ def write_sums(path: Path, mask: Mask, sums: Sums) -> FileSum:
 
 def read_sums(path: Path, page_count: int, expected: FileSum | None = None) -> tuple[Mask, Sums]:
     """Read checksums back as mask and `sums`, zero where the mask is false."""
-    (pages, values), _ = _read(path, "sums", page_count, expected)
+    columns, _ = _read(path, "sums", page_count, expected)
+    pages, values = columns["page"], columns["xxh3_64"]
     if pages.size and (int(pages[-1]) >= page_count or np.any(pages[1:] <= pages[:-1])):
         raise corrupt(path, "its page numbers do not ascend, or leave the VM's memory")
     places = pages.astype(np.int64)
@@ -102,7 +112,8 @@ def write_index(path: Path, order: Pages, page_count: int) -> FileSum:
 
 def read_index(path: Path, page_count: int, expected: FileSum | None = None) -> Pages:
     """Read an index back; no page is in it twice."""
-    (pages,), _ = _read(path, "index", page_count, expected)
+    columns, _ = _read(path, "index", page_count, expected)
+    pages = columns["page"]
     if pages.size and int(pages.max()) >= page_count:
         raise corrupt(path, f"it names page {pages.max()}, which the VM does not have")
     twice = np.flatnonzero(np.bincount(pages, minlength=page_count) > 1)
@@ -129,7 +140,8 @@ def write_history(path: Path, last_access: Ticks, tick: int) -> FileSum:
 
 def read_history(path: Path, page_count: int, expected: FileSum | None = None) -> tuple[Ticks, int]:
     """Read the access history and the tick at which it was saved."""
-    (last_access,), metadata = _read(path, "history", page_count, expected)
+    columns, metadata = _read(path, "history", page_count, expected)
+    last_access = columns["last_access"]
     _require_length(path, last_access, page_count)
     tick = metadata.get("tick", "")
     if not (tick.isascii() and tick.isdigit()):
@@ -137,15 +149,16 @@ def read_history(path: Path, page_count: int, expected: FileSum | None = None) -
     return last_access, int(tick)
 
 
-def _schema(kind: str, page_count: int, more: dict[str, str]) -> Any:
+def _schema(version: int, kind: str, page_count: int, more: dict[str, str]) -> Any:
     metadata = {
         "kind": kind,
-        "format_version": _VERSION,
+        "format_version": str(version),
         "page_size": str(PAGE_SIZE),
         "page_count": str(page_count),
         **more,
     }
-    fields = [pa.field(name, type_, nullable=False) for name, type_ in _COLUMNS[kind].items()]
+    columns = _VERSIONS[version][kind]
+    fields = [pa.field(name, type_, nullable=False) for name, type_ in columns.items()]
     return pa.schema(fields, metadata={f"dcres.{key}": metadata[key] for key in metadata})
 
 
@@ -156,7 +169,7 @@ def _write(
     columns: list[Any],
     more: dict[str, str] | None = None,
 ) -> FileSum:
-    schema = _schema(kind, page_count, more or {})
+    schema = _schema(_WRITTEN, kind, page_count, more or {})
     batch = pa.record_batch([pa.array(column) for column in columns], schema=schema)
     with replaced(path) as fd:
         file = SummedFile(fd)
@@ -167,7 +180,7 @@ def _write(
 
 def _read(
     path: Path, kind: str, page_count: int, expected: FileSum | None
-) -> tuple[list[Any], dict[str, str]]:
+) -> tuple[Columns, dict[str, str]]:
     """The columns as numpy arrays and the metadata without its prefix."""
     data = read_checked(path, expected)
     try:
@@ -179,13 +192,25 @@ def _read(
         }
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise corrupt(path, f"it is not an Arrow file ({error})") from None
-    for key, wanted in _schema(kind, page_count, {}).metadata.items():
+    wanted = _schema(_version(path, metadata.get("format_version", "")), kind, page_count, {})
+    for key, value in wanted.metadata.items():
         name = key.decode().removeprefix("dcres.")
-        if metadata.get(name) != wanted.decode():
-            raise corrupt(path, f"its {name} is {metadata.get(name)}, not {wanted.decode()}")
-    if not table.schema.equals(_schema(kind, page_count, {}), check_metadata=False):
+        if metadata.get(name) != value.decode():
+            raise corrupt(path, f"its {name} is {metadata.get(name)}, not {value.decode()}")
+    if not table.schema.equals(wanted, check_metadata=False):
         raise corrupt(path, "its columns have other names or types")
-    return [column.to_numpy() for column in table.columns], metadata
+    return {name: table.column(name).to_numpy() for name in table.column_names}, metadata
+
+
+def _version(path: Path, text: str) -> int:
+    """Which version a table says it has. Raises CheckpointCorrupt for one that is not known."""
+    newest = max(_VERSIONS)
+    version = int(text) if re.fullmatch("[1-9][0-9]{0,8}", text) else 0
+    if version > newest:
+        raise newer(path, version, newest)
+    if version not in _VERSIONS:
+        raise corrupt(path, f"its format version is {text!r}, which no dcres wrote")
+    return version
 
 
 def _require_length(path: Path, column: npt.NDArray[Any], page_count: int) -> None:
