@@ -34,10 +34,10 @@ from dcres.linux.files import opened
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Extents, Mask, extents_of_mask, split
 from dcres.storage import layout
-from dcres.storage.engine.contents import MemoryFile
+from dcres.storage.engine.expected import MemoryFile
 from dcres.storage.engine.memory_file import MemoryFileWriter, load
 from dcres.storage.format import tables
-from dcres.storage.format.slices import write_memory_tables
+from dcres.storage.format.host_part import write_memory_tables
 
 PLACEMENTS = ("contiguous", "random", "alternating")
 FORMATS = tuple(map(str, MemoryFormat))

@@ -41,8 +41,8 @@ from dcres.storage.atomic import write_durably
 from dcres.storage.digest import file_sum
 from dcres.storage.engine.bulk import write_fully
 from dcres.storage.engine.memory_file import MemoryFileWriter
-from dcres.storage.format.manifest import HostSlice, Manifest, Mode, Role
-from dcres.storage.format.slices import write_memory_tables
+from dcres.storage.format.host_part import write_memory_tables
+from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role
 from dcres.storage.store.pins import Hold
 from dcres.storage.store.store import Store
 
@@ -173,7 +173,7 @@ def _checkpoint(store: Path, length_bytes: int) -> Source:
         saved = writer.seal()
     write_durably(folder / layout.VMCORE, b"no core")
     core = file_sum(folder / layout.VMCORE)
-    part = HostSlice(
+    part = HostPart(
         host=_HOST,
         role=Role.MAIN,
         share_bytes=length_bytes,

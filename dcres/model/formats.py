@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class MemoryFormat(StrEnum):
-    """How a host's pages lie in its memory file; `storage.placed` writes them."""
+    """How a host's pages lie in its memory file; `storage.engine.page_places` writes them."""
 
     SPARSE = "sparse"
     PACKED = "packed"

@@ -17,8 +17,8 @@ from dcres.storage import layout
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import MemoryFileWriter, SavedMemory
 from dcres.storage.format import tables
-from dcres.storage.format.manifest import DiskSnapshot, HostSlice, Manifest, Mode, Role
-from dcres.storage.format.slices import write_main_files, write_memory_tables
+from dcres.storage.format.host_part import write_main_files, write_memory_tables
+from dcres.storage.format.manifest import DiskSnapshot, HostPart, Manifest, Mode, Role
 from dcres.storage.store.pins import Hold
 from dcres.storage.store.store import Store
 
@@ -150,7 +150,7 @@ def _slice(
     where: tables.Placement,
     index: int,
     memory_format: MemoryFormat,
-) -> HostSlice:
+) -> HostPart:
     name = layout.MEMORY_FILES[memory_format]
     saved = save(folder / name, ram, where == index, memory_format)
     files = [*write_memory_tables(folder, saved)]
@@ -158,7 +158,7 @@ def _slice(
         files += _main_files(folder, where)
     else:
         files.append(tables.write_existence(folder / layout.PAGES, where == index))
-    return HostSlice(
+    return HostPart(
         host=HOSTS[index],
         role=Role.MAIN if index == 0 else Role.SUB,
         share_bytes=PAGE_COUNT * PAGE_SIZE // 2,

@@ -20,8 +20,8 @@ from dcres.errors import ActorGone, Conflict, NotFound, OperationFailed
 from dcres.linux.removal import CheckpointFolder
 from dcres.storage import layout
 from dcres.storage.format import tables
+from dcres.storage.format.host_part import write_memory_tables
 from dcres.storage.format.manifest import Manifest
-from dcres.storage.format.slices import write_memory_tables
 from dcres.storage.store.store import Store
 from tests.support.stored import (
     HOSTS,

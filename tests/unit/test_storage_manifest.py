@@ -15,15 +15,15 @@ from dcres import config
 from dcres.errors import CheckpointCorrupt
 from dcres.storage import layout
 from dcres.storage.digest import FileSum
-from dcres.storage.format.manifest import HostSlice, Manifest, Mode, Role, dumps, loads
+from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, dumps, loads
 from dcres.storage.format.versions import canonical
 
 PATH = Path("store/demo/manifest.json")
 CORE = FileSum(name="vmcore", length_bytes=5, sha256="0" * 64)
 
 
-def part(host: str, role: Role, pages: int = 1) -> HostSlice:
-    return HostSlice(
+def part(host: str, role: Role, pages: int = 1) -> HostPart:
+    return HostPart(
         host=host,
         role=role,
         share_bytes=4096,

@@ -31,10 +31,10 @@ from dcres.model.pages import (
     extents_of_pages,
     join,
 )
-from dcres.storage.engine import buffers, bulk, placed, sources, transfer
+from dcres.storage.engine import buffers, bulk, page_places, sources, transfer
 from dcres.storage.engine.buffers import Buffers
 from dcres.storage.engine.bulk import stretches, write_fully
-from dcres.storage.engine.contents import MemoryFile
+from dcres.storage.engine.expected import MemoryFile
 from dcres.storage.engine.memory_file import (
     MemoryFileWriter,
     SavedMemory,
@@ -300,7 +300,7 @@ def write_run_by_run(
             first, stop = int(slots[low]), int(slots[high - 1]) + 1
             write(fd, data[first * PAGE_SIZE : stop * PAGE_SIZE], int(pages[low]) * PAGE_SIZE)
 
-    monkeypatch.setattr(placed, "write_scattered", scattered)
+    monkeypatch.setattr(page_places, "write_scattered", scattered)
 
 
 @both
@@ -365,7 +365,7 @@ def test_only_sparse_files_care_how_the_file_system_takes_blocks(
 ) -> None:
     mask = random_mask()
     source = memory(tmp_path / "ram", mask)
-    monkeypatch.setattr(placed, "allocated_bytes", lambda fd: 1 << 30)
+    monkeypatch.setattr(page_places, "allocated_bytes", lambda fd: 1 << 30)
     assert save(tmp_path / "packed", source, mask, PACKED).allocated_bytes == 1 << 30
     with pytest.raises(StorageError, match="does not keep holes page by page"):
         save(tmp_path / "sparse", source, mask, SPARSE)
@@ -484,8 +484,8 @@ def test_a_sealed_file_and_its_name_are_durable(
     mask = random_mask(600)
     source = memory(tmp_path / "ram", mask)
     for module, name in (
-        (placed, "write_scattered"),
-        (placed, "punch_hole"),
+        (page_places, "write_scattered"),
+        (page_places, "punch_hole"),
         (os, "ftruncate"),
         (os, "fsync"),
     ):
@@ -536,7 +536,7 @@ def test_a_disk_that_is_full_is_told_when_a_hole_takes_a_block(
     source = memory(tmp_path / "ram", mask)
     with writing(tmp_path / "m", source, PAGES, SPARSE) as (writer, fd):
         writer.save(fd, extents_of_mask(mask))
-        monkeypatch.setattr(placed, "punch_hole", full)
+        monkeypatch.setattr(page_places, "punch_hole", full)
         with pytest.raises(StoreFull, match="no room to write"):
             writer.discard(np.array([[3, 4]]))
 
@@ -811,7 +811,7 @@ def test_without_direct_io_the_result_is_the_same(
     mask[100:400] = True
     source = memory(tmp_path / "ram", mask)
     direct = save(tmp_path / "direct", source, mask, memory_format)
-    monkeypatch.setattr(placed, "open_direct", plain)
+    monkeypatch.setattr(page_places, "open_direct", plain)
     saved = save(tmp_path / "plain", source, mask, memory_format)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "direct").read_bytes()
     assert saved.file.sums.tolist() == direct.file.sums.tolist()

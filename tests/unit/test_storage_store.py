@@ -35,8 +35,8 @@ from dcres.storage.engine import memory_file
 from dcres.storage.engine.memory_file import SavedMemory
 from dcres.storage.engine.page_reader import PageReader
 from dcres.storage.format import tables
+from dcres.storage.format.host_part import write_main_files, write_memory_tables
 from dcres.storage.format.manifest import Manifest
-from dcres.storage.format.slices import write_main_files, write_memory_tables
 from dcres.storage.store import marker
 from dcres.storage.store.pins import Hold, unpinned
 from dcres.storage.store.store import Store
@@ -121,7 +121,7 @@ def test_a_published_checkpoint_comes_back(root: Store, published: Manifest, ram
     with opened(back, os.O_RDWR | os.O_CREAT) as fd:
         os.ftruncate(fd, PAGE_COUNT * PAGE_SIZE)
         for host in HOSTS:
-            part = root.read_slice(published, host)
+            part = root.read_part(published, host)
             memory_file.load(part.memory, fd)
     assert back.read_bytes() == ram.read_bytes()
     assert root.read_placement(published).tolist() == placement().tolist()
@@ -197,7 +197,7 @@ def test_a_main_host_that_dies_among_its_tables_leaves_nothing_that_passes_for_w
     """Its memory tables and the others are written side by side, so either may be done first."""
     manifest = take(root, ram, memory_format=MemoryFormat.PACKED)
     part = folder(root, manifest) / HOSTS[0]
-    memory_file = root.read_slice(manifest, HOSTS[0]).memory
+    memory_file = root.read_part(manifest, HOSTS[0]).memory
     saved = SavedMemory(memory_file, 1, 1, 1, 1.0)
     for path in (*folder(root, manifest).glob("h[12]/*"), *part.glob("*.arrow")):
         path.unlink()
@@ -501,7 +501,7 @@ def test_existence_must_agree_with_the_memory_file(root: Store, published: Manif
     )
     assert f"page {page} was saved by h1 and is not its" in problems(root, forged)[0]
     with pytest.raises(CheckpointCorrupt, match=f"page {page}"):
-        root.read_slice(forged, "h1")
+        root.read_part(forged, "h1")
 
 
 def test_placement_must_agree_with_every_host(root: Store, published: Manifest) -> None:
@@ -553,7 +553,7 @@ def test_a_history_that_the_manifest_does_not_list(root: Store, published: Manif
 
 def test_unknown_hosts(root: Store, published: Manifest) -> None:
     with pytest.raises(NotFound, match="its hosts are h0, h1, h2"):
-        root.read_slice(published, "h9")
+        root.read_part(published, "h9")
 
 
 def test_a_pinned_checkpoint_stays(root: Store, published: Manifest) -> None:

@@ -15,7 +15,7 @@ from dcres.errors import CheckpointCorrupt
 from dcres.model.formats import MemoryFormat
 from dcres.storage import layout
 from dcres.storage.format import manifest as manifests
-from dcres.storage.format.manifest import HostSlice, Manifest, dumps, loads
+from dcres.storage.format.manifest import HostPart, Manifest, dumps, loads
 from dcres.storage.format.versions import VERSIONS, Version, framed
 from dcres.storage.store.store import Store
 from tests.support import earlier
@@ -24,7 +24,7 @@ PATH = Path("store/kept/manifest.json")
 versions = pytest.mark.parametrize("version", earlier.VERSIONS)
 
 
-class LaterPart(HostSlice):
+class LaterPart(HostPart):
     """What a host saved, as a later dcres may know it."""
 
     pages_skipped: int = 0

@@ -19,7 +19,7 @@ from dcres.storage.format.manifest import (
     STOPPED,
     TIME_FORMAT,
     DiskSnapshot,
-    HostSlice,
+    HostPart,
     Manifest,
     Mode,
     PagingDuring,
@@ -122,10 +122,10 @@ def _core_sum(saved: Saved) -> FileSum:
     return next(each for each in files if each.name == VMCORE)
 
 
-def _slice(subject: Subject, taken: Taken, index: int) -> HostSlice:
+def _slice(subject: Subject, taken: Taken, index: int) -> HostPart:
     host = subject.hosts[index]
     saved = taken.saved[host]
-    return HostSlice(
+    return HostPart(
         host=host,
         role=Role.MAIN if index == 0 else Role.SUB,
         share_bytes=subject.spec.layout.shares[index],

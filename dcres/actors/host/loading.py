@@ -122,7 +122,7 @@ def _load_all(
     def from_store() -> None:
         for reading, mask in pairs:
             if reading.source is None:
-                part = store.read_slice(manifest, reading.part)
+                part = store.read_part(manifest, reading.part)
                 memory_file.load(part.memory, fd, done, wanted=mask)
 
     def from_afar(source: SubAddress, mask: Mask) -> None:

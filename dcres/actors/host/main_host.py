@@ -38,8 +38,8 @@ from dcres.model.run_state import RunState
 from dcres.paging.pager.table import PageTable
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import SavedMemory
+from dcres.storage.format.host_part import write_main_files
 from dcres.storage.format.manifest import loads
-from dcres.storage.format.slices import write_main_files
 from dcres.storage.layout import VMCORE
 from dcres.vm import devices, disk
 from dcres.vm.command import disk_nodes

@@ -55,7 +55,7 @@ from dcres.storage.engine.memory_file import (
 )
 from dcres.storage.engine.sources import Room, read_into_memory
 from dcres.storage.engine.transfer import BATCH_PAGES, BUFFERS
-from dcres.storage.format.slices import write_memory_tables
+from dcres.storage.format.host_part import write_memory_tables
 from dcres.storage.layout import MEMORY_FILES
 from dcres.storage.store.pins import Hold
 from dcres.storage.store.store import Store

@@ -32,7 +32,7 @@ from dcres.paging.transport.loop import Loop
 from dcres.paging.transport.stream import FrameStream
 from dcres.storage.damage import corrupt
 from dcres.storage.engine.page_reader import PageReader
-from dcres.storage.format.part import MemoryPart
+from dcres.storage.format.memory_part import MemoryPart
 from dcres.storage.store.pins import pinned
 
 log = logging.getLogger("dcres.slices")

@@ -1,7 +1,7 @@
 """One host's saved pages in one file, sparse or packed; each page's checksum is kept beside it.
 
 A page that changes is saved again in its own place, and one that leaves gives its place up, so
-the file does not grow however often pages are saved; `placed` has the two formats. Pages of
+the file does not grow however often pages are saved; `page_places` has the two formats. Pages of
 zeros take no place: a reader knows them by their checksum.
 """
 
@@ -38,16 +38,16 @@ from dcres.storage.atomic import store_written, sync_folder
 from dcres.storage.damage import unreadable
 from dcres.storage.digest import Sums
 from dcres.storage.engine.bulk import write_scattered
-from dcres.storage.engine.contents import (
+from dcres.storage.engine.expected import (
     SUM_OF_ZEROS,
     MemoryFile,
-    placed,
     read_piece,
     require_length,
     require_pages,
     require_sums,
+    with_place,
 )
-from dcres.storage.engine.placed import PackedPlaces, PageFile, Placed, SparsePlaces
+from dcres.storage.engine.page_places import PackedPlaces, PageFile, PagePlaces, SparsePlaces
 from dcres.storage.engine.sources import NO_ROOM, RamFile, Room, Staged, read_into_memory
 from dcres.storage.engine.transfer import (
     BATCH_PAGES,
@@ -62,7 +62,7 @@ Write = Callable[[memoryview, Pages, Pages], None]  # data, its pages, their slo
 # While some wait for the disk, others read or compute. A save waits for the disk only, and with
 # twice the threads is 6 % faster (1,900 to 2,010 MB/s here); a load waits for tmpfs, and is not.
 SAVING_THREADS, LOADING_THREADS = 8, 4
-_PLACES: dict[MemoryFormat, Callable[[PageFile, int], Placed]] = {
+_PLACES: dict[MemoryFormat, Callable[[PageFile, int], PagePlaces]] = {
     MemoryFormat.SPARSE: SparsePlaces,
     MemoryFormat.PACKED: PackedPlaces,
 }
@@ -322,7 +322,7 @@ def _write_zeros(
 ) -> None:
     """The pages of `mask` that have no place, which `_opened` found to be pages of zeros."""
     zeros = memoryview(bytes(BATCH_PAGES * PAGE_SIZE))
-    for first, stop in split(extents_of_mask(mask & ~placed(memory)), BATCH_PAGES):
+    for first, stop in split(extents_of_mask(mask & ~with_place(memory)), BATCH_PAGES):
         write(zeros, np.arange(first, stop), np.arange(stop - first))
         if progress is not None:
             progress(stop - first)
@@ -341,7 +341,7 @@ def _opened(memory: MemoryFile) -> Iterator[int]:
             here = data_extents(fd, len(memory.mask))
             require_pages(memory, mask_of_extents(here, len(memory.mask)))
         else:
-            require_pages(memory, placed(memory))
+            require_pages(memory, with_place(memory))
         yield fd
     finally:
         os.close(fd)

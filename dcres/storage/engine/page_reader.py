@@ -11,15 +11,15 @@ import numpy as np
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
 from dcres.storage.damage import unreadable
 from dcres.storage.engine.bulk import page_sums, stretches
-from dcres.storage.engine.contents import (
+from dcres.storage.engine.expected import (
     MemoryFile,
-    placed,
     read_piece,
     require_length,
     require_pages,
     require_sums,
+    with_place,
 )
-from dcres.storage.engine.placed import NO_PLACE, Places
+from dcres.storage.engine.page_places import NO_PLACE, Places
 
 
 class PageReader:
@@ -89,7 +89,7 @@ def _places(memory: MemoryFile) -> Places | None:
     """The place of every page in a packed file. Raises CheckpointCorrupt."""
     if memory.order is None:
         return None
-    require_pages(memory, placed(memory))
+    require_pages(memory, with_place(memory))
     places: Places = np.full(len(memory.mask), NO_PLACE, dtype=np.uint32)
     places[memory.order] = np.arange(len(memory.order))
     return places

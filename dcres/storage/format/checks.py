@@ -16,8 +16,8 @@ from dcres.storage import layout
 from dcres.storage.digest import FileSum, Sums, check_file
 from dcres.storage.engine import memory_file
 from dcres.storage.engine.transfer import Progress
-from dcres.storage.format import slices, tables
-from dcres.storage.format.manifest import HostSlice, Manifest, Role
+from dcres.storage.format import host_part, tables
+from dcres.storage.format.manifest import HostPart, Manifest, Role
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Verifier:
 
     def part(self, folder: Path, host: str) -> Mask | None:
         """Check all files of `host`; the mask of its pages, or None where that is unknown."""
-        part = slices.find_slice(self.manifest, host)
+        part = host_part.find_part(self.manifest, host)
         sums = self._try(host, layout.SUMS, partial(self._read_sums, folder, part))
         mask = sums[0] if sums is not None else None
         self._try(host, layout.PAGES, partial(self._check_here, folder, part, mask))
@@ -94,7 +94,7 @@ class Verifier:
             if file.name not in (layout.SUMS, layout.PAGES):
                 self._try(host, file.name, partial(self._check_other, folder / file.name, file))
         if part.role is Role.MAIN:  # a restore would miss it, and only then
-            listed = partial(slices.listed, self.manifest, part, layout.HISTORY)
+            listed = partial(host_part.listed, self.manifest, part, layout.HISTORY)
             self._try(host, layout.HISTORY, listed)
         if sums is not None and not self._problems.get((host, layout.INDEX)):
             self._try(host, part.memory_file, partial(self._check_memory, folder, part))
@@ -131,13 +131,13 @@ class Verifier:
             self._problems[key] = self._problems[key] or str(error)
             return None
 
-    def _read_sums(self, folder: Path, part: HostSlice) -> tuple[Mask, Sums]:
-        return slices.memory_part(folder, self.manifest, part).read_sums()
+    def _read_sums(self, folder: Path, part: HostPart) -> tuple[Mask, Sums]:
+        return host_part.memory_part(folder, self.manifest, part).read_sums()
 
-    def _check_here(self, folder: Path, part: HostSlice, mask: Mask | None) -> None:
-        here = slices.read_here(folder, self.manifest, part)
+    def _check_here(self, folder: Path, part: HostPart, mask: Mask | None) -> None:
+        here = host_part.read_here(folder, self.manifest, part)
         if mask is not None:
-            slices.require_same(folder / layout.PAGES, here, mask, part.host)
+            host_part.require_same(folder / layout.PAGES, here, mask, part.host)
 
     def _check_other(self, path: Path, expected: FileSum) -> None:
         match path.name:
@@ -148,13 +148,13 @@ class Verifier:
             case _:
                 check_file(path, expected)
 
-    def _check_memory(self, folder: Path, part: HostSlice) -> None:
-        memory = slices.memory_part(folder, self.manifest, part).read()
+    def _check_memory(self, folder: Path, part: HostPart) -> None:
+        memory = host_part.memory_part(folder, self.manifest, part).read()
         self._pages += memory_file.verify(memory, self.progress)
 
     def _check_agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
-        placement = slices.read_placement(folder, self.manifest)
+        placement = host_part.read_placement(folder, self.manifest)
         for index, part in enumerate(self.manifest.hosts):
             if part.host in masks:
                 path = folder / layout.PAGES
-                slices.require_same(path, placement == index, masks[part.host], part.host)
+                host_part.require_same(path, placement == index, masks[part.host], part.host)

@@ -79,7 +79,7 @@ class PagingDuring(_Model):
     pages_out: Count = 0
 
 
-class HostSlice(_Model):
+class HostPart(_Model):
     """What one host saved: its memory file, and every small file in its folder."""
 
     host: str = Field(pattern=HOST_PATTERN)
@@ -114,7 +114,7 @@ class Manifest(_Model):
     accel: str
     machine: dict[str, str] = {}
     tick: Count
-    hosts: tuple[HostSlice, ...] = Field(min_length=1)
+    hosts: tuple[HostPart, ...] = Field(min_length=1)
     vmcore: FileSum
     disks: tuple[DiskSnapshot, ...] = ()
     seconds: Seconds
@@ -141,16 +141,16 @@ class Manifest(_Model):
             raise ValueError("the VM was in a run state that there is not")
         if not re.fullmatch(TIME_PATTERN, self.machine.get(STOPPED, self.created)):
             raise ValueError("the VM was stopped at no time")
-        names = [slice_.host for slice_ in self.hosts]
+        names = [part.host for part in self.hosts]
         if len(set(names)) != len(names):
             raise ValueError("a host is named twice")
-        if [slice_.role for slice_ in self.hosts] != [Role.MAIN] + [Role.SUB] * (len(names) - 1):
+        if [part.role for part in self.hosts] != [Role.MAIN] + [Role.SUB] * (len(names) - 1):
             raise ValueError("the first host is the main host, and the only one")
-        if any(slice_.memory_file != MEMORY_FILES[self.memory_format] for slice_ in self.hosts):
+        if any(part.memory_file != MEMORY_FILES[self.memory_format] for part in self.hosts):
             raise ValueError(f"a memory file has not the name of {self.memory_format} ones")
-        for slice_ in self.hosts:
-            if len({file.name for file in slice_.files}) < len(slice_.files):
-                raise ValueError(f"a file of {slice_.host} is listed twice")
+        for part in self.hosts:
+            if len({file.name for file in part.files}) < len(part.files):
+                raise ValueError(f"a file of {part.host} is listed twice")
         if self.pages > self.page_count:
             raise ValueError("the hosts saved more pages than the VM has")
         if self.vmcore not in self.main.files:
@@ -158,14 +158,14 @@ class Manifest(_Model):
         return self
 
     @property
-    def main(self) -> HostSlice:
+    def main(self) -> HostPart:
         """The main host's part."""
         return self.hosts[0]
 
     @property
     def pages(self) -> int:
         """The number of pages saved, on all hosts."""
-        return sum(slice_.pages for slice_ in self.hosts)
+        return sum(part.pages for part in self.hosts)
 
     @property
     def run_state(self) -> RunState:

@@ -24,10 +24,10 @@ from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, 
 from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.digest import check_file
 from dcres.storage.engine.transfer import Progress
-from dcres.storage.format import slices, tables
+from dcres.storage.format import host_part, tables
 from dcres.storage.format.checks import VerifiedPart, Verifier, VerifyReport
 from dcres.storage.format.manifest import Manifest, dumps, loads
-from dcres.storage.format.part import MemoryPart
+from dcres.storage.format.memory_part import MemoryPart
 from dcres.storage.store import marker
 from dcres.storage.store.lives import Lives
 from dcres.storage.store.pins import Hold, pinned, unpinned
@@ -248,23 +248,23 @@ class Store:
         """Bytes that are free for checkpoints of `vm`."""
         return free_in(self.root / layout.checked_vm(vm))
 
-    def read_slice(self, manifest: Manifest, host: str) -> slices.Slice:
+    def read_part(self, manifest: Manifest, host: str) -> host_part.Part:
         """What `host` saved, its tables checked. Raises CheckpointCorrupt and NotFound."""
-        return slices.read_slice(self._part(manifest, host), manifest, host)
+        return host_part.read_part(self._part(manifest, host), manifest, host)
 
     def memory_part(self, manifest: Manifest, host: str) -> MemoryPart:
         """What the memory file of `host` must be; nothing is read. Raises NotFound."""
-        part = slices.find_slice(manifest, host)
-        return slices.memory_part(self._part(manifest, host), manifest, part)
+        part = host_part.find_part(manifest, host)
+        return host_part.memory_part(self._part(manifest, host), manifest, part)
 
     def read_placement(self, manifest: Manifest) -> tables.Placement:
         """For every page an index in ``manifest.hosts``, or `tables.NOWHERE`."""
-        return slices.read_placement(self._part(manifest, manifest.main.host), manifest)
+        return host_part.read_placement(self._part(manifest, manifest.main.host), manifest)
 
     def read_history(self, manifest: Manifest) -> tables.Ticks:
         """For every page the tick of its last access. Raises CheckpointCorrupt."""
         path = self._part(manifest, manifest.main.host) / layout.HISTORY
-        expected = slices.listed(manifest, manifest.main, layout.HISTORY)
+        expected = host_part.listed(manifest, manifest.main, layout.HISTORY)
         return tables.read_history(path, manifest.page_count, expected)[0]
 
     def vmcore(self, manifest: Manifest) -> Path:
@@ -376,7 +376,7 @@ def discarded(checkpoint: str) -> NotFound:
 def _require_whole(folder: Path, manifest: Manifest, here: Collection[str] | None) -> None:
     for part in manifest.hosts:
         if here is None or part.host in here:
-            slices.require_files(folder / part.host, manifest, part)
+            host_part.require_files(folder / part.host, manifest, part)
 
 
 def _remove(folder: Path) -> None:

@@ -13,10 +13,10 @@ For short runs it is the other way round, since ext4 fills a hole under the inod
 write at a time: runs of 16 pages 500 against 1,000 MB/s, single pages 70 against 285, with
 writeback started after every batch.
 
-Both touch one file, but never at the same time: `Placed.prepare` sorts pages into those to write
-directly, and those to write through the cache when that is done. ext4 and XFS make a cached write
-wait until no direct one is under way, and the other way round; and open(2) warns of file systems
-where the two do not agree about neighbours that share a folio of the cache.
+Both touch one file, but never at the same time: `PagePlaces.prepare` sorts pages into those to
+write directly, and those to write through the cache when that is done. ext4 and XFS make a cached
+write wait until no direct one is under way, and the other way round; and open(2) warns of file
+systems where the two do not agree about neighbours that share a folio of the cache.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Passes:
     cached: Extents
 
 
-class Placed(Protocol):
+class PagePlaces(Protocol):
     """How a format places pages. `write` and `clear` are called from several threads."""
 
     def prepare(self, extents: Extents) -> Passes:
@@ -157,23 +157,23 @@ class SparsePlaces:
         return Passes(extents[long], extents[~long])
 
     def write(self, batch: Batch, cached: bool) -> None:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         mostly_again = 2 * np.count_nonzero(self._taken[batch.pages]) > len(batch.pages)
         self._file.write(batch, batch.pages, cached, again=cached and bool(mostly_again))
         self._taken[batch.pages] = True
 
     def clear(self, pages: Pages) -> None:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         there = pages[self._taken[pages]]
         for first, stop in extents_of_pages(there).tolist():
             punch_hole(self._file.fd, first * PAGE_SIZE, (stop - first) * PAGE_SIZE)
         self._taken[there] = False
 
     def finish(self) -> None:
-        """See `Placed`."""
+        """See `PagePlaces`."""
 
     def check(self) -> int:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         found = data_extents(self._file.fd, len(self._taken))
         held = int(np.count_nonzero(self._taken)) * PAGE_SIZE
         allocated = allocated_bytes(self._file.fd)
@@ -188,7 +188,7 @@ class SparsePlaces:
 
     @property
     def order(self) -> Pages | None:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         return None
 
 
@@ -223,7 +223,7 @@ class PackedPlaces:
         return Passes(extents_of_pages(pages[direct]), extents_of_pages(pages[~direct]))
 
     def write(self, batch: Batch, cached: bool) -> None:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         places = self._places_for(batch.pages, at_the_end=not cached)
         if (places[1:] < places[:-1]).any():  # new pages between others that have their places
             ascending = np.argsort(places)
@@ -256,7 +256,7 @@ class PackedPlaces:
         self._page[places] = pages
 
     def clear(self, pages: Pages) -> None:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         with self._lock:
             there = pages[self._place[pages] != NO_PLACE]
             self._free = np.union1d(self._free, self._place[there].astype(np.int64))
@@ -285,7 +285,7 @@ class PackedPlaces:
         self._page[targets] = pages
 
     def check(self) -> int:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         length_bytes = os.fstat(self._file.fd).st_size
         if length_bytes != self._end * PAGE_SIZE:
             what = f"has {length_bytes} bytes instead of {self._end * PAGE_SIZE}"
@@ -294,7 +294,7 @@ class PackedPlaces:
 
     @property
     def order(self) -> Pages | None:
-        """See `Placed`."""
+        """See `PagePlaces`."""
         return self._page[: self._end].astype(np.int64)
 
 

@@ -16,15 +16,15 @@ from dcres.storage import layout
 from dcres.storage.atomic import sync_folder, write_durably
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum, bytes_sum
-from dcres.storage.engine.contents import MemoryFile
+from dcres.storage.engine.expected import MemoryFile
 from dcres.storage.engine.memory_file import SavedMemory
 from dcres.storage.format import tables
-from dcres.storage.format.manifest import HostSlice, Manifest, Role
-from dcres.storage.format.part import MemoryPart
+from dcres.storage.format.manifest import HostPart, Manifest, Role
+from dcres.storage.format.memory_part import MemoryPart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slice:
+class Part:
     """What `memory_file.load` needs, and where this host's files are."""
 
     host: str
@@ -32,7 +32,7 @@ class Slice:
     memory: MemoryFile
 
 
-def find_slice(manifest: Manifest, host: str) -> HostSlice:
+def find_part(manifest: Manifest, host: str) -> HostPart:
     """The part of `host`. Raises NotFound."""
     for part in manifest.hosts:
         if part.host == host:
@@ -41,7 +41,7 @@ def find_slice(manifest: Manifest, host: str) -> HostSlice:
     raise NotFound(f"checkpoint {manifest.checkpoint} has no host {host!r}; its hosts are {names}")
 
 
-def listed(manifest: Manifest, part: HostSlice, name: str) -> FileSum:
+def listed(manifest: Manifest, part: HostPart, name: str) -> FileSum:
     """The checksum of file `name`. Raises CheckpointCorrupt if the manifest does not list it."""
     found = part.file(name)
     if found is None:
@@ -50,7 +50,7 @@ def listed(manifest: Manifest, part: HostSlice, name: str) -> FileSum:
     return found
 
 
-def memory_part(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryPart:
+def memory_part(folder: Path, manifest: Manifest, part: HostPart) -> MemoryPart:
     """What the manifest says of the memory file of `part`. Raises CheckpointCorrupt."""
     packed = manifest.memory_format is MemoryFormat.PACKED
     return MemoryPart(
@@ -63,7 +63,7 @@ def memory_part(folder: Path, manifest: Manifest, part: HostSlice) -> MemoryPart
     )
 
 
-def require_files(folder: Path, manifest: Manifest, part: HostSlice) -> None:
+def require_files(folder: Path, manifest: Manifest, part: HostPart) -> None:
     """Every file of `part` is in `folder`, and has the length that it had when it was written.
 
     Folder and files are opened, since over a network that is what shows them as they are now
@@ -130,7 +130,7 @@ def write_main_files(
     )
 
 
-def read_here(folder: Path, manifest: Manifest, part: HostSlice) -> Mask:
+def read_here(folder: Path, manifest: Manifest, part: HostPart) -> Mask:
     """The pages here according to the page placement or page existence file."""
     expected = listed(manifest, part, layout.PAGES)
     path = folder / layout.PAGES
@@ -152,12 +152,12 @@ def read_placement(folder: Path, manifest: Manifest) -> tables.Placement:
     return placement
 
 
-def read_slice(folder: Path, manifest: Manifest, host: str) -> Slice:
+def read_part(folder: Path, manifest: Manifest, host: str) -> Part:
     """The part of `host` in `folder`. Raises CheckpointCorrupt and NotFound."""
-    part = find_slice(manifest, host)
+    part = find_part(manifest, host)
     memory = memory_part(folder, manifest, part).read()
     require_same(folder / layout.PAGES, read_here(folder, manifest, part), memory.mask, host)
-    return Slice(host, folder, memory)
+    return Part(host, folder, memory)
 
 
 def require_same(path: Path, here: Mask, mask: Mask, host: str) -> None:

@@ -36,7 +36,7 @@ class MemoryFile:
         return (len(self.mask) if self.order is None else len(self.order)) * PAGE_SIZE
 
 
-def placed(memory: MemoryFile) -> Mask:
+def with_place(memory: MemoryFile) -> Mask:
     """Which pages have a place in a packed file."""
     found: Mask = np.zeros(len(memory.mask), dtype=np.bool_)
     found[memory.order] = True

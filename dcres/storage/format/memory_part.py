@@ -14,7 +14,7 @@ from dcres.model.pages import Mask
 from dcres.storage import layout
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum, Sums
-from dcres.storage.engine.contents import MemoryFile
+from dcres.storage.engine.expected import MemoryFile
 from dcres.storage.format import tables
 
 
