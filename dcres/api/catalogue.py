@@ -18,7 +18,8 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.storage.format.checks import VerifiedPart, VerifyReport
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.layout import stamp_of, vm_of
-from dcres.storage.store.store import Listed, Listing, Names, Store
+from dcres.storage.store.protocols import CheckpointStore, Listed, Listing, Names
+from dcres.storage.store.store import Store
 
 _T = TypeVar("_T")
 _LOOK_TIMEOUT_S = 60.0
@@ -217,7 +218,7 @@ def _verifying(
 # What follows runs on a host.
 
 
-def _store() -> Store:
+def _store() -> CheckpointStore:
     return Store(HostSettings.from_environ(os.environ).store)
 
 
@@ -246,8 +247,7 @@ def _verify_together(manifest: Manifest, parts: Sequence[VerifiedPart]) -> Verif
 
 
 def _has_all_parts(manifest: Manifest) -> bool:
-    folder = _store().root / manifest.vm / manifest.checkpoint
-    return all((folder / part.host).is_dir() for part in manifest.hosts)
+    return len(_parts_here(manifest)) == len(manifest.hosts)
 
 
 def _parts_here(manifest: Manifest) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from dcres.config import Layout, VmSpec, load_vm_spec, named_folder, parse_size,
 from dcres.errors import ConfigError, Conflict
 from dcres.linux.interrupt import Terminated, ended_by_sigterm, uninterrupted
 from dcres.linux.removal import remove_if_empty
-from dcres.storage.store.store import Listing
+from dcres.storage.store.protocols import Listing
 
 _STATUS_TIMEOUT_S = 60.0
 

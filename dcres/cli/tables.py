@@ -19,7 +19,7 @@ from dcres.demo import Step, Story
 from dcres.doctor import Check, Status
 from dcres.model.pages import PAGE_SIZE
 from dcres.storage.format.checks import VerifyReport
-from dcres.storage.store.store import Listed
+from dcres.storage.store.protocols import Listed
 
 CLOCK = "`hwclock -s` in it sets it, or `chronyc makestep` where chrony runs"
 _BAR_WIDTH = 24

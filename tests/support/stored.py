@@ -20,6 +20,7 @@ from dcres.storage.format import tables
 from dcres.storage.format.host_part import write_main_files, write_memory_tables
 from dcres.storage.format.manifest import DiskSnapshot, HostPart, Manifest, Mode, Role
 from dcres.storage.store.pins import Hold
+from dcres.storage.store.protocols import CheckpointStore
 from dcres.storage.store.store import Store
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -56,7 +57,7 @@ def placement(page_count: int = PAGE_COUNT, seed: int = 2) -> tables.Placement:
 
 
 def take(
-    store: Store,
+    store: CheckpointStore,
     ram: Path,
     *,
     generation: int = 1,
@@ -67,7 +68,7 @@ def take(
 ) -> Manifest:
     """All files of a checkpoint of the RAM file `ram`, and its manifest, not yet published."""
     where = placement()
-    checkpoint = store.new_id(vm, now, token)
+    checkpoint = layout.checkpoint_id(vm, now, token)
     _begin(store, vm, checkpoint)
     parts = tuple(
         _slice(store.host_folder(vm, checkpoint, host), ram, where, index, memory_format)
@@ -96,12 +97,12 @@ def take(
     )
 
 
-def begin(store: Store, manifest: Manifest) -> None:
+def begin(store: CheckpointStore, manifest: Manifest) -> None:
     """Make the folder of a checkpoint, and leave it unpinned."""
     _begin(store, manifest.vm, manifest.checkpoint)
 
 
-def _begin(store: Store, vm: str, checkpoint: str) -> None:
+def _begin(store: CheckpointStore, vm: str, checkpoint: str) -> None:
     hold = Hold()
     store.begin(vm, checkpoint, hold)
     hold.drop()

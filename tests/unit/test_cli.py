@@ -40,7 +40,7 @@ from dcres.errors import (
 )
 from dcres.linux.interrupt import OperationInterrupted
 from dcres.storage.format.checks import FileResult, VerifyReport
-from dcres.storage.store.store import Listed
+from dcres.storage.store.protocols import Listed
 from dcres.vm.witness import WitnessReport
 from tests.support.homes import left_by_a_cluster
 from tests.support.placement import placement

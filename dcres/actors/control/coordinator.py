@@ -38,7 +38,7 @@ from dcres.model.live import DOWNTIME_S, MAX_ROUNDS, Judgement, Target
 from dcres.model.phase import VmPhase, in_the_way, judged
 from dcres.model.run_state import RunState, no_save, runs_restored
 from dcres.storage.format.manifest import Mode, loads
-from dcres.storage.store.store import Store
+from dcres.storage.layout import checkpoint_id
 
 log = logging.getLogger("dcres.coordinator")
 
@@ -136,7 +136,7 @@ class Coordinator(Coordination):
             # A clock may be set back, and ids are in order. The four digits tell checkpoints of
             # one second apart.
             now = self._latest = max(datetime.now(UTC), self._latest + _NEXT_TOKEN)
-            name = checkpoint or Store.new_id(self._vm, now, f"{now.microsecond // 16:04x}")
+            name = checkpoint or checkpoint_id(self._vm, now, f"{now.microsecond // 16:04x}")
             target = Target(downtime_s, max_rounds, self._fixed_s)
             running = Checkpointing(
                 self._subject(ports, run_state), name, Mode(mode), target, memory_format, now

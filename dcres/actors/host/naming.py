@@ -13,7 +13,7 @@ from dcres.errors import Conflict, DcresError, NameTaken, StoreReadOnly
 from dcres.linux.machine import boot_id, machine_id
 from dcres.model.ownership import Claimant
 from dcres.storage.store.lives import Claimed, next_without_store, read_counter
-from dcres.storage.store.store import Store
+from dcres.storage.store.protocols import CheckpointStore
 from dcres.vm.monitor import Monitor
 
 log = logging.getLogger("dcres.host")
@@ -26,7 +26,7 @@ def claimant(cluster: str, host: str) -> Claimant:
     return Claimant(cluster, host, machine_id(), boot_id())
 
 
-def trouble(store: Store, vm: str, me: Claimant, *, take_over: bool) -> str:
+def trouble(store: CheckpointStore, vm: str, me: Claimant, *, take_over: bool) -> str:
     """Why a life of `vm` could not begin on this host, as things are now; empty if it could."""
     return store.lives(vm).trouble(me, take_over=take_over)
 
@@ -37,7 +37,7 @@ class NameInStore:
     `record` is where generations are kept while the store cannot be written to.
     """
 
-    def __init__(self, store: Store, vm: str, host: str, record: Path) -> None:
+    def __init__(self, store: CheckpointStore, vm: str, host: str, record: Path) -> None:
         self._store = store
         self._vm = vm
         self._host = host

@@ -18,7 +18,7 @@ from dcres.paging.settings import SubAddress
 from dcres.storage.atomic import write_durably
 from dcres.storage.digest import bytes_sum
 from dcres.storage.format.manifest import Manifest
-from dcres.storage.store.store import Store
+from dcres.storage.store.protocols import CheckpointStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +31,7 @@ class Beginning:
     sources: tuple[SubAddress, ...]
 
 
-def beginning_of(resumption: Resumption, store: Store, codes: Sequence[int]) -> Beginning:
+def beginning_of(resumption: Resumption, store: CheckpointStore, codes: Sequence[int]) -> Beginning:
     """From the checkpoint and the plan. `codes` are the sub hosts' owner codes.
 
     With slice servers every page is theirs at first, and moves say where it is to go.
@@ -54,7 +54,9 @@ def beginning_of(resumption: Resumption, store: Store, codes: Sequence[int]) -> 
     )
 
 
-def _saved_tables(resumption: Resumption, manifest: Manifest, store: Store) -> tuple[Owners, Ticks]:
+def _saved_tables(
+    resumption: Resumption, manifest: Manifest, store: CheckpointStore
+) -> tuple[Owners, Ticks]:
     part = resumption.main_part
     if part is None:
         return store.read_placement(manifest), store.read_history(manifest)
@@ -69,7 +71,7 @@ def _owners_in_parts(placement: Owners, manifest: Manifest, by_part: Mapping[str
     return codes[placement]
 
 
-def vmcore_of(resumption: Resumption, store: Store, spool: Path) -> Path:
+def vmcore_of(resumption: Resumption, store: CheckpointStore, spool: Path) -> Path:
     """The VM core's file, checked; one that came in the order is written to `spool`.
 
     Raises CheckpointCorrupt.

@@ -2,22 +2,18 @@
 
 A checkpoint exists if and only if its manifest does: it is written last and removed first.
 Everything without a manifest is unfinished work, which `Store.sweep` removes. Every host has a
-store; the main host's holds the manifest, and several hosts may share one.
+store; the main host's holds the manifest, and several hosts may share one. What the methods promise
+is in `dcres.storage.store.protocols`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import re
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
-from dcres.linux.files import free_in
 from dcres.linux.removal import CheckpointFolder
 from dcres.storage import layout
 from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_durably
@@ -29,25 +25,12 @@ from dcres.storage.format.checks import VerifiedPart, Verifier, VerifyReport
 from dcres.storage.format.manifest import Manifest, dumps, loads
 from dcres.storage.format.memory_part import MemoryPart
 from dcres.storage.store import marker
+from dcres.storage.store.folders import Folders, below
 from dcres.storage.store.lives import Lives
 from dcres.storage.store.pins import Hold, pinned, unpinned
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A published checkpoint: its manifest, or why that cannot be read."""
-
-    checkpoint: str
-    vm: str
-    manifest: Manifest | None
-    error: str | None
-
+from dcres.storage.store.protocols import Listed, Listing, Names
 
 _TRIES, _AGAIN_S = 5, 0.05
-
-# Inside the class, `list` is its method.
-Listing = list[Listed]
-Names = list[str]
 
 
 class Store:
@@ -55,22 +38,13 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-
-    @staticmethod
-    def new_id(vm: str, now: datetime, token: str) -> str:
-        """The id of a checkpoint of `vm` begun at `now`; `token` is four hexadecimal digits."""
-        return layout.checkpoint_id(vm, now, token)
+        self._folders = Folders(root)
 
     def begin(self, vm: str, checkpoint: str, hold: Hold) -> None:
-        """Create the checkpoint's folder, mode 0700, and have `hold` pin it from now on.
-
-        May be repeated until it is published. Nothing that comes later creates it: who finds it
-        gone has lost files. Raises Conflict for a published one, NotFound for names that cannot
-        be, StoreFull, StoreReadOnly.
-        """
+        """See `Taking`."""
         for tries_left in reversed(range(_TRIES)):
             marker.mark(self.root)
-            folder = self._unpublished(vm, checkpoint)
+            folder = self._folders.unpublished(vm, checkpoint)
             make_private_dirs(folder)
             try:
                 hold.take(checkpoint, pinned(folder))
@@ -81,11 +55,8 @@ class Store:
                 time.sleep(_AGAIN_S)
 
     def host_folder(self, vm: str, checkpoint: str, host: str) -> Path:
-        """The folder for the files of `host` in a checkpoint that was begun; may be repeated.
-
-        Raises NotFound if the checkpoint was discarded, Conflict if it was published.
-        """
-        parent = self._unpublished(vm, checkpoint)
+        """See `Taking`."""
+        parent = self._folders.unpublished(vm, checkpoint)
         folder = parent / layout.checked_host(host)
         with contextlib.suppress(FileExistsError), store_written(folder):
             try:
@@ -95,21 +66,9 @@ class Store:
             sync_folder(parent)
         return folder
 
-    def _unpublished(self, vm: str, checkpoint: str) -> Path:
-        folder = self._folder(vm, checkpoint)
-        if (folder / layout.MANIFEST).exists():
-            raise Conflict(f"checkpoint {checkpoint} is published already; begin a new one")
-        return folder
-
     def publish(self, manifest: Manifest, here: Collection[str] | None = None) -> None:
-        """Make the checkpoint exist; all its files must be durable by now.
-
-        The parts of the hosts `here`, without it of all, lie in this store: each of their files is
-        there, and as long as it was written, or nothing is published. May be repeated with the
-        same manifest. Raises Conflict if another was published, NotFound if the checkpoint was
-        never begun, StorageError for a file that is not whole, StoreFull.
-        """
-        folder = self._folder(manifest.vm, manifest.checkpoint)
+        """See `Taking`."""
+        folder = self._folders.checkpoint(manifest.vm, manifest.checkpoint)
         path = folder / layout.MANIFEST
         text = dumps(manifest).encode("ascii")
         try:
@@ -125,30 +84,25 @@ class Store:
             raise discarded(manifest.checkpoint) from None
 
     def list(self, vm: str | None = None) -> Listing:
-        """Published checkpoints of one VM or all, newest last; unreadable ones with their error."""
-        vms = self._vms() if vm is None else [layout.checked_vm(vm)]
-        return sorted((self._listed(name) for vm in vms for name in self._published(vm)), key=_age)
+        """See `Published`."""
+        vms = self._folders.vms() if vm is None else [layout.checked_vm(vm)]
+        found = (name for vm in vms for name in self._folders.published_of(vm))
+        return sorted((_listed(self, name) for name in found), key=_age)
 
     def is_published(self, checkpoint: str) -> bool:
-        """Whether the checkpoint's manifest is here, readable or not."""
-        with contextlib.suppress(NotFound):
-            folder = self._folder(layout.vm_of(checkpoint), checkpoint)
-            return (folder / layout.MANIFEST).exists()
-        return False
+        """See `Published`."""
+        return self._folders.is_published(checkpoint)
 
     def confirm(self, checkpoint: str) -> bool:
-        """As `is_published`; then it stays published after a power failure. Raises OSError."""
+        """See `Taking`."""
         found = self.is_published(checkpoint)
         if found:
-            sync_folder(self._folder(layout.vm_of(checkpoint), checkpoint))
+            sync_folder(self._folders.named(checkpoint))
         return found
 
     def get(self, checkpoint: str) -> Manifest:
-        """The manifest of a checkpoint.
-
-        Raises NotFound, which names similar ids, and CheckpointCorrupt.
-        """
-        path = self._require_published(checkpoint) / layout.MANIFEST
+        """See `Published`."""
+        path = self._folders.published(checkpoint) / layout.MANIFEST
         try:
             text = path.read_bytes().decode("ascii")
         except OSError as error:
@@ -163,24 +117,17 @@ class Store:
         return manifest
 
     def discard(self, vm: str, checkpoint: str) -> None:
-        """Remove an unpublished checkpoint's files; does nothing if there are none.
-
-        Raises Conflict for a published one, and for one that is pinned.
-        """
-        folder = self._folder(vm, checkpoint)
+        """See `Taking`."""
+        folder = self._folders.checkpoint(vm, checkpoint)
         if (folder / layout.MANIFEST).exists():
             raise Conflict(f"checkpoint {checkpoint} is published; delete it instead")
         with contextlib.suppress(FileNotFoundError), unpinned(folder):
-            self._unpublished(vm, checkpoint)  # it may have been published until now
+            self._folders.unpublished(vm, checkpoint)  # it may have been published until now
             _remove(folder)
 
     def delete(self, checkpoint: str) -> None:
-        """Remove a published checkpoint, readable or not: its manifest first, then its files.
-
-        Raises NotFound, StoreReadOnly, Conflict for one that is pinned, HostError where something
-        is mounted in it. After a crash in between, `sweep` removes the rest.
-        """
-        folder = self._require_published(checkpoint)
+        """See `Published`."""
+        folder = self._folders.published(checkpoint)
         try:
             with unpinned(folder), store_written(folder / layout.MANIFEST):
                 (ours := CheckpointFolder(folder)).require_removable()
@@ -191,37 +138,31 @@ class Store:
             raise NotFound(f"checkpoint {checkpoint} was deleted meanwhile") from None
 
     def pin(self, checkpoint: str) -> contextlib.AbstractContextManager[None]:
-        """Keep what this store has of a checkpoint from being removed; see `pins.pinned`."""
-        return pinned(self._folder(layout.vm_of(checkpoint), checkpoint))
+        """See `Published`."""
+        return pinned(self._folders.named(checkpoint))
 
     def require_unpinned(self, checkpoint: str) -> None:
-        """Raises Conflict for a checkpoint that is pinned; one that is not here is not."""
-        folder = self._folder(layout.vm_of(checkpoint), checkpoint)
+        """See `Published`."""
+        folder = self._folders.named(checkpoint)
         with contextlib.suppress(FileNotFoundError), unpinned(folder):
             pass
 
     def parts_here(self, manifest: Manifest) -> tuple[str, ...]:
-        """The hosts whose parts this store has; whether they are whole, reading them says."""
+        """See `Reading`."""
         parts = (part.host for part in manifest.hosts)
-        return tuple(host for host in parts if self._part(manifest, host).is_dir())
+        return tuple(host for host in parts if self._folders.part(manifest, host).is_dir())
 
     def sweep(
         self, vm: str, keep: frozenset[str] = frozenset(), *, whole_parts: bool = True
     ) -> Names:
-        """Remove unpublished checkpoints of `vm`, but for `keep` and pinned ones; their ids.
-
-        What sub hosts have saved in a store of their own stays: its manifest is in the store of
-        the main host. Without `whole_parts` nothing goes that has a part which its host has ended:
-        on network storage a host may not see yet that another has published it (nfs(5), acdirmin).
-        Call it only where no other checkpoint than those in `keep` is being taken.
-        """
+        """See `Taking`."""
         may_be_published = _is_apart if whole_parts else _has_whole_part
 
         def is_left(path: Path) -> bool:
             return not (path / layout.MANIFEST).exists() and not may_be_published(path)
 
         swept = []
-        for path in _folders(self.root / layout.checked_vm(vm)):
+        for path in below(self.root / layout.checked_vm(vm)):
             mine = layout.is_checkpoint_of(vm, path.name) and path.name not in keep
             if mine and is_left(path):
                 # Hosts that share the store may sweep at the same time.
@@ -232,55 +173,47 @@ class Store:
         return swept
 
     def lives(self, vm: str) -> Lives:
-        """The lives of a VM, as this store knows them."""
+        """See `Naming`."""
         return Lives(self.root, vm)
 
     def latest_generation(self, vm: str) -> int:
-        """The greatest that was given out or is in a manifest. Raises CheckpointCorrupt."""
+        """See `Naming`."""
         known = [entry.manifest.generation for entry in self.list(vm) if entry.manifest]
         return max([self.lives(vm).counter(), *known])
 
     def identity(self) -> str:
-        """Which store this is: hosts with the same one share it; see `marker`."""
+        """See `Taking`."""
         return marker.identity(self.root)
 
-    def room(self, vm: str) -> int:
-        """Bytes that are free for checkpoints of `vm`."""
-        return free_in(self.root / layout.checked_vm(vm))
-
     def read_part(self, manifest: Manifest, host: str) -> host_part.Part:
-        """What `host` saved, its tables checked. Raises CheckpointCorrupt and NotFound."""
-        return host_part.read_part(self._part(manifest, host), manifest, host)
+        """See `Reading`."""
+        return host_part.read_part(self._folders.part(manifest, host), manifest, host)
 
     def memory_part(self, manifest: Manifest, host: str) -> MemoryPart:
-        """What the memory file of `host` must be; nothing is read. Raises NotFound."""
+        """See `Reading`."""
         part = host_part.find_part(manifest, host)
-        return host_part.memory_part(self._part(manifest, host), manifest, part)
+        return host_part.memory_part(self._folders.part(manifest, host), manifest, part)
 
     def read_placement(self, manifest: Manifest) -> tables.Placement:
-        """For every page an index in ``manifest.hosts``, or `tables.NOWHERE`."""
-        return host_part.read_placement(self._part(manifest, manifest.main.host), manifest)
+        """See `Reading`."""
+        return host_part.read_placement(self._folders.part(manifest, manifest.main.host), manifest)
 
     def read_history(self, manifest: Manifest) -> tables.Ticks:
-        """For every page the tick of its last access. Raises CheckpointCorrupt."""
-        path = self._part(manifest, manifest.main.host) / layout.HISTORY
+        """See `Reading`."""
+        path = self._folders.part(manifest, manifest.main.host) / layout.HISTORY
         expected = host_part.listed(manifest, manifest.main, layout.HISTORY)
         return tables.read_history(path, manifest.page_count, expected)[0]
 
     def vmcore(self, manifest: Manifest) -> Path:
-        """The VM core's file, once it was checked. Raises CheckpointCorrupt."""
-        path = self._part(manifest, manifest.main.host) / manifest.vmcore.name
+        """See `Reading`."""
+        path = self._folders.part(manifest, manifest.main.host) / manifest.vmcore.name
         check_file(path, manifest.vmcore)
         return path
 
     def verify(
         self, checkpoint: str, progress: Progress | None = None, strict: bool = False
     ) -> VerifyReport:
-        """Read every byte of a checkpoint and compare; check that the hosts' parts fit together.
-
-        `progress` gets pages done since its last call. Raises NotFound; CheckpointCorrupt for an
-        unreadable manifest, and if `strict` for the first problem of any file.
-        """
+        """See `Published`."""
         manifest = self.get(checkpoint)
         parts = [self.verify_part(manifest, part.host, progress, strict) for part in manifest.hosts]
         return self.verify_together(manifest, parts, strict)
@@ -288,15 +221,15 @@ class Store:
     def verify_part(
         self, manifest: Manifest, host: str, progress: Progress | None = None, strict: bool = False
     ) -> VerifiedPart:
-        """The first half of `verify`, for the files of one host; its store has them."""
+        """See `Published`."""
         verifier = Verifier(manifest, progress, strict)
-        mask = verifier.part(self._part(manifest, host), host)
+        mask = verifier.part(self._folders.part(manifest, host), host)
         return VerifiedPart.of(host, verifier.report(), mask)
 
     def verify_together(
         self, manifest: Manifest, parts: Sequence[VerifiedPart], strict: bool = False
     ) -> VerifyReport:
-        """The second half: that the parts fit together. The main host's part is in this store."""
+        """See `Published`."""
         verifier = Verifier(manifest, strict=strict)
         masks = {}
         for part in parts:
@@ -304,40 +237,16 @@ class Store:
             mask = part.mask(manifest.page_count)
             if mask is not None:
                 masks[part.host] = mask
-        verifier.agreement(self._part(manifest, manifest.main.host), masks)
+        verifier.agreement(self._folders.part(manifest, manifest.main.host), masks)
         return verifier.report()
 
-    def _folder(self, vm: str, checkpoint: str) -> Path:
-        if layout.vm_of(checkpoint) != layout.checked_vm(vm):
-            raise NotFound(f"checkpoint {checkpoint} is not one of VM {vm}")
-        return self.root / vm / checkpoint
 
-    def _part(self, manifest: Manifest, host: str) -> Path:
-        return self._folder(manifest.vm, manifest.checkpoint) / layout.checked_host(host)
-
-    def _vms(self) -> Names:
-        names = (path.name for path in _folders(self.root))
-        return [name for name in names if re.fullmatch(layout.VM_PATTERN, name)]
-
-    def _published(self, vm: str) -> Iterator[str]:
-        for path in _folders(self.root / vm):
-            if layout.is_checkpoint_of(vm, path.name) and (path / layout.MANIFEST).exists():
-                yield path.name
-
-    def _listed(self, checkpoint: str) -> Listed:
-        vm = layout.vm_of(checkpoint)
-        try:
-            return Listed(checkpoint, vm, self.get(checkpoint), None)
-        except CheckpointCorrupt as error:
-            return Listed(checkpoint, vm, None, str(error))
-
-    def _require_published(self, checkpoint: str) -> Path:
-        if self.is_published(checkpoint):
-            return self._folder(layout.vm_of(checkpoint), checkpoint)
-        known = [name for vm in self._vms() for name in self._published(vm)]
-        near = difflib.get_close_matches(checkpoint, known, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `dcres checkpoints`"
-        raise NotFound(f"there is no checkpoint {checkpoint!r} in {self.root}; {hint}")
+def _listed(store: Store, checkpoint: str) -> Listed:
+    vm = layout.vm_of(checkpoint)
+    try:
+        return Listed(checkpoint, vm, store.get(checkpoint), None)
+    except CheckpointCorrupt as error:
+        return Listed(checkpoint, vm, None, str(error))
 
 
 def _age(entry: Listed) -> tuple[str, int, str]:
@@ -346,21 +255,15 @@ def _age(entry: Listed) -> tuple[str, int, str]:
     return layout.stamp_of(entry.checkpoint), generation, entry.checkpoint
 
 
-def _folders(parent: Path) -> list[Path]:
-    if not parent.is_dir():
-        return []
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
-
-
 def _is_apart(folder: Path) -> bool:
     """Whether all that is here are whole parts of sub hosts, whose main host has another store."""
-    parts = _folders(folder)
+    parts = below(folder)
     of_main_host = any((part / layout.HISTORY).exists() for part in parts)
     return bool(parts) and all(map(_is_whole, parts)) and not of_main_host
 
 
 def _has_whole_part(folder: Path) -> bool:
-    return any(map(_is_whole, _folders(folder)))
+    return any(map(_is_whole, below(folder)))
 
 
 def _is_whole(part: Path) -> bool:
