@@ -18,8 +18,8 @@ import yaml
 
 from dcres.config import parse_size
 from dcres.linux.files import locked
+from dcres.linux.marks import HOME_MARK
 from dcres.linux.process import find_marked
-from dcres.linux.removal import HOME_MARK
 from dcres.model.pages import PAGE_SIZE
 from dcres.vm import witness
 from tests.support.cli import Cli, ended, require_nothing_left

@@ -14,8 +14,8 @@ from dcres.actors.ray import awaiting_nodes, gateway, local_node
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.actors.ray.local_node import CLUSTER_MARK, HOST_MARK
 from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
+from dcres.linux.marks import HOME_MARK
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
-from dcres.linux.removal import HOME_MARK
 from tests.support.actors import settings_of_task
 from tests.support.cluster import run_folders
 from tests.support.wait import until

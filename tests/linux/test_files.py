@@ -14,7 +14,8 @@ import pytest
 
 from dcres.errors import HostError, NoRoom, StoreFull
 from dcres.linux import files
-from dcres.linux.removal import Mark, OwnFolder
+from dcres.linux.marks import Mark
+from dcres.linux.removal import OwnFolder
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask, mask_of_extents
 from dcres.paging.changes import ChangeMap
 from dcres.storage.atomic import write_durably

@@ -8,7 +8,8 @@ from typing import Any
 
 from dcres.actors.ray.local_cluster import _new_state
 from dcres.actors.ray.local_home import Home, State, own_folders
-from dcres.linux.removal import STORE_MARK, OwnFolder
+from dcres.linux.marks import STORE_MARK
+from dcres.linux.removal import OwnFolder
 
 CHECKPOINT = "box-20260102-030405-abcd"
 

@@ -28,8 +28,8 @@ from dcres.actors.host.sub_host import SubHost
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.ports import Port
 from dcres.config import HostSettings, Layout, VmSpec
+from dcres.linux.marks import Mark
 from dcres.linux.process import ProcessId
-from dcres.linux.removal import Mark
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import Target
 from dcres.model.pages import PAGE_SIZE

@@ -25,8 +25,8 @@ from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.main_host import MainHost
 from dcres.config import HostSettings, parse_size
 from dcres.errors import DcresError
+from dcres.linux.marks import MARK
 from dcres.linux.process import find_marked
-from dcres.linux.removal import MARK
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.storage.format.manifest import Manifest, dumps
 from dcres.storage.store.store import Store

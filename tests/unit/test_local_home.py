@@ -20,7 +20,8 @@ from dcres.actors.ray.local_home import Home
 from dcres.cli import main
 from dcres.errors import ClusterError, Conflict, NotFound, NotOurs
 from dcres.linux.holding import hold, is_held
-from dcres.linux.removal import HOME_MARK, Mark, OwnFolder
+from dcres.linux.marks import HOME_MARK, Mark
+from dcres.linux.removal import OwnFolder
 from tests.support.homes import CHECKPOINT, left_by_a_cluster, state_of
 
 ANOTHER_CONTAINER = {"pids": "pid:[1]"}

@@ -23,8 +23,9 @@ from dcres.cli import main
 from dcres.doctor import Status, evaluate
 from dcres.linux.files import is_open_for_writing
 from dcres.linux.holding import hold
+from dcres.linux.marks import MARK, Mark
 from dcres.linux.process import ProcessId, spawn_detached
-from dcres.linux.removal import MARK, Mark, OwnFolder
+from dcres.linux.removal import OwnFolder
 from tests.support.homes import left_by_a_cluster
 from tests.unit.test_doctor import GOOD
 

@@ -10,15 +10,8 @@ import pytest
 
 from dcres.errors import HostError, NotOurs
 from dcres.linux import removal
-from dcres.linux.removal import (
-    MARK,
-    CheckpointFolder,
-    Mark,
-    OwnFolder,
-    create,
-    remove_if_empty,
-    remove_socket,
-)
+from dcres.linux.marks import MARK, Mark
+from dcres.linux.removal import CheckpointFolder, OwnFolder, create, remove_if_empty, remove_socket
 from dcres.storage import layout
 
 MINE = Mark("RAM", "cluster ab12")

@@ -18,7 +18,8 @@ from dcres.actors.host.sub_host import SubHost
 from dcres.actors.messages import Saved
 from dcres.errors import Conflict, StoreFull
 from dcres.linux.files import data_extents
-from dcres.linux.removal import Mark, OwnFolder
+from dcres.linux.marks import Mark
+from dcres.linux.removal import OwnFolder
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.pages import PAGE_SIZE, Extents

@@ -21,7 +21,8 @@ from dcres.actors.ray.fleet import end_what_is_left
 from dcres.actors.ray.local_node import CLUSTER_MARK
 from dcres.config import HostSettings
 from dcres.errors import HostError, NotOurs
-from dcres.linux.removal import MARK, Mark, OwnFolder
+from dcres.linux.marks import MARK, Mark
+from dcres.linux.removal import OwnFolder
 
 FOREIGN = ("state.json.txt", "photo.jpg", "work/thesis.tex")
 ENDS: dict[str, Callable[[HostSettings], object]] = {

@@ -21,8 +21,9 @@ from dcres.actors.ray.local_node import CLUSTER_MARK, end_all
 from dcres.errors import DcresError
 from dcres.linux.files import is_open_for_writing
 from dcres.linux.holding import is_held
+from dcres.linux.marks import HOME_MARK, MARK, Mark
 from dcres.linux.process import ProcessId, environments, sees
-from dcres.linux.removal import HOME_MARK, MARK, Mark, OwnFolder
+from dcres.linux.removal import OwnFolder
 from dcres.model.whereabouts import Life
 
 _SHARED_MEMORY = Path("/dev/shm")

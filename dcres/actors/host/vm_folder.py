@@ -13,8 +13,9 @@ from dcres.config import HostSettings
 from dcres.errors import Conflict, NotOurs
 from dcres.linux.files import require_own
 from dcres.linux.machine import boot_id, machine_id
+from dcres.linux.marks import Mark
 from dcres.linux.process import ProcessId, find_marked, sees
-from dcres.linux.removal import Mark, OwnFolder
+from dcres.linux.removal import OwnFolder
 from dcres.model.ownership import Claimant
 
 VM_MARK = "DCRES_VM_RUN"

@@ -22,7 +22,8 @@ from dcres.errors import ClusterError, Conflict, NotOurs
 from dcres.linux import machine
 from dcres.linux.files import opened
 from dcres.linux.holding import hold, is_held
-from dcres.linux.removal import HOME_MARK, MARK, Mark, OwnFolder, OwnNames, may_be_marked
+from dcres.linux.marks import HOME_MARK, MARK, Mark, may_be_marked
+from dcres.linux.removal import OwnFolder, OwnNames
 from dcres.model.whereabouts import Life, Place, life_of
 from dcres.storage.atomic import write_durably
 from dcres.storage.store import emptying

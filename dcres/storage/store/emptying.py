@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dcres.errors import Conflict, NotOurs
 from dcres.linux.files import is_locked
-from dcres.linux.removal import STORE_MARK, StoreFile, remove_if_empty, remove_store_mark
+from dcres.linux.marks import STORE_MARK
+from dcres.linux.removal import StoreFile, remove_if_empty, remove_store_mark
 from dcres.storage import layout
 from dcres.storage.store.store import Store
 
