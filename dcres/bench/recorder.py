@@ -28,6 +28,7 @@ from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Pages, mask_of_extents
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
+from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.outbox import Outbox
 from dcres.paging.pager.table import PageTable
 
@@ -40,9 +41,10 @@ class Recorder:
     """Serves one process's page faults in a thread of its own; see `recording`."""
 
     def __init__(
-        self, uffd: Userfaultfd, base: int, table: PageTable, outbox: Outbox, most: int
+        self, uffd: Userfaultfd, base: int, book: PageBook, outbox: Outbox, most: int
     ) -> None:
-        self._uffd, self._base, self._table, self._outbox = uffd, base, table, outbox
+        self._uffd, self._base, self._book, self._outbox = uffd, base, book, outbox
+        self._table = table = book.table
         self._owners = table.owner_bytes()
         self._most = most
         self._page = mmap(-1, PAGE_SIZE)
@@ -108,10 +110,11 @@ class Recorder:
             extent = np.array([[page, page + 1]])
             self._page[:] = self._outbox.read(extent)[0]
             self._uffd.copy(address, self._page_address, PAGE_SIZE)
+            self._book.taken_back(page)
             self._outbox.drop(extent)
         else:
             self._uffd.zero(address, PAGE_SIZE)
-        self._owners[page] = MAIN
+            self._book.first_touch(page)
         self._arrivals.append(page)
 
     def _take_oldest(self) -> None:
@@ -135,10 +138,10 @@ def recording(pid: int, ram: Path, page_count: int, most: int) -> Iterator[Recor
         uffd.register(base, page_count * PAGE_SIZE, missing=True)
         here = mask_of_extents(data_extents(ram_fd, page_count), page_count)
         owners = np.where(here, MAIN, NOWHERE).astype(np.uint8)
-        table = PageTable.create(folder / "table", owners, page_count)
+        book = PageBook(PageTable.create(folder / "table", owners, page_count))
         pipe = os.pipe()
         for fd in pipe:
             stack.callback(os.close, fd)
-        recorder = Recorder(uffd, base, table, Outbox(table, ram_fd, spool, pipe), most)
+        recorder = Recorder(uffd, base, book, Outbox(book, ram_fd, spool, pipe), most)
         stack.callback(recorder.stop)
         yield recorder

@@ -13,7 +13,7 @@ import errno
 import mmap
 import os
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -21,6 +21,27 @@ from dcres.errors import NoRoom, PagingError
 from dcres.linux.files import open_own
 from dcres.linux.removal import remove_own_file
 from dcres.model.pages import Extents, Pages, extents_of_pages
+
+
+class Changes(Protocol):
+    """Who wants to know which pages came, left or were written."""
+
+    def mark(self, first: int, stop: int) -> None:
+        """Pages ``[first, stop)`` have just changed."""
+
+    def mark_pages(self, pages: Pages) -> None:
+        """The same for page numbers."""
+
+
+class _NobodyLooks:
+    def mark(self, first: int, stop: int) -> None:
+        return
+
+    def mark_pages(self, pages: Pages) -> None:
+        return
+
+
+NOBODY_LOOKS = _NobodyLooks()
 
 
 class ChangeMap:

@@ -30,7 +30,8 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import FIRST_SUB, MAIN, NOWHERE, digest, sub_code
 from dcres.model.wire import Kind
 from dcres.paging import settings as settings_
-from dcres.paging.pager.evictor import REGION_PAGES, STEP_PAGES
+from dcres.paging.pager.homes import REGION_PAGES
+from dcres.paging.pager.share import STEP_PAGES
 from dcres.paging.pager.table import PageTable
 from tests.support.paging import Rig, rig
 from tests.support.speed import patience

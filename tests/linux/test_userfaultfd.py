@@ -22,8 +22,8 @@ from dcres.linux.pipe import address_of, waiting_bytes
 from dcres.linux.userfaultfd import REQUIRED_FEATURES, Userfaultfd
 from dcres.model.pages import PAGE_SIZE, extents_of_pages, pages_of_extents
 from dcres.model.placement import LEAVING, MAIN, recover
-from dcres.paging.pager import outbox as outbox_module
 from dcres.paging.pager.attach import present
+from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.outbox import BATCH_PAGES, Outbox
 from dcres.paging.pager.table import JournalState, PageTable
 from tests.support.paging import Writer
@@ -324,7 +324,7 @@ def outbox(target: Target, tracker: WriteTracker) -> Iterator[Outbox]:
     pipe = os.pipe()
     with files.opened(folder / "outbox", os.O_RDWR | os.O_CREAT) as spool:
         table = PageTable.create(folder / "table", np.full(PAGES, MAIN, dtype=np.uint8), PAGES)
-        yield Outbox(table, target.ram, spool, pipe)
+        yield Outbox(PageBook(table), target.ram, spool, pipe)
     for fd in pipe:
         os.close(fd)
     for path in folder.iterdir():
@@ -421,7 +421,7 @@ class Bench:
 
     def open(self) -> tuple[PageTable, Outbox]:
         table = PageTable(self.folder / "table", PAGES)
-        return table, Outbox(table, self.ram, self.spool, self.pipe)
+        return table, Outbox(PageBook(table), self.ram, self.spool, self.pipe)
 
     def content(self, fd: int, page: int) -> bytes:
         return os.pread(fd, PAGE_SIZE, page * PAGE_SIZE)
@@ -472,7 +472,8 @@ def run_until_killed(
         patched.setattr(os, "read", killer.wrap(os.read))
         patched.setattr(files, "punch_hole", killer.wrap(files.punch_hole))
         patched.setattr(PageTable, "_set", killer.wrap(PageTable._set))
-        patched.setattr(outbox_module.Outbox, "_finish", killer.wrap(Outbox._finish))
+        for transition in (PageBook.page_out, PageBook.resume_page_out):
+            patched.setattr(PageBook, transition.__name__, killer.wrap(transition))
         try:
             work()
         except Killed:

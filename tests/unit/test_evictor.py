@@ -31,6 +31,7 @@ from dcres.model.pages import (
 )
 from dcres.model.placement import LEAVING, MAIN, sub_code
 from dcres.model.wire import Kind
+from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.evictor import Evictor
 from dcres.paging.pager.outbox import Outbox
 from dcres.paging.pager.table import PageTable
@@ -137,11 +138,12 @@ class World:
             self._put(page, content(page, 0))
         owners = np.full(pages, MAIN, dtype=np.uint8)
         self.table = PageTable.create(folder / "table", owners, pages)
+        self.book = PageBook(self.table)
         self.subs = [Sub(0, pages), Sub(1, SMALL)]
-        self.outbox = Outbox(self.table, ram, outbox, pipe)
+        self.outbox = Outbox(self.book, ram, outbox, pipe)
         self._ticks = 0
         parts: Any = (self.subs, Tracker(), self._tick)
-        self.evictor = Evictor(self.table, self.outbox, *parts)
+        self.evictor = Evictor(self.book, self.outbox, *parts)
 
     def _tick(self) -> int:
         self._ticks += 1
@@ -151,21 +153,20 @@ class World:
         assert os.pwrite(self.ram, data, page * PAGE_SIZE) == PAGE_SIZE
 
     def limit(self, pages: int) -> None:
-        self.table.limit_pages = pages
-        self.evictor.limit_changed()
+        self.evictor.share.limit(pages)
 
     def write(self, page: int) -> None:
         """The guest writes a page, which is brought first, unless its host is away."""
         owner = int(self.table.owners[page])
         if owner == LEAVING:
-            self._put(page, self.evictor.take_back(page))
+            self._put(page, self.outbox.read_page(page))
             self.evictor.taken_back(page)
         elif owner != MAIN:
             sub = self._sub(owner)
             if not sub.ready:
                 return
             self._put(page, sub.pages[page])
-            self.table.owners[page] = MAIN
+            self.book.page_in(page, page + 1, owner)
             self.evictor.arrived(page, page + 1)
             sub.release(np.array([[page, page + 1]]))
         assert os.pread(self.ram, PAGE_SIZE, page * PAGE_SIZE) == self._expected(page)
@@ -204,13 +205,13 @@ class World:
     def check(self) -> None:
         assert len(self.sent()) == len(set(self.sent())), "a page is sent out twice"
         owners = self.table.owners
-        assert self.evictor.resident == int((owners == MAIN).sum())
-        assert self.evictor.leaving == int((owners == LEAVING).sum())
+        assert self.book.resident == int((owners == MAIN).sum())
+        assert self.book.leaving == int((owners == LEAVING).sum())
         for page, owner in enumerate(owners.tolist()):
             if owner == MAIN:
                 found = os.pread(self.ram, PAGE_SIZE, page * PAGE_SIZE)
             elif owner == LEAVING:
-                found = self.evictor.take_back(page)
+                found = self.outbox.read_page(page)
             else:
                 found = self._sub(owner).pages[page]
             assert found == self._expected(page), f"page {page} of owner {owner}"
@@ -226,7 +227,7 @@ class World:
                 while sub.requests:
                     self.answer(sub)
         assert self.evictor.drained
-        assert not self.evictor.recalled.any()
+        assert not self.book.recalled.any()
         for sub in self.subs:
             assert sorted(sub.pages) == self.owned_by(sub.code)
         self.check()
@@ -271,7 +272,7 @@ def test_a_page_that_is_missed_before_it_was_sent_is_not_sent() -> None:
         made.write(taken[0])
         made.evictor.step()
         assert made.sent() == taken[1:]
-        assert not made.evictor.recalled.any()
+        assert not made.book.recalled.any()
         made.settle()
 
 
@@ -306,13 +307,13 @@ def test_faults_are_served_all_the_way_down_to_a_lower_limit(busy: bool) -> None
         roomy, small = made.subs
         small.sub.capacity_pages = 0
         made.limit(few)
-        goal = few + 2 * made.evictor.slack_pages
-        while turns < 200 and made.evictor.resident + made.evictor.leaving > goal:
+        goal = few + 2 * made.evictor.share.slack_pages
+        while turns < 200 and made.book.resident + made.book.leaving > goal:
             made.evictor.step()
             made.answer(roomy)
-            waits = waits + 1 if made.evictor.over_limit else 0
+            waits = waits + 1 if made.evictor.share.over_limit else 0
             longest, turns = max(longest, waits), turns + 1
-            while busy and not made.evictor.over_limit and (page := remote(made)) is not None:
+            while busy and not made.evictor.share.over_limit and (page := remote(made)) is not None:
                 made.write(page)
         made.limit(many)
         made.settle()

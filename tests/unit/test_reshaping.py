@@ -11,7 +11,7 @@ from dcres.actors.host.reshaping import Shape, foresee, kept_pages
 from dcres.errors import NoRoom
 from dcres.model.history import Ticks
 from dcres.model.placement import FIRST_SUB, LEAVING, MAIN, NOWHERE, Owners, pages_by_host
-from dcres.paging.pager.evictor import REGION_PAGES
+from dcres.paging.pager.homes import REGION_PAGES
 
 ONE, TWO, THREE = FIRST_SUB, FIRST_SUB + 1, FIRST_SUB + 2
 PAGES = 8 * REGION_PAGES

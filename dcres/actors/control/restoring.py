@@ -29,7 +29,7 @@ from dcres.actors.protocol import Parts
 from dcres.config import Layout, VmSpec
 from dcres.errors import CheckpointCorrupt, DcresError, NotFound
 from dcres.model.pages import PAGE_SIZE, pages_of
-from dcres.paging.pager.evictor import headroom_pages
+from dcres.paging.pager.share import headroom_pages
 from dcres.paging.settings import SubAddress
 from dcres.storage.format.manifest import Manifest, dumps
 

@@ -13,7 +13,8 @@ from dcres.model.pages import Pages
 from dcres.model.placement import LEAVING, MAIN, SAVED_NOWHERE, Owners, pages_by_host
 from dcres.model.plan import CHUNK_PAGES, plan
 from dcres.model.transport import Counts
-from dcres.paging.pager.evictor import REGION_PAGES, STEP_PAGES, headroom_pages, homes_of
+from dcres.paging.pager.homes import REGION_PAGES, homes_of
+from dcres.paging.pager.share import STEP_PAGES, headroom_pages
 
 _MOST_BATCHES = 1024
 _CODES = 256

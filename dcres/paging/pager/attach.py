@@ -19,7 +19,8 @@ from dcres.linux.files import data_extents, open_own, opened
 from dcres.linux.pipe import access_mode
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
-from dcres.model.placement import LEAVING, MAIN, NOWHERE, recover
+from dcres.model.placement import LEAVING, MAIN, NOWHERE
+from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.outbox import Outbox
 from dcres.paging.pager.table import PageTable
 from dcres.paging.settings import PagerSettings
@@ -72,7 +73,7 @@ def _require_known(table: PageTable, settings: PagerSettings) -> None:
         )
 
 
-def attach(settings: PagerSettings, table: PageTable, stack: ExitStack) -> Attached:
+def attach(settings: PagerSettings, book: PageBook, stack: ExitStack) -> Attached:
     """Take over the paging of a stopped QEMU, or of one whose pager has died.
 
     Raises VmLost when QEMU is gone, UnsupportedHost, PagesLost when memory is missing.
@@ -80,6 +81,7 @@ def attach(settings: PagerSettings, table: PageTable, stack: ExitStack) -> Attac
     base = _ram_base(settings)
     ram, spool = _open(settings.ram, stack), _open(settings.outbox, stack)
     os.ftruncate(spool, settings.page_count * PAGE_SIZE)
+    table = book.table
     adopted = table.pipe_inode != 0
     if adopted:
         uffd = stack.enter_context(_adopt_userfaultfd(settings.qemu_pid))
@@ -88,11 +90,11 @@ def attach(settings: PagerSettings, table: PageTable, stack: ExitStack) -> Attac
         uffd = stack.enter_context(_new_userfaultfd(settings, base))
         table.pipe_inode = _new_pipe(settings.qemu_pid)
     pipe = _adopt_pipe(settings.qemu_pid, table.pipe_inode, stack)
-    outbox = Outbox(table, ram, spool, pipe)
+    outbox = Outbox(book, ram, spool, pipe)
     if adopted:
         # Its predecessor may have died before it did that for sub hosts that have just joined.
         _register(uffd, base, settings)
-        _recover(table, outbox, ram, spool)
+        _recover(book, outbox, ram, spool)
         uffd.wake(base, settings.page_count * PAGE_SIZE)
     return Attached(uffd, base, ram, outbox, adopted)
 
@@ -131,16 +133,14 @@ def _register(uffd: Userfaultfd, base: int, settings: PagerSettings) -> None:
     uffd.register(base, settings.page_count * PAGE_SIZE, missing=missing)
 
 
-def keep_owners(attached: Attached, settings: PagerSettings, table: PageTable) -> None:
+def keep_owners(attached: Attached, settings: PagerSettings, book: PageBook) -> None:
     """The first sub host joins: from now on no page may come or go behind our back.
 
     Before, a page that the guest touched appeared without a fault, and nobody kept the owners.
     What the RAM file holds once faults are reported is all that is there.
     """
     _register(attached.uffd, attached.base, settings)
-    here = present(attached.ram, table.page_count)
-    leaving = ~here & (table.owners == LEAVING)  # of sub hosts that there were before
-    table.owners[:] = np.select([here, leaving], [MAIN, LEAVING], NOWHERE)
+    book.keep_owners(present(attached.ram, settings.page_count))
 
 
 def _adopt_userfaultfd(pid: int) -> Userfaultfd:
@@ -187,10 +187,7 @@ def _require_placed(table: PageTable, ram: int) -> None:
         raise PagesLost(f"the RAM file and the page table disagree about {wrong} pages")
 
 
-def _recover(table: PageTable, outbox: Outbox, ram: int, spool: int) -> None:
+def _recover(book: PageBook, outbox: Outbox, ram: int, spool: int) -> None:
     outbox.recover()
-    found = recover(table.owners, present(ram, table.page_count), present(spool, table.page_count))
-    if found.lost.any():
-        raise PagesLost(f"{int(found.lost.sum())} pages of the main host are gone")
-    table.owners[:] = found.owners
-    outbox.drop_mask(found.stale_outbox)
+    count = book.table.page_count
+    outbox.drop_mask(book.recover(present(ram, count), present(spool, count)))

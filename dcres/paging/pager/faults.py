@@ -15,33 +15,23 @@ from mmap import mmap
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from dcres.errors import PagesLost, PagingError
 from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
-from dcres.model.around import FaultAround
 from dcres.model.history import hottest
-from dcres.model.pages import (
-    PAGE_SIZE,
-    Mask,
-    Pages,
-    extents_of_mask,
-    extents_of_pages,
-    split,
-)
+from dcres.model.pages import PAGE_SIZE, Mask, Pages, extents_of_pages
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
+from dcres.paging.pager.book import PageBook, mains
 from dcres.paging.pager.evictor import Evictor
 from dcres.paging.pager.outbox import Outbox
-from dcres.paging.pager.table import PageTable
+from dcres.paging.pager.page_ins import Neighbours, Numbers, PageIns
 from dcres.paging.transport.link import Link, LinkState
 from dcres.paging.transport.requests import Request, Runs
 
-FRAME_PAGES = 64  # in one answer of many: the next is read while the last is put in place
 _SAMPLES = 4096
 _FAULTS_AT_ONCE = 16
 
-Numbers: TypeAlias = npt.NDArray[np.uint32]
 # Page, number of the request for it or 0, bytes of that sent, owner's code, when (monotonic ns).
 HotFault: TypeAlias = tuple[int, int, int, int, int]
 
@@ -53,7 +43,7 @@ class FaultHandler:
         self,
         uffd: Userfaultfd,
         base: int,
-        table: PageTable,
+        book: PageBook,
         evictor: Evictor,
         outbox: Outbox,
         links: Sequence[Link],
@@ -61,31 +51,31 @@ class FaultHandler:
     ) -> None:
         self._uffd = uffd
         self._base = base
-        self._table = table
-        self._owners = table.owner_bytes()
+        self._book = book
+        self._table = book.table
+        self._owners = book.table.owner_bytes()
         self._evictor = evictor
         self._outbox = outbox
         self.set_links(links)
         self._now = now
-        self.on_arrival: Callable[[int, int], None] = lambda first, stop: None
         self._page = mmap(-1, PAGE_SIZE)
         self._page_address = address_of(self._page)
-        self.asked: Numbers = np.zeros(table.page_count, dtype=np.uint32)
-        """Per page: the number of the request that brings it, 0 if none does."""
-        self._asked = self.asked.data
-        self._fetching = 0  # pages that were asked for
-        self._brought: set[int] = set()  # those of them that nobody has missed, nor a neighbour
+        self._page_ins = PageIns(book.table.page_count)
+        self._neighbours = Neighbours(book, self._page_ins)
         self._missed: dict[int, int] = {}  # page → when the guest missed it (ns)
-        self._around = FaultAround()
-        self._later: dict[int, tuple[int, int]] = {}  # missed page → window to bring after it
         self._waiting: dict[int, set[int]] = {}  # link code → missed pages while it is down
         self.latencies_ns: deque[int] = deque(maxlen=_SAMPLES)
         self.faults = self.pages_in = self.zero_pages = self.taken_back = 0
 
     @property
+    def asked(self) -> Numbers:
+        """Per page: the number of the request that brings it, 0 if none does."""
+        return self._page_ins.asked
+
+    @property
     def fetching(self) -> bool:
         """Whether a page-in is under way."""
-        return bool(self._fetching or self._missed)
+        return bool(self._page_ins.pages or self._missed)
 
     @property
     def guest_waits(self) -> bool:
@@ -95,7 +85,7 @@ class FaultHandler:
     @property
     def bringing(self) -> int:
         """How many pages are on their way that nobody has missed."""
-        return len(self._brought)
+        return self._page_ins.brought
 
     def on_their_way(self, pages: Pages) -> Mask:
         """Which of `pages` were asked for, or will be when a link is back; shape of `pages`."""
@@ -120,12 +110,12 @@ class FaultHandler:
         # Their requests are sent: they come before any that we send now.
         for page, number, sent_bytes, code, at_ns in faults:
             if number:
-                self._fetching += 1
+                self._page_ins.pages += 1
                 self._missed[page] = at_ns
                 self._links[code].asked(page, number, sent_bytes)
         for page, number, _, code, _ in faults:
             if number:
-                self._ask_around(page, self._links[code])
+                self._neighbours.missed(page, self._links[code])
             else:
                 self._fault(page)
 
@@ -142,7 +132,7 @@ class FaultHandler:
 
     def _zero(self, page: int) -> None:
         self._uffd.zero(self._base + page * PAGE_SIZE, PAGE_SIZE)
-        self._owners[page] = MAIN
+        self._book.first_touch(page)
         self._evictor.arrived(page, page + 1)
         self.zero_pages += 1
 
@@ -154,7 +144,7 @@ class FaultHandler:
         self._uffd.wake(self._base + page * PAGE_SIZE, PAGE_SIZE)
 
     def _take_back(self, page: int) -> None:
-        self._page[:] = self._evictor.take_back(page)
+        self._page[:] = self._outbox.read_page(page)
         self._uffd.copy(self._base + page * PAGE_SIZE, self._page_address, PAGE_SIZE)
         self._evictor.taken_back(page)
         self.taken_back += 1
@@ -172,37 +162,9 @@ class FaultHandler:
         if link.state is not LinkState.READY:
             self._waiting.setdefault(owner, set()).add(page)
             return
-        if not self._asked[page]:
-            self._ask(link, page, page + 1, hurry=True)
-        self._ask_around(page, link)
-
-    def _ask(self, link: Link, first: int, stop: int, *, hurry: bool = False) -> None:
-        # Before it is sent: should the link break in sending, it is among the unanswered.
-        self.asked[first:stop] = link.next_number(hurry=hurry)
-        self._fetching += stop - first
-        link.page_in([(first, stop)], hurry=hurry)
-
-    def _ask_around(self, page: int, link: Link) -> None:
-        """Neighbours of a missed page: at once, or once the guest goes on.
-
-        Later is better for the guest unless it will want them next: their request, and the
-        memory server's work on it, would make it wait 70 µs more.
-        """
-        first, stop, at_once = self._around.missed(page)
-        if link.state is not LinkState.READY:
-            return
-        if at_once:
-            self._ask_window(link, first, stop)
-        elif stop - first > 1:
-            self._later[page] = (first, stop)
-
-    def _ask_window(self, link: Link, lowest: int, highest: int) -> None:
-        """The pages of a window that this host holds and nobody has asked for, in frames."""
-        here = np.frombuffer(self._owners, np.uint8)[lowest:highest] == link.code
-        here &= self.asked[lowest:highest] == 0
-        for first, stop in split(extents_of_mask(here) + lowest, FRAME_PAGES):
-            if link.state is LinkState.READY:
-                self._ask(link, first, stop)
+        if not self._page_ins.by_page[page]:
+            self._page_ins.ask(link, page, page + 1, hurry=True)
+        self._neighbours.missed(page, link)
 
     def fill(self, most: int) -> bool:
         """Bring `most` remote pages nobody has missed, the last touched first, to fill room."""
@@ -215,71 +177,47 @@ class FaultHandler:
         return False
 
     def bring(self, link: Link, pages: Pages) -> bool:
-        """Page in what nobody has missed, unless it is on its way; whether anything was asked.
-
-        At most `wire.MAX_PAGES` pages.
-        """
-        wanted = pages[self.asked[pages] == 0]
-        if wanted.size == 0 or link.state is not LinkState.READY:
-            return False
-        self.asked[wanted] = link.next_number()
-        self._fetching += wanted.size
-        self._brought.update(wanted.tolist())
-        link.page_in(extents_of_pages(wanted).tolist())
-        return True
+        """Page in what nobody has missed, unless it is on its way; whether anything was asked."""
+        return self._page_ins.bring(link, pages)
 
     def arrived(self, link: Link, runs: Runs, address: int) -> None:
         """Put pages in place, record it, and only then let the sub host forget them.
 
         Pages that were brought ahead of need keep the time of their last access.
         """
-        brought = runs[0][0] in self._brought
         for first, stop in runs:
-            length = (stop - first) * PAGE_SIZE
             at_ns = self._put(link, first, stop, address)
-            address += length
-            self._is_here(first, stop, at_ns, brought=brought)
+            address += (stop - first) * PAGE_SIZE
+            self._is_here(first, stop, at_ns)
         link.release_runs(runs)
-        self._go_around(link, runs[0][0])
+        self._neighbours.came(runs[0][0], link)
 
     def put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
-        """The same, of one run that is in place since `at_ns`."""
-        self._is_here(first, stop, at_ns, brought=first in self._brought)
+        """The same, of one run that the hot path has put in place at `at_ns`."""
+        self._book.heard_page_in(first, stop)
+        self._is_here(first, stop, at_ns)
         link.release_runs([(first, stop)])
-        self._go_around(link, first)
-
-    def _go_around(self, link: Link, page: int) -> None:
-        """The guest goes on with `page`: bring its neighbours if they were left for later."""
-        if self._later:
-            window = self._later.pop(page, None)
-            if window is not None:
-                self._ask_window(link, *window)
-
-    def _is_here(self, first: int, stop: int, at_ns: int, *, brought: bool) -> None:
-        """Pages that were asked for are in place since `at_ns`, and the table says so."""
-        self.asked[first:stop] = 0
-        self._fetching -= stop - first
-        self.pages_in += stop - first
-        if brought:
-            self._brought.difference_update(range(first, stop))
-        self._evictor.arrived(first, stop, wanted=not brought)
-        self._guest_goes_on(first, stop, at_ns)
-        self.on_arrival(first, stop)
+        self._neighbours.came(first, link)
 
     def _put(self, link: Link, first: int, stop: int, address: int) -> int:
-        """Pages in place and in the table, unless they are; when that was."""
+        """Pages in place and in the book, unless they are; when that was."""
         owners = self._owners[first:stop]
         # The hot path has put it there if the table says so: of a page that was asked for nothing
         # else does.
-        if owners == bytes([MAIN]) * (stop - first):
+        if owners == mains(stop - first):
+            self._book.heard_page_in(first, stop)
             return link.put_at_ns
-        if owners != bytes([link.code]) * (stop - first):
+        if owners != bytes((link.code,)) * (stop - first):
             raise PagingError(f"{link.sub.host} sent pages that it does not own")
         self._uffd.copy(self._base + first * PAGE_SIZE, address, (stop - first) * PAGE_SIZE)
-        self._table.owners[first:stop] = MAIN
+        self._book.page_in(first, stop, link.code)
         return time.monotonic_ns()
 
-    def _guest_goes_on(self, first: int, stop: int, at_ns: int) -> None:
+    def _is_here(self, first: int, stop: int, at_ns: int) -> None:
+        """Pages that were asked for are in place since `at_ns`, and the book says so."""
+        self.pages_in += stop - first
+        if self._page_ins.came(first, stop):
+            self._evictor.arrived(first, stop)
         for page in [page for page in self._missed if first <= page < stop]:
             self.latencies_ns.append(max(0, at_ns - self._missed.pop(page)))
             self._table.ticks[page] = self._now()
@@ -293,17 +231,15 @@ class FaultHandler:
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Page-ins on a link that broke: ask again, when it is back, for what was missed."""
         for request in requests:
-            waiting = request.pages[self.asked[request.pages] == request.number]
+            waiting = self._page_ins.of(request)
             # The hot path may have put pages in place whose frame nobody reads any more. Their
             # copies are leftovers that the link releases when it is back.
-            here = waiting[self._table.owners[waiting] == MAIN]
-            for first, stop in extents_of_pages(here).tolist():
-                self._is_here(first, stop, time.monotonic_ns(), brought=first in self._brought)
-            pages = np.setdiff1d(waiting, here).tolist()
-            self.asked[pages] = 0
-            self._fetching -= len(pages)
-            self._brought.difference_update(pages)
-            for page in pages:
-                self._later.pop(page, None)
-            missed = self._missed.keys() & pages
+            put = self._table.owners[waiting] == MAIN
+            for first, stop in extents_of_pages(waiting[put]).tolist():
+                self._book.heard_page_in(first, stop)
+                self._is_here(first, stop, time.monotonic_ns())
+            lost = waiting[~put]
+            self._page_ins.will_not_come(lost)
+            self._neighbours.will_not_come(lost)
+            missed = self._missed.keys() & lost.tolist()
             self._waiting.setdefault(link.code, set()).update(missed)

@@ -5,8 +5,8 @@ main host's pages are paged in; a sub host fetches its own, directly from where 
 the page table changes once it has them. The guest does not wait for any of it: a page that it
 misses comes at once from wherever it is, and is left alone by the mover from then on.
 
-A page that comes to the main host while a sub host fetches it is *recalled*, as the evictor
-has it: it must not leave again before the copy there was released, since that copy is older.
+A page that comes to the main host while a sub host fetches it is *recalled*: it must not leave
+again before the copy there was released, since that copy is older. The page book sees to it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ import numpy as np
 from dcres.model.moves import NO_MOVES, Moves
 from dcres.model.pages import (
     Extents,
-    Mask,
     Pages,
-    count_pages,
     extents_of_pages,
     pages_of_extents,
 )
 from dcres.model.placement import MAIN
-from dcres.paging.pager.evictor import Evictor
+from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.faults import FaultHandler
-from dcres.paging.pager.table import PageTable
+from dcres.paging.pager.share import Share
 from dcres.paging.transport.link import Link, LinkState
 from dcres.paging.transport.requests import Request
 
@@ -50,20 +48,17 @@ class Mover:
     a host was away for a moment, is still where it was and found again by the next pass.
     """
 
-    def __init__(self, table: PageTable, faults: FaultHandler, evictor: Evictor) -> None:
-        self._table = table
+    def __init__(self, book: PageBook, faults: FaultHandler, share: Share) -> None:
+        self._book = book
         self._faults = faults
-        self._evictor = evictor
+        self._share = share
         self._links: Mapping[int, Link] = {}
         self._orders: Moves = NO_MOVES
         self._rows: deque[Row] = deque()
         self._found_some = False  # in this pass
-        self._moving: Mask = np.zeros(table.page_count, dtype=np.bool_)
-        self._fetching = 0
         self._wait_until = 0.0
         self.enabled = True
         self.pages_left = 0  # at most; what the guest brings by itself is found out later
-        faults.on_arrival = self._arrived
 
     def set_links(self, links: Sequence[Link]) -> None:
         """Sub hosts and slice servers as they are from now on."""
@@ -84,7 +79,7 @@ class Mover:
     @property
     def drained(self) -> bool:
         """Whether no sub host is fetching."""
-        return self._fetching == 0
+        return self._book.fetching_pages == 0
 
     def step(self) -> bool:
         """Ask for a few pages more, or find out that there are none; whether that did anything."""
@@ -94,16 +89,17 @@ class Mover:
             if not self._rows:
                 return self._next_pass()
             row = self._rows[0]
-            pages = self._still_there(row)
+            first, stop, source, _ = row
+            pages = self._book.not_fetched(first, stop, source)
             if pages.size:
                 self._found_some = True
                 return self._ask(row, pages)
             self._rows.popleft()
-            self._count(row[1] - row[0])
+            self._count(stop - first)
         return True
 
     def _next_pass(self) -> bool:
-        if self._fetching or self._faults.bringing:
+        if self._book.fetching_pages or self._faults.bringing:
             return False
         self.pages_left = 0
         if self._found_some:
@@ -115,11 +111,6 @@ class Mover:
 
     def _count(self, pages: int) -> None:
         self.pages_left = max(0, self.pages_left - pages)
-
-    def _still_there(self, row: Row) -> Pages:
-        first, stop, source, _ = row
-        there = (self._table.owners[first:stop] == source) & ~self._moving[first:stop]
-        return np.flatnonzero(there) + first
 
     def _ask(self, row: Row, pages: Pages) -> bool:
         """Have the first of `pages` brought; False when it has to wait."""
@@ -134,7 +125,7 @@ class Mover:
 
     def _bring(self, row: Row, pages: Pages) -> int | None:
         """Page in to the main host; None when there is no room, so that it must not wait."""
-        room = -self._evictor.excess_pages - self._faults.bringing
+        room = -self._share.excess_pages - self._faults.bringing
         if self._faults.bringing > BRING_PAGES:
             return 0
         if room <= 0:
@@ -148,14 +139,13 @@ class Mover:
     def _fetch(self, row: Row, pages: Pages) -> int:
         source = self._links[row[2]]
         link = self._destination(row[3], source)
-        if link is None or self._fetching >= MOST_FETCHING_PAGES:
+        if link is None or self._book.fetching_pages >= MOST_FETCHING_PAGES:
             return 0
         few = pages[: min(link.room_pages, FETCH_PAGES)]
         few = few[~self._faults.on_their_way(few)]
         if few.size == 0:
             return 0
-        self._moving[few] = True
-        self._fetching += few.size
+        self._book.fetch(few)
         link.fetch(source.sub, extents_of_pages(few))
         return few.size
 
@@ -167,27 +157,20 @@ class Mover:
         others = [each for each in self._links.values() if each is not source and each.room_pages]
         return max(others, key=lambda each: each.room_pages, default=None)
 
-    def _arrived(self, first: int, stop: int) -> None:
-        if self._fetching:
-            self._evictor.recalled[first:stop] |= self._moving[first:stop]
-
     def fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
         """A sub host holds `stored` of the pages that it was to fetch."""
-        self._moving[pages_of_extents(asked)] = False
-        self._fetching -= count_pages(asked)
         if len(stored) == 0:  # their source does not answer: it may be back in a moment
             self._wait_until = time.monotonic() + RETRY_S
         pages = pages_of_extents(stored)
-        recalled = self._evictor.recalled[pages] | self._faults.on_their_way(pages)
-        self._hand_over(link, pages[~recalled])
-        if recalled.any():
-            link.release(extents_of_pages(pages[recalled]))
-        self._evictor.recalled[pages_of_extents(asked)] = False
+        stale = self._book.recalled[pages] | self._faults.on_their_way(pages)
+        self._hand_over(link, pages[~stale])
+        self._book.fetched(pages_of_extents(asked))
+        if stale.any():
+            link.release(extents_of_pages(pages[stale]))
 
     def _hand_over(self, link: Link, pages: Pages) -> None:
-        """The table first: a page is never released where the table still looks for it."""
-        before = self._table.owners[pages]
-        self._table.owners[pages] = link.code
+        """The book first: a page is never released where the table still looks for it."""
+        before = self._book.hand_over(pages, link.code)
         for code in np.unique(before).tolist():
             self._links[code].release(extents_of_pages(pages[before == code]))
 

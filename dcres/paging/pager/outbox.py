@@ -40,8 +40,8 @@ from dcres.model.pages import (
     extents_of_mask,
     extents_of_pages,
 )
-from dcres.model.placement import LEAVING
-from dcres.paging.pager.table import JournalState, PageTable
+from dcres.paging.pager.book import PageBook
+from dcres.paging.pager.table import JournalState
 from dcres.paging.transport.loop import EMPTY, FILL, PUNCH
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ class Outbox:
     Whoever sets it hears of those faults in the next turn of its loop, and sends nothing before.
     """
 
-    def __init__(self, table: PageTable, ram: int, outbox: int, pipe: tuple[int, int]) -> None:
-        self._table = table
+    def __init__(self, book: PageBook, ram: int, outbox: int, pipe: tuple[int, int]) -> None:
+        self._book = book
+        self._table = book.table
         self._ram = ram
         self._outbox = outbox
         self._pipe_out, self._pipe_in = pipe
@@ -71,7 +72,8 @@ class Outbox:
         extents = extents_of_pages(pages)
         self._pull(pages, extents)
         self._empty_pipe(self._outbox, extents)
-        self._finish(pages)
+        self._book.page_out(pages)
+        self._table.journal_state = JournalState.EMPTY
 
     def unmap(self, pages: Pages) -> None:
         """Leave such pages in the RAM file and nowhere in the guest's page table.
@@ -139,10 +141,6 @@ class Outbox:
         # the page's lock, so that it never sees half of one.
         self._empty_pipe(self._ram, extents)
 
-    def _finish(self, pages: Pages) -> None:
-        self._table.owners[pages] = LEAVING
-        self._table.journal_state = JournalState.EMPTY
-
     def recover(self) -> None:
         """Finish or undo the batch that a killed predecessor had under way."""
         match self._table.journal_state:
@@ -166,7 +164,7 @@ class Outbox:
             skip = PAGE_SIZE - rest if rest else 0
             self._empty_into(self._outbox, page * PAGE_SIZE + skip, PAGE_SIZE - skip)
             rest = 0
-        self._finish(pages)
+        self._book.resume_page_out(pages)
 
     def _waiting_tail(self) -> tuple[list[int], int]:
         """The batch's pages that are still in the pipe, and how much of the first if not all.
@@ -183,6 +181,10 @@ class Outbox:
             os.pread(self._outbox, (stop - first) * PAGE_SIZE, first * PAGE_SIZE)
             for first, stop in extents.tolist()
         ]
+
+    def read_page(self, page: int) -> bytes:
+        """The content of one page that is here."""
+        return os.pread(self._outbox, PAGE_SIZE, page * PAGE_SIZE)
 
     def drop(self, extents: Extents) -> None:
         """Forget pages that somebody else holds by now."""

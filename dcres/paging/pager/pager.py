@@ -27,10 +27,11 @@ from dcres.paging import control
 from dcres.paging import moves as moves_
 from dcres.paging import settings as settings_
 from dcres.paging.alone import alone
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import NOBODY_LOOKS, ChangeMap
 from dcres.paging.control import Answer, ControlServer, Reply
 from dcres.paging.pager.attach import Attached, attach, keep_owners, lock_of, open_table
-from dcres.paging.pager.evictor import NOBODY_LOOKS, Evictor
+from dcres.paging.pager.book import PageBook
+from dcres.paging.pager.evictor import Evictor
 from dcres.paging.pager.faults import FaultHandler, HotFault
 from dcres.paging.pager.mover import Mover
 from dcres.paging.pager.standstill import PagerState, Standstill
@@ -54,7 +55,8 @@ class Pager:
         self._settings = settings = settings_.load(PagerSettings, settings_path)
         stack.enter_context(alone(lock_of(settings), "a pager of this VM"))
         self._table = open_table(settings)
-        self._attached: Attached = attach(settings, self._table, stack)
+        self._book = PageBook(self._table)
+        self._attached: Attached = attach(settings, self._book, stack)
         self._started = time.monotonic()
         self._first_tick = int(self._table.ticks.max(initial=0)) + 1
         self._loop = Loop()
@@ -64,20 +66,20 @@ class Pager:
             WriteTracker(settings.qemu_pid, self._attached.base, settings.page_count)
         )
         outbox = self._attached.outbox
-        self._evictor = Evictor(self._table, outbox, self._links, tracker, self.tick)
+        self._evictor = Evictor(self._book, outbox, self._links, tracker, self.tick)
         if not self._attached.adopted and self._table.ticks[self._table.owners == MAIN].any():
             self._evictor.keep_history()
         self._faults = FaultHandler(
             self._attached.uffd,
             self._attached.base,
-            self._table,
+            self._book,
             self._evictor,
             outbox,
             self._all_links,
             self.tick,
         )
         self._evictor.set_links(self._links, owners_kept=bool(self._all_links))
-        self._mover = Mover(self._table, self._faults, self._evictor)
+        self._mover = Mover(self._book, self._faults, self._evictor.share)
         self._mover.set_links(self._all_links)
         self._mover.order(moves_.load(Path(settings.moves)))
         self._standstill = Standstill(self._faults, self._evictor, self._mover, self.tick)
@@ -91,7 +93,7 @@ class Pager:
         self._loop.add(self._attached.uffd.fd, self._fault_ready)
         outbox.hot = self._loop.hot
         if self._loop.hot is not None:
-            owners, asked = self._table.owners, self._faults.asked
+            owners, asked = self._book.for_hot_path, self._faults.asked
             self._loop.hot.watch(self._attached.uffd.fd, self._attached.base, owners, asked)
         self._loop.add(self._pidfd, self._qemu_ended)
         self._control = ControlServer(self._loop, Path(settings.control), self._order)
@@ -132,11 +134,11 @@ class Pager:
             return False
         # While QUIET nothing leaves, so waiting for room would be waiting for ever.
         quiet = self._standstill.state is PagerState.QUIET
-        self._listen(quiet or not self._evictor.over_limit)
+        self._listen(quiet or not self._evictor.share.over_limit)
         if (
             self._faults.guest_waits
-            and not self._evictor.over_limit
-            and not self._evictor.shrinking
+            and not self._evictor.share.over_limit
+            and not self._evictor.share.shrinking
         ):
             return False  # its answer goes first
         moved = self._evictor.step() or self._mover.step() or self._take_back_stranded()
@@ -152,7 +154,7 @@ class Pager:
     def _fill(self) -> bool:
         if self._faults.bringing:
             return False
-        room = -self._evictor.excess_pages
+        room = -self._evictor.share.excess_pages
         self._filling = room > 0 and self._faults.fill(min(FILL_PAGES, room))
         return self._filling
 
@@ -248,7 +250,7 @@ class Pager:
                 changes = control.text(arguments, "changes")
                 reply({"ok": True, "written": self._scan(changes)})
             case "untrack":
-                self._evictor.changes = NOBODY_LOOKS
+                self._book.changes = NOBODY_LOOKS
                 self._tracking = ""
                 reply({"ok": True})
             case _:
@@ -259,7 +261,7 @@ class Pager:
         self._standstill.require_alive()
         marks = ChangeMap.shared(changes, self._settings.page_count)
         self._evictor.note_writes()  # what was written before is not news
-        self._evictor.changes = marks
+        self._book.changes = marks
         self._tracking = str(changes)
 
     def _scan(self, changes: str) -> int:
@@ -268,7 +270,7 @@ class Pager:
         A pager that was started again in the middle has missed changes, and says so.
         """
         self._standstill.require_alive()
-        marks = self._evictor.changes
+        marks = self._book.changes
         if changes != self._tracking or not isinstance(marks, ChangeMap):
             raise PagingError("the pager was started again and does not track this checkpoint")
         self._evictor.note_writes()
@@ -277,8 +279,7 @@ class Pager:
     def _resize(self, limit_pages: int) -> None:
         self._standstill.require_alive()
         self._filling = limit_pages > self._table.limit_pages
-        self._table.limit_pages = limit_pages
-        self._evictor.limit_changed()
+        self._evictor.share.limit(limit_pages)
 
     def _reload(self) -> None:
         """Take sub hosts, slice servers and moves as the settings file has them by now.
@@ -292,12 +293,12 @@ class Pager:
         for link in self._all_links:
             if link.code not in staying and (counts[link.code] or link.needed):
                 raise PagingError(f"{link.sub.host} still has pages of this VM")
-        if not staying and self._evictor.leaving:
+        if not staying and self._book.leaving:
             raise PagingError("pages of this VM are still on their way to a sub host")
         known = {link.code: link for link in self._all_links}
         if not known and staying:
-            keep_owners(self._attached, fresh, self._table)
-            self._evictor.recount()
+            keep_owners(self._attached, fresh, self._book)
+            self._evictor.share.allow_what_is_here()
         self._settings = fresh
         self._links = [self._kept_or_new(known, sub) for sub in fresh.subs]
         self._sources = [self._kept_or_new(known, each, source=True) for each in fresh.sources]
@@ -336,7 +337,7 @@ class Pager:
             "native": self._loop.hot is not None,
             "limit_pages": self._table.limit_pages,
             "pages": self._pages_by_host(),
-            "leaving": self._evictor.leaving,
+            "leaving": self._book.leaving,
             "moving": self._mover.moving,
             "pages_to_move": self._mover.pages_left,
             "page_in_median_us": float(np.median(samples)),

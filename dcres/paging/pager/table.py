@@ -43,7 +43,10 @@ class JournalState(IntEnum):
 
 
 class PageTable:
-    """One VM's table file, mapped. `owners` and `ticks` are views of the mapping."""
+    """One VM's table file, mapped. `owners` and `ticks` are views of the mapping.
+
+    Only the page book writes owners (`dcres.paging.pager.book`).
+    """
 
     def __init__(self, path: Path, page_count: int, *, writable: bool = True) -> None:
         length = _HEADER_BYTES + 5 * page_count
@@ -58,9 +61,12 @@ class PageTable:
         if self._map[:8] != _MAGIC:
             raise PagingError(f"{path} is not a page table")
         self.page_count = page_count
-        self._owners_at = _HEADER_BYTES + 4 * page_count
+        owners_at = _HEADER_BYTES + 4 * page_count
         self.ticks: Ticks = np.frombuffer(self._map, np.uint32, page_count, _HEADER_BYTES)
-        self.owners: Owners = np.frombuffer(self._map, np.uint8, page_count, self._owners_at)
+        self.writable_owners: Owners = np.frombuffer(self._map, np.uint8, page_count, owners_at)
+        """For the page book."""
+        self.owners = self.writable_owners.view()
+        self.owners.flags.writeable = False
         self._journal = np.frombuffer(self._map, np.uint64, JOURNAL_PAGES, _JOURNAL_AT)
         self._words = np.frombuffer(self._map, np.uint64, _JOURNAL_AT // 8)
         self._halves = np.frombuffer(self._map, np.uint32, _JOURNAL_AT // 4)
@@ -81,7 +87,7 @@ class PageTable:
 
     def owner_bytes(self) -> memoryview:
         """The owners as bytes: a scalar look-up here costs a third of numpy's."""
-        return memoryview(self._map)[self._owners_at :]
+        return self.owners.data
 
     def _set(self, fields: npt.NDArray[np.unsignedinteger[Any]], index: int, value: int) -> None:
         """One aligned store: whoever is killed at it leaves the old value or the new one.

@@ -9,28 +9,29 @@ import os
 from typing import Any
 
 
-def arrivals_are_not_recorded() -> None:
-    from dcres.paging.pager.evictor import Evictor
+def not_recorded(transition: str) -> None:
+    """Of one transition in the page book whoever tracks changes is not told."""
+    from dcres.paging.changes import NOBODY_LOOKS
+    from dcres.paging.pager.book import PageBook
 
-    def arrived(self: Any, first: int, stop: int, *, wanted: bool = True) -> None:
-        self.resident += stop - first
+    honest = getattr(PageBook, transition)
 
-    Evictor.arrived = arrived  # type: ignore[method-assign]
-
-
-def departures_are_not_recorded() -> None:
-    from dcres.paging.pager.evictor import NOBODY_LOOKS, Evictor
-
-    honest = Evictor.step
-
-    def step(self: Any) -> bool:
+    def silent(self: Any, *pages: Any) -> None:
         changes, self.changes = self.changes, NOBODY_LOOKS
         try:
-            return honest(self)
+            honest(self, *pages)
         finally:
             self.changes = changes
 
-    Evictor.step = step  # type: ignore[method-assign]
+    setattr(PageBook, transition, silent)
+
+
+def arrivals_are_not_recorded() -> None:
+    not_recorded("_came")
+
+
+def departures_are_not_recorded() -> None:
+    not_recorded("page_out")
 
 
 def writes_are_looked_for_only_before_the_stop() -> None:
