@@ -19,7 +19,7 @@ from dcres.paging.server.fetcher import FetchingTable
 from dcres.paging.server.service import PageService
 from dcres.paging.server.subtable import SubTable
 from dcres.paging.settings import SubAddress
-from dcres.paging.transport import link as link_module
+from dcres.paging.transport import connection as connection_module
 from dcres.paging.transport.link import Link, LinkState
 from dcres.paging.transport.loop import READ, Loop
 from dcres.paging.transport.requests import Request, Runs
@@ -110,7 +110,7 @@ def patient(tmp_path: Path) -> Iterator[Wire]:
 
 @pytest.fixture
 def wire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
-    monkeypatch.setattr(link_module, "ANSWER_TIMEOUT_S", SILENT_S)
+    monkeypatch.setattr(connection_module, "ANSWER_TIMEOUT_S", SILENT_S)
     made = Wire(tmp_path)
     yield made
     made.close()
@@ -229,8 +229,8 @@ def test_what_a_link_breaks_in_sending_is_unanswered_with_the_releases_ahead(
 ) -> None:
     hold_pages(wire)
     wire.link.release(np.array([[5, 6]]))
-    assert wire.link._stream is not None
-    wire.link._stream._sock.shutdown(socket.SHUT_WR)  # to send is an error from now on
+    assert wire.link._main is not None
+    wire.link._main._stream._sock.shutdown(socket.SHUT_WR)  # to send is an error from now on
     if kind is Kind.PAGE_OUT:
         wire.link.page_out(np.array([[3, 4]]), [b"x" * PAGE_SIZE])
     else:
@@ -247,12 +247,13 @@ def test_a_host_that_fetched_what_it_was_not_to_is_not_believed(
     patient.turn_until(patient.ready, server=True)
     patient.turn_until(lambda: patient.link.settled, server=True)
     patient.link.fetch(SubAddress("h2", "127.0.0.1", 1, PAGES, 17), np.array([[3, 4], [5, 6]]))
-    (number,), stream = patient.link._fetches, patient.link._stream
-    assert stream is not None
+    main = patient.link._main
+    assert main is not None
+    (number,) = main.fetches
     packed = memoryview(pack_extents(np.array(stored)))
     with pytest.raises(ProtocolError) as raised:
-        patient.link._frame(Frame(Kind.FETCHED, number, packed, 0))
-    stream.close(raised.value)
+        main._frame(Frame(Kind.FETCHED, number, packed, 0))
+    main.close(raised.value)
     assert (patient.user.fetched, patient.user.unanswered) == ([], [Kind.FETCH])
 
 
@@ -269,11 +270,12 @@ def test_an_answer_with_something_in_it_that_should_be_empty_ends_the_link(
     else:
         patient.link.release(np.array([[3, 4]]))
         patient.link.flush_releases()
-    (request,), stream = patient.link._unanswered, patient.link._stream
-    assert stream is not None
+    main = patient.link._main
+    assert main is not None
+    (request,) = main.unanswered
     with pytest.raises(ProtocolError) as raised:
-        patient.link._frame(Frame(answer, request.number, memoryview(b"x"), 0))
-    stream.close(raised.value)
+        main._frame(Frame(answer, request.number, memoryview(b"x"), 0))
+    main.close(raised.value)
     assert (patient.user.stored, patient.user.unanswered) == (0, [asked])
 
 

@@ -14,23 +14,18 @@ a page that the table places there and the server lacks means that the VM has lo
 from __future__ import annotations
 
 import logging
-import secrets
 import time
-from collections import deque
-from collections.abc import Sequence
 from enum import StrEnum
-from mmap import mmap
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 
-from dcres.errors import CheckpointCorrupt, PagesLost, PagingError, ProtocolError, Refused
-from dcres.linux.pipe import address_of
+from dcres.errors import PagesLost, PagingError, ProtocolError
 from dcres.model import wire
-from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role
+from dcres.model.handshake import Identity, Role
 from dcres.model.pages import (
-    PAGE_SIZE,
     Extents,
+    Mask,
     count_pages,
     extents_of_mask,
     join,
@@ -38,17 +33,14 @@ from dcres.model.pages import (
 )
 from dcres.model.wire import Endpoint, Frame, Kind, Part
 from dcres.paging.settings import SubAddress
-from dcres.paging.transport.express import Express, connect
+from dcres.paging.transport.connection import Connection
 from dcres.paging.transport.loop import Loop
-from dcres.paging.transport.requests import LinkUser, Request, Runs
-from dcres.paging.transport.silence import Silence
-from dcres.paging.transport.stream import FrameStream
+from dcres.paging.transport.requests import Request, Runs
 
 log = logging.getLogger("dcres.pager")
 
 RETRY_S = 0.1
 RELEASE_PAGES = 512
-ANSWER_TIMEOUT_S = 10.0
 
 
 class LinkState(StrEnum):
@@ -58,6 +50,34 @@ class LinkState(StrEnum):
     GREETING = "greeting"
     RECONCILING = "reconciling"
     READY = "ready"
+
+
+class LinkUser(Protocol):
+    """Who is told what happens on a link."""
+
+    def expected(self, link: Link, first: int, count: int) -> Mask:
+        """Which pages the network page table places on this link's host."""
+
+    def link_ready(self, link: Link) -> None:
+        """Requests may be sent from now on."""
+
+    def link_down(self, link: Link, unanswered: list[Request]) -> None:
+        """The connection ended; these requests were not answered and will not be."""
+
+    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
+        """The data of `runs`, which were asked for, one after the other in memory at `address`."""
+
+    def pages_put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        """The same, of one run that is in place and in the table since `at_ns`."""
+
+    def pages_stored(self, link: Link, extents: Extents) -> None:
+        """The server holds these pages."""
+
+    def pages_fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
+        """Of `asked`, the server has fetched `stored` from another one and holds them."""
+
+    def memory_lost(self, why: PagingError) -> None:
+        """Pages are gone: the VM cannot go on."""
 
 
 class Link:
@@ -86,19 +106,11 @@ class Link:
         self._identity = identity
         self._page_count = page_count
         self._user = user
-        self._stream: FrameStream | None = None
-        self._buffer_address = 0
-        self._scratch = mmap(-1, wire.MAX_PAGES * PAGE_SIZE)
-        self._scratch_address = address_of(self._scratch)
-        self._handshake: ClientHandshake | None = None
-        self._unanswered: deque[Request] = deque()
-        self._fetches: dict[int, Request] = {}  # answered when they are done, in any order
+        self._main: Connection | None = None
+        self._express: Connection | None = None
         self._releases: Runs = []
         self._release_pages = 0
         self._retry_at = 0.0
-        self._silence = Silence(ANSWER_TIMEOUT_S)
-        self._express: Express | None = None
-        self._express_silence = Silence(ANSWER_TIMEOUT_S)
 
     @property
     def room_pages(self) -> int:
@@ -110,114 +122,90 @@ class Link:
     @property
     def settled(self) -> bool:
         """Whether nothing is waiting to be sent or answered."""
-        express = self._express is not None and self._express.unanswered
-        return not self._unanswered and not self._releases and not express
+        waiting = any(each.unanswered for each in self._connections)
+        return not waiting and not self._releases
 
     @property
     def express(self) -> bool:
         """Whether what a guest waits for has a connection of its own by now."""
-        return self._usable_express is not None
+        return self._express is not None and self._express.ready
+
+    @property
+    def needed(self) -> bool:
+        """Whether pages are under way on it. A host that is let go need not confirm releases."""
+        asked = [request for each in self._connections for request in each.unanswered]
+        fetches = any(each.fetches for each in self._connections)
+        return fetches or any(request.kind is not Kind.RELEASE for request in asked)
+
+    @property
+    def _connections(self) -> list[Connection]:
+        return [each for each in (self._main, self._express) if each is not None]
 
     def status(self) -> dict[str, object]:
         """What there is to tell of the link (docs/protocol.md, `status` of a pager)."""
         return {"state": str(self.state), "trouble": self.trouble, "express": self.express}
 
-    @property
-    def needed(self) -> bool:
-        """Whether pages are under way on it. A host that is let go need not confirm releases."""
-        waiting = (request.kind is not Kind.RELEASE for request in self._unanswered)
-        return bool(self._fetches) or any(waiting)
-
     def connect_if_due(self) -> None:
         """Try to connect when down, at most every `RETRY_S`; go down when the server is silent."""
         now = time.monotonic()
-        express = self._express
-        if self._silence.too_long(self._owed, now) or self._express_silence.too_long(
-            express.owed if express is not None else None, now
-        ):
-            self._end_silence()
-        if self.state is not LinkState.DOWN or now < self._retry_at:
-            return
-        self._retry_at = now + RETRY_S
-        self._stream = connect(self._loop, self.sub, self._frame, self._closed, self._put)
-        self._buffer_address = address_of(self._stream.buffer)
-        self._handshake = ClientHandshake(
-            self._identity, secrets.token_bytes(NONCE_BYTES), Role.PAGER
-        )
-        self.state = LinkState.GREETING
-        self._stream.send([self._handshake.hello()])
+        for each in (self._main, self._express):
+            if each is not None:
+                each.end_if_silent(now)
+        if self.state is LinkState.DOWN and now >= self._retry_at:
+            self._retry_at = now + RETRY_S
+            self.state, self._main = LinkState.GREETING, self._connection(Role.PAGER)
+            self._main.greet(self)
 
-    @property
-    def _owed(self) -> object:
-        """What the server has to do next. A fetch may take its time: it waits for others."""
-        if self._unanswered:
-            return self._unanswered[0].number
-        return self.state if self.state is LinkState.GREETING else None
-
-    def _end_silence(self) -> None:
-        # TCP would notice a host without power, but not a process that hangs, nor soon a host
-        # that was never reached. The guest waits either way, and status says for whom.
-        if self._stream is not None:
-            why = f"it has not answered for {ANSWER_TIMEOUT_S:g} s"
-            self._stream.close(PagingError(f"{why}; see whether it and the network are well"))
+    def _connection(self, role: Role) -> Connection:
+        return Connection(self._loop, self.sub, self._identity, self._page_count, role)
 
     @property
     def put_at_ns(self) -> int:
         """When the hot path last put pages of this host in place (monotonic)."""
-        if self._stream is None:
-            return 0
-        at_ns = self._stream.shared[wire.PUT_AT]
-        return at_ns if self._express is None else max(at_ns, self._express.shared[wire.PUT_AT])
+        return max((each.shared[wire.PUT_AT] for each in self._connections), default=0)
+
+    def _for(self, *, hurry: bool) -> Connection | None:
+        """The connection for a PAGE_IN; None while there is none."""
+        express = self._express if hurry else None
+        return express if express is not None and express.ready else self._main
 
     def next_number(self, *, hurry: bool = False) -> int:
         """The number of the next request; 0 while there is no connection."""
-        if self._stream is None:
-            return 0
-        express = self._usable_express if hurry else None
-        shared = self._stream.shared if express is None else express.shared
-        return shared[wire.NUMBER] % 0xFFFFFFFF + 1
-
-    @property
-    def _usable_express(self) -> Express | None:
-        return self._express if self._express is not None and self._express.ready else None
+        connection = self._for(hurry=hurry)
+        return 0 if connection is None else connection.next_number
 
     def page_in(self, runs: Runs, *, hurry: bool = False) -> None:
         """Ask for pages that this host holds, at most `wire.MAX_PAGES`; `hurry`: a guest waits."""
-        express = self._usable_express if hurry else None
-        if express is None:
-            self._request(Kind.PAGE_IN, runs, [wire.pack_runs(runs)])
-            return
-        number = express.shared[wire.NUMBER] = self.next_number(hurry=True)
-        frame = wire.frame(Kind.PAGE_IN, number, wire.pack_runs(runs))
-        express.send(Request(number, Kind.PAGE_IN, runs), [frame])
+        connection = self._for(hurry=hurry)
+        if connection is None:
+            raise PagingError(f"{self.sub.host} is not connected")
+        connection.page_in(runs)
 
     def asked(self, page: int, number: int, sent_bytes: int) -> None:
         """The hot path has asked for a page, and sent so much of the frame."""
-        request = Request(number, Kind.PAGE_IN, [(page, page + 1)])
-        frame = wire.frame(Kind.PAGE_IN, number, wire.pack_run(page, page + 1))
-        rest = memoryview(frame)[sent_bytes:]
-        if self._usable_express is not None:
-            self._usable_express.asked(request, rest)
-            return
-        self._unanswered.append(request)
-        if rest and self._stream is not None:
-            self._stream.finish(rest)
+        connection = self._for(hurry=True)
+        if connection is not None:
+            connection.asked(page, number, sent_bytes)
+        else:  # it has just ended
+            self._user.link_down(self, [Request(number, Kind.PAGE_IN, [(page, page + 1)])])
 
     def page_out(self, extents: Extents, data: list[bytes]) -> None:
         """Hand pages over; releases go first, so that the server has their room."""
         payload = [wire.pack_extents(extents), *wire.pack_data(data)]
-        parts = [*self._release_parts(), *self._parts(Kind.PAGE_OUT, extents, payload)]
-        self.held_pages += count_pages(extents)
-        self._send(parts)
+        self._hand_over(Kind.PAGE_OUT, extents, payload)
 
     def fetch(self, source: SubAddress, extents: Extents) -> None:
         """Have the server fetch pages from `source`; at most `wire.MAX_PAGES`."""
-        payload = [wire.pack_fetch(Endpoint(source.address, source.port), extents)]
-        parts = [*self._release_parts(), *self._parts(Kind.FETCH, extents, payload)]
-        request = self._unanswered.pop()
-        self._fetches[request.number] = request
+        payload = wire.pack_fetch(Endpoint(source.address, source.port), extents)
+        self._hand_over(Kind.FETCH, extents, [payload])
+
+    def _hand_over(self, kind: Kind, extents: Extents, payload: list[Part]) -> None:
+        if self._main is None:
+            raise PagingError(f"{self.sub.host} is not connected")
+        parts = self._release_parts(self._main)
+        parts += self._main.frame(Request(self._main.next_number, kind, extents), payload)
         self.held_pages += count_pages(extents)
-        self._send(parts)
+        self._main.send(parts)
 
     def release(self, extents: Extents) -> None:
         """Pages that the server need not keep any more; told in batches."""
@@ -235,69 +223,85 @@ class Link:
 
     def flush_releases(self) -> None:
         """Send the releases that wait."""
-        self._send(self._release_parts())
+        if self._main is not None and (parts := self._release_parts(self._main)):
+            self._main.send(parts)
 
-    def _release_parts(self) -> list[Part]:
+    def _release_parts(self, main: Connection) -> list[Part]:
         if not self._releases or self.state is not LinkState.READY:
             return []
-        runs = np.array(self._releases, dtype=np.int64)
-        extents = join(runs)
+        extents = join(np.array(self._releases, dtype=np.int64))
         self._releases, self._release_pages = [], 0
         parts: list[Part] = []
         for at in range(0, len(extents), wire.MAX_RELEASE_EXTENTS):
             part = extents[at : at + wire.MAX_RELEASE_EXTENTS]
             self.held_pages -= count_pages(part)
-            parts += self._parts(Kind.RELEASE, part, [wire.pack_extents(part)])
+            request = Request(main.next_number, Kind.RELEASE, part)
+            parts += main.frame(request, [wire.pack_extents(part)])
         return parts
 
     def close(self) -> None:
         """End the connection for good; it must not be `needed`."""
-        if self._stream is not None:
-            self._stream.close(ConnectionAbortedError("it is not needed any more"))
+        if self._main is not None:
+            self._main.close(ConnectionAbortedError("it is not needed any more"))
 
-    def _request(self, kind: Kind, extents: Extents | Runs, payload: Sequence[Part]) -> None:
-        self._send(self._parts(kind, extents, payload))
+    # What connections tell (ConnectionUser)
 
-    def _parts(self, kind: Kind, extents: Extents | Runs, payload: Sequence[Part]) -> list[Part]:
-        """A request's frame; the request counts as unanswered from now on."""
-        if self._stream is None:
-            raise PagingError(f"{self.sub.host} is not connected")
-        number = self._stream.shared[wire.NUMBER] = self.next_number()
-        self._unanswered.append(Request(number, kind, extents))
-        length = sum(map(len, payload))
-        return [wire.header(kind, number, length), *payload]
+    def connected(self, connection: Connection) -> None:
+        """Ask for the existence map at first. An express connection is of use at once."""
+        if connection is self._express:
+            connection.use_hot_path()
+            return
+        self.state, self.held_pages = LinkState.RECONCILING, 0
+        for first in range(0, self._page_count, wire.MAX_MAP_PAGES):
+            count = min(wire.MAX_MAP_PAGES, self._page_count - first)
+            extent = np.array([[first, first + count]], dtype=np.int64)
+            request = Request(connection.next_number, Kind.EXISTENCE, extent)
+            connection.send(connection.frame(request, [wire.pack_range(first, count)]))
 
-    def _send(self, parts: Sequence[Part]) -> None:
-        # In one go: the link may go down in it, and then all the requests are among the unanswered.
-        if parts and self._stream is not None:
-            self._stream.send(parts)
+    def answered(self, connection: Connection, request: Request, frame: Frame) -> None:
+        """One of our requests."""
+        match request.kind, frame.kind:
+            case Kind.PAGE_IN, Kind.PAGES:
+                runs = cast(Runs, request.extents)
+                data = wire.data_of_runs(frame.payload, runs, self.sub.host)
+                self._user.pages_arrived(self, runs, connection.address_of(frame, data))
+            case Kind.PAGE_OUT, Kind.STORED if not frame.payload:
+                self._user.pages_stored(self, cast(Extents, request.extents))
+            case Kind.RELEASE, Kind.RELEASED if not frame.payload:
+                pass
+            case Kind.EXISTENCE, Kind.EXISTENCE_MAP:
+                self._reconcile(connection, cast(Extents, request.extents), frame)
+            case asked, got:
+                raise ProtocolError(f"{self.sub.host} answered {asked.name} with {got.name}")
 
-    def _let_hot_path_use_it(self) -> None:
-        stream, hot = self._stream, self._loop.hot
-        if hot is not None and stream is not None:
-            hot.client(stream.fd, self.code, stream.buffer, stream.shared, False)
+    def put(self, request: Request, first: int, stop: int, at_ns: int) -> None:
+        """One of our page-ins, by the hot path."""
+        if len(request.extents) != 1 or tuple(request.extents[0]) != (first, stop):
+            raise ProtocolError(f"{self.sub.host} sent pages that were not asked for")
+        self._user.pages_put(self, first, stop, at_ns)
 
-    def _open_express(self) -> None:
-        """A slice server is asked for what is missed on the one connection that it has."""
-        if not self.source:
-            told = (self._pages_came, self._pages_put, self._express_closed)
-            express = Express(self._loop, self.sub, self._identity, self._page_count, *told)
-            if self.state is LinkState.READY:  # else it could not be opened, and all is down
-                self._express = express
+    def fetched(self, connection: Connection, request: Request, frame: Frame) -> None:
+        """One of our fetches, if the answer names nothing else."""
+        stored = wire.unpack_only_extents(frame.payload, self._page_count, may_be_none=True)
+        asked = cast(Extents, request.extents)
+        if not np.isin(pages_of_extents(stored), pages_of_extents(asked)).all():
+            raise ProtocolError(f"{self.sub.host} fetched pages that it was not to fetch")
+        connection.fetch_is_over(request)
+        self.held_pages -= count_pages(asked) - count_pages(stored)
+        self._user.pages_fetched(self, asked, stored)
 
-    def _express_closed(self, why: PagingError | OSError) -> None:
-        # Both end together: what is true then shows when the maps are compared.
-        if self._stream is not None:
-            self._stream.close(why)
-
-    def _closed(self, why: PagingError | OSError) -> None:
-        was, self.state, self._stream = self.state, LinkState.DOWN, None
-        unanswered, self._unanswered = [*self._unanswered, *self._fetches.values()], deque()
+    def closed(self, connection: Connection, why: PagingError | OSError) -> None:
+        """Both connections end together: what is true then shows when the maps are compared."""
+        if connection is not self._main:
+            if self._main is not None:
+                self._main.close(why)
+            return
+        was, self.state, self._main = self.state, LinkState.DOWN, None
+        unanswered = [*connection.unanswered, *connection.fetches.values()]
         express, self._express = self._express, None
         if express is not None:
             unanswered += express.unanswered
             express.close(why)
-        self._fetches.clear()
         self._releases, self._release_pages = [], 0
         if isinstance(why, PagesLost):
             self._user.memory_lost(why)
@@ -306,95 +310,7 @@ class Link:
         self.trouble = str(why)
         self._user.link_down(self, unanswered)
 
-    def _frame(self, frame: Frame) -> None:
-        if self.state is LinkState.GREETING:
-            self._greet(frame)
-            return
-        if frame.kind is Kind.ERROR:
-            # What it means shows when the link is made again and the maps are compared.
-            error = wire.unpack_error(frame.payload, self.sub.host)
-            if isinstance(error, CheckpointCorrupt):  # asking again would not mend it
-                raise PagesLost(str(error))
-            raise PagingError(str(error))
-        if frame.kind is Kind.FETCHED:
-            self._fetched(frame)
-            return
-        if not self._unanswered or self._unanswered[0].number != frame.request:
-            raise ProtocolError(f"{self.sub.host} answered a request that was not made")
-        request = self._unanswered.popleft()
-        try:
-            self._answered(request, frame)
-        except PagingError:
-            if self._stream is not None:  # the link ends for it, and then it is asked again
-                self._unanswered.appendleft(request)
-            raise
-
-    def _put(self, number: int, first: int, stop: int, at_ns: int) -> None:
-        """The answer of `number` is in place, and its frame gone."""
-        request = self._unanswered.popleft() if self._unanswered else None
-        if request is None or request.number != number:
-            raise ProtocolError(f"{self.sub.host} answered a request that was not made")
-        self._pages_put(request, first, stop, at_ns)
-
-    def _pages_put(self, request: Request, first: int, stop: int, at_ns: int) -> None:
-        if len(request.extents) != 1 or tuple(request.extents[0]) != (first, stop):
-            raise ProtocolError(f"{self.sub.host} sent pages that were not asked for")
-        self._user.pages_put(self, first, stop, at_ns)
-
-    def _pages_came(self, request: Request, frame: Frame, buffer_address: int) -> None:
-        runs = cast(Runs, request.extents)
-        data = wire.data_of_runs(frame.payload, runs, self.sub.host)
-        self._user.pages_arrived(self, runs, self._address_of(frame, data, buffer_address))
-
-    def _greet(self, frame: Frame) -> None:
-        if self._handshake is None or self._stream is None:
-            raise ProtocolError("a frame came before HELLO was sent")
-        answer = self._handshake.answer(frame)
-        if answer is not None:
-            self._stream.send([answer])
-            return
-        if self._handshake.page_count != self._page_count:
-            raise Refused(f"{self.sub.host} serves a VM of another size")
-        self.state = LinkState.RECONCILING
-        self.held_pages = 0
-        for first in range(0, self._page_count, wire.MAX_MAP_PAGES):
-            count = min(wire.MAX_MAP_PAGES, self._page_count - first)
-            extent = np.array([[first, first + count]], dtype=np.int64)
-            self._request(Kind.EXISTENCE, extent, [wire.pack_range(first, count)])
-
-    def _answered(self, request: Request, frame: Frame) -> None:
-        match request.kind, frame.kind:
-            case Kind.PAGE_IN, Kind.PAGES:
-                self._pages_came(request, frame, self._buffer_address)
-            case Kind.PAGE_OUT, Kind.STORED if not frame.payload:
-                self._user.pages_stored(self, cast(Extents, request.extents))
-            case Kind.RELEASE, Kind.RELEASED if not frame.payload:
-                pass
-            case Kind.EXISTENCE, Kind.EXISTENCE_MAP:
-                self._reconcile(cast(Extents, request.extents), frame)
-            case asked, got:
-                raise ProtocolError(f"{self.sub.host} answered {asked.name} with {got.name}")
-
-    def _address_of(self, frame: Frame, data: memoryview, buffer_address: int) -> int:
-        """Where `data` is: behind what else the frame holds, or, with zeros put in, copied."""
-        if data.obj is frame.payload.obj:
-            return buffer_address + frame.offset + len(frame.payload) - len(data)
-        self._scratch[: len(data)] = bytes(data)
-        return self._scratch_address
-
-    def _fetched(self, frame: Frame) -> None:
-        request = self._fetches.get(frame.request)
-        if request is None:
-            raise ProtocolError(f"{self.sub.host} answered a fetch that was not ordered")
-        stored = wire.unpack_only_extents(frame.payload, self._page_count, may_be_none=True)
-        asked = cast(Extents, request.extents)
-        if not np.isin(pages_of_extents(stored), pages_of_extents(asked)).all():
-            raise ProtocolError(f"{self.sub.host} fetched pages that it was not to fetch")
-        del self._fetches[frame.request]  # now: of what a bad answer ends, the user is told
-        self.held_pages -= count_pages(asked) - count_pages(stored)
-        self._user.pages_fetched(self, asked, stored)
-
-    def _reconcile(self, extents: Extents, frame: Frame) -> None:
+    def _reconcile(self, main: Connection, extents: Extents, frame: Frame) -> None:
         first, stop = extents[0].tolist()
         here = wire.unpack_mask(frame.payload, stop - first)
         expected = self._user.expected(self, first, stop - first)
@@ -407,8 +323,10 @@ class Link:
             self.release(leftover)
         if stop == self._page_count:
             self.state, self.trouble = LinkState.READY, ""
-            self._let_hot_path_use_it()
-            self._open_express()
-            if self.state is LinkState.READY:
+            main.use_hot_path()
+            if not self.source:  # a slice server is asked for all on the one connection it has
+                self._express = self._connection(Role.EXPRESS)
+                self._express.greet(self)
+            if self.state is LinkState.READY:  # else the other could not be made: all is down
                 self.flush_releases()
                 self._user.link_ready(self)
