@@ -2,140 +2,130 @@
 
 A request is ``{"do": name, …}``, the answer ``{"ok": true, …}`` or ``{"ok": false, "error":
 class name, "message": …}``. An answer may come late (a drain, for one); requests of one
-connection are answered in order.
+connection are answered in order. The other end is `dcres.paging.transport.control_server`.
+
+`PagerControl` and `ServerControl` are this with types. They send through `call` or whatever else
+takes the same (`Daemon.call_patiently`), which alone knows where the process listens.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 from dcres import errors
-from dcres.linux.removal import remove_socket
-from dcres.paging.transport.loop import READ, Loop
-
-_LONGEST_LINE = 1 << 16
-_MOST_PAGES = 1 << 52  # of 4 KiB each, in 64 bits
-
-Answer: TypeAlias = dict[str, Any]
-Reply: TypeAlias = Callable[[Answer], None]
-Handler: TypeAlias = Callable[[str, dict[str, Any], Reply], None]
-
-
-def failure(error: errors.DcresError) -> Answer:
-    """The answer that raises `error` again on the other side."""
-    return {"ok": False, "error": type(error).__name__, "message": str(error)}
-
-
-def text(arguments: dict[str, Any], name: str) -> str:
-    """The argument `name` of an order. Raises ProtocolError unless it is a text."""
-    value = arguments.get(name)
-    if not isinstance(value, str):
-        raise errors.ProtocolError(f"{value!r} is no {name}")
-    return value
-
-
-def pages(arguments: dict[str, Any], name: str) -> int:
-    """The argument `name` of an order. Raises ProtocolError unless it is a number of pages."""
-    value = arguments.get(name)
-    if type(value) is not int or not 0 <= value < _MOST_PAGES:  # true and false are int, too
-        raise errors.ProtocolError(f"{value!r} is no number of pages")
-    return value
+from dcres.paging.orders import (
+    AnswerT,
+    Counters,
+    Done,
+    Freeze,
+    Frozen,
+    Json,
+    PagerOrder,
+    PagerStatus,
+    Quiesce,
+    Reload,
+    ResizePager,
+    ResizeServer,
+    Scan,
+    ServerOrder,
+    ServerStatus,
+    Status,
+    Thaw,
+    Track,
+    Untrack,
+    Written,
+    answer_of,
+)
 
 
-class ControlServer:
-    """Accepts control connections in a `Loop` and hands each request to `handler`."""
+class Send(Protocol):
+    """Sends one order to a process and gives its answer, or raises the error that it reports."""
 
-    def __init__(self, loop: Loop, path: Path, handler: Handler) -> None:
-        self._loop = loop
-        self._path = path
-        self._handler = handler
-        remove_socket(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)
-        try:
-            self._socket.bind(str(path))
-        finally:
-            os.umask(mask)
-        self._inode = path.stat().st_ino
-        self._socket.listen(8)
-        self._socket.setblocking(False)
-        loop.add(self._socket.fileno(), self._accept)
-
-    def close(self) -> None:
-        """Stop listening and remove the socket, unless somebody else listens there by now."""
-        self._loop.remove(self._socket.fileno())
-        with suppress(FileNotFoundError):
-            # While the socket is open nobody else's gets its inode.
-            if self._path.stat().st_ino == self._inode:
-                remove_socket(self._path)
-        self._socket.close()
-
-    def _accept(self, _: int) -> None:
-        try:
-            connection, _address = self._socket.accept()
-        except BlockingIOError:
-            return
-        _ControlConnection(self._loop, connection, self._handler)
+    def __call__(self, do: str, **arguments: Any) -> Json:
+        """The order `do`."""
 
 
-class _ControlConnection:
-    def __init__(self, loop: Loop, sock: socket.socket, handler: Handler) -> None:
-        sock.setblocking(False)
-        self._loop, self._sock, self._handler = loop, sock, handler
-        self._received = b""
-        self._open = True
-        loop.add(sock.fileno(), self._ready, READ)
+class PagerControl:
+    """The orders that a pager takes. All raise what it reports; see docs/protocol.md."""
 
-    def _close(self) -> None:
-        if self._open:
-            self._open = False
-            self._loop.remove(self._sock.fileno())
-            self._sock.close()
+    def __init__(self, send: Send) -> None:
+        self._send = send
 
-    def _ready(self, _: int) -> None:
-        try:
-            data = self._sock.recv(_LONGEST_LINE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._received += data
-        if not data or len(self._received) > _LONGEST_LINE:
-            self._close()
-            return
-        *lines, self._received = self._received.split(b"\n")
-        for line in lines:
-            self._handle(line)
+    def _ask(self, order: PagerOrder, kind: type[AnswerT]) -> AnswerT:
+        return answer_of(kind, self._send(order.do, **asdict(order)))
 
-    def _handle(self, line: bytes) -> None:
-        try:
-            request = json.loads(line)
-            name = request.pop("do")
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            self._reply(failure(errors.ProtocolError("a control request is not understood")))
-            return
-        try:
-            self._handler(name, request, self._reply)
-        except errors.DcresError as error:
-            self._reply(failure(error))
+    def status(self) -> PagerStatus:
+        """How it is."""
+        return self._ask(Status(), PagerStatus)
 
-    def _reply(self, answer: Answer) -> None:
-        if not self._open:
-            return
-        try:
-            # Answers are far smaller than a socket buffer, so this never has to wait.
-            self._sock.sendall(json.dumps(answer).encode() + b"\n")
-        except OSError:
-            self._close()
+    def quiesce(self) -> Counters:
+        """No page leaves any more, and none is on its way."""
+        return self._ask(Quiesce(), Counters)
+
+    def freeze(self) -> Frozen:
+        """No fault is answered, either, and all hosts agree with the page table."""
+        return self._ask(Freeze(), Frozen)
+
+    def thaw(self) -> None:
+        """It goes on as if nothing had been ordered."""
+        self._ask(Thaw(), Done)
+
+    def resize(self, limit_pages: int) -> None:
+        """The main host keeps so many pages from now on."""
+        self._ask(ResizePager(limit_pages), Done)
+
+    def reload(self) -> None:
+        """It uses the settings file as it is by now. Raises PagingError if it cannot."""
+        self._ask(Reload(), Done)
+
+    def track(self, changes: Path) -> None:
+        """Changes are marked in this change map from now on."""
+        self._ask(Track(str(changes)), Done)
+
+    def scan(self, changes: Path) -> int:
+        """The map is up to date; how many pages are marked."""
+        return self._ask(Scan(str(changes)), Written).written
+
+    def untrack(self) -> None:
+        """Nothing is marked any more."""
+        self._ask(Untrack(), Done)
 
 
-def call(path: Path, do: str, timeout_s: float = 10.0, **arguments: Any) -> Answer:
+class ServerControl:
+    """The orders that a memory server takes. All raise what it reports."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    def _ask(self, order: ServerOrder, kind: type[AnswerT]) -> AnswerT:
+        return answer_of(kind, self._send(order.do, **asdict(order)))
+
+    def status(self) -> ServerStatus:
+        """How it is."""
+        return self._ask(Status(), ServerStatus)
+
+    def resize(self, capacity_pages: int) -> None:
+        """It takes so many pages from now on, and drops none that it has."""
+        self._ask(ResizeServer(capacity_pages), Done)
+
+    def track(self, changes: Path) -> None:
+        """Changes are marked in this change map from now on."""
+        self._ask(Track(str(changes)), Done)
+
+    def scan(self, changes: Path) -> int:
+        """How many pages are marked."""
+        return self._ask(Scan(str(changes)), Written).written
+
+    def untrack(self) -> None:
+        """Nothing is marked any more."""
+        self._ask(Untrack(), Done)
+
+
+def call(path: Path, do: str, timeout_s: float = 10.0, **arguments: Any) -> Json:
     """Ask the paging process at `path`; its answer.
 
     Raises the error that the process reports, or PagingError when it does not answer.
@@ -150,13 +140,13 @@ def call(path: Path, do: str, timeout_s: float = 10.0, **arguments: Any) -> Answ
         raise errors.PagingError(f"{path.name} does not answer to {do}: {error}") from error
     if not line:
         raise errors.PagingError(f"{path.name} ended while it was asked to {do}")
-    answer: Answer = json.loads(line)
+    answer: Json = json.loads(line)
     if not answer.pop("ok"):
         raise _error(answer)
     return answer
 
 
-def _error(answer: Answer) -> errors.DcresError:
+def _error(answer: Json) -> errors.DcresError:
     kind = getattr(errors, answer["error"], errors.PagingError)
     if not (isinstance(kind, type) and issubclass(kind, errors.DcresError)):
         kind = errors.PagingError

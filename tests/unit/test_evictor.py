@@ -35,7 +35,7 @@ from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.evictor import Evictor
 from dcres.paging.pager.outbox import Outbox
 from dcres.paging.pager.table import PageTable
-from dcres.paging.transport.requests import Request
+from dcres.paging.transport.requests import Request, Runs
 
 PAGES = 8
 SMALL = 3  # pages that the second sub host has room for; the first could take all
@@ -69,8 +69,8 @@ class Sub:
             self._releases, self._held = [], self._held - pages.size
             self.requests.append((Request(0, Kind.RELEASE, extents_of_pages(pages)), []))
 
-    def release(self, extents: Extents) -> None:
-        self._releases.append(extents)
+    def release(self, runs: Runs) -> None:
+        self._releases.append(np.array(runs))
 
     def page_out(self, extents: Extents, data: list[bytes]) -> None:
         self.flush_releases()
@@ -168,7 +168,7 @@ class World:
             self._put(page, sub.pages[page])
             self.book.page_in(page, page + 1, owner)
             self.evictor.arrived(page, page + 1)
-            sub.release(np.array([[page, page + 1]]))
+            sub.release([(page, page + 1)])
         assert os.pread(self.ram, PAGE_SIZE, page * PAGE_SIZE) == self._expected(page)
         self.versions[page] += 1
         self._put(page, self._expected(page))

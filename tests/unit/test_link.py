@@ -134,7 +134,7 @@ def test_a_host_may_go_that_has_not_confirmed_releases(patient: Wire) -> None:
     """They are told in batches, and pages may have gone from there a moment ago."""
     patient.turn_until(patient.ready, server=True)
     patient.turn_until(lambda: patient.link.settled, server=True)
-    patient.link.release(np.array([[3, 4]]))
+    patient.link.release([(3, 4)])
     assert state_of(patient.link) == "not settled, not needed"
     patient.link.flush_releases()
     assert state_of(patient.link) == "not settled, not needed"
@@ -228,7 +228,7 @@ def test_what_a_link_breaks_in_sending_is_unanswered_with_the_releases_ahead(
     wire: Wire, kind: Kind
 ) -> None:
     hold_pages(wire)
-    wire.link.release(np.array([[5, 6]]))
+    wire.link.release([(5, 6)])
     assert wire.link._main is not None
     wire.link._main._stream._sock.shutdown(socket.SHUT_WR)  # to send is an error from now on
     if kind is Kind.PAGE_OUT:
@@ -268,7 +268,7 @@ def test_an_answer_with_something_in_it_that_should_be_empty_ends_the_link(
     if asked is Kind.PAGE_OUT:
         patient.link.page_out(np.array([[3, 4]]), [b"x" * PAGE_SIZE])
     else:
-        patient.link.release(np.array([[3, 4]]))
+        patient.link.release([(3, 4)])
         patient.link.flush_releases()
     main = patient.link._main
     assert main is not None

@@ -32,7 +32,7 @@ class Pager:
         links: list[Any] = [self.link]
         self.standstill = Standstill(*parts, lambda: 7)
         self.standstill.set_links(links)
-        self.answers: list[dict[str, Any]] = []
+        self.answers: list[Any] = []
 
 
 @pytest.fixture
@@ -53,10 +53,10 @@ def test_pages_that_the_guest_had_asked_for_do_not_count_as_moved_for_a_checkpoi
     assert not quiesced(pager)
     pager.faults.pages_in, pager.faults.fetching = 14, False
     assert quiesced(pager)
-    assert pager.answers[0]["pages_in"] == 14
+    assert pager.answers[0].pages_in == 14
     pager.standstill.freeze(pager.answers.append)
     pager.standstill.keep_promises()
-    assert pager.answers[1]["pages_in"] == 14
+    assert pager.answers[1].pages_in == 14
     assert pager.standstill.state is PagerState.FROZEN
 
 

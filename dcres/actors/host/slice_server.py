@@ -26,8 +26,8 @@ from dcres.model.handshake import Identity, Role
 from dcres.model.pages import Extents, Mask, extents_within
 from dcres.model.wire import Endpoint
 from dcres.paging import settings as settings_
-from dcres.paging.control import ControlServer, Reply
 from dcres.paging.server.service import PageService
+from dcres.paging.transport.control_server import ControlServer, Reply
 from dcres.paging.transport.loop import Loop
 from dcres.paging.transport.stream import FrameStream
 from dcres.storage.damage import corrupt

@@ -57,7 +57,7 @@ class PageBook:
         self.table = table
         self.owners: Owners = table.owners
         """Read-only, as are all views that are given out."""
-        self._owners = table.writable_owners
+        self._owners = self.for_hot_path = table.writable_owners
         self._bytes = self._owners.data  # a scalar look-up costs a third of numpy's
         self._recalled: Mask = np.zeros(table.page_count, dtype=np.bool_)
         self._in_flight: Mask = np.zeros(table.page_count, dtype=np.bool_)
@@ -70,11 +70,6 @@ class PageBook:
         # `resident` pages are in the RAM file as far as Python has heard, `leaving` in the outbox.
         self.resident = int((self._owners == MAIN).sum())
         self.leaving = int((self._owners == LEAVING).sum())
-
-    @property
-    def for_hot_path(self) -> Owners:
-        """The owners for the C twin of this class."""
-        return self._owners
 
     @property
     def recalled(self) -> Mask:
@@ -166,7 +161,7 @@ class PageBook:
 
         Which of them are that host's now. Its copies of the others are to be released.
         """
-        self._require_host(code)
+        _require_host(code)
         self._require(self._in_flight[pages], "STORED", pages)
         theirs: Mask = self._owners[pages] == LEAVING
         gone = pages[theirs]
@@ -198,7 +193,7 @@ class PageBook:
 
     def hand_over(self, pages: Pages, code: int) -> Owners:
         """A host, fetched → the host `code`, which holds them; whose they were. Then `fetched`."""
-        self._require_host(code)
+        _require_host(code)
         theirs = (self._owners[pages] >= FIRST_SUB) & self._fetching[pages]
         self._require(theirs, "a page handed over", pages)
         before = self._owners[pages]
@@ -239,10 +234,6 @@ class PageBook:
             numbers = np.arange(self._owners.size)[pages]
             raise self._refusal(what, int(numbers[~allowed][0]))
 
-    def _require_host(self, code: int) -> None:
-        if code < FIRST_SUB:
-            raise PagingError(f"no host has the owner code {code}")
-
     def _refusal(self, what: str, page: int) -> PagingError:
         state = [str(self._owners[page])]
         under_way = {
@@ -252,6 +243,11 @@ class PageBook:
         }
         state += [name for name, mask in under_way.items() if mask[page]]
         return PagingError(f"{what} is not possible for page {page} (owner {', '.join(state)})")
+
+
+def _require_host(code: int) -> None:
+    if code < FIRST_SUB:
+        raise PagingError(f"no host has the owner code {code}")
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -208,7 +208,7 @@ class Evictor:
         self.share.come_down(gone.size)
         self._outbox.drop(extents_of_pages(gone))
         if gone.size < pages.size:
-            link.release(extents_of_pages(pages[~theirs]))
+            link.release(extents_of_pages(pages[~theirs]).tolist())
 
     def unanswered(self, requests: Sequence[Request]) -> None:
         """Page-outs on a link that broke: send again what is still leaving."""

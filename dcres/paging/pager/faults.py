@@ -19,7 +19,6 @@ import numpy as np
 from dcres.errors import PagesLost, PagingError
 from dcres.linux.pipe import address_of
 from dcres.linux.userfaultfd import Userfaultfd
-from dcres.model.history import hottest
 from dcres.model.pages import PAGE_SIZE, Mask, Pages, extents_of_pages
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
 from dcres.paging.pager.book import PageBook, mains
@@ -166,16 +165,6 @@ class FaultHandler:
             self._page_ins.ask(link, page, page + 1, hurry=True)
         self._neighbours.missed(page, link)
 
-    def fill(self, most: int) -> bool:
-        """Bring `most` remote pages nobody has missed, the last touched first, to fill room."""
-        remote = self._table.owners > LEAVING
-        for code, link in self._links.items():
-            here = remote & (self._table.owners == code)
-            pages = hottest(self._table.ticks, here, most)
-            if self.bring(link, pages):
-                return True
-        return False
-
     def bring(self, link: Link, pages: Pages) -> bool:
         """Page in what nobody has missed, unless it is on its way; whether anything was asked."""
         return self._page_ins.bring(link, pages)
@@ -189,14 +178,14 @@ class FaultHandler:
             at_ns = self._put(link, first, stop, address)
             address += (stop - first) * PAGE_SIZE
             self._is_here(first, stop, at_ns)
-        link.release_runs(runs)
+        link.release(runs)
         self._neighbours.came(runs[0][0], link)
 
     def put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
         """The same, of one run that the hot path has put in place at `at_ns`."""
         self._book.heard_page_in(first, stop)
         self._is_here(first, stop, at_ns)
-        link.release_runs([(first, stop)])
+        link.release([(first, stop)])
         self._neighbours.came(first, link)
 
     def _put(self, link: Link, first: int, stop: int, address: int) -> int:

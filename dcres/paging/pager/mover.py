@@ -166,13 +166,13 @@ class Mover:
         self._hand_over(link, pages[~stale])
         self._book.fetched(pages_of_extents(asked))
         if stale.any():
-            link.release(extents_of_pages(pages[stale]))
+            link.release(extents_of_pages(pages[stale]).tolist())
 
     def _hand_over(self, link: Link, pages: Pages) -> None:
         """The book first: a page is never released where the table still looks for it."""
         before = self._book.hand_over(pages, link.code)
         for code in np.unique(before).tolist():
-            self._links[code].release(extents_of_pages(pages[before == code]))
+            self._links[code].release(extents_of_pages(pages[before == code]).tolist())
 
     def unanswered(self, link: Link, requests: Sequence[Request]) -> None:
         """Fetches on a link that broke: nothing was moved; what did arrive is released there."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dcres.errors import PagesLost, PagingError
-from dcres.paging.control import Reply, failure
+from dcres.paging.orders import Counters, Frozen, Reply
 from dcres.paging.pager.evictor import Evictor
 from dcres.paging.pager.faults import FaultHandler
 from dcres.paging.pager.mover import Mover
@@ -97,7 +97,7 @@ class Standstill:
         self._promises.append(
             _Promise(
                 lambda: self._drained() and (not self._faults.fetching or bool(self._away())),
-                lambda: reply({"ok": True, **self.counters()}),
+                lambda: reply(self.counters()),
                 reply,
             )
         )
@@ -130,12 +130,16 @@ class Standstill:
         for promise in [each for each in self._promises if lost or each.due()]:
             self._promises.remove(promise)
             if lost:
-                promise.reply(failure(PagesLost(self.lost_why)))
+                promise.reply(PagesLost(self.lost_why))
             else:
                 promise.keep()
 
-    def counters(self) -> dict[str, int]:
-        """What was done so far; how much of it during a checkpoint, two answers tell."""
+    def counters(self) -> Counters:
+        """What was done so far."""
+        return Counters(**self.counts())
+
+    def counts(self) -> dict[str, int]:
+        """The same by name, for answers that hold more."""
         return {
             "pages_in": self._faults.pages_in,
             "pages_out": self._evictor.pages_out,
@@ -160,8 +164,8 @@ class Standstill:
 
     def _freeze_now(self, reply: Reply) -> None:
         if missing := self._away():  # what they hold is not known to agree with the table
-            reply(failure(PagingError(f"the link to {', '.join(missing)} is down")))
+            reply(PagingError(f"the link to {', '.join(missing)} is down"))
             return
         self.state = PagerState.FROZEN
         self._evictor.note_writes()
-        reply({"ok": True, "tick": self._now(), **self.counters()})
+        reply(Frozen(tick=self._now(), **self.counts()))

@@ -12,21 +12,33 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, assert_never
 
-from dcres.errors import DcresError, PagingError, ProtocolError
+from dcres.errors import DcresError, PagingError
 from dcres.model.handshake import Role
 from dcres.model.placement import digest
 from dcres.model.wire import Endpoint
-from dcres.paging import control
 from dcres.paging import settings as settings_
 from dcres.paging.alone import alone
 from dcres.paging.changes import ChangeMap
-from dcres.paging.control import ControlServer, Reply
+from dcres.paging.orders import (
+    SERVER_ORDERS,
+    Done,
+    Reply,
+    ResizeServer,
+    Scan,
+    ServerOrder,
+    ServerStatus,
+    Status,
+    Track,
+    Untrack,
+    Written,
+)
 from dcres.paging.server.fetcher import FetchingTable
 from dcres.paging.server.service import PageService
 from dcres.paging.server.subtable import SubTable
 from dcres.paging.settings import ServerSettings
+from dcres.paging.transport.control_server import ControlServer, typed
 from dcres.paging.transport.loop import Loop
 
 log = logging.getLogger("dcres.server")
@@ -45,7 +57,8 @@ class MemoryServer:
         )
         if loop.hot is not None:
             self._pages.attend = loop.hot.attend
-        self._control = ControlServer(loop, Path(settings.control), self._order)
+        handler = typed("memory server", SERVER_ORDERS, self._order)
+        self._control = ControlServer(loop, Path(settings.control), handler)
         self._tracking = ""
 
     @property
@@ -59,28 +72,26 @@ class MemoryServer:
             self._service.turn(1.0)
             self._table.end_stalled()
 
-    def _order(self, do: str, arguments: dict[str, Any], reply: Reply) -> None:
-        match do:
-            case "status":
-                reply({"ok": True, **self.status()})
-            case "track":
-                changes = control.text(arguments, "changes")
+    def _order(self, order: ServerOrder, reply: Reply) -> None:
+        match order:
+            case Status():
+                reply(self.status())
+            case Track(changes):
                 self._pages.changes = ChangeMap.shared(Path(changes), self._pages.page_count)
                 self._tracking = changes
-                reply({"ok": True})
-            case "scan":
-                changes = control.text(arguments, "changes")
-                reply({"ok": True, "written": self._scan(changes)})
-            case "untrack":
+                reply(Done())
+            case Scan(changes):
+                reply(Written(self._scan(changes)))
+            case Untrack():
                 self._pages.changes = None
                 self._tracking = ""
-                reply({"ok": True})
-            case "resize":
+                reply(Done())
+            case ResizeServer(capacity_pages):
                 # Less than is held drops nothing; nothing more is taken then.
-                self._pages.capacity_pages = control.pages(arguments, "capacity_pages")
-                reply({"ok": True})
+                self._pages.capacity_pages = capacity_pages
+                reply(Done())
             case _:
-                raise ProtocolError(f"a memory server cannot {do}")
+                assert_never(order)
 
     def _scan(self, changes: str) -> int:
         """How many pages are marked; a server that was started again has missed some."""
@@ -88,23 +99,23 @@ class MemoryServer:
             raise PagingError("the memory server was started again and does not track this")
         return self._pages.changes.count()
 
-    def status(self) -> dict[str, Any]:
-        """Counters and the digest of the existence map, as JSON values."""
-        return {
-            "port": self.port,
-            "pid": os.getpid(),
-            "tracking": bool(self._tracking),
-            "held_pages": self._pages.held_pages,
-            "capacity_pages": self._pages.capacity_pages,
-            "pages_in": self._service.pages_served,
-            "pages_out": self._service.pages_out,
-            "pages_peeked": self._service.pages_peeked,
-            "pages_fetched": self._table.pages_fetched,
-            "refused": self._service.refused,
-            "connected": self._service.connected(Role.PAGER) > 0,
-            "readers": self._service.connected(Role.READER),
-            "digest": digest(self._pages.existence(0, self._pages.page_count)),
-        }
+    def status(self) -> ServerStatus:
+        """Counters and the digest of the existence map."""
+        return ServerStatus(
+            port=self.port,
+            pid=os.getpid(),
+            tracking=bool(self._tracking),
+            held_pages=self._pages.held_pages,
+            capacity_pages=self._pages.capacity_pages,
+            pages_in=self._service.pages_served,
+            pages_out=self._service.pages_out,
+            pages_peeked=self._service.pages_peeked,
+            pages_fetched=self._table.pages_fetched,
+            refused=self._service.refused,
+            connected=self._service.connected(Role.PAGER) > 0,
+            readers=self._service.connected(Role.READER),
+            digest=digest(self._pages.existence(0, self._pages.page_count)),
+        )
 
 
 def main(arguments: list[str]) -> NoReturn:

@@ -55,7 +55,7 @@ class Connection:
     """Call `greet` at first. How connecting went shows when something is sent."""
 
     def __init__(
-        self, loop: Loop, sub: SubAddress, identity: Identity, page_count: int, role: Role
+        self, loop: Loop, identity: Identity, page_count: int, sub: SubAddress, role: Role
     ) -> None:
         self.ready = False
         self.unanswered: deque[Request] = deque()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from enum import StrEnum
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -102,8 +103,7 @@ class Link:
         self.state = LinkState.DOWN
         self.held_pages = 0  # as the server will count them once it has read what was sent
         self.trouble = ""  # why it is down
-        self._loop = loop
-        self._identity = identity
+        self._new = partial(Connection, loop, identity, page_count)
         self._page_count = page_count
         self._user = user
         self._main: Connection | None = None
@@ -141,10 +141,6 @@ class Link:
     def _connections(self) -> list[Connection]:
         return [each for each in (self._main, self._express) if each is not None]
 
-    def status(self) -> dict[str, object]:
-        """What there is to tell of the link (docs/protocol.md, `status` of a pager)."""
-        return {"state": str(self.state), "trouble": self.trouble, "express": self.express}
-
     def connect_if_due(self) -> None:
         """Try to connect when down, at most every `RETRY_S`; go down when the server is silent."""
         now = time.monotonic()
@@ -153,11 +149,8 @@ class Link:
                 each.end_if_silent(now)
         if self.state is LinkState.DOWN and now >= self._retry_at:
             self._retry_at = now + RETRY_S
-            self.state, self._main = LinkState.GREETING, self._connection(Role.PAGER)
+            self.state, self._main = LinkState.GREETING, self._new(self.sub, Role.PAGER)
             self._main.greet(self)
-
-    def _connection(self, role: Role) -> Connection:
-        return Connection(self._loop, self.sub, self._identity, self._page_count, role)
 
     @property
     def put_at_ns(self) -> int:
@@ -207,12 +200,8 @@ class Link:
         self.held_pages += count_pages(extents)
         self._main.send(parts)
 
-    def release(self, extents: Extents) -> None:
+    def release(self, runs: Runs) -> None:
         """Pages that the server need not keep any more; told in batches."""
-        self.release_runs(extents.tolist())
-
-    def release_runs(self, runs: Runs) -> None:
-        """The same for runs."""
         if self.source:
             return
         self._releases += runs
@@ -320,12 +309,12 @@ class Link:
         self.held_pages += int(here.sum())
         leftover = extents_of_mask(here & ~expected) + first
         if len(leftover):
-            self.release(leftover)
+            self.release(leftover.tolist())
         if stop == self._page_count:
             self.state, self.trouble = LinkState.READY, ""
             main.use_hot_path()
             if not self.source:  # a slice server is asked for all on the one connection it has
-                self._express = self._connection(Role.EXPRESS)
+                self._express = self._new(self.sub, Role.EXPRESS)
                 self._express.greet(self)
             if self.state is LinkState.READY:  # else the other could not be made: all is down
                 self.flush_releases()
