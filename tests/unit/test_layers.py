@@ -92,6 +92,11 @@ def problems(file: str, line: int, name: str) -> Iterator[str]:
         yield f"{where}, but {part or 'the façade'} may import {may}"
 
 
+def module_of(file: str) -> str:
+    """``dcres/vm/__init__.py`` → dcres.vm."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "dcres").rglob("*.py"))
 
 
@@ -134,3 +139,70 @@ def test_the_rules_catch(file: str, name: str, why: str) -> None:
 )
 def test_the_rules_allow(file: str, name: str) -> None:
     assert not list(problems(file, 1, name))
+
+
+# Circles
+
+# Rooms of paging, from the bottom: each may import those before it, and itself. "" is paging's
+# own modules.
+PAGING_ROOMS = {"": set[str](), "transport": {""}, "pager": {"", "transport"}}
+PAGING_ROOMS["server"] = PAGING_ROOMS["pager"]
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules of dcres each one imports; those for types alone count, too."""
+    modules = {module_of(file): file for file in FILES}
+    found: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        names = {name for _, name in imports(ROOT / file)}
+        # `from dcres.paging import control` names a module, `from dcres.errors import X` does not.
+        named = {name if name in modules else name.rpartition(".")[0] for name in names}
+        found[module] = (named & modules.keys()) - {module}
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The largest sets of modules each of which can be reached from each other one."""
+    reach = {start: _reached(edges, start) for start in edges}
+    return {
+        frozenset({*(other for other in reach[start] if start in reach[other])})
+        for start in edges
+        if start in reach[start]
+    }
+
+
+def _reached(edges: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    fresh = set(edges[start])
+    while fresh:
+        seen |= fresh
+        fresh = {after for each in fresh for after in edges[each]} - seen
+    return seen
+
+
+def room_of(module: str) -> str:
+    """``dcres.paging.pager.book`` → pager; ``dcres.paging.settings`` → "" (paging's own)."""
+    parts = [*module.split("."), ""]
+    return parts[2] if len(parts) > 4 or parts[2] in PAGING_ROOMS else ""
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    found = [" ↔ ".join(sorted(circle)) for circle in circles(graph())]
+    assert not found, "these import each other in a circle: " + "; ".join(found)
+
+
+def test_a_circle_is_found() -> None:
+    chain = {"a": {"b"}, "b": {"c"}, "c": set[str](), "d": {"a"}}
+    assert circles(chain) == set()
+    assert circles({**chain, "c": {"a"}}) == {frozenset("abc")}
+
+
+def test_the_rooms_of_paging_are_above_one_another() -> None:
+    upward = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if module.startswith("dcres.paging.") and other.startswith("dcres.paging.")
+        if room_of(other) not in {room_of(module), *PAGING_ROOMS[room_of(module)]}
+    ]
+    assert not upward, "\n".join(upward)
