@@ -19,7 +19,7 @@ from dcres.config import HostSettings
 from dcres.errors import Conflict
 from dcres.linux.holding import hold, is_held
 from dcres.linux.process import ProcessId, spawn_detached
-from dcres.linux.removal import MARK, Mark
+from dcres.linux.marks import MARK, Mark
 
 Host = MainHost | SubHost
 
