@@ -1,4 +1,4 @@
-"""What people write: the VM file, the layout, and a host's own settings.
+"""What users write: the VM file, the layout, and a host's own settings.
 
 All models are frozen and refuse unknown keys. Sizes are written in binary units
 (``512MiB``, ``1.5 GiB``, ``4096``) and held as bytes, always whole pages.
@@ -227,8 +227,8 @@ def folder_of_environ(variable: str, environ: Mapping[str, str] = os.environ) ->
     path = _at_home(text, variable)
     if not path.is_absolute():
         raise ConfigError(
-            f"{variable} is {text!r}, which is another folder from wherever it is read; write its "
-            f"whole path, such as {path.absolute()}"
+            f"{variable} is {text!r}, a relative path, which is another folder for each process; "
+            f"write its whole path, such as {path.absolute()}"
         )
     return path
 

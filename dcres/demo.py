@@ -250,7 +250,7 @@ class _Play:
         facts = checkpoint.facts
         self._story.checkpoints.append(facts)
         step.hosts = _places(facts["hosts"])
-        down = f"the guest stood still for {facts['downtime_seconds']:.2f} s"
+        down = f"the guest was paused for {facts['downtime_seconds']:.2f} s"
         self._end(
             step, f"{format_size(facts['pages'] * PAGE_SIZE)} saved by all hosts at once; {down}"
         )

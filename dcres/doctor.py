@@ -266,7 +266,7 @@ def _orphans(facts: Facts) -> list[Check]:
             "orphans",
             not facts.orphans,
             "; ".join(facts.orphans) or "no cluster that has ended left anything here",
-            "nobody can take them up again: end them by `dcres down --orphans`, then restore",
+            "no cluster can adopt them any more: end them by `dcres down --orphans`, then restore",
             Status.WARN,
         )
     ]

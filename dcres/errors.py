@@ -24,7 +24,7 @@
     │   ├── QemuFailed         it did not start, or exited; its own words are included
     │   ├── MonitorError       a QMP command failed
     │   ├── UnsafeDevice       a device or disk that no checkpoint could have, or that writes
-    │   │                      guest memory behind our back
+    │   │                      guest memory behind the page table
     │   └── VmLost             the VM cannot go on; restore a checkpoint
     │       └── VmOff          it has ended in order: start it again
     └── ClusterError           Ray, or an actor on it

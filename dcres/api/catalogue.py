@@ -41,7 +41,7 @@ class Catalogue(Protocol):
         """Read every byte and compare; `done` gets pages done since its last call."""
 
     def delete(self, checkpoint: str) -> None:
-        """Remove a checkpoint. Raises NotFound, and Conflict while somebody reads its pages.
+        """Remove a checkpoint. Raises NotFound, and Conflict while its pages are read.
 
         OperationFailed says which hosts keep files of one that is deleted.
         """
@@ -124,7 +124,7 @@ class StoresOfHosts:
             raise OperationFailed(f"{checkpoint} is deleted, but not all of its files", failures)
 
     def _out_of_reach(self, first: str, checkpoint: str) -> Names:
-        """Hosts of a checkpoint that do not answer, if nobody else has their part either.
+        """Hosts of a checkpoint that do not answer, if no other host has their part either.
 
         None if the manifest does not tell.
         """
@@ -149,7 +149,7 @@ class StoresOfHosts:
                 return host, gateway.run_on(host, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
             except NotFound as error:
                 missing = error
-        raise missing or ClusterError("the cluster has no host that could be asked")
+        raise missing or ClusterError("no host of the cluster is alive; look at `ray status`")
 
     def _verify_apart(self, manifest: Manifest) -> VerifyReport:
         def part(host: str) -> VerifiedPart:

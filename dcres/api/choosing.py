@@ -95,8 +95,8 @@ def wish_of(
         layout = Layout(main=manifest.memory_bytes)
     elif layout is not None and number not in (None, len(layout.shares)):
         raise ConfigError(
-            f"the layout has {len(layout.shares)} hosts and {number} are asked for; "
-            "give one of the two"
+            f"the layout has {len(layout.shares)} hosts, but {number} are asked for; "
+            "give a layout or hosts, or as many of both"
         )
     return Wish(layout, number, names)
 
@@ -163,7 +163,7 @@ def choose_hosts(session: Session, manifest: Manifest, wish: Wish) -> Choice:
     try:
         return decide(manifest, wish, look_around(manifest))
     except NoRoom:
-        _require_absent(session, manifest.vm)  # somebody faster may have the room by now
+        _require_absent(session, manifest.vm)  # another caller may have the room by now
         raise
 
 
@@ -173,7 +173,7 @@ def _require_absent(session: Session, vm: str) -> None:
 
 
 def decide(manifest: Manifest, wish: Wish, seen: Sequence[Seen]) -> Choice:
-    """Hosts and shares for a restore, by what is free and who has which part.
+    """Hosts and shares for a restore, by what is free and which host has which part.
 
     Raises ConfigError, NotFound for a host that is not there, and NoRoom, which says how much
     is missing.

@@ -84,10 +84,9 @@ class Cluster:
 
         `spec` is a VM file's path, its values, or a `VmSpec`; file names in it are the main
         host's. `hosts` is ``["h1", "h2"]`` or ``"h1,h2"``. A VM's name in a store is one cluster's:
-        `take_over` it from one of which nobody can see from here that it has ended, when you know
-        that it has. Ctrl-C takes down what was brought up. Raises ConfigError, Conflict when the VM
-        runs or its name is another cluster's, NoRoom, QemuFailed; then nothing of the VM is left
-        running.
+        `take_over` it from one whose end cannot be seen from here, when you know that it has ended.
+        Ctrl-C takes down what was brought up. Raises ConfigError, Conflict when the VM runs or its
+        name is another cluster's, NoRoom, QemuFailed; then nothing of the VM is left running.
         """
         return start_vm(self._session, _spec_of(spec), hosts, progress, take_over=take_over)
 

@@ -1,8 +1,8 @@
-"""A long call to a VM's coordinator, attended: its progress is shown, and Ctrl-C gives it up.
+"""A long call to a VM's coordinator, attended: its progress is shown, and Ctrl-C cancels it.
 
 So does whatever else ends the waiting before the call has ended: SIGTERM, with which Ray stops a
 job, `sys.exit` in a handler of the caller's, a function for progress that raises. Nothing goes on
-that nobody waits for.
+unattended.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HostProgress:
     """How far one host is with what it does: bytes, and bytes per second since it began that.
 
     In a live checkpoint also how many pages were marked there after its latest round, and for how
-    long the VM would stand still if that host were the slowest; None before its first has ended.
+    long the VM would be paused if that host were the slowest; None before its first has ended.
     """
 
     host: str
@@ -105,7 +105,7 @@ class Attended:
     ) -> R:
         """Give the order and wait for its end, however long that takes.
 
-        An exception in the meantime gives the operation up and is raised once that is done: a
+        An exception in the meantime cancels the operation and is raised once that is done: a
         checkpoint is cancelled, what a start or restore had brought up is taken down, and pages
         that were being moved stay where they are. KeyboardInterrupt becomes an
         `OperationInterrupted`, whose text says when it was too late for that: a checkpoint that is
@@ -128,7 +128,7 @@ class Attended:
 
 
 def _tell(error: BaseException, title: str, what_became: str) -> None:
-    """Say what became of the operation, as far as whoever waited for it can still hear."""
+    """Say what became of the operation, as far as its caller can still be told."""
     match error:
         case KeyboardInterrupt():
             raise OperationInterrupted(what_became) from None
@@ -137,14 +137,14 @@ def _tell(error: BaseException, title: str, what_became: str) -> None:
 
 
 def _what_became(order: Callable[..., object], title: str, future: Future[Any]) -> str:
-    """What whoever interrupted an operation has to know of it, now that it has ended.
+    """What the user who interrupted an operation has to know, now that it has ended.
 
-    An error says so itself: that it was given up, or failed before, or that nobody can tell.
+    An error says so itself: that it was cancelled, failed before, or that this is not known.
     """
     if (error := future.exception()) is not None:
         return str(error)
     if order in _BRINGING_UP:
-        return "what was under way is given up"
+        return f"cancelled: {title}"
     if order == Coordinator.checkpoint:
         return f"checkpoint {future.result()['checkpoint']} was published before that"
     return f"{title} was done before that"

@@ -225,7 +225,7 @@ def plan_restore(
 
 
 def _where(manifest: Manifest, choice: Choice, seen: Sequence[Seen]) -> Where:
-    """Who has which part, as in a restore: others are asked only for what the VM's hosts lack."""
+    """Which host has which part, as in a restore: others are asked for what the VM's hosts lack."""
     has = {each.info.name: each.parts for each in seen}
     parts = tuple(part.host for part in manifest.hosts)
     here = {host: has[host] for host in choice.hosts}
@@ -266,7 +266,7 @@ def _transfers(
 ) -> Iterable[tuple[str, str, int]]:
     """From which host to which, and bytes: pages, and the small files of a part where it is read.
 
-    A lazy restore has one slice server for each part, which serves those that have the part, too.
+    A lazy restore has one part server for each part, which serves those that have the part, too.
     """
     for part, row, held in zip(manifest.hosts, flow, where.holds, strict=True):
         holder, readers = where.holder(part.host), set[str]()

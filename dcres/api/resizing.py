@@ -88,7 +88,7 @@ class ResizedHost:
 class ResizePlan(ChangePlan):
     """The shares before and after, and the pages that would move, as things were when asked.
 
-    `moves` are those of a guest that stands still, about: the real one goes on, and who takes what
+    `moves` are about those of a paused guest: the real one goes on, and which sub host takes what
     a smaller main host sends out is decided page by page. Memory was looked for and not
     reserved.
     """

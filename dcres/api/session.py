@@ -49,7 +49,7 @@ class Session:
             try:
                 port = gateway.spawn(Coordinator, name, (vm,))
             except Conflict:
-                # Somebody else was faster; the coordinator lets one of us begin.
+                # Another caller was faster; the coordinator lets one of us begin.
                 port = gateway.ActorPort(name)
         port.wait_ready(_READY_TIMEOUT_S)
         return port
@@ -107,7 +107,7 @@ def open_session(address: str | None, store: Path | None) -> Session:
         joined = gateway.connect(address, None if local is None else local.token_path)
     except DcresError:
         if local is not None:
-            local.require_here()  # else this says why nobody answers
+            local.require_here()  # else this says why none answers
         raise
     return Session(address, catalogue, local, joined=joined)
 
@@ -180,7 +180,7 @@ def named_store(store: Path | None) -> Path | None:
 def _one_store(store: Path) -> Path:
     if HOST_FIELD in str(store):
         raise ConfigError(
-            f"{store} is many stores, one for each host; start their cluster, or name one of them"
+            f"{store} is many stores, one for each host; start their cluster, or give one of them"
         )
     return store.absolute()
 

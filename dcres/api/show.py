@@ -1,4 +1,4 @@
-"""How long work is shown, on standard error: bars where somebody looks, else a few lines."""
+"""How long work is shown: bars on a terminal or in a notebook, else lines on standard error."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def stderr_console() -> Console:
 
 
 def watched(console: Console) -> bool:
-    """Whether somebody looks at what moves: a terminal or a notebook."""
+    """Whether lines may move: on a terminal or in a notebook."""
     return console.is_terminal or console.is_jupyter
 
 
 @contextmanager
 def working(text: str) -> Iterator[Callable[[str], None]]:
-    """A line that moves while something of a few seconds is done, where somebody looks.
+    """A line that moves while something of a few seconds is done, on a terminal or in a notebook.
 
     What is called with a sentence shows it: in that line, or in one of its own.
     """
@@ -85,7 +85,7 @@ def progress_bars(
 ) -> Iterator[Callable[[_Operation], None]]:
     """A callback that draws one bar per host, or tells of each phase where no bar can be.
 
-    Where nobody can read it any more, of a terminal that was closed, say, it shows nothing: that
+    Where it cannot be read any more, on a terminal that was closed, say, it shows nothing: that
     is no reason to give up what it tells of.
     """
     console = console or stderr_console()

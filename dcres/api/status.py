@@ -99,7 +99,7 @@ class VmStatus:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the VM needs somebody's help."""
+        """Whether the VM needs help."""
         troubled = bool(self.run_state) and is_trouble(RunState(self.run_state))
         return troubled or self.phase in (VmPhase.LOST, VmPhase.UNKNOWN)
 

@@ -96,7 +96,7 @@ class Vm:
         """
         if not 1 <= buckets <= MOST_BUCKETS:
             raise ConfigError(
-                f"memory cannot be shown in {buckets} buckets; take 1 to {MOST_BUCKETS}"
+                f"memory cannot be shown in {buckets} buckets; give 1 to {MOST_BUCKETS}"
             )
         picture = self._session.existing(self.name).call(Coordinator.placement, buckets)
         return Placement(self.name, datetime.now(UTC), picture)
@@ -112,21 +112,21 @@ class Vm:
     ) -> Checkpoint:
         """Save the VM on all its hosts at once.
 
-        ``live``: it runs meanwhile, and stands still only for what is left when that fits
-        `downtime_s`, or after `max_rounds` rounds. ``stop``: it stands still until all is
+        ``live``: it runs meanwhile, and is paused only for what is left when that fits
+        `downtime_s`, or after `max_rounds` rounds. ``stop``: it is paused until all is
         written. `format` is that of the memory files: ``packed``, pages close together in large
         writes, or ``sparse``, every page at its place in memory. `progress` is called with an
         `OperationProgress` four times a second.
 
         Ctrl-C cancels it, unless it is being published: KeyboardInterrupt's text has its id then.
-        Raises OperationFailed when it was given up (the VM goes on, earlier checkpoints are as they
-        were), ConfigError for a mode or format that there is not.
+        Raises OperationFailed when it was cancelled (the VM goes on, earlier checkpoints are as
+        they were), ConfigError for a mode or format that there is not.
         """
         require_kind(mode, format)
         if not (downtime_s > 0 and max_rounds >= 1):
             raise ConfigError(
-                f"a downtime of {downtime_s} s in {max_rounds} rounds cannot be aimed at; "
-                "give more than 0 s and at least 1 round"
+                f"a downtime of {downtime_s * 1000:g} ms in {max_rounds} rounds is not possible; "
+                "give more than 0 ms and at least 1 round"
             )
         attended = self._attended(f"checkpoint of {self.name}", progress)
         order = mode, None, downtime_s, max_rounds, MemoryFormat(format)
@@ -134,7 +134,7 @@ class Vm:
         return Checkpoint(self._session, facts)
 
     def cancel(self) -> bool:
-        """Give up the checkpoint, start, restore or change of shares under way, if there is one."""
+        """Cancel the checkpoint, start, restore or change of shares under way, if there is one."""
         return bool(self._session.existing(self.name).call(Coordinator.cancel))
 
     def wait_until_whole(self, timeout_s: float = _WHOLE_TIMEOUT_S) -> VmStatus:
@@ -168,8 +168,8 @@ class Vm:
 
         `subs` are sizes, as in ``["1GiB", "1GiB"]`` or ``"1GiB,1GiB"``. Pages move to where
         there is room, which can take minutes. Of more `subs` than there are, the last ones join
-        on hosts with room; with fewer the last sub hosts are emptied and leave. Ctrl-C gives it
-        up, and the VM runs on. Raises ConfigError when the shares would be too small, NoRoom,
+        on hosts with room; with fewer the last sub hosts are emptied and leave. Ctrl-C cancels,
+        and the VM runs on. Raises ConfigError when the shares would be too small, NoRoom,
         and Conflict while a lazy restore brings pages in.
         """
         shares = self._shares(main, subs)
@@ -184,7 +184,7 @@ class Vm:
         """What `resize` with the same arguments would do, as things are now; changes nothing.
 
         What it would refuse is among the plan's problems, in the same words. Nothing is reserved:
-        somebody faster may have the memory by the time of the `resize`. Raises NotFound, and
+        another caller may have the memory by the time of the `resize`. Raises NotFound, and
         ConfigError for what is no size.
         """
         shares = self._shares(main, subs)
@@ -195,7 +195,7 @@ class Vm:
         self, main: int | str | None, subs: str | Sequence[int | str] | None
     ) -> tuple[int | None, list[int] | None]:
         if main is None and subs is None:
-            raise ConfigError(f"say what VM {self.name} is to have: main, subs or both")
+            raise ConfigError(f"no new share for VM {self.name}; give main, subs or both")
         return (
             None if main is None else _share(main),
             None if subs is None else [_share(each) for each in listed(subs)],
@@ -204,11 +204,11 @@ class Vm:
     def drain(self, host: str, *, progress: ProgressOption = None) -> VmStatus:
         """Empty a sub host while the VM runs, and leave it; the other hosts take its pages.
 
-        Ctrl-C gives it up, and the VM runs on. Raises NotFound when it is no sub host of the
+        Ctrl-C cancels, and the VM runs on. Raises NotFound when it is no sub host of the
         VM, ConfigError or NoRoom when the others cannot take its pages, and Conflict while a
         lazy restore brings pages in.
         """
-        attended = self._attended(f"drain {host} of {self.name}", progress)
+        attended = self._attended(f"drain of {host} from {self.name}", progress)
         return status_of(attended.run(Coordinator.drain, host))
 
     def plan_drain(self, host: str) -> DrainPlan:
@@ -230,7 +230,7 @@ class Vm:
         return Attended(self._session.existing(self.name), title, progress)
 
     def pause(self) -> VmStatus:
-        """Stop the guest until `resume`, also through checkpoints and restarts of what controls it.
+        """Pause the guest until `resume`, also through checkpoints and restarts of its control.
 
         Its pages may go on moving. Repeatable. Raises Conflict while something else is done to the
         VM, VmLost.
@@ -238,7 +238,7 @@ class Vm:
         return status_of(self._session.existing(self.name).call(Coordinator.pause))
 
     def resume(self) -> VmStatus:
-        """Let the guest run, from wherever it stands: paused, or after an error of a disk.
+        """Let the guest run again, after a pause or a disk error.
 
         Repeatable. Raises Conflict where it cannot run any more (`VmStatus.advice` says what can be
         done then) or while something else is done to the VM, VmLost.
@@ -246,7 +246,7 @@ class Vm:
         return status_of(self._session.existing(self.name).call(Coordinator.resume))
 
     def stop(self) -> None:
-        """End the VM and give back all it used; a checkpoint under way is given up first."""
+        """End the VM and give back all it used; a checkpoint under way is cancelled first."""
         self._session.existing(self.name).within(_STOP_TIMEOUT_S).call(Coordinator.stop)
         self._session.retire(self.name)
 

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(args=given, prog_name="dcres", standalone_mode=False)
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing may be written to it at exit.
+        # The reader of our output has seen enough; nothing may be written to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (Exception, KeyboardInterrupt) as error:

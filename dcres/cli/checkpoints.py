@@ -33,7 +33,7 @@ def checkpoint(
         str,
         typer.Option(
             metavar="MODE",
-            help="live: the VM runs while it is saved. stop: it stands still meanwhile.",
+            help="live: the VM runs while it is saved. stop: it is paused for all of it.",
         ),
     ] = DEFAULT_MODE,
     format: Annotated[
@@ -44,13 +44,13 @@ def checkpoint(
         ),
     ] = DEFAULT_FORMAT,
     downtime: Annotated[
-        float, typer.Option(metavar="MS", help="live: how long the VM may stand still.")
+        float, typer.Option(metavar="MS", help="live: milliseconds that the VM may be paused.")
     ] = DEFAULT_DOWNTIME_S * 1000,
     max_rounds: Annotated[
-        int, typer.Option(metavar="N", help="live: stop the VM after so many rounds at the latest.")
+        int, typer.Option(metavar="N", help="live: pause the VM after N rounds at the latest.")
     ] = DEFAULT_MAX_ROUNDS,
 ) -> Answer:
-    """Save a VM, every host its own pages at the same time; Ctrl-C gives it up."""
+    """Save a VM, all hosts their own pages in parallel; Ctrl-C cancels."""
     from dcres.cli.tables import checkpoint_view
 
     require_kind(mode, format)
@@ -64,19 +64,19 @@ def checkpoint(
 
 @add_command(app, "cancel", panel=_CHECKPOINTS)
 def cancel(options: Options, vm: VmArgument) -> Answer:
-    """Give up what is being done to a VM: a checkpoint, start, restore or change of shares."""
+    """Cancel what is being done to a VM: a checkpoint, start, restore or change of shares."""
     with open_cluster(options) as cluster:
         done = cluster.vm(vm).cancel()
-    text = f"what was being done to {vm} is given up" if done else f"nothing is being done to {vm}"
+    text = f"cancelled: what was being done to {vm}" if done else f"nothing is being done to {vm}"
     return Answer({"vm": vm, "cancelled": done}, text)
 
 
 @add_command(app, "checkpoints", panel=_CHECKPOINTS, shared=CHECKPOINTS)
 def checkpoints(
     options: Options,
-    vm: Annotated[str | None, typer.Argument(metavar="[VM]", help="Of this VM alone.")] = None,
+    vm: Annotated[str | None, typer.Argument(metavar="VM", help="Only those of this VM.")] = None,
 ) -> Answer:
-    """All checkpoints, oldest first."""
+    """List all checkpoints, oldest first."""
     from dcres.api.catalogue import listed_facts
     from dcres.cli.tables import checkpoints_view
 
@@ -88,7 +88,7 @@ def checkpoints(
 
 @add_command(app, "inspect", panel=_CHECKPOINTS, shared=CHECKPOINTS)
 def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
-    """What a checkpoint holds: its manifest."""
+    """Show what a checkpoint holds: its manifest."""
     from dcres.cli.tables import inspect_view
 
     with open_catalogue(options) as catalogue:
@@ -122,17 +122,17 @@ def restore(
     ] = False,
     hosts: Annotated[
         str | None,
-        typer.Option(metavar="N|H1,H2,…", help="How many hosts, or their names, main first."),
+        typer.Option(metavar="N|H1,H2,…", help="How many hosts, or their names, main host first."),
     ] = None,
     lazy: Annotated[
         bool, typer.Option("--lazy", help="The guest runs at once; its memory follows.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")
+        bool, typer.Option("--dry-run", help="Show what would happen, and change nothing.")
     ] = False,
     take_over: TakeOverOption = False,
 ) -> Answer:
-    """Bring a VM back from a checkpoint: over the hosts that you name, or that dcres finds."""
+    """Restore a VM from a checkpoint, on hosts that you name or that dcres finds."""
     from dcres.cli.tables import plan_view, restore_view
     from dcres.config import load_layout
 
@@ -159,4 +159,4 @@ def delete(
     confirm(options, f"deleting {ckpt}", f"remove checkpoint {ckpt} for good?", yes=yes)
     with open_catalogue(options) as catalogue:
         catalogue.delete(ckpt)
-    return Answer({"checkpoint": ckpt, "deleted": True}, f"{ckpt} is deleted")
+    return Answer({"checkpoint": ckpt, "deleted": True}, f"deleted: {ckpt}")

@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Virtual machines that span hosts: started, checkpointed in parallel, restored.",
+    help="Virtual machines larger than one host: checkpointed in parallel, restored on any hosts.",
 )
 
 _CLUSTER = "Cluster"
@@ -26,7 +26,7 @@ _CLUSTER = "Cluster"
 
 @add_command(app, "doctor", panel=_CLUSTER, shared=HERE)
 def doctor(options: Options) -> Answer:
-    """What this host can do for dcres, found out by doing it, and the remedy for what it cannot."""
+    """Try what this host can do for dcres, and name the remedy for what it cannot."""
     from dcres import doctor
     from dcres.cli.tables import checks_view
     from dcres.config import HostSettings
@@ -44,7 +44,7 @@ def demo(
         bool, typer.Option("--keep", help="Leave the cluster and the VM running.")
     ] = False,
 ) -> Answer:
-    """The main job, end to end, on a cluster of its own: checkpoint, lose two hosts, restore."""
+    """Show the main job on a cluster of its own: checkpoint, lose two hosts, restore."""
     from dcres.api.cluster import memory_size
     from dcres.cli.stage import ConsoleStage
     from dcres.cli.tables import story_view
@@ -73,7 +73,7 @@ def up(
         ),
     ] = None,
     dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="With Ray's dashboard, for Ray jobs.")
+        bool, typer.Option("--dashboard", help="Also start Ray's dashboard, which takes Ray jobs.")
     ] = False,
 ) -> Answer:
     """Start a local cluster of Ray nodes on this machine."""
@@ -108,20 +108,20 @@ def down(
         bool,
         typer.Option(
             "--purge",
-            help="Remove what clusters made in the home, too: all checkpoints in its own store. "
-            "Asks first; needs no cluster that runs.",
+            help="Also remove what clusters made in the home, with all checkpoints in its store. "
+            "Asks first; works without a running cluster.",
         ),
     ] = False,
     orphans: Annotated[
         bool,
         typer.Option(
             "--orphans",
-            help="End, instead, VMs and free memory that clusters have left on this machine whose "
-            "Ray is gone. Asks first.",
+            help="Instead, end VMs and free memory that clusters whose Ray is gone left on this "
+            "machine. Asks first.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --orphans: say what there is, and end nothing.")
+        bool, typer.Option("--dry-run", help="With --orphans: show what there is, and end nothing.")
     ] = False,
     yes: YesOption = False,
 ) -> Answer:
@@ -130,11 +130,11 @@ def down(
     from dcres.errors import ConfigError
 
     if orphans and purge:
-        raise ConfigError("--orphans is about other clusters than --purge; say one at a time")
+        raise ConfigError("--orphans and --purge are about different clusters; give one of them")
     if orphans:
         return end_orphans(options, yes=yes, dry_run=dry_run)
     if dry_run:
-        raise ConfigError("--dry-run goes with --orphans")
+        raise ConfigError("--dry-run needs --orphans")
     return _end_cluster(options, purge=purge, yes=yes)
 
 

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would move where, and change nothing.")
+    bool, typer.Option("--dry-run", help="Show what would move where, and change nothing.")
 ]
 TakeOverOption = Annotated[
     bool,
     typer.Option(
         "--take-over",
-        help="Take the VM's name in the store from another cluster that has ended for certain.",
+        help="Take over the VM's name in the store from another cluster that you know has ended.",
     ),
 ]
 _CLUSTER = "Cluster"
@@ -88,7 +88,7 @@ def start(
 
 @add_command(app, "list", panel=_VMS)
 def list_vms(options: Options) -> Answer:
-    """All VMs with their phase and hosts, and what is left of clusters that have ended."""
+    """List all VMs with phase and hosts, and what clusters that have ended left here."""
     from dcres.cli.orphans import found, told, values_of, with_orphans
     from dcres.cli.tables import vms_view
     from dcres.errors import ClusterError, NotFound
@@ -110,14 +110,17 @@ def status(
     options: Options,
     vm: VmArgument,
     over: Annotated[
-        float, typer.Option(min=0.0, max=60.0, help="Seconds to measure paging rates for.")
+        float,
+        typer.Option(
+            metavar="S", min=0.0, max=60.0, help="Seconds to measure paging rates for; at most 60."
+        ),
     ] = 1.0,
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png|.svg", help="Draw where memory is into this file, too."),
+        typer.Option(metavar="FILE.png|.svg", help="Also draw where memory is, into this file."),
     ] = None,
 ) -> Answer:
-    """What a VM does, where its pages are, how hot they are, and how they move."""
+    """Show what a VM does, where its pages are, how hot they are, and how they move."""
     from dcres.api.placement import require_drawable
     from dcres.cli.tables import status_view
     from dcres.errors import NotFound
@@ -154,12 +157,12 @@ def resize(
         str | None,
         typer.Option(
             metavar="SIZE,SIZE,…",
-            help="What the sub hosts may keep; more of them join, fewer leave from the end.",
+            help="What the sub hosts may keep; with more sizes hosts join, with fewer some leave.",
         ),
     ] = None,
     dry_run: DryRunOption = False,
 ) -> Answer:
-    """Change how much the hosts keep, while the VM runs; Ctrl-C gives it up."""
+    """Change how much the hosts keep, while the VM runs; Ctrl-C cancels."""
     from dcres.cli.tables import resize_view, status_view
 
     with open_cluster(options) as cluster:
@@ -178,7 +181,7 @@ def drain(
     host: Annotated[str, typer.Argument(metavar="HOST", help="One of the VM's sub hosts.")],
     dry_run: DryRunOption = False,
 ) -> Answer:
-    """Empty a sub host while the VM runs, then leave it; Ctrl-C gives it up."""
+    """Empty a sub host while the VM runs, then leave it; Ctrl-C cancels."""
     from dcres.cli.tables import drain_view, status_view
 
     with open_cluster(options) as cluster:
@@ -192,7 +195,7 @@ def drain(
 
 @add_command(app, "pause", panel=_VMS)
 def pause(options: Options, vm: VmArgument) -> Answer:
-    """Stop a VM's guest until `dcres resume`; checkpoints and all else leave it so."""
+    """Pause a VM's guest until `dcres resume`; checkpoints leave it paused."""
     from dcres.cli.tables import status_view
 
     with open_cluster(options) as cluster:
@@ -202,7 +205,7 @@ def pause(options: Options, vm: VmArgument) -> Answer:
 
 @add_command(app, "resume", panel=_VMS)
 def resume(options: Options, vm: VmArgument) -> Answer:
-    """Let a VM's guest run, from wherever it stands: paused, or after an error of its disk."""
+    """Let a VM's guest run again, after a pause or a disk error."""
     from dcres.cli.tables import status_view
 
     with open_cluster(options) as cluster:
@@ -215,7 +218,7 @@ def stop(options: Options, vm: VmArgument) -> Answer:
     """End a VM; its checkpoints stay."""
     with open_cluster(options) as cluster:
         cluster.vm(vm).stop()
-    return Answer({"vm": vm, "stopped": True}, f"{vm} has ended; its checkpoints are kept")
+    return Answer({"vm": vm, "stopped": True}, f"stopped: {vm}; its checkpoints are kept")
 
 
 @add_command(app, "console", panel=_VMS)
@@ -223,14 +226,14 @@ def console(
     options: Options,
     vm: VmArgument,
     follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Go on until Ctrl-C or the VM's end.")
+        bool, typer.Option("-f", "--follow", help="Follow it until Ctrl-C or the VM's end.")
     ] = False,
 ) -> Answer:
-    """What a VM has written to its serial console."""
+    """Show what a VM has written to its serial console."""
     from dcres.errors import ConfigError
 
     if options.json and follow:
-        raise ConfigError("--json prints one object, so it does not go with --follow")
+        raise ConfigError("give --json or --follow, not both: --json prints one object")
     with open_cluster(options) as cluster:
         machine = cluster.vm(vm)
         if options.json:
@@ -271,7 +274,7 @@ def bench(
         Path | None, typer.Option(metavar="DIR", help="On the disk to measure; default: /tmp.")
     ] = None,
 ) -> Answer:
-    """One named measurement, or all of them one after the other."""
+    """Run one measurement, or all of them one after the other."""
     from dcres.bench.command import bench_command
 
     return Answer(*bench_command(name, quick=quick, folder=folder))

@@ -35,7 +35,7 @@ AddressOption = Annotated[
 
 
 def folder(text: str) -> Path:
-    """A store that somebody named on the command line; as ``"$UNSET"`` leaves it: none."""
+    """A store named on the command line; as ``"$UNSET"`` leaves it: none."""
     from dcres.config import named_folder
 
     return named_folder(text, "the store")
@@ -67,7 +67,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a command has to say: as JSON values, and as people read it."""
+    """A command's answer: as JSON values, and as people read it."""
 
     values: dict[str, Any]
     shown: RenderableType = ""
@@ -158,7 +158,7 @@ def confirm(options: Options, what: str, question: str, *, yes: bool) -> None:
     if yes:
         return
     if options.json or not sys.stdin.isatty():
-        raise ConfigError(f"{what} has to be confirmed; say --yes")
+        raise ConfigError(f"{what} needs confirmation; give --yes")
     typer.confirm(question, abort=True, err=True)
 
 
@@ -181,6 +181,6 @@ def write_error(error: BaseException, message: str, *, as_json: bool) -> None:
 
 
 def stdout_console() -> Console:
-    """Where results go; as wide as it takes when nobody looks."""
+    """Where results go; as wide as it takes when it is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)

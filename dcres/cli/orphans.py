@@ -12,7 +12,7 @@ from dcres.cli.tables import orphans_table
 if TYPE_CHECKING:
     from dcres.actors.host.orphans import Orphans
 
-REMEDY = "nobody can take them up again: `dcres down --orphans` ends them, checkpoints stay"
+REMEDY = "no cluster can adopt them any more: `dcres down --orphans` ends them, checkpoints stay"
 
 
 def found() -> list[Orphans]:

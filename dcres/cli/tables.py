@@ -129,7 +129,7 @@ def hosts_view(hosts: Sequence[Host], address: str) -> RenderableType:
 def checkpoint_view(facts: dict[str, Any]) -> RenderableType:
     """A checkpoint that was taken, host by host."""
     state = facts.get("run_state", "running")
-    stood = f"the VM stood still for {facts['downtime_seconds'] * 1000:.0f} ms"
+    stood = f"the VM was paused for {facts['downtime_seconds'] * 1000:.0f} ms"
     if "verdict" in facts:
         stood += f" after {facts['rounds']} rounds: {facts['verdict']}"
     head = Text.assemble(
@@ -184,7 +184,7 @@ def inspect_view(values: dict[str, Any]) -> RenderableType:
         facts.add_row(Text(name.replace("_", " "), "bold"), str(values[name]))
     facts.add_row(Text("memory", "bold"), format_size(values["memory_bytes"]))
     facts.add_row(Text("seconds", "bold"), f"{values['seconds']:.2f}")
-    facts.add_row(Text("VM stood still", "bold"), f"{values['downtime_seconds']:.2f} s")
+    facts.add_row(Text("VM paused for", "bold"), f"{values['downtime_seconds']:.2f} s")
     for disk in values["disks"]:
         facts.add_row(Text("disk", "bold"), f"{disk['path']} (snapshot {disk['snapshot']})")
     number = ("share", "pages", "saved", "on disk")

@@ -280,7 +280,7 @@ class TestAttending:
                 {"checkpoint": "v-1"},
                 "checkpoint v-1 was published before that",
             ),
-            (Coordinator.pause, {}, "drain h1 of v was done before that"),
+            (Coordinator.pause, {}, "drain of h1 from v was done before that"),
         ],
     )
     def test_what_was_done_before_it_could_be_given_up_is_said(
@@ -291,12 +291,12 @@ class TestAttending:
     ) -> None:
         coordinator = FakeCoordinator(result, interrupt)
         with pytest.raises(KeyboardInterrupt, match=f"^{words}$"):
-            attended(coordinator, "drain h1 of v", lambda _: None).run(order)
+            attended(coordinator, "drain of h1 from v", lambda _: None).run(order)
 
     def test_a_start_that_ended_all_the_same_is_taken_down(self) -> None:
         coordinator = FakeCoordinator(DONE, interrupt)
-        with pytest.raises(KeyboardInterrupt, match="what was under way is given up"):
-            attended(coordinator, "t", lambda _: None).run(Coordinator.start, {})
+        with pytest.raises(KeyboardInterrupt, match=r"^cancelled: start of v$"):
+            attended(coordinator, "start of v", lambda _: None).run(Coordinator.start, {})
         assert coordinator.called == ["start", "progress", "cancel", "stop"]
 
     @pytest.mark.parametrize("error", [SystemExit(15), Terminated(), ValueError("show")])
@@ -467,7 +467,7 @@ class TestChangesOfShares:
         assert session.asked == [("resize", None, [1 << 20, 8192])]
 
     def test_nothing_asked_for(self) -> None:
-        with pytest.raises(ConfigError, match="say what VM v is to have: main, subs or both"):
+        with pytest.raises(ConfigError, match="no new share for VM v; give main, subs or both"):
             Vm(session_with(), "v").resize()
         with pytest.raises(ConfigError, match="'x' is not a size"):
             Vm(session_with(), "v").resize(subs=["x"])
@@ -501,7 +501,7 @@ class TestPlanningOtherShares:
             ("plan_resize", 64 << 20, [1 << 20, 8192]),
             ("plan_drain", "h0"),
         ]
-        with pytest.raises(ConfigError, match="say what VM v is to have"):
+        with pytest.raises(ConfigError, match="no new share for VM v"):
             vm.plan_resize()
         with pytest.raises(ConfigError, match="'x' is not a size"):
             vm.plan_resize(subs=["x"])

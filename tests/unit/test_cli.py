@@ -239,7 +239,7 @@ class TestUsage:
             (["start", "nix.yaml"], "cannot read nix.yaml: No such file"),
             (["checkpoint", "box", "--mode", "lively"], "is not supported"),
             (["checkpoint", "box", "--format", "zip"], "is not supported"),
-            (["delete", "box-20260101-000000-0000"], "has to be confirmed; say --yes"),
+            (["delete", "box-20260101-000000-0000"], "needs confirmation; give --yes"),
         ],
     )
     def test_wrong_input(
@@ -345,7 +345,7 @@ class TestPurging:
         before = sorted(home.rglob("*"))
         assert main(["down", "--purge", *options]) == 2
         assert (
-            f"removing cluster.json, hosts, store, token in {home} has to be confirmed; say --yes"
+            f"removing cluster.json, hosts, store, token in {home} needs confirmation; give --yes"
         ) in capsys.readouterr().err
         assert sorted(home.rglob("*")) == before
 
@@ -467,7 +467,7 @@ class TestErrors:
 
     def test_following_as_json(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["console", "box", "-f", "--json"]) == 2
-        assert "does not go with --follow" in answer_of(capsys)["message"]
+        assert "give --json or --follow, not both" in answer_of(capsys)["message"]
 
     @pytest.mark.parametrize(
         ("error", "words"),
@@ -937,7 +937,7 @@ class TestTables:
 @pytest.mark.parametrize(
     ("state", "told"),
     [
-        ("running", "the VM stood still for 12 ms after 2 rounds: the rest fits"),
+        ("running", "the VM was paused for 12 ms after 2 rounds: the rest fits"),
         ("paused", "in 0.50 s, the VM is paused, as it was\n"),
     ],
 )

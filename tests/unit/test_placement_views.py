@@ -175,5 +175,5 @@ class TestNotebook:
     def test_too_many_buckets(self) -> None:
         no_session: Any = None
         for buckets in (0, 4097):
-            with pytest.raises(ConfigError, match="take 1 to 4096"):
+            with pytest.raises(ConfigError, match="give 1 to 4096"):
                 Vm(no_session, "box").placement(buckets)
