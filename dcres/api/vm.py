@@ -119,8 +119,8 @@ class Vm:
         `OperationProgress` four times a second.
 
         Ctrl-C cancels it, unless it is being published: KeyboardInterrupt's text has its id then.
-        Raises OperationFailed when it was cancelled (the VM goes on, earlier checkpoints are as
-        they were), ConfigError for a mode or format that there is not.
+        Raises OperationFailed when it failed or was cancelled (the VM goes on, earlier checkpoints
+        are as they were), ConfigError for a mode or format that there is not.
         """
         require_kind(mode, format)
         if not (downtime_s > 0 and max_rounds >= 1):
