@@ -86,7 +86,7 @@ def progress_bars(
     """A callback that draws one bar per host, or tells of each phase where no bar can be.
 
     Where it cannot be read any more, on a terminal that was closed, say, it shows nothing: that
-    is no reason to give up what it tells of.
+    is no reason to cancel the work that it shows.
     """
     console = console or stderr_console()
     if not watched(console):
