@@ -18,8 +18,8 @@ from dcres.actors.ray.fleet import end_what_is_left
 from dcres.config import HostSettings
 from dcres.errors import Conflict
 from dcres.linux.holding import hold, is_held
-from dcres.linux.process import ProcessId, spawn_detached
 from dcres.linux.marks import MARK, Mark
+from dcres.linux.process import ProcessId, spawn_detached
 
 Host = MainHost | SubHost
 

@@ -17,8 +17,6 @@ LARGE = {
     "dcres/actors/ray/local_cluster.py:LocalCluster",
     "dcres/api/vm.py",
     "dcres/doctor.py",
-    "dcres/linux/removal.py",
-    "dcres/storage/store/store.py:Store",
     "dcres/vm/monitor.py:Monitor",
 }
 METHOD = (ast.FunctionDef, ast.AsyncFunctionDef)

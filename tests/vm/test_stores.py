@@ -17,8 +17,8 @@ from dcres.actors.host.main_host import MainHost
 from dcres.actors.protocol import Presence
 from dcres.api.status import status_of
 from dcres.errors import Conflict, NameTaken, OperationFailed, StoreReadOnly
+from dcres.linux.marks import MARK
 from dcres.linux.process import ProcessId
-from dcres.linux.removal import MARK
 from dcres.storage import layout
 from dcres.storage.format.manifest import Manifest, dumps
 from dcres.storage.store.store import Store

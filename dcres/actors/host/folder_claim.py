@@ -18,7 +18,7 @@ from typing import Any
 
 from dcres.errors import Conflict
 from dcres.linux.holding import hold, is_held
-from dcres.linux.removal import MARK
+from dcres.linux.marks import MARK
 from dcres.model.ownership import Claimant, Life, Standing, files_refusal, judge_files
 
 _LONGEST_MARK_BYTES = 4096
