@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from dcres.cli.memory_map import MOST_LINES, MemoryMap
 from dcres.errors import ConfigError, UnsupportedHost
 from tests.support.placement import placement
 
+ROOT = Path(__file__).parents[2]
 STRETCHES = b"m" * 64 + b"a" * 64 + b"." * 64 + b"b" * 32 + b"~" * 32
 
 
@@ -134,11 +136,20 @@ class TestFigure:
         assert axes.get_xticklabels()[-1].get_text() == "1 MiB"
 
     def test_nothing_of_it_is_global(self) -> None:
-        placement(b"m").figure()
-        assert "matplotlib.pyplot" not in sys.modules
+        """In a process of its own: another test may have imported what is global."""
+        script = (
+            "import sys; from tests.support.placement import placement; placement(b'm').figure(); "
+            "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+        )
+        run = [sys.executable, "-c", script]
+        done = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
+        assert done.stdout.split() == ["True", "False"]
 
-    def test_one_page(self, tmp_path: Path) -> None:
-        placement(b".").save(tmp_path / "box.png")
+    @pytest.mark.parametrize(("letter", "shown"), [(b"m", True), (b".", False)])
+    def test_one_page(self, tmp_path: Path, letter: bytes, shown: bool) -> None:
+        placement(letter, 0.0).save(tmp_path / "box.png")
+        image = pixels(tmp_path / "box.png")
+        assert (count(image, host_color(0)) > 10_000) == shown
 
     def test_other_endings(self, tmp_path: Path) -> None:
         for name in ("box.pdf", "box"):
