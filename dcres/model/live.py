@@ -41,9 +41,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class HostRound:
-    """One host's round: what it saved, what is marked now, and how fast it reads memory."""
+    """One host's round: what is marked now, how long it took, and how fast it reads memory."""
 
-    saved_pages: int
     left_pages: int
     seconds: float
     stage_bytes_per_s: float

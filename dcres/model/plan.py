@@ -48,11 +48,6 @@ class Plan:
     holds: Mask  # (parts, targets): whether it reads them without the network
 
     @property
-    def pages_per_target(self) -> list[int]:
-        """Pages that each target will have."""
-        return [int(pages) for pages in self.flow.sum(axis=0)]
-
-    @property
     def moved_pages(self) -> int:
         """Pages that cross the network."""
         return int(self.flow[~self.holds].sum())

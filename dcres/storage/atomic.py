@@ -47,13 +47,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
 
 
-def sync_file(path: Path) -> None:
-    """Make a file that another program wrote durable, together with its name."""
-    with opened(path, os.O_RDONLY) as fd, store_written(path):
-        os.fsync(fd)
-    sync_folder(path.parent)
-
-
 def make_private_dirs(path: Path) -> None:
     """Create folder `path` and its missing parents, mode 0700, durably; existing ones stay."""
     missing = [path]

@@ -136,10 +136,11 @@ class Monitor:
     @property
     def version(self) -> str:
         """QEMU's version such as ``7.2.22``."""
-        return ".".join(map(str, self._version))
+        return ".".join(map(str, self.version_numbers))
 
     @property
-    def _version(self) -> tuple[int, int, int]:
+    def version_numbers(self) -> tuple[int, int, int]:
+        """The same as numbers."""
         number = self._client.greeting.QMP.version["qemu"]
         return number["major"], number["minor"], number["micro"]
 
@@ -162,7 +163,7 @@ class Monitor:
     def send_fd(self, name: str, fd: int, timeout_s: float = 30.0) -> None:
         """Give QEMU a copy of descriptor `fd` as `name` (``getfd``); ours stays open.
 
-        QEMU's copy outlives this connection, until `close_fd`. A second descriptor of the same
+        QEMU's copy outlives this connection, until ``closefd``. A second descriptor of the same
         name replaces the first.
         """
 
@@ -173,10 +174,6 @@ class Monitor:
         # The descriptor and the command that names it must not be parted by another pair.
         with self._fd_lock, _told("getfd", self.path, timeout_s):
             self._loop.run(give(), timeout_s)
-
-    def close_fd(self, name: str) -> None:
-        """Let QEMU close the descriptor that `send_fd` gave it as `name`."""
-        self.execute("closefd", {"fdname": name})
 
     def stop(self) -> None:
         """Stop the vCPUs and finish disk I/O in flight. May be repeated."""
@@ -245,10 +242,7 @@ class Monitor:
         fd = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             os.fchmod(fd, 0o600)
-            self._prepare_migration()
-            uri = self._core_uri(path, fd)
-            self.execute("migrate", {"uri": uri})
-            moved = self._wait_migrated(timeout_s)
+            moved = _CoreTransfer(self).run("migrate", path, fd, timeout_s)
             os.fsync(fd)
             length_bytes = os.fstat(fd).st_size
         finally:
@@ -281,47 +275,9 @@ class Monitor:
         """
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._prepare_migration()
-            uri = self._core_uri(path, fd)
-            self.execute("migrate-incoming", {"uri": uri})
-            self._wait_migrated(timeout_s)
+            _CoreTransfer(self).run("migrate-incoming", path, fd, timeout_s)
         finally:
             os.close(fd)
-
-    def quit(self) -> None:
-        """Ask QEMU to end, and disconnect. Guest RAM in a shared file stays where it is."""
-        with suppress(MonitorError):  # QEMU may hang up before it answers
-            self.execute("quit")
-        self.close()
-
-    def _prepare_migration(self) -> None:
-        ignore_shared = {"capability": "x-ignore-shared", "state": True}
-        self.execute("migrate-set-capabilities", {"capabilities": [ignore_shared]})
-        # The default of 128 MiB/s paces even a stream that goes to a file.
-        self.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH_BYTES_PER_S})
-
-    def _core_uri(self, path: Path, fd: int) -> str:
-        """``file:`` where this QEMU knows it, or the descriptor itself."""
-        if self._version >= _KNOWS_FILE_URI:
-            return f"file:{path}"
-        self.send_fd(_CORE_FD, fd)
-        return f"fd:{_CORE_FD}"
-
-    def _wait_migrated(self, timeout_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            info: dict[str, Any] = self.execute("query-migrate")
-            match info.get("status"):
-                case "completed":
-                    return info
-                case "failed" | "cancelled":
-                    why = info.get("error-desc", "QEMU gives no reason; see its log")
-                    raise MonitorError(f"the VM core was not transferred: {why}")
-                case _ if time.monotonic() > deadline:
-                    self.execute("migrate_cancel")
-                    raise MonitorError(f"the VM core was not transferred within {timeout_s:g} s")
-                case _:
-                    time.sleep(_POLL_S)
 
     def _require_no_ram(self, moved: Mapping[str, Any], length_bytes: int) -> None:
         # "total" counts the RAM blocks that were not ignored, so a guest of zero pages, whose
@@ -333,6 +289,46 @@ class Monitor:
                 f"the VM core has {length_bytes} bytes and includes guest RAM: QEMU did not "
                 "apply x-ignore-shared; its RAM must be a named file mapped with share=on"
             )
+
+
+class _CoreTransfer:
+    """A VM core on its way between QEMU and a file that is open here."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def run(self, command: str, path: Path, fd: int, timeout_s: float) -> dict[str, Any]:
+        """Move it by ``migrate`` or ``migrate-incoming``; what QEMU says of it afterwards."""
+        execute = self._monitor.execute
+        ignore_shared = {"capability": "x-ignore-shared", "state": True}
+        execute("migrate-set-capabilities", {"capabilities": [ignore_shared]})
+        # The default of 128 MiB/s paces even a stream that goes to a file.
+        execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH_BYTES_PER_S})
+        execute(command, {"uri": self.uri(path, fd)})
+        return self._wait(timeout_s)
+
+    def uri(self, path: Path, fd: int) -> str:
+        """``file:`` where this QEMU knows it, or the descriptor itself."""
+        if self._monitor.version_numbers >= _KNOWS_FILE_URI:
+            return f"file:{path}"
+        self._monitor.send_fd(_CORE_FD, fd)
+        return f"fd:{_CORE_FD}"
+
+    def _wait(self, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            info: dict[str, Any] = self._monitor.execute("query-migrate")
+            match info.get("status"):
+                case "completed":
+                    return info
+                case "failed" | "cancelled":
+                    why = info.get("error-desc", "QEMU gives no reason; see its log")
+                    raise MonitorError(f"the VM core was not transferred: {why}")
+                case _ if time.monotonic() > deadline:
+                    self._monitor.execute("migrate_cancel")
+                    raise MonitorError(f"the VM core was not transferred within {timeout_s:g} s")
+                case _:
+                    time.sleep(_POLL_S)
 
 
 def _try_connect(path: Path, loop: _LoopThread, deadline: float) -> Any | None:

@@ -168,12 +168,12 @@ class FakeHost:
 
     def copy(self, checkpoint: str) -> HostRound:
         self.world.note(self.host, "copy")
-        return HostRound(PAGES, 0, 0.01, 1e9)
+        return HostRound(0, 0.01, 1e9)
 
     def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
         self.world.note(self.host, "synchronise")
         left = self.world.left.pop() if self.world.left else 0
-        return HostRound(PAGES, left, 0.01, 1e9) if once_more else None
+        return HostRound(left, 0.01, 1e9) if once_more else None
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         self.world.note(self.host, "stage")

@@ -11,7 +11,7 @@ GB = 1e9
 
 
 def rounds(*left: int) -> list[dict[str, HostRound]]:
-    return [{"m": HostRound(100, pages, 0.1, GB), "s": HostRound(1, 0, 0.1, GB)} for pages in left]
+    return [{"m": HostRound(pages, 0.1, GB), "s": HostRound(0, 0.1, GB)} for pages in left]
 
 
 def test_it_stops_when_the_rest_fits() -> None:
@@ -23,12 +23,12 @@ def test_it_stops_when_the_rest_fits() -> None:
 
 
 def test_the_slowest_host_counts() -> None:
-    slow = {"m": HostRound(0, 10, 0.1, GB), "s": HostRound(0, 100_000, 0.1, GB)}
+    slow = {"m": HostRound(10, 0.1, GB), "s": HostRound(100_000, 0.1, GB)}
     assert judge(Target(), [slow]).estimated_downtime_s > 0.4
 
 
 def test_each_host_has_an_estimate_of_its_own() -> None:
-    hosts = {"m": HostRound(0, 10_000, 0.1, GB), "s": HostRound(0, 10_000, 0.1, 2 * GB)}
+    hosts = {"m": HostRound(10_000, 0.1, GB), "s": HostRound(10_000, 0.1, 2 * GB)}
     found = estimates_s(hosts, fixed_s=0.05)
     staging_s = 10_000 * PAGE_SIZE / GB
     assert found == pytest.approx({"m": 0.05 + staging_s, "s": 0.05 + staging_s / 2})

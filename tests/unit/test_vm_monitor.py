@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from dcres.model.run_state import RunState
-from dcres.vm.monitor import Monitor, _LoopThread
+from dcres.vm.monitor import Monitor, _CoreTransfer, _LoopThread
 
 
 def monitor_of(version: str) -> Monitor:
@@ -37,7 +37,7 @@ def test_how_a_core_is_named(version: str, uri: str, monkeypatch: pytest.MonkeyP
     sent: list[str] = []
     monkeypatch.setattr(Monitor, "send_fd", lambda _, name, fd: sent.append(name))
     assert monitor_of(version).version == version
-    assert monitor_of(version)._core_uri(Path("/core"), 3) == uri
+    assert _CoreTransfer(monitor_of(version)).uri(Path("/core"), 3) == uri
     assert sent == (["dcres-core"] if uri.startswith("fd:") else [])
 
 

@@ -187,7 +187,7 @@ class PartSaver:
             self._writer.save(self._source, here, beside_guest())
         self._left = self._scan()
         seconds = time.monotonic() - began
-        return HostRound(count_pages(here), self._left, seconds, self._rate)
+        return HostRound(self._left, seconds, self._rate)
 
     def make_room(self, most_pages: int) -> None:
         """Have memory for `stage` ready while the guest still runs. Raises NoRoom.
