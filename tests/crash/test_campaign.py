@@ -347,10 +347,13 @@ def test_a_kill_during_start_or_restore(running: Campaign, name: str, what: str)
     newest = running.newest()
     assert newest is not None
     values = spec_of(**SPEC)
-    order = ("start", values) if what == "start" else ("restore", dumps(newest))
     running.clean()
     delay_s = running.random.uniform(0.0, 0.4)
-    how = killed(running, running.coordinator.submit(*order), name, delay_s)
+    if what == "start":
+        pending = running.coordinator.submit(Coordinator.start, values)
+    else:
+        pending = running.coordinator.submit(Coordinator.restore, dumps(newest))
+    how = killed(running, pending, name, delay_s)
     print(f"\n  {name} killed {delay_s:.2f} s after it was there in a {what}: {how}")
     until(lambda: running.status()["phase"] in ("absent", "running", "lost"), 40, "it is at rest")
     status = running.status()
