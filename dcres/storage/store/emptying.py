@@ -11,6 +11,7 @@ from dcres.linux.files import is_locked
 from dcres.linux.marks import STORE_MARK
 from dcres.linux.removal import StoreFile, remove_if_empty, remove_store_mark
 from dcres.storage import layout
+from dcres.storage.store.folders import below
 from dcres.storage.store.store import Store
 
 
@@ -68,6 +69,4 @@ def _own(root: Path) -> Iterator[Path | StoreFile]:
 
 
 def _folders(root: Path) -> list[Path]:
-    if root.is_symlink() or not root.is_dir():
-        return []
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
+    return [] if root.is_symlink() else below(root)
