@@ -97,7 +97,6 @@ _UFFD = 0xAA
 
 UFFDIO_API = _ioc(_READ | _WRITE, _UFFD, 0x3F, UffdioApi)
 UFFDIO_REGISTER = _ioc(_READ | _WRITE, _UFFD, 0x00, UffdioRegister)
-UFFDIO_UNREGISTER = _ioc(_READ, _UFFD, 0x01, UffdioRange)
 UFFDIO_WAKE = _ioc(_READ, _UFFD, 0x02, UffdioRange)
 UFFDIO_COPY = _ioc(_READ | _WRITE, _UFFD, 0x03, UffdioCopy)
 UFFDIO_ZEROPAGE = _ioc(_READ | _WRITE, _UFFD, 0x04, UffdioZeropage)

@@ -81,7 +81,6 @@ _COUNT = struct.Struct("<I")
 _RANGE = struct.Struct("<QQ")
 _RUN = struct.Struct("<IQQ")
 _SOURCE = struct.Struct("<HB")
-RUN_FRAME_BYTES = HEADER.size + _RUN.size
 _ERRORS = {kind.__name__: kind for kind in (CheckpointCorrupt, NoRoom, PagesLost, ProtocolError)}
 
 

@@ -12,7 +12,6 @@ from dcres.linux import abi
     [
         (abi.UFFDIO_API, 0xC018AA3F),
         (abi.UFFDIO_REGISTER, 0xC020AA00),
-        (abi.UFFDIO_UNREGISTER, 0x8010AA01),
         (abi.UFFDIO_WAKE, 0x8010AA02),
         (abi.UFFDIO_COPY, 0xC028AA03),
         (abi.UFFDIO_ZEROPAGE, 0xC020AA04),
