@@ -10,23 +10,38 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dcres.errors import PagingError
 from dcres.linux import files
 from dcres.linux.pipe import address_of, resize_pipe
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model import wire
-from dcres.model.pages import PAGE_SIZE, pages_of_extents
+from dcres.model.handshake import Identity
+from dcres.model.pages import PAGE_SIZE, Extents, Mask, pages_of_extents
 from dcres.model.placement import FIRST_SUB, MAIN
 from dcres.model.wire import Kind
+from dcres.paging.pager.book import PageBook
+from dcres.paging.pager.evictor import Evictor
+from dcres.paging.pager.faults import FaultHandler
+from dcres.paging.pager.outbox import Outbox
+from dcres.paging.pager.table import PageTable
+from dcres.paging.server.fetcher import FetchingTable
+from dcres.paging.server.service import PageService
+from dcres.paging.server.subtable import SubTable
+from dcres.paging.settings import SubAddress
 from dcres.paging.transport import loop
+from dcres.paging.transport.link import Link
+from dcres.paging.transport.loop import Loop
+from dcres.paging.transport.requests import Request, Runs
 from tests.support.paging import Rig, rig
 from tests.support.servers import Client, data_of, extents, memory_server, packed_pages
 from tests.support.speed import patience
@@ -296,6 +311,173 @@ def test_both_speak_of_the_same_things() -> None:
     assert values == (wire.NOT_NOW, wire.NOW, wire.HALF_SENT)
 
 
+# The page book and its twin
+
+GUEST_PAGES = 256
+REMOTE = range(160)  # with the sub host at first; nobody has touched the others
+
+
+class Guest:
+    """Memory of this process, paged as a pager does it, and a memory server in the same thread."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        me, length = Identity(b"v" * 16, 1, b"s" * 32), GUEST_PAGES * PAGE_SIZE
+        self.server_loop, self.loop = Loop(), Loop()
+        store = stack.enter_context(SubTable(folder / "store", GUEST_PAGES, GUEST_PAGES))
+        remote = np.array([[REMOTE.start, REMOTE.stop]])
+        store.write(remote, memoryview(data_of(remote)))
+        served = FetchingTable(self.server_loop, me, store)
+        at = wire.Endpoint("127.0.0.1", 0)
+        self.service = PageService(self.server_loop, me, GUEST_PAGES, at, served, store=store.store)
+        self.fd, spool, *pipe = os.memfd_create("guest"), os.memfd_create("spool"), *os.pipe()
+        for fd in (self.fd, spool, *pipe):
+            stack.callback(os.close, fd)
+            if fd not in pipe:
+                os.ftruncate(fd, length)
+        self.memory = mmap.mmap(self.fd, length)
+        uffd = stack.enter_context(Userfaultfd.create())
+        uffd.enable()
+        uffd.register(address_of(self.memory), length, missing=True)
+        owners = np.zeros(GUEST_PAGES, dtype=np.uint8)
+        owners[REMOTE.start : REMOTE.stop] = FIRST_SUB
+        self.book = PageBook(PageTable.create(folder / "table", owners, GUEST_PAGES))
+        outbox = Outbox(self.book, self.fd, spool, (pipe[0], pipe[1]))
+        outbox.hot = self.loop.hot
+        sub = SubAddress("h1", "127.0.0.1", self.service.port, GUEST_PAGES, FIRST_SUB)
+        self.link = Link(self.loop, sub, me, GUEST_PAGES, self)
+        self.ticks = 0
+        kernel: Any = SimpleNamespace(  # that has seen no write, nor a touch on standby
+            scan=lambda *, protect: np.empty((0, 2), dtype=np.int64),
+            mapped=lambda pages: np.zeros(pages.size, dtype=np.bool_),
+        )
+        self.evictor = Evictor(self.book, outbox, [self.link], kernel, self._now)
+        base = address_of(self.memory)
+        self.faults = FaultHandler(
+            uffd, base, self.book, self.evictor, outbox, [self.link], self._now
+        )
+        self.loop.add(uffd.fd, self._ready)
+        if self.loop.hot is not None:
+            owners, asked = self.book.for_hot_path, self.faults.asked
+            self.loop.hot.watch(uffd.fd, base, owners, asked)
+        stack.callback(self._close)
+
+    def _close(self) -> None:
+        self.link.close()
+        self.service.close()
+        self.loop.close()
+        self.server_loop.close()
+
+    def _now(self) -> int:
+        return self.ticks
+
+    def _ready(self, told: Any) -> None:
+        if isinstance(told, list):
+            self.faults.told(told)
+        else:
+            self.faults.read()
+
+    def settle(self, done: Callable[[], object]) -> None:
+        """Let all of them work until `done`, and nothing is on its way."""
+
+        def settled() -> bool:
+            self.service.turn(0)
+            self.loop.turn(0.001)
+            self.link.connect_if_due()
+            moved = self.evictor.step()
+            self.link.flush_releases()
+            on_the_way = moved or self.faults.fetching or self.book.in_flight_pages
+            return bool(done() and not on_the_way and self.link.settled)
+
+        until(settled, 20, "everything has come to rest")
+
+    def touch(self, page: int) -> None:
+        self.ticks += 1
+        reader = miss(SimpleNamespace(memory=self.memory), page)
+        self.settle(lambda: not reader.is_alive())
+
+    def state(self) -> list[object]:
+        """What Python keeps of it, in the book and beside it."""
+        book, faults = self.book, self.faults
+        return [
+            book.owners.tolist(),
+            book.recalled.tolist(),
+            (book.resident, book.leaving, book.in_flight_pages),
+            (faults.faults, faults.pages_in, faults.zero_pages, faults.asked.any()),
+            (self.evictor.pages_out, self.link.held_pages),
+            book.table.ticks.tolist(),
+        ]
+
+    # LinkUser, as the pager does it
+
+    def expected(self, link: Link, first: int, count: int) -> Mask:
+        expected: Mask = self.book.owners[first : first + count] == link.code
+        return expected
+
+    def link_ready(self, link: Link) -> None:
+        self.faults.link_ready(link)
+
+    def link_down(self, link: Link, unanswered: list[Request]) -> None:
+        return
+
+    def pages_arrived(self, link: Link, runs: Runs, address: int) -> None:
+        self.faults.arrived(link, runs, address)
+
+    def pages_put(self, link: Link, first: int, stop: int, at_ns: int) -> None:
+        self.put_by_hot_path = True
+        self.faults.put(link, first, stop, at_ns)
+
+    put_by_hot_path = False
+
+    def pages_stored(self, link: Link, extents: Extents) -> None:
+        self.evictor.stored(link, extents)
+
+    def pages_fetched(self, link: Link, asked: Extents, stored: Extents) -> None:
+        raise AssertionError("nothing is fetched")
+
+    def memory_lost(self, why: PagingError) -> None:
+        raise AssertionError(str(why))
+
+
+def lived(folder: Path, seed: int) -> tuple[list[list[object]], bool]:
+    """The states of a guest after each of a sequence of touches and limits; all data is right."""
+    folder.mkdir()
+    rng, states = random.Random(seed), []
+    with ExitStack() as stack:
+        guest = Guest(folder, stack)
+        guest.evictor.share.limit(GUEST_PAGES)
+        guest.settle(lambda: guest.link.express)
+        page = 0
+        for _ in range(60):
+            # Walks, which bring neighbours at once, and jumps, which bring them later or none.
+            page = (page + 1 if rng.random() < 0.5 else rng.randrange(GUEST_PAGES)) % GUEST_PAGES
+            guest.touch(page)
+            states.append(guest.state())
+            if rng.random() < 0.2:
+                guest.evictor.share.limit(rng.choice([16, 64, GUEST_PAGES]))
+                guest.settle(lambda: True)
+                states.append(guest.state())
+        guest.evictor.share.limit(2 * GUEST_PAGES)
+        for page in REMOTE:
+            guest.touch(page)
+        data = data_of(np.array([[REMOTE.start, REMOTE.stop]]))
+        assert os.pread(guest.fd, len(data), 0) == data
+        assert guest.faults.pages_in > len(REMOTE) / 2
+        assert guest.evictor.pages_out
+        return states, guest.put_by_hot_path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_book_and_its_twin_in_c_say_the_same_after_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    hot, by_hot_path = lived(tmp_path / "hot", seed)
+    monkeypatch.setenv(loop.PLAIN, "1")
+    plain, by_python = lived(tmp_path / "plain", seed)
+    assert (by_hot_path, by_python) == (True, False)
+    for step, (one, other) in enumerate(zip(hot, plain, strict=True)):
+        assert one == other, f"after step {step}"
+
+
 # What is done between the system calls of a page-out
 
 
@@ -359,11 +541,12 @@ def test_a_fault_is_answered_between_two_system_calls_and_told_of_in_the_next_tu
     other.write_bytes(bytes(PAGE_SIZE))
     until(asked, 5, "the page is asked for")
     assert linked.asked.tolist() == [1, 7, 7, 9]
-    assert linked.far.recv(100) == wire.frame(Kind.PAGE_IN, 1, wire.pack_run(0, 1))
+    asked_for = linked.far.recv(100)
+    assert asked_for == wire.frame(Kind.PAGE_IN, 1, wire.pack_run(0, 1))
     linked.far.sendall(pages(1, 0, 1, b"\0" + b"x" * PAGE_SIZE))
     told = linked.hot.turn(1.0)
     (page, number, sent_bytes, code, _), *more = told[0][1]
-    assert (page, number, sent_bytes, code) == (0, 1, wire.RUN_FRAME_BYTES, FIRST_SUB)
+    assert (page, number, sent_bytes, code) == (0, 1, len(asked_for), FIRST_SUB)
     assert not more
     until(lambda: linked.hot.turn(0.1) is not None and not reader.is_alive(), 5, "it goes on")
     assert linked.memory[:8] == b"x" * 8
