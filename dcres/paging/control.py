@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +38,7 @@ from dcres.paging.orders import (
     Untrack,
     Written,
     answer_of,
+    name_of,
 )
 
 
@@ -56,7 +56,7 @@ class PagerControl:
         self._send = send
 
     def _ask(self, order: PagerOrder, kind: type[AnswerT]) -> AnswerT:
-        return answer_of(kind, self._send(order.do, **asdict(order)))
+        return answer_of(kind, self._send(name_of(order), **order._asdict()))
 
     def status(self) -> PagerStatus:
         """How it is."""
@@ -102,7 +102,7 @@ class ServerControl:
         self._send = send
 
     def _ask(self, order: ServerOrder, kind: type[AnswerT]) -> AnswerT:
-        return answer_of(kind, self._send(order.do, **asdict(order)))
+        return answer_of(kind, self._send(name_of(order), **order._asdict()))
 
     def status(self) -> ServerStatus:
         """How it is."""

@@ -10,8 +10,18 @@
  * work) do so between other things. What they did, the next `turn` tells. It is done
  * only in its simple form: one run of pages, asked for under that very number, everything
  * where it should be, the socket with room. Whatever else comes is left for Python exactly as it
- * came, and what was done is told to Python, which keeps all the books. Python alone does the
- * same without this module (dcres/paging/{faults,link,service}.py); the tests hold both to it.
+ * came, and what was done is told to Python. Python alone does the same without this module
+ * (dcres/paging/pager/faults.py, transport/link.py, server/service.py); the tests hold both to it.
+ *
+ * Of the transitions of a page's life (docs/protocol.md, and PageBook in dcres/paging/pager/book.py,
+ * whose twin this is) it makes one, and only its first half:
+ *
+ *   page-in     host i -> MAIN, by `put` once UFFDIO_COPY is done, if `wanted` has found each page
+ *               of the run with that host and asked for under the answer's number
+ *
+ * It writes the owner and nothing else. That the page is here now, that a host still fetches it
+ * (then it is recalled) and that it has changed, the book notes when Python hears of it
+ * (`heard_page_in`), in its next turn, before any page leaves. All other owners it only reads.
  *
  * Shared with Python: `owners` (a byte a page), `asked` (a page's request number or 0), `here`
  * (a memory server's existence map), and for each connection `shared`, six uint64: start and
@@ -228,7 +238,7 @@ static int wanted(Hot *hot, Peer *peer, Frame *frame) {
     return 1;
 }
 
-/* First the guest's memory, then the table. What fails in the middle (0), Python does once more. */
+/* Page-in: first the guest's memory, then the table. What fails in the middle (0), Python does once more. */
 static int put(Hot *hot, Peer *peer, Frame *frame) {
     uint64_t count = frame->stop - frame->first, bytes = count * PAGE, done = 0;
     char *data = (char *)(frame + 1) + flags_bytes(count);

@@ -6,6 +6,7 @@ And that nothing else in dcres writes a page's state.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +262,15 @@ def test_from_the_first_sub_host_on_owners_are_kept(tmp_path: Path) -> None:
     check_counts(book)
     with pytest.raises(PagingError, match="owners kept from now on is not possible for page 3"):
         book_of(tmp_path, MAIN, MAIN, MAIN, HERE).keep_owners(np.ones(4, dtype=np.bool_))
+
+
+def test_the_protocol_s_table_and_the_book_have_the_same_transitions() -> None:
+    text = (ROOT / "docs/protocol.md").read_text()
+    table = text[text.index("| transition | method |") : text.index("Standby changes none of it")]
+    told = set(re.findall(r"`([a-z_]+)`", table))
+    reading = {"recalled", "may_leave", "waiting", "not_fetched"}
+    public = {name for name in vars(PageBook) if not name.startswith("_")}
+    assert told == public - reading == {*TRANSITIONS, "recover", "keep_owners"}
 
 
 # Nothing else writes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -23,7 +23,7 @@ Handler: TypeAlias = Callable[[str, Json, Reply], None]
 
 
 def typed(
-    who: str, orders: Sequence[type[OrderT]], take: Callable[[OrderT, orders_.Reply], None]
+    who: str, orders: Mapping[str, type[OrderT]], take: Callable[[OrderT, orders_.Reply], None]
 ) -> Handler:
     """A handler that gives orders to `take` as one of their types, and takes typed answers."""
 

@@ -9,29 +9,37 @@ import os
 from typing import Any
 
 
-def not_recorded(transition: str) -> None:
-    """Of one transition in the page book whoever tracks changes is not told."""
+def arrivals_are_not_recorded() -> None:
     from dcres.paging.changes import NOBODY_LOOKS
     from dcres.paging.pager.book import PageBook
 
-    honest = getattr(PageBook, transition)
+    honest = PageBook._came
 
-    def silent(self: Any, *pages: Any) -> None:
+    def came(self: Any, first: int, stop: int) -> None:
         changes, self.changes = self.changes, NOBODY_LOOKS
         try:
-            honest(self, *pages)
+            honest(self, first, stop)
         finally:
             self.changes = changes
 
-    setattr(PageBook, transition, silent)
-
-
-def arrivals_are_not_recorded() -> None:
-    not_recorded("_came")
+    PageBook._came = came  # type: ignore[method-assign]
 
 
 def departures_are_not_recorded() -> None:
-    not_recorded("page_out")
+    from dcres.paging.changes import NOBODY_LOOKS
+    from dcres.paging.pager.evictor import Evictor
+
+    honest = Evictor.step
+
+    def step(self: Any) -> bool:
+        book = self._book
+        changes, book.changes = book.changes, NOBODY_LOOKS
+        try:
+            return honest(self)
+        finally:
+            book.changes = changes
+
+    Evictor.step = step  # type: ignore[method-assign]
 
 
 def writes_are_looked_for_only_before_the_stop() -> None:
