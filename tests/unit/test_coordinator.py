@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,24 +15,11 @@ from dcres.actors.control import checkpointing
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.host import Meter
 from dcres.actors.messages import (
-    ClaimOrder,
-    Description,
-    Finished,
     Foreseen,
-    Incarnation,
-    MainPart,
     PageFlow,
-    PagingCounters,
-    PartsOrder,
-    Placed,
-    Planned,
-    PlanOrder,
     Progress,
-    RunOrder,
-    Saved,
-    ServeOrder,
 )
-from dcres.config import Layout, VmSpec
+from dcres.config import Layout
 from dcres.errors import (
     ActorGone,
     CheckpointCorrupt,
@@ -50,14 +36,14 @@ from dcres.errors import (
     VmLost,
     VmOff,
 )
-from dcres.model.formats import MemoryFormat
-from dcres.model.live import HostRound
-from dcres.model.run_state import RunState, is_held, kept, told
 from dcres.paging.settings import SubAddress
 from dcres.storage.format.manifest import Manifest, dumps, loads
 from tests.support.fleet import LocalFleet
+from tests.support.hosts import FakeHost, FakeSub, FakeVisitor
+from tests.support.main_host import FakeMain
 from tests.support.speed import patience
 from tests.support.wait import until
+from tests.support.world import PAGES, World
 
 SPEC: dict[str, Any] = {
     "name": "vm",
@@ -65,345 +51,7 @@ SPEC: dict[str, Any] = {
     "kernel": "/boot/vmlinuz",
     "layout": {"main": "32MiB", "subs": ["16MiB", "16MiB"]},
 }
-PAGES = 10
-DIGEST = "d" * 64
 BEGINNINGS = ("serve", "boot", "run", "go")
-
-
-@dataclass
-class World:
-    """What outlives the fake actors: what was done, what runs, and what is to fail."""
-
-    done: list[str] = field(default_factory=list)
-    fail: dict[str, Exception] = field(default_factory=dict)  # "h1.save" → error
-    hooks: dict[str, Callable[[], object]] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)  # the main host's state file
-    serving: set[str] = field(default_factory=set)
-    serving_parts: set[str] = field(default_factory=set)
-    pinning: set[str] = field(default_factory=set)  # hosts that keep the checkpoint
-    moving: bool = False
-    to_move: list[int] = field(default_factory=list)  # what move_into answers, last first
-    capacities: dict[str, int] = field(default_factory=dict)
-    lost_answers: set[str] = field(
-        default_factory=set
-    )  # "h0.publish": done, and nobody hears of it
-    trouble: str = ""
-    published: dict[str, str] = field(default_factory=dict)
-    unfinished: set[tuple[str, str]] = field(default_factory=set)
-    frozen: bool = False  # paging
-    run_state: str = "running"  # QEMU's
-    saved_pages: dict[str, int] = field(default_factory=dict)
-    stores: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parts; default: all
-    left: list[int] = field(default_factory=list)  # pages after `synchronise`, last first
-    looked_at: tuple[str, ...] = ()  # hosts whose files the main host has looked at
-    saved_to: dict[str, str] = field(default_factory=dict)  # which store; default: one for all
-
-    def parts(self, host: str, manifest: str) -> tuple[str, ...]:
-        every = tuple(part.host for part in loads(manifest, Path("manifest.json")).hosts)
-        return self.stores.get(host, every)
-
-    def note(self, host: str, what: str) -> None:
-        ended = self.done.count(f"{host}.destroy")
-        self.done.append(f"{host}.{what}")
-        if f"{host}.{what}" in self.hooks:
-            self.hooks[f"{host}.{what}"]()
-        if f"{host}.{what}" in self.fail:
-            raise self.fail[f"{host}.{what}"]
-        if what in BEGINNINGS and self.done.count(f"{host}.destroy") > ended:
-            raise Conflict("this VM was ended before its start was done")
-
-    def count(self, what: str) -> int:
-        return self.done.count(what)
-
-    @property
-    def runs(self) -> bool:
-        return bool(self.state.get("running")) and self.run_state == "running"
-
-
-class FakeHost:
-    """What main host and sub hosts do alike."""
-
-    def __init__(self, world: World, vm: str, host: str) -> None:
-        self.world, self.vm, self.host = world, vm, host
-
-    def require_free(self, take_over: bool) -> None:
-        if f"{self.host}.require_free" in self.world.fail:
-            raise self.world.fail[f"{self.host}.require_free"]
-
-    def clear(self, take_over: bool) -> None:
-        self.world.note(self.host, "clear")
-
-    def parts_here(self, manifest: str) -> tuple[str, ...]:
-        found = self.world.parts(self.host, manifest)
-        self.world.pinning |= {self.host} if found else set()
-        return found
-
-    def plan(self, order: PlanOrder) -> Planned:
-        """Part i to host i, as far as there are so many."""
-        self.world.pinning.add(self.host)
-        self.world.note(self.host, "plan")
-        last = len(order.capacities) - 1
-        places = [(part, min(part, last)) for part in range(len(order.holds))]
-        flow = [[PAGES * ((part, to) in places) for to in range(last + 1)] for part, _ in places]
-        return Planned(tuple(map(tuple, flow)), dict.fromkeys(places, b"mask"), b"targets")
-
-    def read_main_part(self, manifest: str) -> MainPart:
-        self.world.note(self.host, "read_main_part")
-        self.world.pinning.add(self.host)
-        return MainPart(b"", b"", b"")
-
-    def serve_parts(self, order: PartsOrder) -> SubAddress:
-        self.world.note(self.host, f"serve_parts {' '.join(order.parts)}")
-        self.world.serving_parts.add(self.host)
-        self.world.pinning.add(self.host)
-        return SubAddress(self.host, "127.0.0.1", 2)
-
-    def parts_trouble(self) -> str:
-        return self.world.trouble
-
-    def end_serving_parts(self) -> None:
-        self.world.note(self.host, "end_serving_parts")
-        self.world.serving_parts.discard(self.host)
-        self.world.pinning.discard(self.host)
-
-    def copy(self, checkpoint: str) -> HostRound:
-        self.world.note(self.host, "copy")
-        return HostRound(0, 0.01, 1e9)
-
-    def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
-        self.world.note(self.host, "synchronise")
-        left = self.world.left.pop() if self.world.left else 0
-        return HostRound(left, 0.01, 1e9) if once_more else None
-
-    def stage(self, checkpoint: str, most_pages: int) -> None:
-        self.world.note(self.host, "stage")
-
-    def halt(self, checkpoint: str) -> None:
-        self.world.note(self.host, "halt")
-
-    def abandon(self, checkpoint: str) -> None:
-        self.world.note(self.host, "abandon")
-        self.world.unfinished.discard((checkpoint, self.host))
-
-    def progress(self) -> Progress:
-        return Progress("save", 1, 2)
-
-    def _saved(self, files: list[str], placed: tuple[Placed, ...] = ()) -> Saved:
-        sums = tuple({"name": name, "length_bytes": 1, "sha256": "0" * 64} for name in files)
-        pages = self.world.saved_pages.get(self.host, PAGES)
-        written, store = PAGES * 4096, self.world.saved_to.get(self.host, "store")
-        return Saved(self.host, pages, written, written, 0.1, DIGEST, sums, placed, store)
-
-
-class FakeMain(FakeHost):
-    """Stands for QEMU and its pager."""
-
-    def describe(self) -> Description:
-        self.world.note(self.host, "describe")
-        state = self.world.state
-        return Description(
-            host=self.host,
-            role="main",
-            present=bool(state),
-            accel="tcg",
-            accel_why="TCG",
-            qemu_version="7.2.22",
-            machine="pc-q35-7.2",
-            reserved=32 << 20,
-            generation=state.get("generation", 1),
-            checkpoint=state.get("checkpoint"),
-            running=state.get("running", False),
-            spec=VmSpec.model_validate(state["spec"]) if state.get("spec") else None,
-            moving=self.world.moving,
-            reshaping=state.get("reshaping", False),
-            hosts=tuple(state.get("hosts", ())),
-            shares=state.get("shares", {}),
-        )
-
-    def status(self) -> dict[str, Any]:
-        self.world.note(self.host, "status")
-        moving = self.world.moving
-        state = {
-            "state": "frozen" if self.world.frozen else "running",
-            "run_state": told(RunState(self.world.run_state), self.found),
-            "held": is_held(RunState(self.world.run_state), self.found),
-            "generation": 1,
-            "lost_why": "",
-            "moving": moving,
-        }
-        return {"host": self.host, "role": "main", **state}
-
-    @property
-    def found(self) -> RunState | None:
-        found = self.world.state.get("found")
-        return None if found is None else RunState(found)
-
-    def settle_moves(self) -> None:
-        self.world.note(self.host, "settle_moves")
-
-    def incarnation(self) -> Incarnation:
-        return Incarnation("vm", 1, "5e" * 32)
-
-    def begin_reshape(self) -> None:
-        self.world.state["reshaping"] = True
-
-    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
-        shares = [sub.capacity_pages for sub in subs]
-        self.world.note(self.host, f"reshape {' '.join(hosts[1:])} {shares}")
-        self.world.state["hosts"] = list(hosts)
-
-    def plan_moves(
-        self, capacities: dict[str, int], limit_pages: int, replaced: bool
-    ) -> tuple[PageFlow, ...]:
-        self.world.note(self.host, f"plan_moves {capacities} {limit_pages} {replaced}")
-        return tuple(PageFlow(self.host, each, PAGES) for each, most in capacities.items() if most)
-
-    def move_into(self, capacities: dict[str, int]) -> int:
-        self.world.note(self.host, f"move_into {list(capacities.values())}")
-        return self.world.to_move.pop() if self.world.to_move else 0
-
-    def stop_moves(self) -> None:
-        self.world.note(self.host, "stop_moves")
-        self.world.moving = False
-
-    def set_layout(self, layout: Layout) -> None:
-        self.world.note(self.host, "set_layout")
-        self.world.state["spec"]["layout"] = layout.model_dump(mode="json")
-        self.world.state["shares"] = dict(
-            zip(self.world.state["hosts"][1:], layout.subs, strict=True)
-        )
-        self.world.state["reshaping"] = False
-
-    def claim(self, order: ClaimOrder) -> int:
-        self.world.note(self.host, f"claim {order.take_over}" if order.take_over else "claim")
-        return order.above + 1
-
-    def boot(self, order: RunOrder) -> None:
-        self.world.note(self.host, "boot")
-        self.world.state = {
-            "spec": order.spec.model_dump(mode="json", by_alias=True),
-            "running": False,
-            "checkpoint": None,
-            "hosts": list(order.hosts),
-            "shares": dict(zip(order.hosts[1:], order.spec.layout.subs, strict=True)),
-            "loaded": [(each.part, each.source) for each in order.load.readings]
-            if order.load
-            else None,
-        }
-
-    def run(self, order: RunOrder) -> None:
-        self.world.note(self.host, "run")
-        self.world.state["resumption"] = order.resumption
-
-    def go(self, paused: bool = False) -> None:
-        self.world.note(self.host, "go")
-        self.world.state["running"] = True
-        self.world.state["found"] = None
-        self.world.run_state = "paused" if paused else "running"
-
-    def pause(self) -> None:
-        self.world.note(self.host, "pause")
-        self.world.run_state = "paused"
-
-    def limit(self, limit_pages: int) -> None:
-        self.world.note(self.host, f"limit {limit_pages}")
-
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
-        self.world.state["checkpoint"] = checkpoint
-        self.world.unfinished.add((checkpoint, self.host))
-        self.world.note(self.host, "prepare")
-        return PagingCounters()
-
-    def finish(self, checkpoint: str) -> Finished:
-        found = told(RunState(self.world.run_state), self.found)
-        self.world.state["found"] = str(found)
-        self.world.frozen, self.world.run_state = True, "postmigrate"
-        self.world.note(self.host, "finish")
-        now = datetime.now(UTC)
-        return Finished(1, 0, 0, 0, stopped_at=1.0, stopped=now, run_state=found)
-
-    def save(self, checkpoint: str, tick: int) -> Saved:
-        self.world.note(self.host, "save")
-        files = ["pages.arrow", "sums.arrow", "history.arrow", "vmcore"]
-        return self._saved(files, (Placed(PAGES, DIGEST), Placed(PAGES, DIGEST)))
-
-    def resume(self, checkpoint: str) -> float:
-        self.world.note(self.host, "resume")
-        self.world.frozen, now = False, RunState(self.world.run_state)
-        if is_held(now, self.found):
-            self.world.run_state = "running"
-        self.world.state["found"] = kept(now, self.found)
-        return 1.5
-
-    def publish(self, manifest: str, here: tuple[str, ...]) -> None:
-        self.world.note(self.host, "publish")
-        name = loads(manifest, Path("manifest.json")).checkpoint
-        self.world.looked_at = here
-        self.world.published[name] = manifest
-        self.world.unfinished = {each for each in self.world.unfinished if each[0] != name}
-        self.world.state["checkpoint"] = None
-        if f"{self.host}.publish" in self.world.lost_answers:
-            raise ClusterError(f"{self.host}.publish did not answer")
-
-    def published(self, checkpoint: str) -> bool:
-        self.world.note(self.host, "published")
-        return checkpoint in self.world.published
-
-    def abandon(self, checkpoint: str) -> None:
-        super().abandon(checkpoint)
-        self.world.state["checkpoint"] = None
-
-    def destroy(self) -> None:
-        self.world.note(self.host, "destroy")
-        self.world.state, self.world.frozen = {}, False
-        self.end_serving_parts()
-
-
-class FakeSub(FakeHost):
-    """Stands for a memory server."""
-
-    def describe(self) -> Description:
-        self.world.note(self.host, "describe")
-        present = self.host in self.world.serving
-        return Description(self.host, "sub", present, reserved=16 << 20)
-
-    def status(self) -> dict[str, Any]:
-        self.world.note(self.host, "status")
-        pages = self.world.capacities.get(self.host, 4096)
-        return {"host": self.host, "role": "sub", "capacity_pages": pages}
-
-    def resize(self, capacity_pages: int) -> SubAddress:
-        self.world.note(self.host, f"resize {capacity_pages}")
-        self.world.capacities[self.host] = capacity_pages
-        return SubAddress(self.host, "127.0.0.1", 1, capacity_pages)
-
-    def serve(self, order: ServeOrder) -> SubAddress:
-        self.world.note(self.host, "serve")
-        self.world.serving.add(self.host)
-        self.world.capacities[self.host] = order.capacity_pages
-        return SubAddress(self.host, "127.0.0.1", 1, order.capacity_pages)
-
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
-        self.world.unfinished.add((checkpoint, self.host))
-        self.world.note(self.host, "prepare")
-        return PagingCounters()
-
-    def save(self, checkpoint: str, tick: int) -> Saved:
-        self.world.note(self.host, "save")
-        return self._saved(["pages.arrow", "sums.arrow"])
-
-    def destroy(self) -> None:
-        self.world.note(self.host, "destroy")
-        self.world.serving.discard(self.host)
-        self.end_serving_parts()
-
-
-class FakeVisitor(FakeHost):
-    """Stands for a host that has parts and no memory of the VM."""
-
-    def destroy(self) -> None:
-        self.world.note(self.host, "destroy")
-        self.end_serving_parts()
 
 
 @pytest.fixture
@@ -419,11 +67,12 @@ def fleet(world: World) -> Iterator[LocalFleet]:
     made = LocalFleet(
         ["h0", "h1", "h2", "h3"],
         make,
-        holding=world.parts,
+        holding=world.parts_at,
         make_visitor=lambda vm, host: FakeVisitor(world, vm, host),
     )
     yield made
     made.release("vm")
+    assert world.wrong == []
 
 
 @pytest.fixture
