@@ -142,7 +142,7 @@ class FakeHost:
         self.world.pinning.discard(self.host)
 
     def progress(self) -> Progress:
-        return Progress("save", 1, 2)
+        return Progress()
 
     def describe(self) -> Description:
         self.world.note(self.host, "describe")
@@ -194,7 +194,7 @@ class SavingHost(FakeHost):
         self.world.spend(self.host, "prepare")
         self._require_wanted(checkpoint)
         require()
-        self.world.sweep(self.host, checkpoint, whole_parts=whole_parts)
+        self.world.sweep(checkpoint, whole_parts=whole_parts)
         self.world.parts[checkpoint, self.host] = Part()
         self.world.note(self.host, "prepare")
         self._begin_saving(checkpoint)
@@ -264,7 +264,7 @@ class SavingHost(FakeHost):
     def abandon(self, checkpoint: str) -> None:
         self.world.note(self.host, "abandon")
         self._halt(checkpoint)
-        self.world.remove(checkpoint, self.host)
+        self.world.remove(checkpoint)
 
     def destroy(self) -> None:
         self._saver = None

@@ -110,7 +110,7 @@ class FakeMain(SavingHost):
             if order.incarnation.generation != self._claimed:
                 raise Conflict(f"the actor of host {self.host} was started again")
             checkpoint = parsed(order.load.manifest).checkpoint if order.load else ""
-            self.world.sweep(self.host, checkpoint, whole_parts=False)
+            self.world.sweep(checkpoint, whole_parts=False)
             self.world.start_qemu(self.host)
             self.world.memory[self.host] = {}
             self._load(order.load)
@@ -194,6 +194,11 @@ class FakeMain(SavingHost):
         self.world.cuts[checkpoint] = dict(self.world.guest)
         now = datetime.now(UTC)
         return Finished(1, 0, 0, 0, stopped_at=1.0, stopped=now, run_state=found)
+
+    def stage(self, checkpoint: str, most_pages: int) -> None:
+        super().stage(checkpoint, most_pages)
+        if not self.world.frozen:
+            raise PagingError("the pager was started again while the checkpoint was taken")
 
     def save(self, checkpoint: str, tick: int) -> Saved:
         self._current(checkpoint)

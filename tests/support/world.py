@@ -201,19 +201,18 @@ class World:
         every = (part.host for part in found.hosts if (found.checkpoint, part.host) in self.parts)
         return self.stores.get(host, tuple(every))
 
-    def remove(self, checkpoint: str, host: str) -> None:
-        """What is left of a checkpoint, unless it is published or others keep it."""
-        kept = (each for other, each in self.keeping.items() if other != host)
-        if checkpoint not in self.published and checkpoint not in kept:
+    def remove(self, checkpoint: str) -> None:
+        """What is left of a checkpoint, unless it is published or some host keeps it."""
+        if checkpoint not in self.published and checkpoint not in self.keeping.values():
             for key in [key for key in self.parts if key[0] == checkpoint]:
                 del self.parts[key]
 
-    def sweep(self, host: str, keep: str, *, whole_parts: bool) -> None:
+    def sweep(self, keep: str, *, whole_parts: bool) -> None:
         """What is unfinished; without `whole_parts` only where nobody has voted yet."""
         for checkpoint in {name for name, _ in self.unfinished} - {keep}:
             voted = any(each.whole for key, each in self.parts.items() if key[0] == checkpoint)
             if whole_parts or not voted:
-                self.remove(checkpoint, host)
+                self.remove(checkpoint)
 
     def flaws(self, checkpoint: str) -> list[str]:
         """Why a published checkpoint is not what the guest had; empty if it is."""
