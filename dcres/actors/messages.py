@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dcres.config import VmSpec
 from dcres.model.pages import Mask
+from dcres.model.restore_plan import PlannedHost
 from dcres.model.run_state import RunState
 from dcres.paging.settings import SubAddress
 
@@ -220,6 +221,28 @@ class Foreseen:
     hosts: tuple[tuple[str, int, int], ...]
     flows: tuple[PageFlow, ...] = ()
     problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a host says of itself before a restore: free memory, and parts of the checkpoint."""
+
+    free_bytes: int
+    parts: tuple[str, ...]
+    trouble: str = ""  # why it could not be the main host
+
+
+@dataclass(frozen=True, slots=True)
+class ForeseenRestore:
+    """What a restore would do, or the `problems` for which it would be refused.
+
+    `hosts` begins with the VM's, the main host first; then come those that only have parts.
+    """
+
+    hosts: tuple[PlannedHost, ...]
+    problems: tuple[str, ...]
+    chosen: str = ""  # why these hosts
+    left_out: tuple[str, ...] = ()  # a sentence for each host that could not be asked
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
+from dcres.actors.control.room import Around
+from dcres.actors.messages import PlanOrder
+from dcres.model.restore_plan import Flow
+
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -101,6 +105,18 @@ class Fleet(Protocol):
 
     def holders(self, manifest: str) -> dict[str, tuple[str, ...]]:
         """Live hosts that have parts of a checkpoint in their store: the parts, by host."""
+
+    def look_around(self, vm: str, manifest: str, *, take_over: bool) -> Around:
+        """All live hosts that answer: free memory, parts of the checkpoint, whose the name is.
+
+        What the VM itself still holds counts as free: a restore gives it back first.
+        """
+
+    def flow_on(self, host: str, order: PlanOrder) -> Flow:
+        """Pages per part and target, planned by a host that has the main host's part.
+
+        Raises NoRoom, CheckpointCorrupt.
+        """
 
     def visit(self, vm: str, host: str) -> Port:
         """The port of a `SliceHost` on a host that is none of the VM's; there is one then."""

@@ -1,83 +1,28 @@
-"""What a restore would do, worked out without doing anything.
-
-The pages are planned as in a restore, by a host that has the main host's part. The time is an
-estimate from the rates below; nothing is measured for it.
-"""
+"""What a restore would do, worked out without doing anything, and shown."""
 
 from __future__ import annotations
 
 import html
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from dcres.actors.control.restoring import Where, capacities_of
-from dcres.actors.host.loading import make_plan
-from dcres.actors.messages import PlanOrder
-from dcres.actors.ray import gateway
-from dcres.api.choosing import Choice, Seen, Wish, decide, require_name
-from dcres.config import HostSettings, format_size
-from dcres.errors import DcresError
+from dcres.actors.control.choosing import Wish
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.control.placing_restores import foresee
+from dcres.actors.ray.fleet import RayFleet
+from dcres.api.session import Session
+from dcres.config import format_size
+from dcres.errors import NotFound
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.phase import VmPhase
+from dcres.model.restore_plan import ASSUMPTION, START_S, PlannedHost
 from dcres.storage.format.manifest import Manifest, dumps
-from dcres.storage.store.store import Store
 
-STORE_BYTES_PER_S = 1000e6  # `load_1` to `load_3` in docs/measurements.md
-NETWORK_BYTES_PER_S = 110e6  # what 1 Gbit/s leaves for pages
-START_S = 1.0  # reserving memory, QEMU's start and the VM core
-ASSUMPTION = (
-    f"assumed: {STORE_BYTES_PER_S / 1e6:.0f} MB/s from each host's store, "
-    f"{NETWORK_BYTES_PER_S / 1e6:.0f} MB/s in and out of each host, "
-    f"{START_S:.0f} s to start QEMU"
-)
-_PLAN_TIMEOUT_S = 600.0
+log = logging.getLogger("dcres.restore")
 
-Flow = tuple[tuple[int, ...], ...]  # pages per part and target host
-FlowOf = Callable[[str, PlanOrder], Flow]  # worked out on that host
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedHost:
-    """One host of a restore. `role` is main or sub, or parts: it only has parts of the checkpoint.
-
-    All that a host reads is verified there: `read_bytes` for itself, small files included, and
-    `served_bytes` of pages for others.
-    """
-
-    host: str
-    role: str
-    memory_bytes: int
-    pages: int
-    read_bytes: int = 0  # from its own store, for itself
-    moved_from: Mapping[str, int] = field(default_factory=dict)  # host → bytes over the network
-    served_bytes: int = 0  # from its own store, for other hosts
-
-    @property
-    def moved_bytes(self) -> int:
-        """What comes over the network."""
-        return sum(self.moved_from.values())
-
-    @property
-    def verify_bytes(self) -> int:
-        """What is compared with checksums here."""
-        return self.read_bytes + self.served_bytes
-
-    @property
-    def seconds(self) -> float:
-        """The estimated time for all this; see `ASSUMPTION`."""
-        crossing = max(self.moved_bytes, self.served_bytes)
-        return max(self.verify_bytes / STORE_BYTES_PER_S, crossing / NETWORK_BYTES_PER_S)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            **asdict(self),
-            "moved_bytes": self.moved_bytes,
-            "verify_bytes": self.verify_bytes,
-            "seconds": round(self.seconds, 3),
-        }
+_PLAN_TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,96 +132,24 @@ def verdict(plan: RestorePlan) -> str:
     return f"it fits: {totals}; the guest runs after about {plan.seconds:.1f} s"
 
 
-def flow_on(host: str, order: PlanOrder) -> Flow:
-    """The plan's numbers, from a host that has the main host's part."""
-    return gateway.run_on(host, flow_here, order, timeout_s=_PLAN_TIMEOUT_S)
-
-
-def flow_here(order: PlanOrder) -> Flow:
-    """Runs on a host, or wherever the store is."""
-    return make_plan(Store(HostSettings.from_environ(os.environ).store), order).flow
-
-
 def plan_restore(
-    manifest: Manifest,
-    wish: Wish,
-    seen: Sequence[Seen],
-    *,
-    lazy: bool = False,
-    problems: Iterable[str] = (),
-    flow_of: FlowOf = flow_on,
+    session: Session, manifest: Manifest, wish: Wish, *, lazy: bool = False, take_over: bool = False
 ) -> RestorePlan:
-    """The plan of a restore onto the hosts that would be chosen among those `seen`."""
-    found = list(problems)
-    hosts: tuple[PlannedHost, ...] = ()
-    chosen = ""
+    """The plan by the VM's coordinator; where there is none, it is made in this process."""
     try:
-        choice = decide(manifest, wish, seen)
-        require_name(choice, seen)
-        chosen = choice.why
-        where = _where(manifest, choice, seen)
-        shares = choice.layout.shares
-        order = PlanOrder(dumps(manifest), capacities_of(shares, manifest.pages), where.holds)
-        flow = flow_of(where.holder(manifest.main.host), order)
-        hosts = _planned_hosts(manifest, choice, where, flow, lazy)
-    except DcresError as error:
-        found.append(str(error))
-    return RestorePlan(manifest.vm, manifest.checkpoint, hosts, tuple(found), lazy, chosen)
-
-
-def _where(manifest: Manifest, choice: Choice, seen: Sequence[Seen]) -> Where:
-    """Which host has which part, as in a restore: others are asked for what the VM's hosts lack."""
-    has = {each.info.name: each.parts for each in seen}
-    parts = tuple(part.host for part in manifest.hosts)
-    here = {host: has[host] for host in choice.hosts}
-    return Where(parts, choice.hosts, here).completed(has, manifest.checkpoint)
-
-
-def _planned_hosts(
-    manifest: Manifest, choice: Choice, where: Where, flow: Flow, lazy: bool
-) -> tuple[PlannedHost, ...]:
-    read: Counter[str] = Counter()
-    served: Counter[str] = Counter()
-    moved: dict[str, Counter[str]] = {host: Counter() for host in where.here}
-    for source, target, length in _transfers(manifest, where, flow, lazy):
-        if source == target:
-            read[target] += length
-        else:
-            served[source] += length
-            moved[target][source] += length
-    roles = {host: "sub" if index else "main" for index, host in enumerate(choice.hosts)}
-    shares = dict(zip(choice.hosts, choice.layout.shares, strict=True))
-    pages = dict(zip(choice.hosts, map(sum, zip(*flow, strict=True)), strict=True))
-    return tuple(
-        PlannedHost(
-            host=host,
-            role=roles.get(host, "parts"),
-            memory_bytes=shares.get(host, 0),
-            pages=pages.get(host, 0),
-            read_bytes=read[host],
-            moved_from=dict(moved[host]),
-            served_bytes=served[host],
-        )
-        for host in where.here
+        coordinator = session.existing(manifest.vm).within(_PLAN_TIMEOUT_S)
+    except NotFound:
+        found = foresee(RayFleet(), manifest, wish, VmPhase.ABSENT, lazy=lazy, take_over=take_over)
+    else:
+        order = dumps(manifest), wish, lazy, take_over
+        found = coordinator.call(Coordinator.plan_restore, *order)
+    warn_of(found.left_out)
+    return RestorePlan(
+        manifest.vm, manifest.checkpoint, found.hosts, found.problems, lazy, found.chosen
     )
 
 
-def _transfers(
-    manifest: Manifest, where: Where, flow: Flow, lazy: bool
-) -> Iterable[tuple[str, str, int]]:
-    """From which host to which, and bytes: pages, and the small files of a part where it is read.
-
-    A lazy restore has one part server for each part, which serves those that have the part, too.
-    """
-    for part, row, held in zip(manifest.hosts, flow, where.holds, strict=True):
-        holder, readers = where.holder(part.host), set[str]()
-        for target, pages, here in zip(where.targets, row, held, strict=True):
-            source = target if here and not lazy else holder
-            if pages:
-                yield source, target, pages * PAGE_SIZE
-                readers.add(source)
-        small = sum(file.length_bytes for file in part.files)
-        if part is manifest.main:  # placement, history and VM core are read in any case
-            readers.add(where.targets[0] if held[0] else holder)
-        for reader in readers:
-            yield reader, reader, small
+def warn_of(left_out: Iterable[str]) -> None:
+    """Say which hosts could not be asked, and so take no part."""
+    for sentence in left_out:
+        log.warning("%s", sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
+from dcres.actors.control.choosing import wish_of
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.messages import Foreseen
@@ -17,7 +17,6 @@ from dcres.actors.protocol import Presence
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet
 from dcres.api.catalogue import verify
-from dcres.api.choosing import choose_hosts, look_around, phase_of, wish_of
 from dcres.api.defaults import (
     DEFAULT_DOWNTIME_S,
     DEFAULT_FORMAT,
@@ -27,7 +26,7 @@ from dcres.api.defaults import (
 )
 from dcres.api.operation import Attended, ProgressOption
 from dcres.api.placement import Placement
-from dcres.api.plan import RestorePlan, plan_restore
+from dcres.api.plan import RestorePlan, plan_restore, warn_of
 from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.session import Session
 from dcres.api.status import VmStatus, status_of, with_rates
@@ -43,16 +42,15 @@ from dcres.errors import (
 from dcres.linux.interrupt import ended_by_sigterm, uninterrupted
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
-from dcres.model.phase import VmPhase, in_the_way
+from dcres.model.phase import VmPhase
 from dcres.model.picture import MOST_BUCKETS
 from dcres.storage.format.checks import VerifyReport
 from dcres.storage.format.manifest import Manifest, dumps
 
-log = logging.getLogger("dcres.restore")
-
 P = ParamSpec("P")
 
 _STOP_TIMEOUT_S = 300.0
+_CHOOSE_TIMEOUT_S = 300.0
 _WHOLE_TIMEOUT_S = 24 * 3600.0
 _POLL_S = 0.25
 
@@ -361,10 +359,7 @@ class Checkpoint:
         fail is among the plan's problems.
         """
         wish = wish_of(self.manifest, layout, single, hosts)
-        problem = in_the_way(self.vm, phase_of(self._session, self.vm))
-        seen = look_around(self.manifest, take_over=take_over)
-        problems = [problem] if problem else []
-        return plan_restore(self.manifest, wish, seen, lazy=lazy, problems=problems)
+        return plan_restore(self._session, self.manifest, wish, lazy=lazy, take_over=take_over)
 
     def restore(
         self,
@@ -397,15 +392,17 @@ class Checkpoint:
         nowhere; then nothing of the VM is left running, and the checkpoint is as it was.
         """
         wish = wish_of(self.manifest, layout, single, hosts)
-        choice = choose_hosts(self._session, self.manifest, wish)
-        text, hosts_chosen = dumps(self.manifest), list(choice.hosts)
+        text = dumps(self.manifest)
 
         def restore(attended: Attended, driver: str | None) -> dict[str, Any]:
-            order = text, choice.layout, hosts_chosen, lazy, take_over, driver
-            return attended.run(Coordinator.restore, *order)
+            coordinator = attended.coordinator.within(_CHOOSE_TIMEOUT_S)
+            choice = coordinator.call(Coordinator.choose, text, wish)
+            warn_of(choice.left_out)
+            order = text, choice.layout, list(choice.hosts), lazy, take_over, driver
+            return {**attended.run(Coordinator.restore, *order), "chosen": choice.why}
 
         facts = _bring_up(self._session, self.vm, restore, f"restore of {self.vm}", progress)
-        return Vm(self._session, self.vm, {**facts, "chosen": choice.why})
+        return Vm(self._session, self.vm, facts)
 
 
 def start_vm(

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dcres.api.placement import Placement
-from dcres.api.plan import ASSUMPTION, RestorePlan, plan_cells, verdict
+from dcres.api.plan import RestorePlan, plan_cells, verdict
 from dcres.api.resizing import ChangePlan, DrainPlan, ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli.memory_map import MemoryMap
@@ -18,6 +18,7 @@ from dcres.config import format_size
 from dcres.demo import Step, Story
 from dcres.doctor import Check, Status
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.restore_plan import ASSUMPTION
 from dcres.storage.format.checks import VerifyReport
 from dcres.storage.store.protocols import Listed
 

@@ -13,22 +13,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
+from dcres.actors.control.room import Around, HostInfo, Seen
+from dcres.actors.host import looking_around
 from dcres.actors.host.loading import PartServing, SliceHost, parse
 from dcres.actors.host.main_host import MainHost
 from dcres.actors.host.sub_host import SubHost
 from dcres.actors.host.vm_folder import VmFolder
+from dcres.actors.messages import Look, PlanOrder
 from dcres.actors.ports import Port
 from dcres.actors.protocol import Presence, deadline_s
 from dcres.actors.ray.fleet import sweep
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
+from dcres.model.restore_plan import Flow
 from dcres.storage.store.store import Store
 
 _POLL_S = 0.01
 _THREADS = 16
+_ROOM = 1 << 40
 
 
 def _copy(value: Any) -> Any:
@@ -210,6 +215,9 @@ class LocalFleet:
     dead: set[str] = field(default_factory=set)
     crowded: set[str] = field(default_factory=set)  # hosts that can set nothing more aside
     name: str = "test"  # of the cluster
+    looking: Callable[[str, str, bool], Look] | None = None  # host, manifest, take_over
+    planning: Callable[[str, PlanOrder], Flow] | None = None
+    room: dict[str, int] = field(default_factory=dict)  # bytes that a host can set aside
     gone: set[str] = field(default_factory=set)  # drivers that have ended
 
     def cluster(self) -> str:
@@ -298,6 +306,29 @@ class LocalFleet:
         found = {host: self.holding(host, manifest) for host in self.hosts}
         return {host: parts for host, parts in found.items() if parts}
 
+    def look_around(self, vm: str, manifest: str, *, take_over: bool) -> Around:
+        seen, left_out = [], []
+        for number, host in enumerate(self.hosts):
+            if host in self.dead:
+                continue
+            room = 0 if host in self.crowded else self.room.get(host, _ROOM)
+            info = HostInfo(host, f"id-{number}", f"127.0.0.{number + 1}", room, room, True)
+            try:
+                if self.looking is None:
+                    look = Look(room, self.holding(host, manifest))
+                else:
+                    look = self.looking(host, manifest, take_over)
+            except DcresError as error:
+                left_out.append(f"host {host} is left out: {error}")
+                continue
+            info = replace(info, memory_free_bytes=min(room, look.free_bytes))
+            seen.append(Seen(info, look.parts, look.trouble))
+        return Around(tuple(seen), tuple(left_out))
+
+    def flow_on(self, host: str, order: PlanOrder) -> Flow:
+        assert self.planning is not None
+        return self.planning(host, order)
+
     def visit(self, vm: str, host: str) -> Port:
         assert self.make_visitor is not None
         name, make = f"parts/{vm}/{host}", self.make_visitor
@@ -330,7 +361,19 @@ def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = Main
     def sweeper(vm: str, host: str) -> None:
         sweep(VmFolder.of(settings[host], vm, fleet.cluster()))
 
+    def looking(host: str, manifest: str, take_over: bool) -> Look:
+        return looking_around.look(settings[host], manifest, fleet.cluster(), take_over)
+
+    def planning(host: str, order: PlanOrder) -> Flow:
+        return looking_around.flow(settings[host], order)
+
     fleet = LocalFleet(
-        list(settings), make, holding=holding, make_visitor=make_visitor, sweeper=sweeper
+        list(settings),
+        make,
+        holding=holding,
+        make_visitor=make_visitor,
+        sweeper=sweeper,
+        looking=looking,
+        planning=planning,
     )
     return fleet

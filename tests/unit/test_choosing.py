@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dcres.actors.control.room import MIB, HostInfo
+from dcres.actors.control.choosing import Choice, Wish, decide, require_name, wish_of
+from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.control.placing_restores import choose_hosts, foresee
+from dcres.actors.control.room import MIB, HostInfo, Seen
 from dcres.actors.host.loading import make_plan
-from dcres.actors.messages import Foreseen, PageFlow, PlanOrder
+from dcres.actors.messages import Foreseen, ForeseenRestore, Look, PageFlow, PlanOrder
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet
-from dcres.api import choosing
+from dcres.api import plan as api_plan
 from dcres.api.catalogue import StoresOfHosts
-from dcres.api.choosing import Seen, Wish, choose_hosts, decide, wish_of
-from dcres.api.plan import ASSUMPTION, NETWORK_BYTES_PER_S, START_S, Flow, RestorePlan, plan_restore
+from dcres.api.plan import RestorePlan, plan_restore
 from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.session import Session
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, ConfigError, Conflict, DcresError, NoRoom, NotFound
 from dcres.linux.memory import available_bytes, free_for_guests
 from dcres.model.pages import PAGE_SIZE
-from dcres.storage.format.manifest import Manifest
+from dcres.model.phase import VmPhase
+from dcres.model.restore_plan import ASSUMPTION, NETWORK_BYTES_PER_S, START_S, Flow
+from dcres.storage.format.manifest import Manifest, dumps
 from dcres.storage.store.store import Store
+from tests.support.fleet import LocalFleet
 from tests.support.ports import ScriptedPort
 from tests.support.stored import PAGE_COUNT, store_with_demo
 
@@ -146,92 +152,136 @@ class TestDecision:
             decide(large, Wish(), [seen("a", 3), seen("b", 2)])
 
 
-@dataclass(frozen=True)
-class PhasesOnly(ScriptedPort, Session):
-    """A session whose one VM is in these phases, one after the other; it can be stopped."""
+def fleet_of(*hosts: Seen, planning: Callable[[str, PlanOrder], Flow] | None = None) -> LocalFleet:
+    """A fleet that tells just this of its hosts."""
+    by_name = {each.info.name: each for each in hosts}
 
-    phases: list[str] = field(default_factory=list)
-    called: list[str] = field(default_factory=list)
+    def looking(host: str, manifest: str, take_over: bool) -> Look:
+        told = by_name[host]
+        return Look(told.info.memory_free_bytes, told.parts, told.trouble)
 
-    def existing(self, vm: str) -> Any:
-        if self.phases[0] == "absent":
-            self.phases.pop(0)
-            raise NotFound(f"there is no VM {vm}")
-        return self
-
-    def answer(self, order: str, *args: Any) -> Any:
-        if order == "status":
-            return {"phase": self.phases.pop(0)}
-        self.called.append(order)
-        return None
-
-    def retire(self, vm: str) -> None:
-        self.called.append("retire")
+    return LocalFleet(list(by_name), lambda *_: None, looking=looking, planning=planning)
 
 
-def session_with(*phases: str) -> PhasesOnly:
-    return PhasesOnly("nowhere", StoresOfHosts(), None, list(phases))
+def choose_while(
+    manifest: Manifest, wish: Wish, *phases: VmPhase, hosts: tuple[Seen, ...] = ()
+) -> Choice:
+    """The choice for a VM that is in these phases, one after the other, each time it is asked."""
+    left = list(phases)
+    choice = choose_hosts(fleet_of(*hosts), manifest, wish, lambda: left.pop(0))
+    assert left == []
+    return choice
 
 
-@pytest.fixture
-def two_hosts(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
-    hosts = [seen("a"), seen("b")]
-    monkeypatch.setattr(choosing, "look_around", lambda manifest: hosts)
-    return hosts
+TWO = (seen("a"), seen("b"))
 
 
 class TestChoosingHosts:
     def test_nobody_is_asked_if_all_is_said(self, manifest: Manifest) -> None:
         wish = Wish(Layout(main=MEMORY), 1, ("h9",))
-        assert choose_hosts(session_with(), manifest, wish).hosts == ("h9",)
+        assert choose_while(manifest, wish).hosts == ("h9",)
 
-    def test_a_vm_that_is_there(self, manifest: Manifest) -> None:
-        with pytest.raises(Conflict, match="runs already; stop it first with `dcres stop demo`"):
-            choose_hosts(session_with("running"), manifest, Wish())
-        with pytest.raises(Conflict, match="VM demo is restoring; wait"):
-            choose_hosts(session_with("restoring"), manifest, Wish())
-        with pytest.raises(Conflict, match="does not answer, so that it may still run; wait, or"):
-            choose_hosts(session_with("unknown"), manifest, Wish())
+    @pytest.mark.parametrize(
+        ("phase", "words"),
+        [
+            (VmPhase.RUNNING, "runs already; stop it first with `dcres stop demo`"),
+            (VmPhase.RESTORING, "VM demo is restoring; wait"),
+            (VmPhase.UNKNOWN, "does not answer, so that it may still run; wait, or"),
+        ],
+    )
+    def test_a_vm_that_is_there(self, manifest: Manifest, phase: VmPhase, words: str) -> None:
+        with pytest.raises(Conflict, match=words):
+            choose_while(manifest, Wish(), phase, hosts=TWO)
 
-    @pytest.mark.parametrize("phase", ["lost", "off"])
-    def test_what_is_left_of_a_vm_stays_until_there_is_room(
-        self, manifest: Manifest, two_hosts: list[Seen], phase: str
-    ) -> None:
-        session = session_with(phase, phase, phase)
-        assert choose_hosts(session, manifest, Wish()).hosts == ("a",)
+    @pytest.mark.parametrize("phase", [VmPhase.LOST, VmPhase.OFF])
+    def test_what_is_left_of_a_vm_is_no_hindrance(self, manifest: Manifest, phase: VmPhase) -> None:
+        assert choose_while(manifest, Wish(), phase, hosts=TWO).hosts == ("a",)
         with pytest.raises(NoRoom):
-            choose_hosts(session, manifest, Wish(count=3))
-        assert session.called == []
+            choose_while(manifest, Wish(count=3), phase, phase, hosts=TWO)
 
-    def test_a_wish_that_cannot_be_leaves_a_lost_vm_alone(
-        self, manifest: Manifest, two_hosts: list[Seen], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(gateway, "hosts", lambda: [each.info for each in two_hosts])
-        session = session_with("lost", "lost", "lost")
+    def test_a_wish_that_cannot_be(self, manifest: Manifest) -> None:
         with pytest.raises(NotFound, match="no host typo in the cluster; it has a, b"):
-            choose_hosts(session, manifest, Wish(count=1, names=("typo",)))
+            choose_while(manifest, Wish(count=1, names=("typo",)), VmPhase.LOST, hosts=TWO)
         with pytest.raises(ConfigError):
-            choose_hosts(session, manifest, Wish(Layout(main=HALF)))
-        assert session.called == []
+            choose_while(manifest, Wish(Layout(main=HALF)), VmPhase.LOST, hosts=TWO)
 
-    def test_somebody_else_was_faster(self, manifest: Manifest, two_hosts: list[Seen]) -> None:
+    def test_somebody_else_was_faster(self, manifest: Manifest) -> None:
+        absent, starting = VmPhase.ABSENT, VmPhase.STARTING
         with pytest.raises(Conflict, match="VM demo is starting"):
-            choose_hosts(session_with("absent", "starting"), manifest, Wish(count=3))
+            choose_while(manifest, Wish(count=3), absent, starting, hosts=TWO)
         with pytest.raises(NoRoom):
-            choose_hosts(session_with("absent", "absent"), manifest, Wish(count=3))
+            choose_while(manifest, Wish(count=3), absent, absent, hosts=TWO)
+
+    def test_a_host_that_says_nothing_is_named(self, manifest: Manifest) -> None:
+        fleet = fleet_of(*TWO)
+        fleet.looking = gone_from_a
+        choice = choose_hosts(fleet, manifest, Wish(), lambda: VmPhase.ABSENT)
+        assert choice.hosts == ("b",)
+        assert choice.left_out == ("host a is left out: its disk is gone",)
+
+
+def gone_from_a(host: str, manifest: str, take_over: bool) -> Look:
+    if host == "a":
+        raise DcresError("its disk is gone")
+    return Look(MIB, ())
+
+
+class TestInsideTheCluster:
+    """The coordinator answers alone: nothing of the caller's process takes part."""
+
+    def test_it_chooses(self, manifest: Manifest) -> None:
+        coordinator = Coordinator("demo", fleet_of(seen("a"), seen("b", 1, ALL)))
+        choice = coordinator.choose(dumps(manifest), Wish())
+        assert (choice.hosts, choice.layout) == (("b",), Layout(main=MEMORY))
+        with pytest.raises(NoRoom):
+            coordinator.choose(dumps(manifest), Wish(count=3))
+
+    def test_it_plans(self, store: Store, manifest: Manifest) -> None:
+        def planning(host: str, order: PlanOrder) -> Flow:
+            return make_plan(store, order).flow
+
+        fleet = fleet_of(seen("a"), seen("b", 1, ALL), planning=planning)
+        fleet.dead.add("a")
+        found = Coordinator("demo", fleet).plan_restore(dumps(manifest), Wish(), False, False)
+        assert [each.host for each in found.hosts] == ["b"]
+        assert sum(each.pages for each in found.hosts) == manifest.pages
+        assert (found.problems, found.left_out) == ((), ())
+
+    def test_not_beside_the_vm_itself(self, manifest: Manifest) -> None:
+        fleet = fleet_of(seen("a", 1, ALL), planning=lambda host, order: ((1,), (1,), (1,)))
+        coordinator = Coordinator("demo", fleet)
+        coordinator._phase = VmPhase.STARTING
+        found = coordinator.plan_restore(dumps(manifest), Wish(), False, False)
+        (problem,) = found.problems
+        assert problem.startswith("VM demo is starting; wait until that is done")
+        with pytest.raises(Conflict, match="VM demo is starting"):
+            coordinator.choose(dumps(manifest), Wish())
+
+
+def planned(
+    manifest: Manifest,
+    wish: Wish,
+    fleet: LocalFleet,
+    phase: VmPhase = VmPhase.ABSENT,
+    *,
+    lazy: bool = False,
+) -> RestorePlan:
+    found = foresee(fleet, manifest, wish, phase, lazy=lazy, take_over=False)
+    hosts, problems = found.hosts, found.problems
+    return RestorePlan(manifest.vm, manifest.checkpoint, hosts, problems, lazy, found.chosen)
 
 
 class TestRestorePlan:
     def plan(
         self, store: Store, manifest: Manifest, wish: Wish, hosts: list[Seen], lazy: bool = False
     ) -> RestorePlan:
-        def flow_of(host: str, order: PlanOrder) -> Flow:
+        def planning(host: str, order: PlanOrder) -> Flow:
             assert manifest.main.host in next(
                 each.parts for each in hosts if each.info.name == host
             )
             return make_plan(store, order).flow
 
-        return plan_restore(manifest, wish, hosts, lazy=lazy, flow_of=flow_of)
+        return planned(manifest, wish, fleet_of(*hosts, planning=planning), lazy=lazy)
 
     def test_a_store_that_all_share(self, store: Store, manifest: Manifest) -> None:
         hosts = [seen(name, 1, ALL) for name in ("a", "b", "c")]
@@ -286,17 +336,17 @@ class TestRestorePlan:
         assert "bring that host back" in repr(plan)
 
     def test_no_room_and_a_vm_that_runs(self, manifest: Manifest) -> None:
-        plan = plan_restore(manifest, Wish(), [seen("a", 0)], problems=["VM demo runs already"])
-        assert plan.problems[0] == "VM demo runs already"
+        plan = planned(manifest, Wish(), fleet_of(seen("a", 0)), VmPhase.RUNNING)
+        assert plan.problems[0].startswith("VM demo runs already")
         assert "384 KiB" not in plan.problems[1]
         assert "1 MiB more than all hosts have room for" in plan.problems[1]
         assert plan.to_dict()["layout"] == []
 
     def test_damage_that_the_planner_finds(self, manifest: Manifest) -> None:
-        def flow_of(host: str, order: PlanOrder) -> Flow:
+        def planning(host: str, order: PlanOrder) -> Flow:
             raise CheckpointCorrupt("pages.arrow was altered")
 
-        plan = plan_restore(manifest, Wish(), [seen("a", 1, ALL)], flow_of=flow_of)
+        plan = planned(manifest, Wish(), fleet_of(seen("a", 1, ALL), planning=planning))
         assert plan.problems == ("pages.arrow was altered",)
 
     def test_for_people(self, store: Store, manifest: Manifest) -> None:
@@ -305,6 +355,43 @@ class TestRestorePlan:
         assert repr(plan).endswith("runs after ≈ 1.0 s>")
         assert "<td>a</td><td>main</td>" in plan._repr_html_()
         assert "1000 MB/s from each host's store" in ASSUMPTION
+
+
+@dataclass(frozen=True)
+class Answering(ScriptedPort, Session):
+    """A session whose VM has a coordinator, or none, that foresees this."""
+
+    foreseen: ForeseenRestore | None = None
+    asked: list[Any] = field(default_factory=list)
+
+    def existing(self, vm: str) -> Any:
+        if self.foreseen is None:
+            raise NotFound(f"there is no VM {vm}")
+        return self
+
+    def answer(self, order: str, *args: Any) -> Any:
+        self.asked.append((order, *args))
+        return self.foreseen
+
+
+class TestWhoPlans:
+    def test_the_coordinator_where_there_is_one(
+        self, manifest: Manifest, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        foreseen = ForeseenRestore((), ("no",), "as asked", ("host b is left out: its disk",))
+        session = Answering("nowhere", StoresOfHosts(), None, foreseen=foreseen)
+        plan = plan_restore(session, manifest, Wish(), lazy=True, take_over=True)
+        assert session.asked == [("plan_restore", dumps(manifest), Wish(), True, True)]
+        assert (plan.problems, plan.chosen, plan.lazy) == (("no",), "as asked", True)
+        assert "host b is left out: its disk" in caplog.text
+
+    def test_this_process_where_there_is_none(
+        self, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(api_plan, "RayFleet", lambda: fleet_of(seen("a", 0)))
+        session = Answering("nowhere", StoresOfHosts(), None)
+        (problem,) = plan_restore(session, manifest, Wish()).problems
+        assert "more than all hosts have room for" in problem
 
 
 def test_a_drain_plan_tells_its_sum() -> None:
@@ -339,19 +426,20 @@ def test_a_host_that_does_not_answer_is_left_out(
     infos = [HostInfo(name, name, "127.0.0.1", MIB, 3 * MIB, name != "dead") for name in "abc"]
     infos.append(HostInfo("dead", "d", "127.0.0.1", MIB, MIB, False))
 
-    def run_on(host: str, function: Any, *args: Any, timeout_s: float) -> choosing.Look:
+    def run_on(host: str, function: Any, *args: Any, timeout_s: float) -> Look:
         if host == "b":
             raise DcresError("its disk is gone")
         assert args[1:] == ("this cluster", True)
         trouble = "its name is another's" if host == "c" else ""
-        return choosing.Look(2 * MIB if host == "a" else 9 * MIB, ("h0",), trouble)
+        return Look(2 * MIB if host == "a" else 9 * MIB, ("h0",), trouble)
 
     monkeypatch.setattr(RayFleet, "held", lambda fleet, vm: {"a": MIB, "c": MIB})
     monkeypatch.setattr(gateway, "hosts", lambda: infos)
     monkeypatch.setattr(gateway, "cluster_id", lambda: "this cluster")
     monkeypatch.setattr(gateway, "run_on", run_on)
-    found = choosing.look_around(manifest, take_over=True)
-    assert [(each.info.name, each.info.memory_free_bytes // MIB) for each in found] == [
+    found = RayFleet().look_around("demo", dumps(manifest), take_over=True)
+    assert found.left_out == ("host b is left out: its disk is gone",)
+    assert [(each.info.name, each.info.memory_free_bytes // MIB) for each in found.seen] == [
         ("a", 2),
         ("c", 4),  # with what is left of the VM there
     ]
@@ -362,6 +450,6 @@ def test_a_main_host_whose_store_has_another_cluster_s_vm_is_no_main_host(
 ) -> None:
     why = "VM demo of another cluster has this name"
     hosts = [replace(seen("a", 9, ALL), trouble=why), seen("b", 9)]
-    plan = plan_restore(manifest, Wish(count=1, names=("a",)), hosts)
+    plan = planned(manifest, Wish(count=1, names=("a",)), fleet_of(*hosts))
     assert plan.problems == (why,)
-    choosing.require_name(choosing.Choice(Layout(main=MEMORY), ("b", "a"), ""), hosts)
+    require_name(Choice(Layout(main=MEMORY), ("b", "a"), ""), hosts)

@@ -22,7 +22,7 @@ from dcres.actors.messages import Foreseen, PageFlow
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.api import cluster as api_cluster
 from dcres.api.placement import Placement
-from dcres.api.plan import PlannedHost, RestorePlan
+from dcres.api.plan import RestorePlan
 from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli import commands, judge, main, tables
@@ -39,6 +39,7 @@ from dcres.errors import (
     VmLost,
 )
 from dcres.linux.interrupt import OperationInterrupted
+from dcres.model.restore_plan import PlannedHost
 from dcres.storage.format.checks import FileResult, VerifyReport
 from dcres.storage.store.protocols import Listed
 from dcres.vm.witness import WitnessReport

@@ -23,12 +23,14 @@ from typing import Any, TypeVar
 from dcres.actors.control.asking import describe
 from dcres.actors.control.bringing_up import BringingUp
 from dcres.actors.control.checkpointing import Checkpointing
+from dcres.actors.control.choosing import Choice, Wish
 from dcres.actors.control.coordination import Coordination, VmFacts
+from dcres.actors.control.placing_restores import choose_hosts, foresee
 from dcres.actors.control.publishing import Subject, checkpoint_facts
 from dcres.actors.control.replacing import Checked, Replacing, Shares, settle_shape
 from dcres.actors.control.restoring import Restoring, spec_for
 from dcres.actors.control.wanting import while_it_lives
-from dcres.actors.messages import Description, Foreseen
+from dcres.actors.messages import Description, Foreseen, ForeseenRestore
 from dcres.actors.ports import Port
 from dcres.actors.protocol import Machine, Presence
 from dcres.config import Layout, VmSpec, vm_spec
@@ -269,6 +271,21 @@ class Coordinator(Coordination):
             **restoring.facts(spec.layout.shares),
         }
 
+    def choose(self, manifest_text: str, wish: Wish) -> Choice:
+        """The hosts that a restore with this wish goes to. Changes nothing.
+
+        Raises Conflict when the VM is there, ConfigError, NoRoom and NotFound as `decide` does.
+        """
+        manifest = loads(manifest_text, Path("manifest.json"))
+        return choose_hosts(self._fleet, manifest, wish, lambda: _phase_in(self.status()))
+
+    def plan_restore(
+        self, manifest_text: str, wish: Wish, lazy: bool, take_over: bool
+    ) -> ForeseenRestore:
+        """What a restore with this wish would do as things are now. Changes nothing."""
+        manifest, phase = loads(manifest_text, Path("manifest.json")), _phase_in(self.status())
+        return foresee(self._fleet, manifest, wish, phase, lazy=lazy, take_over=take_over)
+
     def resize(
         self, main_bytes: int | None = None, subs_bytes: Sequence[int] | None = None
     ) -> VmFacts:
@@ -358,6 +375,10 @@ class Coordinator(Coordination):
         except BaseException:
             self._hosts = settle_shape(self._vm, self._fleet)
             raise
+
+
+def _phase_in(facts: VmFacts) -> VmPhase:
+    return VmPhase(facts["phase"])
 
 
 def _spec_of(main: Description) -> VmSpec:

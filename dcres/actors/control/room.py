@@ -26,6 +26,23 @@ class HostInfo:
     alive: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A live host: the memory that is free there, and the parts of the checkpoint it has."""
+
+    info: HostInfo
+    parts: tuple[str, ...]
+    trouble: str = ""  # why this host could not be the main host; see `naming.trouble`
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The hosts that could take part in a restore, and a sentence for each that says nothing."""
+
+    seen: tuple[Seen, ...]
+    left_out: tuple[str, ...] = ()
+
+
 def whole_mib(length_bytes: int) -> int:
     """How many MiB are reserved for a share: Ray counts ``vm_memory`` in them."""
     return -(-length_bytes // MIB)

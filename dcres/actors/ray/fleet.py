@@ -9,28 +9,42 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from dcres.actors.control.room import HostInfo, host_named, hosts_to_join, require_room
+from dcres.actors.control.room import (
+    Around,
+    HostInfo,
+    Seen,
+    host_named,
+    hosts_to_join,
+    require_room,
+)
+from dcres.actors.host import looking_around
 from dcres.actors.host.disks import put_disks_back
 from dcres.actors.host.host import require_ram
 from dcres.actors.host.loading import SliceHost, name_of_parts, parse
 from dcres.actors.host.main_host import MainHost
 from dcres.actors.host.sub_host import SubHost
 from dcres.actors.host.vm_folder import VmFolder, end_leftovers
+from dcres.actors.messages import Look, PlanOrder
 from dcres.actors.ports import Pending, Port
 from dcres.actors.protocol import Presence
 from dcres.actors.ray import gateway
 from dcres.config import HostSettings
 from dcres.errors import DcresError, NotFound
+from dcres.model.restore_plan import Flow
 from dcres.storage.store.store import Store
 
 R = TypeVar("R")
 
 _READY_TIMEOUT_S = 300.0  # an actor's process starts in 0.5 s, or when the machine gets to it
 _LOOK_TIMEOUT_S = 30.0
+_LOOK_AROUND_TIMEOUT_S = 60.0
+_PLAN_TIMEOUT_S = 600.0
+_AT_ONCE = 16
 
 
 def coordinator_name(vm: str) -> str:
@@ -209,6 +223,24 @@ class RayFleet:
                 found[host] = parts.result(_LOOK_TIMEOUT_S)
         return {host: parts for host, parts in found.items() if parts}
 
+    def look_around(self, vm: str, manifest: str, *, take_over: bool) -> Around:
+        """By a task on every host, all at the same time."""
+        held, asked = self.held(vm), (manifest, self.cluster(), take_over)
+        seen, left_out = [], []
+        alive = [roomier(host, held) for host in _alive()]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            looked = [(host, pool.submit(_look_at, host, asked)) for host in alive]
+        for host, answer in looked:
+            try:
+                seen.append(answer.result())
+            except DcresError as error:
+                left_out.append(f"host {host.name} is left out: {error}")
+        return Around(tuple(seen), tuple(left_out))
+
+    def flow_on(self, host: str, order: PlanOrder) -> Flow:
+        """By a task on the host."""
+        return gateway.run_on(host, flow_here, order, timeout_s=_PLAN_TIMEOUT_S)
+
     def visit(self, vm: str, host: str) -> Port:
         """An actor without memory for VMs, pinned to the host.
 
@@ -234,6 +266,12 @@ class RayFleet:
         for host in filter(self.alive, silent):
             with suppress(DcresError):
                 self.sweep(name_of_parts(vm), host)
+
+
+def _look_at(host: HostInfo, asked: tuple[str, str, bool]) -> Seen:
+    found = gateway.run_on(host.name, look_here, *asked, timeout_s=_LOOK_AROUND_TIMEOUT_S)
+    free = min(host.memory_free_bytes, found.free_bytes)
+    return Seen(replace(host, memory_free_bytes=free), found.parts, found.trouble)
 
 
 def _on_all_hosts(function: Callable[..., R], *args: Any) -> dict[str, Pending[R]]:
@@ -297,3 +335,13 @@ def sweep(folder: VmFolder) -> None:
 def parts_in_store(manifest: str) -> tuple[str, ...]:
     """The parts of a checkpoint in the store of the host that this runs on."""
     return Store(HostSettings.from_environ(os.environ).store).parts_here(parse(manifest))
+
+
+def look_here(manifest: str, cluster: str, take_over: bool) -> Look:
+    """What the host that this runs on tells before a restore."""
+    return looking_around.look(HostSettings.from_environ(os.environ), manifest, cluster, take_over)
+
+
+def flow_here(order: PlanOrder) -> Flow:
+    """The numbers of a plan, from the store of the host that this runs on."""
+    return looking_around.flow(HostSettings.from_environ(os.environ), order)

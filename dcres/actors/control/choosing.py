@@ -1,37 +1,19 @@
-"""Which hosts a restore goes to: what the caller wishes, what the hosts have, the choice."""
+"""Which hosts a restore goes to: what the caller wishes, what the hosts have, the choice.
+
+Pure: `dcres.actors.control.placing_restores` asks the fleet what the hosts have.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
-from dcres.actors.control.coordinator import Coordinator
-from dcres.actors.control.room import HostInfo, host_named, require_room
-from dcres.actors.host import naming
-from dcres.actors.host.loading import parse
-from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.ray import gateway
-from dcres.actors.ray.fleet import RayFleet, parts_in_store, roomier
-from dcres.api.session import Session
-from dcres.config import HostSettings, Layout, VmSpec, format_size, listed
-from dcres.errors import ConfigError, Conflict, DcresError, NoRoom, NotFound
-from dcres.linux.memory import free_for_guests
+from dcres.actors.control.room import Seen, host_named, require_room
+from dcres.config import Layout, VmSpec, format_size, listed
+from dcres.errors import ConfigError, Conflict, NoRoom
 from dcres.model.choice import Candidate, Share, choose, choose_evenly, choose_for
 from dcres.model.pages import PAGE_SIZE, pages_of
-from dcres.model.phase import VmPhase, in_the_way
-from dcres.storage.format.manifest import Manifest, dumps
-from dcres.storage.store.store import Store
-
-log = logging.getLogger("dcres.restore")
-
-_LOOK_TIMEOUT_S = 60.0
-_AT_ONCE = 16
-# For QEMU itself, the pager, page tables: what a main host needs besides the guest's memory.
-_BESIDES_BYTES = 256 << 20
+from dcres.storage.format.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +39,7 @@ class Choice:
     layout: Layout
     hosts: tuple[str, ...]
     why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A live host: the memory that is free there, and the parts of the checkpoint it has."""
-
-    info: HostInfo
-    parts: tuple[str, ...]
-    trouble: str = ""  # why this host could not be the main host; see `naming.trouble`
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What a host says of itself."""
-
-    free_bytes: int
-    parts: tuple[str, ...]
-    trouble: str = ""
+    left_out: tuple[str, ...] = ()  # a sentence for each host that could not be asked
 
 
 def wish_of(
@@ -101,75 +66,11 @@ def wish_of(
     return Wish(layout, number, names)
 
 
-def look_around(manifest: Manifest, *, take_over: bool = False) -> list[Seen]:
-    """All hosts that answer, asked at the same time; a dead one is none.
-
-    What the VM itself still holds counts as free: a restore gives it back first.
-    """
-    held = RayFleet().held(manifest.vm)
-    alive = [roomier(host, held) for host in gateway.hosts() if host.alive]
-    asked = (dumps(manifest), gateway.cluster_id(), take_over)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        looked = pool.map(partial(_look_at, asked), alive)
-        return [seen for seen in looked if seen is not None]
-
-
-def _look_at(asked: tuple[str, str, bool], host: HostInfo) -> Seen | None:
-    try:
-        look = gateway.run_on(host.name, look_here, *asked, timeout_s=_LOOK_TIMEOUT_S)
-    except DcresError as error:
-        log.warning("host %s is left out: %s", host.name, error)
-        return None
-    free = min(host.memory_free_bytes, look.free_bytes)
-    return Seen(replace(host, memory_free_bytes=free), look.parts, look.trouble)
-
-
-def look_here(manifest: str, cluster: str, take_over: bool) -> Look:
-    """Runs on a host: the memory free as its kernel sees it, and what its store has."""
-    settings = HostSettings.from_environ(os.environ)
-    vm, me = parse(manifest).vm, naming.claimant(cluster, settings.name)
-    folder = VmFolder.of(settings, vm, cluster)
-    free = free_for_guests(settings.ram, _BESIDES_BYTES) + folder.ram_bytes
-    trouble = folder.trouble(take_over=take_over)
-    trouble = trouble or naming.trouble(Store(settings.store), vm, me, take_over=take_over)
-    return Look(free, parts_in_store(manifest), trouble)
-
-
-def phase_of(session: Session, vm: str) -> VmPhase:
-    """What VM `vm` is doing; ``absent`` when there is none."""
-    try:
-        return VmPhase(session.existing(vm).call(Coordinator.status)["phase"])
-    except NotFound:
-        return VmPhase.ABSENT
-
-
 def require_name(choice: Choice, seen: Sequence[Seen]) -> None:
     """Conflict where the main host of `choice` is one of `seen` that cannot be it."""
     for each in seen:
         if each.info.name == choice.hosts[0] and each.trouble:
             raise Conflict(each.trouble)
-
-
-def choose_hosts(session: Session, manifest: Manifest, wish: Wish) -> Choice:
-    """The hosts of a restore that is about to begin; they are asked if there is a choice.
-
-    Changes nothing: what is left of a VM that is off or lost counts as free, and the restore ends
-    that once it knows that there is room. Raises Conflict when the VM is there, and what `decide`
-    raises.
-    """
-    if wish.settled is not None:
-        return wish.settled
-    _require_absent(session, manifest.vm)
-    try:
-        return decide(manifest, wish, look_around(manifest))
-    except NoRoom:
-        _require_absent(session, manifest.vm)  # another caller may have the room by now
-        raise
-
-
-def _require_absent(session: Session, vm: str) -> None:
-    if why := in_the_way(vm, phase_of(session, vm)):
-        raise Conflict(why)
 
 
 def decide(manifest: Manifest, wish: Wish, seen: Sequence[Seen]) -> Choice:
