@@ -147,7 +147,7 @@ class TestWaiting:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         monkeypatch.setattr(awaiting_nodes, "_TELL_S", 1.0)
-        name = f"h{small._state.next_host}"
+        name = f"h{small._nodes.state.next_host}"
 
         def hold_up(raylet: ProcessId) -> None:
             raylet.kill(signal.SIGSTOP)
@@ -202,7 +202,7 @@ class TestFailing:
     def test_hosts_that_do_not_start_are_none(
         self, small: LocalCluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before, first = small.hosts, small._state.next_host
+        before, first = small.hosts, small._nodes.state.next_host
         monkeypatch.setattr(local_node, "_OBJECT_STORE_BYTES", -1)
         with pytest.raises(ClusterError, match="ended while it was starting: ValueError: "):
             small.add_hosts(2)

@@ -357,7 +357,7 @@ def interrupt_bringing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcres.actors.ray.local_cluster.LocalNode.launch", interrupted)
+    monkeypatch.setattr("dcres.actors.ray.local_node.LocalNode.launch", interrupted)
 
 
 def test_a_home_that_is_a_link(tmp_path: Path) -> None:

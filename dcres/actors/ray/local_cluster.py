@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -32,24 +31,19 @@ from dcres.actors.ray.local_node import (
     CLUSTER_MARK,
     HOST_MARK,
     MIB,
-    HeadRole,
-    HostRole,
-    LocalNode,
     Places,
     end_all,
     free_port,
 )
+from dcres.actors.ray.local_nodes import LocalNodes
 from dcres.config import HostSettings, folder_of_environ, format_size, named_folder
-from dcres.errors import ClusterError, Conflict, NoRoom, NotFound
+from dcres.errors import Conflict, NoRoom, NotFound
 from dcres.linux.interrupt import uninterrupted
 from dcres.linux.memory import free_for_guests
 from dcres.linux.removal import OwnFolder, create
 from dcres.model.whereabouts import Life
 
-HEAD = "head"
-
 _SHARE_OF_FREE_MEMORY = 0.6
-_MOST_HOSTS = 240  # addresses 127.x.y.10 and up
 
 
 class LocalCluster:
@@ -57,7 +51,7 @@ class LocalCluster:
 
     def __init__(self, home: Home, state: State) -> None:
         self._home = home
-        self._state = state
+        self._nodes = LocalNodes(home, state)
 
     @classmethod
     def start(
@@ -105,7 +99,7 @@ class LocalCluster:
         except BaseException:
             with uninterrupted():  # a second Ctrl-C would leave nodes that nobody finds
                 end_all({CLUSTER_MARK: state.id})
-                claim.clear(cluster._state)
+                claim.clear(cluster._nodes.state)
             raise
         claim.share()
         return cluster
@@ -149,12 +143,12 @@ class LocalCluster:
     @property
     def id(self) -> str:
         """The value of ``DCRES_CLUSTER`` in every process of this cluster."""
-        return self._state.id
+        return self._nodes.state.id
 
     @property
     def address(self) -> str:
         """``host:port`` for the gateway to Ray."""
-        return self._state.address
+        return self._nodes.state.address
 
     @property
     def token_path(self) -> Path:
@@ -164,43 +158,32 @@ class LocalCluster:
     @property
     def dashboard_url(self) -> str | None:
         """Where Ray jobs are submitted, if the cluster was started with a dashboard."""
-        port = self._state.dashboard_port
+        port = self._nodes.state.dashboard_port
         return None if port is None else f"http://127.0.0.1:{port}"
 
     @property
     def hosts(self) -> tuple[str, ...]:
         """The names of the host nodes, in the order they were started."""
-        return tuple(self._state.hosts)
+        return tuple(self._nodes.state.hosts)
 
     @property
     def memory_per_host(self) -> int:
         """Bytes that VMs may use on each host."""
-        return self._state.memory_per_host
+        return self._nodes.state.memory_per_host
 
     def settings(self, name: str) -> HostSettings:
         """The settings of host `name` (or of `HEAD`), as its actors see them. Raises NotFound."""
-        address = self._state.hosts.get(name)
-        if name == HEAD:
-            address = self.address.partition(":")[0]
-        if address is None:
-            raise NotFound(f"no host {name} in this cluster; it has {', '.join(self.hosts)}")
-        return HostSettings(
-            name=name,
-            run=self._home.hosts / name / "run",
-            ram=Path(self._state.ram) / name,
-            store=Path(self._state.store.replace(HOST_FIELD, name)),
-            address=address,
-        )
+        return self._nodes.settings(name)
 
     @property
     def store(self) -> str:
         """Where checkpoints go; with ``{host}`` in it when every host has a store of its own."""
-        return self._state.store
+        return self._nodes.state.store
 
     @property
     def shared_store(self) -> Path | None:
         """The store that all hosts have in common, if they do."""
-        return None if HOST_FIELD in self._state.store else Path(self._state.store)
+        return None if HOST_FIELD in self._nodes.state.store else Path(self._nodes.state.store)
 
     def add_host(self) -> str:
         """Start one more host node and return its name; names are never used twice."""
@@ -210,11 +193,10 @@ class LocalCluster:
         """As `add_host`, for several that start at the same time; all of them, or none."""
         self.require_here()
         names: list[str] = []
-        with held_by_nodes(self._state, self._home.held()) as locks:
+        with held_by_nodes(self._nodes.state, self._home.held()) as locks:
             try:
-                names.extend(self._new_host() for _ in range(count))
-                launched = {node: node.launch(locks) for node in map(self._node, names)}
-                NodesWait(log_waiting).for_ready(launched)
+                names.extend(self._nodes.new_host() for _ in range(count))
+                self._nodes.launch(names, locks, NodesWait(log_waiting))
             except BaseException:
                 for name in names:
                     self.kill_host(name)
@@ -228,10 +210,9 @@ class LocalCluster:
         the store stays. Raises NotFound, and Conflict as `stop` does.
         """
         self.require_here()
-        node = self._node(name)
+        node = self._nodes.node(name)
         end_all({CLUSTER_MARK: self.id, HOST_MARK: name})
-        hosts = {host: address for host, address in self._state.hosts.items() if host != name}
-        self._save(replace(self._state, hosts=hosts))
+        self._nodes.forget(name)
         for path in (node.settings.ram, node.temp, node.settings.run):
             if path.exists():
                 OwnFolder.around(path).remove_below(path)
@@ -251,8 +232,8 @@ class LocalCluster:
 
     def require_here(self) -> None:
         """Raises Conflict for a cluster that lives where its processes cannot be seen."""
-        if self._home.life(self._state) is Life.ELSEWHERE:
-            raise Conflict(self._home.lives_elsewhere(self._state))
+        if self._home.life(self._nodes.state) is Life.ELSEWHERE:
+            raise Conflict(self._home.lives_elsewhere(self._nodes.state))
 
     def __enter__(self) -> Self:
         return self
@@ -260,55 +241,16 @@ class LocalCluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _save(self, state: State) -> None:
-        self._state = state
-        self._home.write(state)
-
     def _bring_up(self, hosts: int, lock: int, wait: NodesWait) -> None:
-        for path, mark in own_folders(self._home, self._state).items():
+        for path, mark in own_folders(self._home, self._nodes.state).items():
             OwnFolder.new(path, mark)
         fd, _ = create(self.token_path, os.O_WRONLY)
         with open(fd, "w") as file:
             file.write(secrets.token_hex(32))
         if self.shared_store is not None:  # else every node makes its own
             self.shared_store.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with held_by_nodes(self._state, os.dup(lock)) as locks:
-            self._launch(hosts, locks, wait)
-
-    def _launch(self, hosts: int, locks: tuple[int, ...], wait: NodesWait) -> None:
-        head = self._node(HEAD)
-        launched = {head: head.launch(locks)}
-        # A host node waits for the head by itself once its port answers; to start them
-        # only when the head is ready costs 3 s more.
-        wait.for_port(self.address, head, launched[head])
-        for node in [self._node(self._new_host()) for _ in range(hosts)]:
-            launched[node] = node.launch(locks)
-        wait.for_ready(launched)
-
-    def _new_host(self) -> str:
-        number = self._state.next_host
-        if number >= _MOST_HOSTS:
-            raise ClusterError(f"a local cluster has room for {_MOST_HOSTS} hosts; start a new one")
-        hosts = {**self._state.hosts, f"h{number}": f"{self._state.network}.{10 + number}"}
-        self._save(replace(self._state, next_host=number + 1, hosts=hosts))
-        return f"h{number}"
-
-    def _node(self, name: str) -> LocalNode:
-        is_head = name == HEAD
-        return LocalNode(
-            cluster=self.id,
-            home=self.home,
-            address=self.address,
-            settings=self.settings(name),
-            temp=Path(self._state.temp) / name,
-            role=HeadRole(self._state.dashboard_port)
-            if is_head
-            else HostRole(self.memory_per_host),
-            launcher=() if is_head else self._launcher(name),
-        )
-
-    def _launcher(self, name: str) -> tuple[str, ...]:
-        return tuple(word.replace(HOST_FIELD, name) for word in self._state.launcher)
+        with held_by_nodes(self._nodes.state, os.dup(lock)) as locks:
+            self._nodes.launch_all(hosts, locks, wait)
 
 
 def purge(home: Path) -> tuple[list[Path], list[Path]]:
