@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray import gateway
-from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster, purge
 from dcres.api.operation import ProgressOption
 from dcres.api.session import Session, catalogue_of, open_session
@@ -101,11 +101,11 @@ class Cluster:
 
     def statuses(self) -> list[VmStatus]:
         """What all VMs do; one whose coordinator does not answer has the phase ``unknown``."""
-        names = {coordinator_name(vm): vm for vm in self._session.vms()}
-        pending = {name: gateway.ActorPort(name).submit(Coordinator.status) for name in names}
+        port = Coordinators().port
+        pending = {vm: port(vm).submit(Coordinator.status) for vm in self._session.vms()}
         answers, failures = gateway.gather(pending, _STATUS_TIMEOUT_S)
         found = [status_of(answer) for answer in answers.values() if answer["phase"] != "absent"]
-        unknown = [VmStatus(names[n], "unknown", str(why)) for n, why in failures.items()]
+        unknown = [VmStatus(vm, "unknown", str(why)) for vm, why in failures.items()]
         return sorted([*found, *unknown], key=lambda status: status.vm)
 
     def listing(self, vm: str | None = None) -> Listing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,16 +10,14 @@ from pathlib import Path
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
 from dcres.actors.ray import gateway
-from dcres.actors.ray.fleet import coordinator_name
+from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.actors.ray.local_home import HOST_FIELD, Home
 from dcres.actors.ray.local_node import CLUSTER_MARK
 from dcres.api.catalogue import Catalogue, StoreHere, StoresOfHosts
 from dcres.config import default_home, store_of_environ
-from dcres.errors import ConfigError, Conflict, DcresError, NotFound
+from dcres.errors import ConfigError, DcresError, NotFound
 
-_PREFIX = coordinator_name("")
-_READY_TIMEOUT_S = 300.0  # an actor's process starts in 0.5 s, or when the machine gets to it
 _STATUS_TIMEOUT_S = 60.0
 
 
@@ -41,25 +38,11 @@ class Session:
         if self.joined:
             gateway.disconnect()
 
-    def coordinator(self, vm: str) -> Port:
-        """The VM's coordinator, spawned unless there is one already."""
-        name = coordinator_name(vm)
-        port = gateway.find(name)
-        if port is None:
-            try:
-                port = gateway.spawn(Coordinator, name, (vm,))
-            except Conflict:
-                # Another caller was faster; the coordinator lets one of us begin.
-                port = gateway.ActorPort(name)
-        port.wait_ready(_READY_TIMEOUT_S)
-        return port
-
     def existing(self, vm: str) -> Port:
         """The coordinator of a VM that there is. Raises NotFound."""
-        port = gateway.find(coordinator_name(vm))
+        port = Coordinators().find(vm)
         if port is None:
             raise self._unknown(vm)
-        port.wait_ready(_READY_TIMEOUT_S)
         return port
 
     def require(self, vm: str) -> None:
@@ -67,7 +50,7 @@ class Session:
 
         Only its own coordinator is asked; if that is silent, there is something to be done.
         """
-        port = gateway.find(coordinator_name(vm))
+        port = Coordinators().peek(vm)
         if port is None:
             raise self._unknown(vm)
         try:
@@ -85,16 +68,9 @@ class Session:
             hint = f"did you mean {' or '.join(similar)}?"
         return NotFound(f"there is no VM {vm} in the cluster; {hint} see `dcres list`")
 
-    def retire(self, vm: str) -> None:
-        """End the VM's coordinator unless there is something to coordinate."""
-        name = coordinator_name(vm)
-        with suppress(DcresError):
-            if gateway.ActorPort(name).call(Coordinator.retire):
-                gateway.kill(name)
-
     def vms(self) -> list[str]:
         """The names of VMs that have a coordinator, whether they run or not."""
-        return [name.removeprefix(_PREFIX) for name in gateway.list_actors(_PREFIX)]
+        return Coordinators().names()
 
 
 def open_session(address: str | None, store: Path | None) -> Session:

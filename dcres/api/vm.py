@@ -11,12 +11,13 @@ from typing import Any, Concatenate, ParamSpec
 
 from dcres.actors.control.choosing import wish_of
 from dcres.actors.control.coordinator import Coordinator
-from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.messages import Foreseen
 from dcres.actors.protocol import Presence
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.fleet import RayFleet
-from dcres.api.catalogue import verify
+from dcres.api import bringing_up
+from dcres.api.checkpoint import Published
 from dcres.api.defaults import (
     DEFAULT_DOWNTIME_S,
     DEFAULT_FORMAT,
@@ -26,7 +27,6 @@ from dcres.api.defaults import (
 )
 from dcres.api.operation import Attended, ProgressOption
 from dcres.api.placement import Placement
-from dcres.api.plan import RestorePlan, plan_restore, warn_of
 from dcres.api.resizing import DrainPlan, ResizePlan
 from dcres.api.session import Session
 from dcres.api.status import VmStatus, status_of, with_rates
@@ -39,18 +39,14 @@ from dcres.errors import (
     NotFound,
     VmLost,
 )
-from dcres.linux.interrupt import ended_by_sigterm, uninterrupted
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.phase import VmPhase
 from dcres.model.picture import MOST_BUCKETS
-from dcres.storage.format.checks import VerifyReport
-from dcres.storage.format.manifest import Manifest, dumps
 
 P = ParamSpec("P")
 
 _STOP_TIMEOUT_S = 300.0
-_CHOOSE_TIMEOUT_S = 300.0
 _WHOLE_TIMEOUT_S = 24 * 3600.0
 _POLL_S = 0.25
 
@@ -246,7 +242,7 @@ class Vm:
     def stop(self) -> None:
         """End the VM and give back all it used; a checkpoint under way is cancelled first."""
         self._session.existing(self.name).within(_STOP_TIMEOUT_S).call(Coordinator.stop)
-        self._session.retire(self.name)
+        Coordinators().retire(self.name)
 
     def kill(self) -> None:
         """End the VM like a power failure, whatever is under way; its checkpoints stay."""
@@ -256,7 +252,7 @@ class Vm:
             with suppress(ActorGone):
                 port.submit(Presence.destroy)
         coordinator.within(_STOP_TIMEOUT_S).call(Coordinator.stop)
-        self._session.retire(self.name)
+        Coordinators().retire(self.name)
 
     def console(self) -> str:
         """All that the guest has written to its serial console since it was started here."""
@@ -288,78 +284,8 @@ class Vm:
         ]
 
 
-class Checkpoint:
+class Checkpoint(Published):
     """A published checkpoint. `facts` is what ``dcres checkpoint --json`` prints of it."""
-
-    def __init__(self, session: Session, known: Manifest | dict[str, Any]) -> None:
-        """`known` is its manifest, or the facts of one that was just taken.
-
-        These do without the store, which this machine may not reach, or not by its usual name.
-        """
-        self._session = session
-        self._manifest = known if isinstance(known, Manifest) else None
-        self.facts = checkpoint_facts(known) if isinstance(known, Manifest) else known
-
-    @property
-    def manifest(self) -> Manifest:
-        """All that is known of it. Raises NotFound where this session reads another store."""
-        if self._manifest is None:
-            self._manifest = self._session.catalogue.get(self.id)
-        return self._manifest
-
-    @property
-    def id(self) -> str:
-        """Its name, for the command line and for `Cluster.checkpoint`."""
-        return str(self.facts["checkpoint"])
-
-    @property
-    def vm(self) -> str:
-        """The name of the VM that was saved."""
-        return str(self.facts["vm"])
-
-    @property
-    def created(self) -> datetime:
-        """When it was begun, UTC."""
-        return datetime.fromisoformat(self.manifest.created)
-
-    def __repr__(self) -> str:
-        saved = ", ".join(
-            f"{part['host']} {format_size(part['pages'] * PAGE_SIZE)}"
-            for part in self.facts["hosts"]
-        )
-        return f"<Checkpoint {self.id} ({self.facts['mode']}): {saved}>"
-
-    def inspect(self) -> dict[str, Any]:
-        """The manifest as plain values: hosts, files with checksums, VM file, times."""
-        return self.manifest.model_dump(mode="json")
-
-    def verify(self, progress: ProgressOption = None) -> VerifyReport:
-        """Read every byte and compare. Raises NotFound, CheckpointCorrupt for the manifest."""
-        return verify(self._session.catalogue, self.id, progress)
-
-    def delete(self) -> None:
-        """Remove it from the store for good. Raises NotFound, Conflict while it is read.
-
-        OperationFailed says which hosts keep files of it: those that do not answer.
-        """
-        self._session.catalogue.delete(self.id)
-
-    def plan(
-        self,
-        layout: Layout | None = None,
-        *,
-        single: bool = False,
-        hosts: int | str | Sequence[str] | None = None,
-        lazy: bool = False,
-        take_over: bool = False,
-    ) -> RestorePlan:
-        """What `restore` with the same arguments would do; changes nothing.
-
-        Raises ConfigError for arguments that contradict each other; everything else that would
-        fail is among the plan's problems.
-        """
-        wish = wish_of(self.manifest, layout, single, hosts)
-        return plan_restore(self._session, self.manifest, wish, lazy=lazy, take_over=take_over)
 
     def restore(
         self,
@@ -392,16 +318,7 @@ class Checkpoint:
         nowhere; then nothing of the VM is left running, and the checkpoint is as it was.
         """
         wish = wish_of(self.manifest, layout, single, hosts)
-        text = dumps(self.manifest)
-
-        def restore(attended: Attended, driver: str | None) -> dict[str, Any]:
-            coordinator = attended.coordinator.within(_CHOOSE_TIMEOUT_S)
-            choice = coordinator.call(Coordinator.choose, text, wish)
-            warn_of(choice.left_out)
-            order = text, choice.layout, list(choice.hosts), lazy, take_over, driver
-            return {**attended.run(Coordinator.restore, *order), "chosen": choice.why}
-
-        facts = _bring_up(self._session, self.vm, restore, f"restore of {self.vm}", progress)
+        facts = bringing_up.restore(self.manifest, wish, progress, lazy=lazy, take_over=take_over)
         return Vm(self._session, self.vm, facts)
 
 
@@ -416,16 +333,9 @@ def start_vm(
     """Boot a VM; see `Cluster.start`."""
     if session.local is not None:
         spec.require_files()  # at once, rather than when the hosts are reserved
-    began = time.monotonic()
-    values = spec.model_dump(mode="json", by_alias=True)
     names = None if hosts is None else listed(hosts)
-
-    def start(attended: Attended, driver: str | None) -> dict[str, Any]:
-        return attended.run(Coordinator.start, values, names, take_over, driver)
-
-    answer = _bring_up(session, spec.name, start, f"start of {spec.name}", progress)
-    seconds = time.monotonic() - began
-    return Vm(session, spec.name, {**status_of(answer).to_dict(), "seconds": seconds})
+    facts = bringing_up.start(spec, names, progress, take_over=take_over)
+    return Vm(session, spec.name, facts)
 
 
 def _share(text: int | str) -> int:
@@ -434,23 +344,6 @@ def _share(text: int | str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _bring_up(
-    session: Session,
-    vm: str,
-    begin: Callable[[Attended, str | None], dict[str, Any]],
-    title: str,
-    progress: ProgressOption,
-) -> dict[str, Any]:
-    """Have the VM's coordinator start or restore it; when that fails, no coordinator is left."""
-    with ended_by_sigterm():
-        try:
-            return begin(Attended(session.coordinator(vm), title, progress), gateway.own_driver())
-        except BaseException:
-            with uninterrupted():
-                session.retire(vm)
-            raise
 
 
 def read_from(path: Path, offset_bytes: int) -> bytes:

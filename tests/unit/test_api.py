@@ -21,6 +21,7 @@ from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.messages import Foreseen, PageFlow
 from dcres.actors.ports import Pending
 from dcres.actors.ray import gateway, local_cluster
+from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.actors.ray.local_home import Home
 from dcres.api import cluster as api_cluster
@@ -419,8 +420,6 @@ class FakeSession(ScriptedPort, Session):
     def existing(self, vm: str) -> Any:
         return self
 
-    coordinator = existing
-
     def answer(self, order: str, *args: Any) -> Any:
         if order in ("status", "pause", "resume"):
             return self.answers.pop(0)
@@ -698,9 +697,11 @@ class TestSpecs:
 
     @pytest.mark.parametrize("hosts", ["h1,h2", ["h1", "h2"], ("h1", "h2")])
     def test_hosts_are_named_one_by_one_or_in_one_string(
-        self, hosts: str | tuple[str, ...]
+        self, hosts: str | tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         session = session_with()
+        monkeypatch.setattr(Coordinators, "obtain", lambda *_: session)
+        monkeypatch.setattr(gateway, "own_driver", lambda: None)
         values = {"name": "v", "memory": 4096, "kernel": "k", "layout": {"main": 4096}}
         Cluster(session).start(values, hosts, progress=False)
         (called,) = session.asked

@@ -9,16 +9,15 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 import pytest
 
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.actors.ray.local_home import Claim
 from dcres.api import cluster as api_cluster
-from dcres.api import vm as api_vm
-from dcres.api.session import Session
 from dcres.linux.interrupt import interrupt_on_signals, uninterrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -224,14 +223,10 @@ def leave_a_cluster(cleaning: Cleaning, home: Path, patch: pytest.MonkeyPatch) -
 
 
 def bring_up_a_vm(cleaning: Cleaning, home: Path, patch: pytest.MonkeyPatch) -> None:
-    class Retiring:
-        retire = cleaning.clean
-
-        def coordinator(self, vm: str) -> Any:
-            return None
-
-    session = cast(Session, Retiring())
-    api_vm._bring_up(session, "vm", lambda *_: cleaning.begin(), "start vm", False)
+    patch.setattr(Coordinators, "obtain", lambda *_: None)
+    patch.setattr(Coordinators, "retire", cleaning.clean)
+    with Coordinators().bringing_up("vm"):
+        cleaning.begin()
 
 
 @pytest.mark.parametrize("work", [start_a_cluster, leave_a_cluster, bring_up_a_vm])
@@ -251,6 +246,7 @@ import signal, sys
 from pathlib import Path
 import dcres
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster
 
 home = Path(sys.argv[1])

@@ -13,6 +13,7 @@ from ray._private import services
 
 import dcres
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.gateway import connection
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.api.catalogue import StoresOfHosts
@@ -262,3 +263,45 @@ class TestFindingVms:
         for find in (A_SESSION.existing, A_SESSION.require):
             with pytest.raises(NotFound, match="no VM box in the cluster; it has none; see"):
                 find("box")
+
+
+class TestBringingUp:
+    """What starts or restores a VM has its coordinator meanwhile; none is left if that fails."""
+
+    @pytest.fixture
+    def retired(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        retired: list[str] = []
+        monkeypatch.setattr(gateway, "find", lambda name: None)
+        monkeypatch.setattr(gateway, "kill", retired.append)
+        monkeypatch.setattr(gateway, "ActorPort", lambda name: Retiring(name == "dcres/box"))
+        return retired
+
+    def test_one_that_another_caller_spawned_meanwhile(
+        self, retired: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def spawn(*args: Any) -> Any:
+            raise Conflict("the name is taken")
+
+        monkeypatch.setattr(gateway, "spawn", spawn)
+        with Coordinators().bringing_up("box") as port:
+            assert isinstance(port, Retiring)
+        assert retired == [], "there is a VM now"
+
+    @pytest.mark.parametrize(("vm", "ends"), [("box", ["dcres/box"]), ("busy", [])])
+    def test_none_is_left_of_one_that_failed(
+        self, vm: str, ends: list[str], retired: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Unless it has something to coordinate after all."""
+        monkeypatch.setattr(gateway, "spawn", lambda *_: Retiring(True))
+        with pytest.raises(KeyboardInterrupt), Coordinators().bringing_up(vm):
+            raise KeyboardInterrupt
+        assert retired == ends
+
+
+@dataclass
+class Retiring(ScriptedPort):
+    idle: bool
+
+    def answer(self, order: str, *args: Any) -> bool:
+        assert order == "retire"
+        return self.idle
