@@ -11,7 +11,9 @@ import pytest
 
 from dcres import doctor
 from dcres.config import HostSettings
-from dcres.doctor import Check, Facts, Status, as_json, evaluate, version_of
+from dcres.doctor import Check, Facts, Status, as_json, evaluate
+from dcres.doctor.checks import version_of
+from dcres.doctor.facts import not_compiled
 from dcres.linux.tmpfs import Mount
 from dcres.vm.accel import Probe
 
@@ -122,11 +124,11 @@ def test_modules_in_c_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> No
     both = ("dcres.paging._hot", "dcres.storage.engine._bulk")
     for name in both:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
-    assert doctor._not_compiled() == both
+    assert not_compiled() == both
     detail = check(replace(GOOD, not_compiled=both), "modules in C").detail
     assert "page-in takes about twice as long without dcres.paging._hot" in detail
     monkeypatch.setitem(sys.modules, both[0], sys)
-    assert doctor._not_compiled() == both[1:]
+    assert not_compiled() == both[1:]
 
 
 @pytest.mark.parametrize(
