@@ -31,15 +31,71 @@
         ├── ActorGone          an actor has died or is being restarted; try again, or give up on it
         └── OperationFailed    an operation over several hosts; says which host failed and why
 
-An error crosses Ray as its type and its ``args``, so every class takes exactly the
+An error crosses Ray as its type, its ``args`` and its attributes, so every class takes exactly the
 arguments that it stores: one sentence, and for `OperationFailed` the failures by host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class HostFailure:
+    """What went wrong on one host, as plain values: the error's class by name, and its sentence.
+
+    `host` is empty where it was no host's doing.
+    """
+
+    host: str
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, host: str, error: BaseException) -> HostFailure:
+        """What `error` says of `host`. One that is not of dcres counts as a ClusterError."""
+        if isinstance(error, DcresError):
+            return cls(host, type(error).__name__, str(error))
+        return cls(host, ClusterError.__name__, f"{type(error).__name__}: {error}")
+
+    def is_a(self, kind: type[DcresError]) -> bool:
+        """Whether an error of that class, or of one below it, was raised."""
+        return issubclass(_class_named(self.kind), kind)
+
+    def to_dict(self) -> dict[str, str]:
+        """As ``--json`` prints it."""
+        return {"host": self.host, "type": self.kind, "message": self.message}
+
+    @property
+    def error(self) -> DcresError:
+        """The error again, of the class that it had; its sentence names the host."""
+        kind = _class_named(self.kind)
+        message = f"{self.host}: {self.message}" if self.host else self.message
+        made = kind(message, {}) if issubclass(kind, OperationFailed) else kind(message)
+        made.failed_on = (self,) if self.host else ()
+        return made
+
 
 class DcresError(Exception):
-    """Base of all; its text is one sentence that names the thing and the remedy."""
+    """Base of all; its text is one sentence that names the thing and the remedy.
+
+    `failed_on` says on which hosts what went wrong, and `journal` what the operation that failed
+    had done until then; both are empty where there is nothing to say.
+    """
+
+    failed_on: tuple[HostFailure, ...] = ()
+    journal: tuple[Mapping[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        facts: dict[str, Any] = {"error": type(self).__name__, "message": str(self)}
+        if self.failed_on:
+            facts["failures"] = [each.to_dict() for each in self.failed_on]
+        if self.journal:
+            facts["journal"] = list(self.journal)
+        return facts
 
 
 class InputError(DcresError):
@@ -143,13 +199,43 @@ class ActorGone(ClusterError):
 
 
 class OperationFailed(ClusterError):
-    """An operation over several hosts failed; `failures` maps host → what went wrong there."""
+    """An operation over several hosts failed; `failures` maps host → what went wrong there.
 
-    def __init__(self, message: str, failures: dict[str, str]) -> None:
-        super().__init__(message, failures)
+    `types` maps host → the name of the error's class there, a ClusterError where it is left out.
+    """
+
+    def __init__(
+        self, message: str, failures: dict[str, str], types: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message, failures, types)
         self.message = message
         self.failures = failures
+        self.failed_on = tuple(
+            HostFailure(host, (types or {}).get(host, ClusterError.__name__), why)
+            for host, why in sorted(failures.items())
+        )
+
+    @classmethod
+    def of(cls, message: str, failed: Iterable[HostFailure]) -> OperationFailed:
+        """With what went wrong on each host."""
+        every = list(failed)
+        return cls(
+            message,
+            {each.host: each.message for each in every},
+            {each.host: each.kind for each in every},
+        )
 
     def __str__(self) -> str:
         parts = "; ".join(f"{host}: {why}" for host, why in sorted(self.failures.items()))
         return f"{self.message} ({parts})" if parts else self.message
+
+
+def _class_named(name: str) -> type[DcresError]:
+    """The class of that name; ClusterError for one that there is not."""
+    fresh: list[type[DcresError]] = [DcresError]
+    while fresh:
+        kind = fresh.pop()
+        if kind.__name__ == name:
+            return kind
+        fresh += kind.__subclasses__()
+    return ClusterError

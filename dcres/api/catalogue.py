@@ -115,13 +115,15 @@ class StoresOfHosts:
         gateway.run_on(first, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
         left = _LEFT.format(vm=vm_of(checkpoint), name=checkpoint)
         failures: dict[str, str] = dict.fromkeys(out_of_reach, left)
+        types: dict[str, str] = {}
         for host in others:
             try:
                 gateway.run_on(host, _delete, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
             except DcresError as error:
-                failures[host] = str(error)
+                failures[host], types[host] = str(error), type(error).__name__
         if failures:
-            raise OperationFailed(f"{checkpoint} is deleted, but not all of its files", failures)
+            why = f"{checkpoint} is deleted, but not all of its files"
+            raise OperationFailed(why, failures, types)
 
     def _out_of_reach(self, first: str, checkpoint: str) -> Names:
         """Hosts of a checkpoint that do not answer, if no other host has their part either.

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from dcres.errors import ConfigError
+from dcres.errors import ConfigError, DcresError
 from dcres.linux.interrupt import OperationInterrupted
 
 JSON_FLAG = "--json"
@@ -174,7 +174,9 @@ def write(answer: Answer, *, as_json: bool) -> None:
 def write_error(error: BaseException, message: str, *, as_json: bool) -> None:
     """One sentence on standard error; with --json one object on standard output as well."""
     if as_json:
-        print(json.dumps({"error": type(error).__name__, "message": message}), flush=True)
+        facts = error.to_dict() if isinstance(error, DcresError) else {}
+        said = {**facts, "error": type(error).__name__, "message": message}
+        print(json.dumps(said, default=str), flush=True)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("error:", style="bold red", end=" ")
     console.print(message, markup=False)

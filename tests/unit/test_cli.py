@@ -34,6 +34,7 @@ from dcres.errors import (
     CheckpointCorrupt,
     Conflict,
     DcresError,
+    HostFailure,
     NotFound,
     OperationFailed,
     VmLost,
@@ -465,6 +466,24 @@ class TestErrors:
         monkeypatch.setattr(fake, "vm", fail)
         assert main(["stop", "box"]) == 1
         assert "QEMU said [bold]no[/] (xxx" in capsys.readouterr().err
+
+    def test_json_says_which_host_failed_and_how(
+        self, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        failure = HostFailure("h1", "StoreFull", "the disk is full")
+        errors = iter([OperationFailed.of("given up", [failure]), failure.error])
+
+        def fail(name: str) -> FakeVm:
+            raise next(errors)
+
+        monkeypatch.setattr(fake, "vm", fail)
+        for kind in ("OperationFailed", "StoreFull"):
+            assert main(["stop", "box", "--json"]) == 1
+            said = answer_of(capsys)
+            assert said["error"] == kind
+            assert said["failures"] == [
+                {"host": "h1", "type": "StoreFull", "message": "the disk is full"}
+            ]
 
     def test_following_as_json(self, fake: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["console", "box", "-f", "--json"]) == 2

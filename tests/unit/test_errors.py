@@ -9,7 +9,15 @@ import re
 import pytest
 
 from dcres import errors
-from dcres.errors import DcresError, OperationFailed
+from dcres.errors import (
+    ClusterError,
+    DcresError,
+    HostFailure,
+    NoRoom,
+    OperationFailed,
+    VmLost,
+    VmOff,
+)
 from tests.support.errors import ALL_ERRORS, example
 
 
@@ -49,3 +57,37 @@ def test_a_failed_operation_says_which_host_failed_and_why() -> None:
     error = OperationFailed("the checkpoint failed", {"h1": "disk full", "h0": "gone"})
     assert str(error) == "the checkpoint failed (h0: gone; h1: disk full)"
     assert str(OperationFailed("the checkpoint failed", {})) == "the checkpoint failed"
+
+
+@pytest.mark.parametrize("cls", ALL_ERRORS, ids=lambda cls: cls.__name__)
+def test_a_host_and_a_class_survive_as_plain_values(cls: type[DcresError]) -> None:
+    failure = HostFailure.of("h1", example(cls))
+    copy = pickle.loads(pickle.dumps(failure.error))
+    assert type(copy) is cls
+    assert str(copy) == f"h1: {example(cls)}"
+    assert copy.failed_on == (failure,)
+    assert copy.to_dict()["failures"] == [
+        {"host": "h1", "type": cls.__name__, "message": str(example(cls))}
+    ]
+
+
+def test_what_no_host_did_names_none() -> None:
+    error = HostFailure.of("", NoRoom("no host has room")).error
+    assert (type(error), str(error), error.failed_on) == (NoRoom, "no host has room", ())
+    assert error.to_dict() == {"error": "NoRoom", "message": "no host has room"}
+
+
+def test_a_failure_knows_what_it_is() -> None:
+    off = HostFailure.of("h0", VmOff("it was told to end"))
+    assert off.is_a(VmLost)
+    assert not HostFailure.of("h0", VmLost("it is gone")).is_a(VmOff)
+    foreign = HostFailure.of("h0", RuntimeError("of Ray itself"))
+    assert (type(foreign.error), foreign.message) == (ClusterError, "RuntimeError: of Ray itself")
+
+
+def test_a_failed_operation_keeps_the_class_of_each_failure() -> None:
+    failed = [HostFailure("h1", "StoreFull", "disk full"), HostFailure("h0", "VmLost", "gone")]
+    error = OperationFailed.of("the checkpoint failed", failed)
+    assert error.failures == {"h1": "disk full", "h0": "gone"}
+    copy = pickle.loads(pickle.dumps(error))
+    assert set(copy.failed_on) == set(failed)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any
 
+from dcres.actors.control.concurrency import THREADS, Concurrency, side_by_side
 from dcres.actors.messages import Description, Progress
 from dcres.actors.ports import Port
 from dcres.actors.protocol import Presence
@@ -24,22 +23,24 @@ _PAUSE_S = 0.05
 _LOOK_S = 1.0  # Ray notices a dead host after 5 s in a cluster of dcres, 14 s by default
 
 
-def await_ready(port: Port, alive: Callable[[], bool], timeout_s: float) -> None:
+def await_ready(
+    port: Port, alive: Callable[[], bool], timeout_s: float, concurrency: Concurrency = THREADS
+) -> None:
     """Wait until an actor answers, through a restart; no longer than its host is `alive`.
 
     Raises ActorGone, and ClusterError for one that is there and silent. Ray tells soon that a
     host is dead, and of its actors only that they are being started again.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = concurrency.now_s() + timeout_s
     while True:
-        left_s = deadline - time.monotonic()
+        left_s = deadline - concurrency.now_s()
         try:
             port.wait_ready(max(0.01, min(_LOOK_S, left_s)))
             return
         except ClusterError:  # ActorGone among them
             if left_s <= _LOOK_S or not alive():
                 raise
-            time.sleep(_PAUSE_S)
+            concurrency.sleep(_PAUSE_S)
 
 
 def describe(port: Port) -> Description:
@@ -86,18 +87,20 @@ class Roll:
         self,
         vm: str,
         alive: Callable[[str], bool],
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
+        concurrency: Concurrency = THREADS,
     ) -> None:
         self._vm = vm
         self._alive = alive
-        self._clock = clock
+        self._clock = clock or concurrency.utc
+        self._concurrency = concurrency
         self._latest: dict[str, Facts] = {}
         self._silent: dict[str, datetime] = {}
 
     def call(self, ports: Mapping[str, Port]) -> list[Heard]:
         """What every host says, the main host first."""
-        with ThreadPoolExecutor(max(len(ports), 1), "asking") as pool:
-            return list(pool.map(self._ask, ports, ports.values()))
+        asks = [partial(self._ask, host, port) for host, port in ports.items()]
+        return side_by_side(self._concurrency, asks, "asking")
 
     def named(self, hosts: Sequence[str]) -> list[Heard]:
         """The hosts without asking them."""
@@ -109,7 +112,7 @@ class Roll:
 
     def _ask(self, host: str, port: Port) -> Heard:
         try:
-            status = _status_of(self._vm, host, port, partial(self._alive, host))
+            status = _status_of(self._vm, host, port, partial(self._alive, host), self._concurrency)
         except VmOff as error:
             self._learn(host, port)
             self._latest[host] = {**self._latest[host], "run_state": ""}
@@ -153,14 +156,16 @@ def why_of(heard: Sequence[Heard], state: HostState) -> str:
     return "; ".join(each.why for each in heard if each.state is state)
 
 
-def _status_of(vm: str, host: str, port: Port, alive: Callable[[], bool]) -> Facts:
+def _status_of(
+    vm: str, host: str, port: Port, alive: Callable[[], bool], concurrency: Concurrency
+) -> Facts:
     """Raises VmLost where it is proven that what the VM had on this host is gone.
 
     Silence proves nothing, nor does an actor that is being started again for long.
     """
     gone = f"host {host} of VM {vm} is gone"
     try:
-        await_ready(port, alive, _STATUS_TIMEOUT_S)
+        await_ready(port, alive, _STATUS_TIMEOUT_S, concurrency)
         status = port.within(_STATUS_TIMEOUT_S).call(Presence.status)
     except ClusterError as error:
         if alive():

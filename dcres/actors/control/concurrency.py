@@ -10,10 +10,11 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from typing import Generic, Protocol, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -178,3 +179,24 @@ class Threads:
 
 
 THREADS: Concurrency = Threads()
+
+
+def side_by_side(concurrency: Concurrency, works: Sequence[Callable[[], T]], name: str) -> list[T]:
+    """What all of `works` return, in their order, done at the same time. Raises what one raised."""
+    done: list[T | BaseException | None] = [None] * len(works)
+
+    def do(index: int) -> None:
+        try:
+            done[index] = works[index]()
+        except BaseException as error:
+            done[index] = error
+
+    tasks = [concurrency.spawn(partial(do, index), name) for index in range(len(works))]
+    for task in tasks:
+        task.join()
+    results = []
+    for each in done:
+        if isinstance(each, BaseException):
+            raise each
+        results.append(cast(T, each))
+    return results

@@ -243,7 +243,7 @@ class Coordination:
         ]
         facts: dict[str, Any] = {"vm": self._vm, "phase": phase, "hosts": hosts}
         if checkpointing is not None and checkpointing.judgement is not None:
-            facts["round"] = len(checkpointing.rounds)
+            facts["round"] = checkpointing.rounds
             facts["estimated_downtime_seconds"] = checkpointing.judgement.estimated_downtime_s
             facts["pages_left"] = checkpointing.pages_left
         if self._phase is VmPhase.RESIZING:

@@ -140,9 +140,8 @@ class Coordinator(Coordination):
             now = self._latest = max(datetime.now(UTC), self._latest + _NEXT_TOKEN)
             name = checkpoint or checkpoint_id(self._vm, now, f"{now.microsecond // 16:04x}")
             target = Target(downtime_s, max_rounds, self._fixed_s)
-            running = Checkpointing(
-                self._subject(ports, run_state), name, Mode(mode), target, memory_format, now
-            )
+            subject = self._subject(ports, run_state)
+            running = Checkpointing(subject, name, Mode(mode), target, memory_format, now)
             self._checkpointing = running
             try:
                 manifest = running.run()

@@ -127,7 +127,7 @@ def _slice(subject: Subject, taken: Taken, index: int) -> HostPart:
     saved = taken.saved[host]
     return HostPart(
         host=host,
-        role=Role.MAIN if index == 0 else Role.SUB,
+        role=Role.MAIN if host == subject.main else Role.SUB,
         share_bytes=subject.spec.layout.shares[index],
         pages=saved.pages,
         bytes_written=saved.bytes_written,
