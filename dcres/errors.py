@@ -41,6 +41,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+CANCELLED = "cancelled"
+
 
 @dataclass(frozen=True, slots=True)
 class HostFailure:
@@ -201,7 +203,8 @@ class ActorGone(ClusterError):
 class OperationFailed(ClusterError):
     """An operation over several hosts failed; `failures` maps host → what went wrong there.
 
-    `types` maps host → the name of the error's class there, a ClusterError where it is left out.
+    One that was cancelled has `CANCELLED` in the place of a host. `types` maps host → the name of
+    the error's class there, a ClusterError where it is left out.
     """
 
     def __init__(
@@ -213,6 +216,7 @@ class OperationFailed(ClusterError):
         self.failed_on = tuple(
             HostFailure(host, (types or {}).get(host, ClusterError.__name__), why)
             for host, why in sorted(failures.items())
+            if host != CANCELLED
         )
 
     @classmethod

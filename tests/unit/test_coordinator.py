@@ -126,8 +126,14 @@ def test_a_start_that_fails_undoes_all(
     coordinator: Coordinator, world: World, fleet: LocalFleet, where: str, error: DcresError
 ) -> None:
     world.fail[where] = error
-    with pytest.raises(DcresError, match=str(error)):
+    with pytest.raises(DcresError, match=str(error)) as caught:
         coordinator.start(SPEC)
+    host = where.partition(".")[0]
+    assert isinstance(caught.value, type(error) if isinstance(error, NoRoom) else OperationFailed)
+    assert f"{host}: {error}" in str(caught.value)
+    assert [(each.host, each.kind) for each in caught.value.failed_on] == [
+        (host, type(error).__name__)
+    ]
     require_nothing(world, fleet)
     assert coordinator.status()["phase"] == "absent"
     world.fail.clear()
@@ -739,8 +745,9 @@ def test_a_host_that_does_not_come_back_is_not_waited_for_again(
 def test_cancel_gives_a_checkpoint_up(started: Coordinator, world: World) -> None:
     assert started.cancel() is False
     world.hooks["h1.prepare"] = lambda: started.cancel()
-    with pytest.raises(OperationFailed, match="cancelled by the user"):
+    with pytest.raises(OperationFailed, match="cancelled by the user") as caught:
         started.checkpoint("stop")
+    assert caught.value.failed_on == (), "no host has failed"
     assert world.runs
     assert not world.unfinished
 

@@ -1,187 +1,295 @@
-"""Starting a VM over its hosts, from nothing or from a checkpoint.
-
-::
-
-    reserve ──▶ clear ──▶ claim ──▶ plan ──▶ boot (main host)     ──▶ run ──▶ go
-                                             serve (sub hosts)
-    memory      what an   the name  parts    QEMU, pages, servers     pager,   the guest runs
-    and actors  earlier   in the             all at the same time     VM core
-                life left store
-
-A lazy restore loads nothing, so that its hosts need not wait for the plan: it is made while they
-boot, and `run` is the first step that needs it.
-"""
+"""A start or restore, carried out as `dcres.model.operations.start` says."""
 
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import assert_never
 
-from dcres.actors.control import restoring as restoring_
-from dcres.actors.control.asking import await_ready
+from dcres.actors.control.concurrency import Concurrency
+from dcres.actors.control.executor import Doing, Errand, Executor, Patience, order
 from dcres.actors.control.restoring import Restoring
-from dcres.actors.messages import ClaimOrder, Incarnation, LoadOrder, RunOrder, ServeOrder
-from dcres.actors.ports import Fleet, Pending, Port
-from dcres.actors.protocol import Machine, Presence, Serving
+from dcres.actors.messages import (
+    ClaimOrder,
+    Incarnation,
+    MainPart,
+    PartsOrder,
+    Planned,
+    RunOrder,
+    ServeOrder,
+)
+from dcres.actors.ports import Fleet, Port
+from dcres.actors.protocol import Machine, Parts, Presence, Serving
 from dcres.config import VmSpec
-from dcres.errors import ActorGone, ClusterError, OperationFailed
+from dcres.errors import ClusterError, Conflict, DcresError, OperationFailed
+from dcres.model.operations import start_steps as steps
+from dcres.model.operations.events import Done
+from dcres.model.operations.start import Phase, Start
 from dcres.model.pages import pages_of
+from dcres.model.phase import HostState
 from dcres.model.run_state import runs_restored
 from dcres.paging.settings import SubAddress
-from dcres.storage.format.manifest import Manifest
 
 _RESTART_TIMEOUT_S = 30.0  # of an actor whose process died
-_TRIES = 3
+_RESERVING = (Phase.RESERVING, Phase.REQUIRING, Phase.CLEARING)
+_FINDING = (Phase.CLAIMING, Phase.FINDING, Phase.SEEKING, Phase.VISITING, Phase.PLANNING)
 
 
 class Laps:
     """What an operation was spent on: `seconds` by step, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, concurrency: Concurrency) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
+        self._now_s = concurrency.now_s
+        self._lap, self._since_s = "", self._now_s()
 
-    def end(self, step: str) -> None:
-        """The time since the step before was for this one."""
-        now = time.monotonic()
-        self.seconds[step], self._last = now - self._last, now
+    def enter(self, lap: str) -> None:
+        """The time from now on is for this one; for none if it is empty."""
+        if lap == self._lap:
+            return
+        now_s = self._now_s()
+        if self._lap:
+            spent_s = self.seconds.get(self._lap, 0.0) + now_s - self._since_s
+            self.seconds[self._lap] = spent_s
+        self._lap, self._since_s = lap, now_s
 
 
 class BringingUp:
-    """One start or restore: `reserve`, then `start` or `restore`.
-
-    `require_wanted` raises once it was cancelled. Whoever called ends what a failure leaves.
-    """
+    """One start or restore. `look` says what is there of a VM of that name, `take_down` ends it."""
 
     def __init__(
         self,
         vm: str,
         fleet: Fleet,
         spec: VmSpec,
-        require_wanted: Callable[[], None],
+        executor: Executor,
+        concurrency: Concurrency,
         *,
+        look: Callable[[], tuple[HostState, ...]],
+        take_down: Callable[[], None],
+        watch: Callable[[Start], None],
+        hosts: Sequence[str] | None = None,
         take_over: bool = False,
+        restoring: Restoring | None = None,
     ) -> None:
-        self.laps = Laps()
-        self._vm = vm
-        self._fleet = fleet
-        self._spec = spec
-        self._require_wanted = require_wanted
-        self._take_over = take_over
+        self.laps = Laps(concurrency)
+        self._vm, self._fleet, self._spec = vm, fleet, spec
+        self._executor = executor
+        self._look, self._take_down, self._tell = look, take_down, watch
+        self._wanted_hosts, self._take_over = hosts, take_over
+        self._restoring = restoring
+        self._begun = Start.begin(vm, None if restoring is None else restoring.begin)
+        self._state, _ = self._begun
         self._ports: dict[str, Port] = {}
+        self._shares: dict[str, int] = {}  # bytes by host
+        self._addresses: dict[str, SubAddress] = {}
+        self._incarnation = Incarnation(vm, 0, "")
 
-    def reserve(self, hosts: Sequence[str] | None) -> tuple[str, ...]:
-        """The VM's hosts, the main host first. Raises NoRoom, NotFound, Conflict."""
-        names = self._fleet.reserve(self._vm, self._spec.layout.shares, hosts)
-        self._ports = dict(zip(names, self._fleet.find(self._vm), strict=True))
-        # All look before the first changes anything.
-        for order in (Presence.require_free, Presence.clear):
-            _first_failure(
-                {name: port.submit(order, self._take_over) for name, port in self._ports.items()}
-            )
-        self.laps.end("reserve")
-        self._require_wanted()
-        return tuple(names)
+    def run(self) -> Start:
+        """Bring the VM up. Raises what went wrong; nothing of the VM is left then, or as it was.
 
-    def start(self) -> None:
-        """Boot the guest; it runs when this returns."""
-        order = self._boot(self._incarnation(above=0, needs_name=False), lambda host: None)
-        self._go(order)
-
-    def restore(self, manifest: Manifest, lazy: bool) -> Restoring:
-        """Bring the guest back; it runs when this returns, unless it was saved standing still.
-
-        What serves parts is still there.
+        The sentence of an error names its host.
         """
-        incarnation = self._incarnation(above=manifest.generation, needs_name=True)
+        ended = self._executor.run(self, self._begun, self._watch)
+        outcome = ended.outcome
+        assert outcome is not None, "it has ended"
+        if outcome.up:
+            return ended
+        raise self._error(ended)
+
+    def _error(self, ended: Start) -> DcresError:
+        failure = ended.failure
+        if failure is None or ended.cancelled:
+            return Conflict(f"the start of VM {self._vm} was cancelled")
+        if failure.host and failure.is_a(ClusterError):
+            return OperationFailed.of(f"the start of VM {self._vm} was given up", [failure])
+        return failure.error
+
+    def _watch(self, state: Start) -> None:
+        self._state = state
+        self.laps.enter(self._lap(state))
+        if self._restoring is not None:
+            self._restoring.where = state.where
+        self._tell(state)
+
+    def _lap(self, state: Start) -> str:
+        if state.phase in _RESERVING:
+            return "reserve"
+        if state.phase in _FINDING and self._restoring is not None:
+            return "plan"
+        if state.phase is Phase.CLAIMING or state.boots:
+            return "boot"
+        return "run" if state.phase in (Phase.BOOTING, Phase.RUNNING, Phase.GOING) else ""
+
+    def doing(self, instruction: steps.Instruction) -> Doing:
+        """How `instruction` is carried out."""
+        match instruction:
+            case (
+                steps.LookAround()
+                | steps.RequireRoom()
+                | steps.MakeWay()
+                | steps.Reserve()
+                | steps.TakeDown()
+            ):
+                return Errand(partial(self._call, instruction))
+            case (
+                steps.FindParts()
+                | steps.FindHolders()
+                | steps.Visit()
+                | steps.KeepParts()
+                | steps.Plan()
+                | steps.ReadMainPart()
+                | steps.ServeParts()
+            ):
+                assert self._restoring is not None, "only a restore has to do with parts"
+                return self._finding(instruction, self._restoring)
+            case _:
+                return self._bringing(instruction)
+
+    def _call(self, instruction: steps.Calling) -> steps.Event:
         shares = self._spec.layout.shares
-        restoring = restoring_.prepare(
-            manifest, shares, self._ports, self._fleet, incarnation, lazy
-        )
-        self.laps.end("plan")
-        order = self._boot(incarnation, restoring.load_order)
-        order = replace(order, resumption=restoring.resumption)
-        self._go(order, paused=not runs_restored(manifest.run_state))
-        return restoring
+        match instruction:
+            case steps.LookAround():
+                return steps.Looked(self._look())
+            case steps.RequireRoom():
+                self._fleet.require_room(self._vm, shares, self._wanted_hosts)
+            case steps.MakeWay() | steps.TakeDown():
+                self._take_down()
+            case steps.Reserve():
+                return self._reserve(shares)
+            case _:
+                assert_never(instruction)
+        return Done(instruction)
 
-    @property
-    def _main(self) -> Port:
-        return next(iter(self._ports.values()))
+    def _reserve(self, shares: Sequence[int]) -> steps.Reserved:
+        names = self._fleet.reserve(self._vm, shares, self._wanted_hosts)
+        self._ports = dict(zip(names, self._fleet.find(self._vm), strict=True))
+        self._shares = dict(zip(names, shares, strict=True))
+        if self._restoring is not None:
+            self._restoring.ports.update(self._ports)
+        main, *subs = names
+        return steps.Reserved(main, tuple(subs))
 
-    def _incarnation(self, above: int, needs_name: bool) -> Incarnation:
+    def _finding(self, instruction: steps.Finding, restoring: Restoring) -> Doing:
+        text = restoring.text
+        match instruction:
+            case steps.FindHolders():
+                return Errand(lambda: _holders(self._fleet.holders(text)))
+            case steps.Visit(host):
+                return Errand(lambda: self._visit(instruction, restoring))
+            case _:
+                host = instruction.host
+        to = host, restoring.ports[host]
+        match instruction:
+            case steps.FindParts():
+                return order(*to, Parts.parts_here, text).then(partial(steps.Found, host))
+            case steps.KeepParts():
+                return order(*to, Parts.parts_here, text).then(lambda _: Done(instruction))
+            case steps.Plan():
+                plan = order(*to, Parts.plan, restoring.plan_order(self._spec.layout.shares))
+                return plan.then(partial(self._planned, restoring, host))
+            case steps.ReadMainPart():
+                read = order(*to, Parts.read_main_part, text)
+                return read.then(partial(self._read, restoring, instruction))
+            case steps.ServeParts(parts=parts):
+                serve = order(*to, Parts.serve_parts, PartsOrder(self._incarnation, text, parts))
+                return serve.then(partial(self._serves, restoring, instruction))
+            case _:
+                assert_never(instruction)
+
+    def _visit(self, instruction: steps.Visit, restoring: Restoring) -> Done[steps.Visit]:
+        host = instruction.host
+        restoring.ports[host] = self._fleet.visit(self._vm, host)
+        return Done(instruction)
+
+    def _planned(self, restoring: Restoring, host: str, planned: Planned) -> steps.Planned:
+        restoring.learn_plan(planned)
+        return steps.Planned(host, planned.flow)
+
+    def _read(
+        self, restoring: Restoring, instruction: steps.ReadMainPart, part: MainPart
+    ) -> Done[steps.ReadMainPart]:
+        restoring.main_part = part
+        return Done(instruction)
+
+    def _serves(
+        self, restoring: Restoring, instruction: steps.ServeParts, address: SubAddress
+    ) -> Done[steps.ServeParts]:
+        restoring.sources.update(dict.fromkeys(instruction.parts, address))
+        return Done(instruction)
+
+    def _bringing(self, instruction: steps.Bringing) -> Doing:
+        host = instruction.host
+        to = host, self._ports[host]
+        match instruction:
+            case steps.RequireFree():
+                made = order(*to, Presence.require_free, self._take_over)
+            case steps.Clear():
+                made = order(*to, Presence.clear, self._take_over)
+            case steps.Claim():
+                claim = order(*to, Machine.claim, self._claim_order())
+                return claim.then(partial(self._claimed, instruction))
+            case steps.Boot():
+                made = order(*to, Machine.boot, self._run_order(load=True))
+            case steps.Serve():
+                serve = order(*to, Serving.serve, self._serve_order(host))
+                return serve.then(partial(self._served, instruction))
+            case steps.Run():
+                made = order(*to, Machine.run, self._run_order(load=False))
+            case steps.Go():
+                # However long it takes, and through restarts of the actor: its QEMU waits. Once
+                # it has begun, the disks cannot go back to what they were before a restore.
+                back = Patience(_RESTART_TIMEOUT_S, partial(self._may_come_back, host))
+                go = order(*to, Machine.go, self._stays_paused())
+                made = go.repeated(replace(back, outlasts_cancel=False))
+            case _:
+                assert_never(instruction)
+        return made.then(lambda _: Done(instruction))
+
+    def _claim_order(self) -> ClaimOrder:
         """A VM that is new harms no other of its name, and can wait for the name to be free.
 
         One that is restored would be a second of the one that it was saved from.
         """
-        order = ClaimOrder(self._fleet.cluster(), above, self._take_over, needs_name)
-        generation = self._main.call(Machine.claim, order)
-        return Incarnation(self._vm, generation, secrets.token_hex(32))
+        above = 0 if self._restoring is None else self._restoring.manifest.generation
+        needs_name = self._restoring is not None
+        return ClaimOrder(self._fleet.cluster(), above, self._take_over, needs_name)
 
-    def _boot(
-        self, incarnation: Incarnation, load_order: Callable[[str], LoadOrder | None]
-    ) -> RunOrder:
-        """Every host starts what it runs and loads its pages at the same time."""
-        main, *subs = self._ports
-        order = RunOrder(incarnation, self._spec, tuple(self._ports), (), load_order(main))
-        booting = self._main.submit(Machine.boot, order)
-        serving: dict[str, Pending[SubAddress]] = {}
-        for host, share in zip(subs, self._spec.layout.subs, strict=True):
-            pages = pages_of(self._spec.memory), pages_of(share)
-            serve = ServeOrder(incarnation, *pages, load_order(host))
-            serving[host] = self._ports[host].submit(Serving.serve, serve)
-        _first_failure({main: booting, **serving})
-        self.laps.end("boot")
-        self._require_wanted()
-        return replace(order, subs=tuple(each.result() for each in serving.values()), load=None)
+    def _claimed(self, instruction: steps.Claim, generation: int) -> Done[steps.Claim]:
+        self._incarnation = Incarnation(self._vm, generation, secrets.token_hex(32))
+        return Done(instruction)
 
-    def _go(self, order: RunOrder, *, paused: bool = False) -> None:
-        self._main.call(Machine.run, order)
-        self._let_go(paused)
-        self.laps.end("run")
+    def _run_order(self, *, load: bool) -> RunOrder:
+        restoring, hosts = self._restoring, self._state.hosts
+        made = RunOrder(self._incarnation, self._spec, hosts, ())
+        if load:
+            main = self._state.main
+            return replace(made, load=None if restoring is None else restoring.load_order(main))
+        subs = tuple(self._addresses[host] for host in self._state.subs)
+        return replace(
+            made, subs=subs, resumption=None if restoring is None else restoring.resumption
+        )
 
-    def _let_go(self, paused: bool) -> None:
-        """However long it takes, and through restarts of the actor: its QEMU waits meanwhile.
+    def _serve_order(self, host: str) -> ServeOrder:
+        load = None if self._restoring is None else self._restoring.load_order(host)
+        pages = pages_of(self._spec.memory), pages_of(self._shares[host])
+        return ServeOrder(self._incarnation, *pages, load)
 
-        Once it has begun, the disks cannot go back to what they were before a restore.
-        """
-        host, main = next(iter(self._ports.items()))
-        for tries_left in reversed(range(_TRIES)):
-            self._require_wanted()
-            try:
-                main.call(Machine.go, paused)
-                return
-            except ActorGone:
-                if not tries_left:
-                    raise
-                await_ready(main, lambda: self._may_come_back(host), _RESTART_TIMEOUT_S)
+    def _served(self, instruction: steps.Serve, address: SubAddress) -> Done[steps.Serve]:
+        self._addresses[instruction.host] = address
+        return Done(instruction)
+
+    def _stays_paused(self) -> bool:
+        """Whether the guest was saved standing still, so that it does not run now either."""
+        restoring = self._restoring
+        return restoring is not None and not runs_restored(restoring.manifest.run_state)
 
     def _may_come_back(self, host: str) -> bool:
         """Whether an actor that has died is being started again, as far as is known."""
-        self._require_wanted()
         return self._fleet.alive(host) and bool(self._fleet.find(self._vm))
 
 
-def _first_failure(under_way: Mapping[str, Pending[object]]) -> None:
-    """Wait until all hosts have answered; raises the first failure, however long others take.
-
-    A failure keeps its type and gets its host's name where it can.
-    """
-    pool = ThreadPoolExecutor(len(under_way), "bringing-up")
-    try:
-        waiting = {host: pool.submit(pending.result) for host, pending in under_way.items()}
-        done, _ = wait(waiting.values(), return_when=FIRST_EXCEPTION)
-        failed = [host for host, each in waiting.items() if each in done and each.exception()]
-        for host in failed:
-            _raise(host, waiting[host])
-    finally:
-        pool.shutdown(wait=False)  # who still waits learns soon that the hosts are told to end
-
-
-def _raise(host: str, failed: Future[object]) -> None:
-    try:
-        failed.result()
-    except ClusterError as error:
-        raise OperationFailed("the start was given up", {host: str(error)}) from None
+def _holders(found: dict[str, tuple[str, ...]]) -> steps.FoundHolders:
+    return steps.FoundHolders(tuple(found.items()))

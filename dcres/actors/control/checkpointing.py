@@ -12,7 +12,7 @@ from dcres.actors.control.journal import Journal
 from dcres.actors.control.publishing import Subject, Taken, manifest_of
 from dcres.actors.messages import Finished, PagingCounters, Saved
 from dcres.actors.protocol import Machine, Saving
-from dcres.errors import OperationFailed
+from dcres.errors import CANCELLED, OperationFailed
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import Judgement, Target, estimates_s
 from dcres.model.operations import checkpoint_steps as steps
@@ -122,11 +122,12 @@ class Checkpointing:
         self._state = state
 
     def _given_up(self, outcome: Outcome) -> OperationFailed:
-        cancelled = f" ({outcome.cancelled})" if outcome.cancelled else ""
         message = (
             f"the checkpoint of VM {self._subject.vm} was given up; "
-            f"{self._what_now(outcome)} and earlier checkpoints are as they were{cancelled}"
+            f"{self._what_now(outcome)} and earlier checkpoints are as they were"
         )
+        if outcome.cancelled:
+            return OperationFailed(message, {CANCELLED: outcome.cancelled})
         return OperationFailed.of(message, outcome.failures)
 
     def _what_now(self, outcome: Outcome) -> str:

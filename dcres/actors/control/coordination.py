@@ -14,14 +14,17 @@ from typing import Any
 from dcres.actors.control import recovering
 from dcres.actors.control.asking import Heard, Roll, ask_progress, describe, why_of
 from dcres.actors.control.checkpointing import Checkpointing
+from dcres.actors.control.concurrency import THREADS, Concurrency
+from dcres.actors.control.executor import Executor
 from dcres.actors.control.following import Follower
+from dcres.actors.control.journal import Journal
 from dcres.actors.control.replacing import settle_shape
 from dcres.actors.control.taking_down import take_down
 from dcres.actors.messages import Description
 from dcres.actors.ports import Fleet, Port
-from dcres.actors.protocol import Machine, Presence
+from dcres.actors.protocol import Machine
 from dcres.actors.ray.fleet import RayFleet
-from dcres.errors import ActorGone, Conflict, DcresError, NotFound, VmLost, VmOff
+from dcres.errors import Conflict, DcresError, NotFound, VmLost, VmOff
 from dcres.linux import priority
 from dcres.model.live import FIXED_S
 from dcres.model.phase import HostState, VmPhase, is_at_rest, judged
@@ -37,8 +40,11 @@ _CANCEL_TIMEOUT_S = 45.0
 class Coordination:
     """A VM's phase, hosts and operation under way, as its coordinator knows them."""
 
-    def __init__(self, vm: str, fleet: Fleet | None = None) -> None:
+    def __init__(
+        self, vm: str, fleet: Fleet | None = None, concurrency: Concurrency = THREADS
+    ) -> None:
         priority.take_normal()
+        self._concurrency = concurrency
         self._vm = vm
         self._fleet: Fleet = fleet or RayFleet()
         self._phase = VmPhase.ABSENT
@@ -47,7 +53,7 @@ class Coordination:
         self._roll = Roll(vm, self._fleet.alive)
         self._operation = threading.Lock()
         self._checkpointing: Checkpointing | None = None
-        self._unwanted: threading.Event | None = None  # while a start or restore is under way
+        self._executor: Executor | None = None  # of the start or restore under way
         self._moves_unwanted: threading.Event | None = None  # while shares are changed
         self._last: dict[str, Any] = {}
         self._fixed_s = FIXED_S
@@ -256,18 +262,18 @@ class Coordination:
 
         A start's hosts are told to end what they have, so that long loading ends at once.
         """
-        checkpointing, unwanted = self._checkpointing, self._unwanted
+        checkpointing, executor = self._checkpointing, self._executor
         moves_unwanted = self._moves_unwanted
         if checkpointing is not None:
-            checkpointing.cancel("cancelled by the user")
-        elif unwanted is not None:
-            unwanted.set()
-            for port in self._fleet.find(self._vm):
-                with suppress(ActorGone):
-                    port.submit(Presence.destroy)
-        elif moves_unwanted is not None:
+            return checkpointing.cancel("cancelled by the user")
+        if executor is not None:
+            return executor.cancel("cancelled by the user")
+        if moves_unwanted is not None:
             moves_unwanted.set()
-        return any(each is not None for each in (checkpointing, unwanted, moves_unwanted))
+        return moves_unwanted is not None
+
+    def _operation_named(self, name: str) -> Executor:
+        return Executor(Journal(name, self._concurrency), self._concurrency)
 
     def stop(self) -> None:
         """End the VM and give back all it used; its checkpoints stay. Repeatable."""
@@ -289,11 +295,12 @@ class Coordination:
         self._retired = True
         return True
 
-    def _take_down(self) -> None:
+    def _take_down(self, journal: Journal | None = None) -> None:
         """End everything of the VM on every host that is still there; release the hosts."""
         if self._follower is not None:
             self._follower.stop()
             self._follower = None
-        take_down(self._vm, self._fleet, self._hosts)
+        journal = journal or Journal("stop", self._concurrency)
+        take_down(self._vm, self._fleet, self._hosts, journal, self._concurrency)
         self._roll.forget()
         self._hosts, self._taken_down = (), True

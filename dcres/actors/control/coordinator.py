@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,8 @@ from dcres.config import Layout, VmSpec, vm_spec
 from dcres.errors import ClusterError, Conflict, DcresError, NotFound, VmLost, VmOff
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.model.live import DOWNTIME_S, MAX_ROUNDS, Judgement, Target
-from dcres.model.phase import VmPhase, in_the_way, judged
+from dcres.model.operations.start import Start
+from dcres.model.phase import HostState, VmPhase
 from dcres.model.run_state import RunState, no_save, runs_restored
 from dcres.storage.format.manifest import Mode, loads
 from dcres.storage.layout import checkpoint_id
@@ -67,53 +69,50 @@ class Coordinator(Coordination):
         """
         spec = vm_spec(values)
         with self._exclusively(VmPhase.STARTING):
-            self._make_way(spec, hosts)
-            self._bring_up(spec, hosts, BringingUp.start, take_over, driver)
-            self._phase = VmPhase.RUNNING
+            self._bring_up(spec, hosts, take_over, driver)
         return self.status()
-
-    def _make_way(self, spec: VmSpec, hosts: Sequence[str] | None) -> None:
-        """End what is left of a VM that nobody can use any more, once there is room for the next.
-
-        Raises Conflict for one that is there or may be, NoRoom; it is as it was then.
-        """
-        if self._fleet.find(self._vm):
-            heard = self._roll.call(self._ports())
-            phase = judged([each.state for each in heard])
-            if why := in_the_way(self._vm, phase):
-                raise Conflict(why)
-            self._fleet.require_room(self._vm, spec.layout.shares, hosts)
-        self._take_down()
 
     def _bring_up(
         self,
         spec: VmSpec,
         hosts: Sequence[str] | None,
-        begin: Callable[[BringingUp], _T],
         take_over: bool,
         driver: str | None,
-    ) -> _T:
-        """Reserve, and `begin`; or undo all."""
-        self._unwanted = threading.Event()
+        restoring: Restoring | None = None,
+    ) -> dict[str, float]:
+        """Start the VM; what that was spent on, in seconds."""
+        name = "start" if restoring is None else f"restore {restoring.manifest.checkpoint}"
+        executor = self._executor = self._operation_named(name)
         bringing_up = BringingUp(
-            self._vm, self._fleet, spec, self._require_wanted, take_over=take_over
+            self._vm,
+            self._fleet,
+            spec,
+            executor,
+            self._concurrency,
+            look=self._look,
+            take_down=lambda: self._take_down(executor.journal),
+            watch=self._learn_hosts,
+            hosts=hosts,
+            take_over=take_over,
+            restoring=restoring,
         )
+        gone = self._fleet.driver_is_gone
         try:
-            with while_it_lives(driver, self._fleet.driver_is_gone, self.cancel):
-                self._hosts = bringing_up.reserve(hosts)
-                begun = begin(bringing_up)
-            self._require_wanted()  # whoever cancelled it may be gone, and would not stop it
-            return begun
-        except BaseException:
-            self._take_down()
-            self._require_wanted()
-            raise
+            with while_it_lives(driver, gone, self.cancel, self._concurrency):
+                bringing_up.run()
         finally:
-            self._unwanted = None
+            self._executor = None
+        self._phase = VmPhase.RUNNING
+        return bringing_up.laps.seconds
 
-    def _require_wanted(self) -> None:
-        if self._unwanted is not None and self._unwanted.is_set():
-            raise Conflict(f"the start of VM {self._vm} was cancelled")
+    def _look(self) -> tuple[HostState, ...]:
+        """What is there of the VM; nothing, if it has no hosts."""
+        if not self._fleet.find(self._vm):
+            return ()
+        return tuple(each.state for each in self._roll.call(self._ports()))
+
+    def _learn_hosts(self, state: Start) -> None:
+        self._hosts = state.hosts or self._hosts
 
     def checkpoint(
         self,
@@ -245,18 +244,15 @@ class Coordinator(Coordination):
         """
         manifest = loads(manifest_text, Path("manifest.json"))
         spec = spec_for(manifest, layout)
-
-        def begin(bringing_up: BringingUp) -> tuple[Restoring, dict[str, float]]:
-            return bringing_up.restore(manifest, lazy), bringing_up.laps.seconds
-
+        restoring = Restoring(manifest, lazy)
         with self._exclusively(VmPhase.RESTORING):
-            self._make_way(spec, hosts)
-            restoring, laps = self._bring_up(spec, hosts, begin, take_over, driver)
-            self._phase = VmPhase.RUNNING
+            laps = self._bring_up(spec, hosts, take_over, driver, restoring)
+            shares = dict(zip(self._hosts, spec.layout.shares, strict=True))
             if lazy:
-                self._follow(self._main(), restoring.server_ports, restoring.end)
+                ends = partial(restoring.end, self._fleet)
+                self._follow(self._main(), restoring.server_ports, ends)
             else:
-                restoring.end()
+                restoring.end(self._fleet)
             self._roll.call(self._ports())  # what they are is known then, even if they are lost
         behind_s = (datetime.now(UTC) - manifest.stopped_at).total_seconds()
         return {
@@ -267,7 +263,7 @@ class Coordinator(Coordination):
             "seconds": sum(laps.values()),
             "parts_seconds": laps,
             "lazy": lazy,
-            **restoring.facts(spec.layout.shares),
+            **restoring.facts(self._hosts[0], shares),
         }
 
     def choose(self, manifest_text: str, wish: Wish) -> Choice:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dcres.actors.control.choosing import Choice, Wish, decide, require_name
-from dcres.actors.control.restoring import Where, capacities_of
+from dcres.actors.control.restoring import capacities_of
 from dcres.actors.control.room import Seen
 from dcres.actors.messages import ForeseenRestore, PlanOrder
 from dcres.actors.ports import Fleet
 from dcres.errors import Conflict, DcresError, NoRoom
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.parts import Where
 from dcres.model.phase import VmPhase, in_the_way
 from dcres.model.restore_plan import Flow, PlannedHost
 from dcres.storage.format.manifest import Manifest, dumps

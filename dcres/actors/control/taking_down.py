@@ -1,15 +1,19 @@
-"""The end of a VM on all its hosts, whatever state they are in."""
+"""The end of a VM, carried out on its hosts as `dcres.model.operations.stop` says."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from typing import assert_never
 
-from dcres.actors.control.asking import await_ready
-from dcres.actors.ports import Fleet, Port
+from dcres.actors.control.concurrency import Concurrency
+from dcres.actors.control.executor import Doing, Errand, Executor, Patience, order
+from dcres.actors.control.journal import Journal
+from dcres.actors.ports import Fleet
 from dcres.actors.protocol import Presence
-from dcres.errors import DcresError
+from dcres.model.operations import stop as steps
+from dcres.model.operations.events import Done
+from dcres.model.operations.stop import Stop
 
 log = logging.getLogger("dcres.coordinator")
 
@@ -17,40 +21,61 @@ _READY_TIMEOUT_S = 30.0  # an actor that was just started again adopts what runs
 _DESTROY_TIMEOUT_S = 60.0
 
 
-def take_down(vm: str, fleet: Fleet, hosts: Sequence[str] = ()) -> None:
+def take_down(
+    vm: str, fleet: Fleet, hosts: Sequence[str], journal: Journal, concurrency: Concurrency
+) -> None:
     """End everything of `vm` on every host that is there, and release the hosts. Repeatable.
 
     `hosts` are the VM's by name, as far as they are known: nobody waits for one that is dead.
-    A host whose actor does not answer is swept once the actor cannot start anything any more:
-    a QEMU that was left there would run on over memory and disks of the VM's next life.
     """
-    ports = dict(zip(fleet.indices(vm), fleet.find(vm), strict=False))
-    names = dict(zip(ports, hosts, strict=False))
-
-    def alive(index: int) -> bool:
-        return index not in names or fleet.alive(names[index])
-
-    silent = fleet.hosts_of(vm, _not_destroyed(vm, ports, alive))
-    fleet.release(vm)
-    for host in silent:
-        try:
-            fleet.sweep(vm, host)
-        except DcresError as error:
-            log.warning("VM %s: what it left on %s may still be there: %s", vm, host, error)
+    TakingDown(vm, fleet, hosts).run(journal, concurrency)
 
 
-def _not_destroyed(vm: str, ports: Mapping[int, Port], alive: Callable[[int], bool]) -> list[int]:
-    """Destroy at all hosts at the same time; the indices of those that did not answer."""
+class TakingDown:
+    """Hands for one end of a VM."""
 
-    def destroyed(index: int) -> bool:
-        try:
-            await_ready(ports[index], lambda: alive(index), _READY_TIMEOUT_S)
-            ports[index].within(_DESTROY_TIMEOUT_S).call(Presence.destroy)
-        except DcresError as error:
-            log.warning("VM %s: %s", vm, error)
-            return False
-        return True
+    def __init__(self, vm: str, fleet: Fleet, hosts: Sequence[str]) -> None:
+        self._vm, self._fleet = vm, fleet
+        self._ports = dict(zip(fleet.indices(vm), fleet.find(vm), strict=False))
+        self._names = dict(zip(self._ports, hosts, strict=False))
 
-    with ThreadPoolExecutor(max(len(ports), 1)) as pool:
-        done = pool.map(destroyed, ports)
-        return [index for index, well in zip(ports, done, strict=True) if not well]
+    def run(self, journal: Journal, concurrency: Concurrency) -> None:
+        """Bring it to its end. Raises what giving the hosts back raises."""
+        places = [(index, self._names.get(index, "")) for index in self._ports]
+        ended = Executor(journal, concurrency).run(self, Stop.begin(places))
+        for kept in ended.kept:
+            log.warning(
+                "VM %s: what it left on %s may still be there: %s",
+                self._vm,
+                kept.host,
+                kept.message,
+            )
+        if ended.outcome is not None:
+            raise ended.outcome.error
+
+    def doing(self, instruction: steps.Instruction) -> Doing:
+        """How `instruction` is carried out."""
+        match instruction:
+            case steps.Destroy(index, host):
+                destroy = order(host, self._ports[index], Presence.destroy)
+                patience = Patience(_READY_TIMEOUT_S, lambda: self._is_there(host), tries=1)
+                answer = destroy.then(lambda _: Done(instruction))
+                return answer.within(_DESTROY_TIMEOUT_S).repeated(patience)
+            case steps.Release(silent):
+                return Errand(lambda: self._release(silent))
+            case steps.Sweep(host):
+                return Errand(lambda: self._sweep(instruction))
+            case _:
+                assert_never(instruction)
+
+    def _is_there(self, host: str) -> bool:
+        return not host or self._fleet.alive(host)
+
+    def _release(self, silent: tuple[int, ...]) -> steps.Released:
+        hosts = self._fleet.hosts_of(self._vm, silent)
+        self._fleet.release(self._vm)
+        return steps.Released(tuple(hosts))
+
+    def _sweep(self, instruction: steps.Sweep) -> Done[steps.Sweep]:
+        self._fleet.sweep(self._vm, instruction.host)
+        return Done(instruction)

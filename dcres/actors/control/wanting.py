@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from dcres.actors.control.concurrency import Concurrency
 from dcres.errors import DcresError
 
 log = logging.getLogger("dcres.coordinator")
@@ -16,7 +16,10 @@ _LOOK_EVERY_S = 1.0
 
 @contextmanager
 def while_it_lives(
-    driver: str | None, is_gone: Callable[[str], bool], give_up: Callable[[], object]
+    driver: str | None,
+    is_gone: Callable[[str], bool],
+    give_up: Callable[[], object],
+    concurrency: Concurrency,
 ) -> Iterator[None]:
     """Call `give_up` in this block, again and again, from when `is_gone(driver)` on.
 
@@ -26,7 +29,7 @@ def while_it_lives(
     if driver is None:
         yield
         return
-    ended = threading.Event()
+    ended = concurrency.signal()
 
     def look() -> None:
         while not ended.wait(_LOOK_EVERY_S):
@@ -35,8 +38,7 @@ def while_it_lives(
                     log.warning("giving up what job %s wanted, whose driver is gone", driver)
                     give_up()
 
-    looking = threading.Thread(target=look, name="dcres-wanting", daemon=True)
-    looking.start()
+    looking = concurrency.spawn(look, "dcres-wanting")
     try:
         yield
     finally:

@@ -11,6 +11,13 @@ I_co = TypeVar("I_co", covariant=True)  # an instruction
 
 
 @dataclass(frozen=True, slots=True)
+class Done(Generic[I_co]):
+    """An instruction has been carried out, and that is all there is to say."""
+
+    instruction: I_co
+
+
+@dataclass(frozen=True, slots=True)
 class Failed(Generic[I_co]):
     """An instruction could not be carried out, or nobody knows whether it was."""
 
