@@ -20,7 +20,7 @@ settings.load_profile("dcres")
 
 __all__ = ["cluster", "unique"]
 
-ORDER = ("unit", "contracts", "linux", "cluster", "vm", "crash")
+ORDER = ("unit", "contracts", "simulation", "linux", "cluster", "vm", "crash")
 MARK = "DCRES_TESTS"
 
 
