@@ -43,6 +43,7 @@ from dcres.config import Layout
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.picture import Picture
+from dcres.model.record import Record
 from dcres.paging.settings import SubAddress
 from dcres.paging.status import PagerStatus, ServerStatus
 
@@ -89,7 +90,8 @@ class MainStatus(PagerStatus):
     checkpoint: str | None
     restarts: int
     bringing_in: bool
-    unclaimed: str
+    unclaimed: str  # why this life has no claim to the VM's name in the store
+    unrecorded: str  # why the store has no record that it is to run
 
 
 class SubStatus(ServerStatus):
@@ -235,6 +237,16 @@ class Machine(Protocol):
     @within(_PATIENT_S)
     def published(self, checkpoint: str) -> bool:
         """Whether the manifest is there, durably."""
+
+    def recorded(self) -> Record | None:
+        """The record of what is to run, in this host's store. Raises CheckpointCorrupt."""
+
+    def record(self, record: Record) -> None:
+        """Let `record` replace the one before, durably; on a store to read only the status says so.
+
+        Raises Conflict for a version or generation that has been overtaken, StoreFull,
+        CheckpointCorrupt.
+        """
 
     def status(self) -> MainStatus:
         """The guest and its pager as they are now. Raises NotFound, VmLost, VmOff."""

@@ -16,6 +16,7 @@ from dcres.api.plan import warn_of
 from dcres.api.status import status_of
 from dcres.config import VmSpec
 from dcres.linux.interrupt import ended_by_sigterm
+from dcres.linux.machine import caller
 from dcres.storage.format.manifest import Manifest, dumps
 
 Facts = dict[str, Any]  # what was done, for people
@@ -30,7 +31,7 @@ def start(
     began = time.monotonic()
     values = spec.model_dump(mode="json", by_alias=True)
     with _attended(spec.name, f"start of {spec.name}", progress) as attended:
-        order = values, hosts, take_over, gateway.own_driver()
+        order = values, hosts, take_over, gateway.own_driver(), caller()
         answer = attended.run(Coordinator.start, *order)
     return {**status_of(answer).to_dict(), "seconds": time.monotonic() - began}
 
@@ -43,8 +44,9 @@ def restore(
     with _attended(manifest.vm, f"restore of {manifest.vm}", progress) as attended:
         choice = attended.coordinator.within(_CHOOSE_TIMEOUT_S).call(Coordinator.choose, text, wish)
         warn_of(choice.left_out)
-        order = text, choice.layout, list(choice.hosts), lazy, take_over, gateway.own_driver()
-        return {**attended.run(Coordinator.restore, *order), "chosen": choice.why}
+        order = text, choice.layout, list(choice.hosts), lazy, take_over
+        driver = gateway.own_driver()
+        return {**attended.run(Coordinator.restore, *order, driver, caller()), "chosen": choice.why}
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def status_of(answer: Mapping[str, Any]) -> VmStatus:
     return VmStatus(
         vm=answer["vm"],
         phase=answer["phase"],
-        why=answer["why"] or _links_down(main) or str(main.get("unclaimed", "")),
+        why=answer["why"] or _links_down(main) or _not_in_store(main),
         accel=str(main.get("accel", "")),
         run_state=run_state,
         console=str(main.get("console", "")),
@@ -185,6 +185,11 @@ def _links_down(main: Mapping[str, Any]) -> str:
         for host, link in links.items()
         if link["state"] != "ready" and link["trouble"]
     )
+
+
+def _not_in_store(main: Mapping[str, Any]) -> str:
+    """What its store does not know of it, and why."""
+    return "; ".join(filter(None, (main.get("unrecorded", ""), main.get("unclaimed", ""))))
 
 
 def _host_status(part: Mapping[str, Any], is_main: bool) -> HostStatus:

@@ -39,6 +39,7 @@ from dcres.errors import (
     NotFound,
     VmLost,
 )
+from dcres.linux.machine import caller
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.phase import VmPhase
@@ -241,7 +242,7 @@ class Vm:
 
     def stop(self) -> None:
         """End the VM and give back all it used; a checkpoint under way is cancelled first."""
-        self._session.existing(self.name).within(_STOP_TIMEOUT_S).call(Coordinator.stop)
+        self._session.existing(self.name).within(_STOP_TIMEOUT_S).call(Coordinator.stop, caller())
         Coordinators().retire(self.name)
 
     def kill(self) -> None:
@@ -251,7 +252,7 @@ class Vm:
         for port in RayFleet().find(self.name):
             with suppress(ActorGone):
                 port.submit(Presence.destroy)
-        coordinator.within(_STOP_TIMEOUT_S).call(Coordinator.stop)
+        coordinator.within(_STOP_TIMEOUT_S).call(Coordinator.stop, caller())
         Coordinators().retire(self.name)
 
     def console(self) -> str:

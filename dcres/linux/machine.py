@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +22,15 @@ def machine_id() -> str:
 def boot_id() -> str:
     """The kernel's name for its life: random(4). All containers of a machine have the same."""
     return _text("/proc/sys/kernel/random/boot_id")
+
+
+def caller() -> str:
+    """Who runs this process, ``user@machine``, for people."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in many containers
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def _text(path: str) -> str:

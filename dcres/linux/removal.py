@@ -33,7 +33,8 @@ from dcres.linux.marks import HOME_MARK, MARK, STORE_MARK, Mark, may_be_marked
 _MOUNTS = Path("/proc/self/mountinfo")
 # As in dcres.storage.layout, which is above us.
 _STORE_FILE = re.compile(
-    r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?/(?:generation|\.generation\.lock|\.life-\d+|\.[\w.-]+\.tmp)"
+    r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?/"
+    r"(?:generation|\.generation\.lock|record\.json|\.life-\d+|\.[\w.-]+\.tmp)"
 )
 _CHECKPOINT = re.compile(r"(?P<vm>[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)/(?P=vm)-\d{8}-\d{6}-[0-9a-f]{4}")
 

@@ -23,6 +23,7 @@ VMCORE = "vmcore"
 MEMORY_FILES = {MemoryFormat.SPARSE: MEMORY, MemoryFormat.PACKED: PACK}
 GENERATION = "generation"
 GENERATION_LOCK = ".generation.lock"
+RECORD = "record.json"
 MARKER = ".dcres-store"  # in the store itself
 _LIFE = re.compile(r"\.life-([1-9][0-9]{0,18})")
 

@@ -30,6 +30,7 @@ from dcres.config import Layout, VmSpec
 from dcres.errors import ClusterError, Conflict, NotFound, PagingError, StorageError, VmLost
 from dcres.model.formats import MemoryFormat
 from dcres.model.picture import Picture
+from dcres.model.record import Record, refusal
 from dcres.model.run_state import RunState, is_held, kept, no_run, no_save, told
 from dcres.paging.settings import SubAddress
 from tests.support.hosts import NOT_ON_A_HOST, SavingHost, parsed
@@ -91,13 +92,22 @@ class FakeMain(SavingHost):
             run_state=told(now, found), held=is_held(now, found), failed_disks=[], accel="tcg",
             accel_why="TCG", console="", qemu_pid=1,
             checkpoint=self.world.states[self.host]["checkpoint"], restarts=0,
-            bringing_in=bool(self.world.states[self.host]["sources"]), unclaimed="",
+            bringing_in=bool(self.world.states[self.host]["sources"]), unclaimed="", unrecorded="",
             state="frozen" if self.world.frozen else "running", lost_why="", pid=1, adopted=False,
             tracking=self.host in self.world.marks, native=False, limit_pages=8192, pages=[],
             leaving=0, moving=moving, pages_to_move=len(self.world.coming),
             page_in_median_us=0.0, page_in_p99_us=0.0, links={}, pages_in=0, pages_out=0,
             zero_pages=0, taken_back=0, faults=0,
         )  # fmt: skip
+
+    def recorded(self) -> Record | None:
+        return self.world.records[-1] if self.world.records else None
+
+    def record(self, record: Record) -> None:
+        self.world.met(f"{self.host}.record")
+        if why := refusal(self.vm, self.recorded(), record):
+            raise Conflict(why)
+        self.world.records.append(record)
 
     def claim(self, order: ClaimOrder) -> int:
         with self._beginning(f"claim {order.take_over}" if order.take_over else "claim"):

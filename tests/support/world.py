@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dcres.model.record import Record
 from dcres.model.run_state import RunState
 from dcres.storage.format.manifest import loads
 
@@ -64,6 +65,7 @@ class World:
     published: dict[str, str] = field(default_factory=dict)
     parts: dict[tuple[str, str], Part] = field(default_factory=dict)  # by checkpoint and host
     generation: int = 0
+    records: list[Record] = field(default_factory=list)  # of what is to run, the last one counts
 
     # What a test wants to see
     moving: bool = False
@@ -79,10 +81,14 @@ class World:
     def note(self, host: str, what: str) -> None:
         """An order is carried out; it fails here if it is to."""
         self.done.append(f"{host}.{what}")
-        if f"{host}.{what}" in self.hooks:
-            self.hooks[f"{host}.{what}"]()
-        if f"{host}.{what}" in self.fail:
-            raise self.fail[f"{host}.{what}"]
+        self.met(f"{host}.{what}")
+
+    def met(self, what: str) -> None:
+        """Something that leaves no trace in `done`."""
+        if what in self.hooks:
+            self.hooks[what]()
+        if what in self.fail:
+            raise self.fail[what]
 
     def spend(self, host: str, what: str) -> None:
         """An order takes its time; others are carried out meanwhile."""

@@ -18,6 +18,7 @@ from dcres.actors.control.concurrency import THREADS, Concurrency
 from dcres.actors.control.executor import Executor
 from dcres.actors.control.following import Follower
 from dcres.actors.control.journal import Journal
+from dcres.actors.control.recording import catch_up, record_stopped
 from dcres.actors.control.replacing import settle_shape
 from dcres.actors.control.taking_down import take_down
 from dcres.actors.messages import Description
@@ -146,6 +147,7 @@ class Coordination:
         if main.checkpoint is not None:
             recovering.discard(main.checkpoint, ports)
         self._phase, self._why = VmPhase.RUNNING, ""
+        catch_up(self._vm, ports[0], main, self._fleet.cluster())
         if descriptions[0].moving:
             self._follow(ports[0], self._ports(), lambda: self._end_servers(ports))
         else:
@@ -275,10 +277,15 @@ class Coordination:
     def _operation_named(self, name: str) -> Executor:
         return Executor(Journal(name, self._concurrency), self._concurrency)
 
-    def stop(self) -> None:
-        """End the VM and give back all it used; its checkpoints stay. Repeatable."""
+    def stop(self, by: str = "") -> None:
+        """End the VM and give back all it used; its checkpoints stay. Repeatable.
+
+        First of all it is put on record that `by` wants it stopped, so that nobody brings it back.
+        Raises StoreFull, CheckpointCorrupt where that cannot be; the VM runs on then.
+        """
         self.cancel()
         with self._exclusively(VmPhase.STOPPING, _CANCEL_TIMEOUT_S):
+            record_stopped(self._vm, self._fleet, self._hosts, by)
             self._take_down()
             self._phase, self._why = VmPhase.ABSENT, ""
 

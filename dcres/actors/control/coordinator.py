@@ -26,8 +26,10 @@ from dcres.actors.control.bringing_up import BringingUp
 from dcres.actors.control.checkpointing import Checkpointing
 from dcres.actors.control.choosing import Choice, Wish
 from dcres.actors.control.coordination import Coordination, VmFacts
+from dcres.actors.control.journal import Journal
 from dcres.actors.control.placing_restores import choose_hosts, foresee
 from dcres.actors.control.publishing import Subject, checkpoint_facts
+from dcres.actors.control.recording import catch_up, record_running
 from dcres.actors.control.replacing import Checked, Replacing, Shares, settle_shape
 from dcres.actors.control.restoring import Restoring, spec_for
 from dcres.actors.control.wanting import while_it_lives
@@ -61,15 +63,17 @@ class Coordinator(Coordination):
         hosts: Sequence[str] | None = None,
         take_over: bool = False,
         driver: str | None = None,
+        by: str = "",
     ) -> VmFacts:
         """Boot a VM over the hosts of its layout. Raises Conflict, NoRoom and what hosts raise.
 
         `take_over` its name in the store from another cluster that may have ended. If the driver
-        of the Ray job `driver` ends before, nobody wants the VM, and it is given up.
+        of the Ray job `driver` ends before, nobody wants the VM, and it is given up. The record of
+        what is to run says that `by` did this.
         """
         spec = vm_spec(values)
         with self._exclusively(VmPhase.STARTING):
-            self._bring_up(spec, hosts, take_over, driver)
+            self._bring_up(spec, hosts, take_over, driver, by)
         return self.status()
 
     def _bring_up(
@@ -78,9 +82,10 @@ class Coordinator(Coordination):
         hosts: Sequence[str] | None,
         take_over: bool,
         driver: str | None,
+        by: str,
         restoring: Restoring | None = None,
     ) -> dict[str, float]:
-        """Start the VM; what that was spent on, in seconds."""
+        """Start the VM and put on record that it is to run; what that was spent on, in seconds."""
         name = "start" if restoring is None else f"restore {restoring.manifest.checkpoint}"
         executor = self._executor = self._operation_named(name)
         bringing_up = BringingUp(
@@ -100,10 +105,20 @@ class Coordinator(Coordination):
         try:
             with while_it_lives(driver, gone, self.cancel, self._concurrency):
                 bringing_up.run()
+            self._put_on_record(executor.journal, by)
         finally:
             self._executor = None
         self._phase = VmPhase.RUNNING
         return bringing_up.laps.seconds
+
+    def _put_on_record(self, journal: Journal, by: str) -> None:
+        """That the VM is to run; one of which that cannot be said is taken down again."""
+        main = self._main()
+        try:
+            record_running(main, describe(main), self._fleet.cluster(), by)
+        except BaseException:
+            self._take_down(journal)
+            raise
 
     def _look(self) -> tuple[HostState, ...]:
         """What is there of the VM; nothing, if it has no hosts."""
@@ -152,6 +167,8 @@ class Coordinator(Coordination):
             if not self._recovered:
                 raise VmLost(f"checkpoint {name} was taken, but the VM stands still: {self._why}")
             self._phase = VmPhase.RUNNING
+            main = ports[self._hosts[0]]  # whose store may have been there to read only until now
+            catch_up(self._vm, main, describe(main), self._fleet.cluster())
             self._last = checkpoint_facts(manifest, time.monotonic() - began)
             self._last["downtime_parts_seconds"] = running.downtime_parts_s
             if running.judgement is not None:
@@ -234,11 +251,12 @@ class Coordinator(Coordination):
         lazy: bool = False,
         take_over: bool = False,
         driver: str | None = None,
+        by: str = "",
     ) -> dict[str, Any]:
         """Bring the VM back from a checkpoint; facts as `dcres restore --json` prints them.
 
         `layout` None is the checkpoint's own. With `lazy` the guest runs at once, and its
-        memory follows. `take_over` and `driver` as for `start`. Raises Conflict when the VM runs
+        memory follows. `take_over`, `driver` and `by` as for `start`. Raises Conflict when it runs
         or is being restored, CheckpointCorrupt, NoRoom, NotFound for a part that is nowhere; on an
         error nothing of the VM is left running and the checkpoint is as it was.
         """
@@ -246,7 +264,7 @@ class Coordinator(Coordination):
         spec = spec_for(manifest, layout)
         restoring = Restoring(manifest, lazy)
         with self._exclusively(VmPhase.RESTORING):
-            laps = self._bring_up(spec, hosts, take_over, driver, restoring)
+            laps = self._bring_up(spec, hosts, take_over, driver, by, restoring)
             shares = dict(zip(self._hosts, spec.layout.shares, strict=True))
             if lazy:
                 ends = partial(restoring.end, self._fleet)

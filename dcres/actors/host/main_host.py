@@ -14,6 +14,7 @@ import numpy as np
 
 from dcres.actors.host.host import require_store_room
 from dcres.actors.host.moving import MovingHost
+from dcres.actors.host.record import write_record
 from dcres.actors.messages import (
     Finished,
     PagingCounters,
@@ -34,6 +35,7 @@ from dcres.model.placement import (
     digest,
     to_saved,
 )
+from dcres.model.record import Record
 from dcres.model.run_state import RunState
 from dcres.paging.pager.table import PageTable
 from dcres.storage.digest import FileSum
@@ -86,6 +88,17 @@ class MainHost(MovingHost):
             with self._qmp() as monitor:
                 self._name.hold_anew(cluster, claimed, monitor)
             self._remember(unclaimed="")
+
+    def recorded(self) -> Record | None:
+        """The record of what is to run, in this host's store. Raises CheckpointCorrupt."""
+        return self._store.lives(self._vm).records.read()
+
+    def record(self, record: Record) -> None:
+        """Let `record` replace the one before; see `write_record`, which says what it raises."""
+        state = self._state
+        why = write_record(self._store, self._vm, record, unclaimed=bool(state.get("unclaimed")))
+        if state and why != state.get("unrecorded", ""):
+            self._remember(unrecorded=why)
 
     @property
     def _core(self) -> Path:

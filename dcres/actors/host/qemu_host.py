@@ -200,6 +200,7 @@ class QemuHost(SavingHost, PartServing):
             restarts=self._pager.restarts,
             bringing_in=bool(self._state.get("sources")),
             unclaimed=self._state.get("unclaimed", ""),
+            unrecorded=self._state.get("unrecorded", ""),
             **self._pager_status(),
         )
 

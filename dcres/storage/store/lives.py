@@ -29,6 +29,7 @@ from dcres.storage.atomic import (
     write_whole,
 )
 from dcres.storage.store import marker
+from dcres.storage.store.records import Records
 
 _UNKNOWN = Claimant("", "", "", "")
 
@@ -48,6 +49,11 @@ class Lives:
         self._root = root
         self._vm = layout.checked_vm(vm)
         self._folder = root / vm
+
+    @property
+    def records(self) -> Records:
+        """The record of whether the VM is to run."""
+        return Records(self._root, self._vm)
 
     def claim(self, me: Claimant, above: int, since: str, *, take_over: bool = False) -> Claimed:
         """Begin a life, with a generation greater than `above` and all given out before; durable.

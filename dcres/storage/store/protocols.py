@@ -89,13 +89,16 @@ class Taking(Protocol):
 
 
 class Naming(Protocol):
-    """Whose the name of a VM is, and which generations there were."""
+    """Whose the name of a VM is, which generations there were, and whether it is to run."""
 
     def lives(self, vm: str) -> Lives:
-        """The lives of a VM, as this store knows them."""
+        """The lives of a VM, as this store knows them, and the record of whether it is to run."""
 
     def latest_generation(self, vm: str) -> int:
-        """The greatest that was given out or is in a manifest. Raises CheckpointCorrupt."""
+        """The greatest that was given out, is in a manifest or on record.
+
+        Raises CheckpointCorrupt.
+        """
 
 
 class Published(Protocol):

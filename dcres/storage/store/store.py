@@ -179,7 +179,9 @@ class Store:
     def latest_generation(self, vm: str) -> int:
         """See `Naming`."""
         known = [entry.manifest.generation for entry in self.list(vm) if entry.manifest]
-        return max([self.lives(vm).counter(), *known])
+        record = self.lives(vm).records.read()
+        recorded = 0 if record is None else record.generation
+        return max([self.lives(vm).counter(), recorded, *known])
 
     def identity(self) -> str:
         """See `Taking`."""
