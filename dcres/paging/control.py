@@ -4,8 +4,9 @@ A request is ``{"do": name, …}``, the answer ``{"ok": true, …}`` or ``{"ok":
 class name, "message": …}``. An answer may come late (a drain, for one); requests of one
 connection are answered in order. The other end is `dcres.paging.transport.control_server`.
 
-`PagerControl` and `ServerControl` are this with types. They send through `call` or whatever else
-takes the same (`Daemon.call_patiently`), which alone knows where the process listens.
+`PagerControl`, `ServerControl` and `PartServerControl` are this with types. They send
+through `call` or whatever else takes the same (`Daemon.call_patiently`), which alone knows where
+the process listens.
 """
 
 from __future__ import annotations
@@ -24,14 +25,12 @@ from dcres.paging.orders import (
     Frozen,
     Json,
     PagerOrder,
-    PagerStatus,
     Quiesce,
     Reload,
     ResizePager,
     ResizeServer,
     Scan,
     ServerOrder,
-    ServerStatus,
     Status,
     Thaw,
     Track,
@@ -40,6 +39,7 @@ from dcres.paging.orders import (
     answer_of,
     name_of,
 )
+from dcres.paging.status import PagerStatus, PartServerStatus, ServerStatus
 
 
 class Send(Protocol):
@@ -123,6 +123,17 @@ class ServerControl:
     def untrack(self) -> None:
         """Nothing is marked any more."""
         self._ask(Untrack(), Done)
+
+
+class PartServerControl:
+    """What a part server can be asked."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    def status(self) -> PartServerStatus:
+        """How it is."""
+        return answer_of(PartServerStatus, self._send(Status.do))
 
 
 def call(path: Path, do: str, timeout_s: float = 10.0, **arguments: Any) -> Json:

@@ -1,14 +1,16 @@
 """What a pager and a memory server are ordered on their control socket, and what they answer.
 
-Each order and each answer is a type; `dcres.paging.control` has them as JSON on the socket.
+Each order and each answer is a type (those of `Status` are in `dcres.paging.status`);
+`dcres.paging.control` has them as JSON on the socket.
 docs/protocol.md ("The control protocol") says what they mean. They are named tuples, since to make
 so many dataclasses takes 6 ms of a process's start.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, get_type_hints, is_typeddict
 
 from dcres import errors
+from dcres.paging.status import PagerStatus, PartServerStatus, ServerStatus
 
 _MOST_PAGES = 1 << 52  # of 4 KiB each, in 64 bits
 
@@ -120,57 +122,9 @@ class Frozen(NamedTuple):
     faults: int
 
 
-class LinkStatus(NamedTuple):
-    """A pager's link to one host."""
-
-    state: str
-    trouble: str
-    express: bool
-
-
-class PagerStatus(NamedTuple):
-    """A pager. `pages` are by host, the main host's first; `links` by host."""
-
-    state: str
-    lost_why: str
-    pid: int
-    adopted: bool
-    tracking: bool
-    native: bool
-    limit_pages: int
-    pages: list[int]
-    leaving: int
-    moving: bool
-    pages_to_move: int
-    page_in_median_us: float
-    page_in_p99_us: float
-    links: dict[str, LinkStatus]
-    pages_in: int
-    pages_out: int
-    zero_pages: int
-    taken_back: int
-    faults: int
-
-
-class ServerStatus(NamedTuple):
-    """A memory server. `digest` is that of its existence map."""
-
-    port: int
-    pid: int
-    tracking: bool
-    held_pages: int
-    capacity_pages: int
-    pages_in: int
-    pages_out: int
-    pages_peeked: int
-    pages_fetched: int
-    refused: int
-    connected: bool
-    readers: int
-    digest: str
-
-
-Answer: TypeAlias = Done | Written | Counters | Frozen | PagerStatus | ServerStatus
+Answer: TypeAlias = (
+    Done | Written | Counters | Frozen | PagerStatus | ServerStatus | PartServerStatus
+)
 Reply: TypeAlias = Callable[[Answer | errors.DcresError], None]
 OrderT = TypeVar("OrderT", bound=PagerOrder | ServerOrder)
 AnswerT = TypeVar("AnswerT", bound=Answer)
@@ -203,19 +157,21 @@ def name_of(order: PagerOrder | ServerOrder) -> str:
 def answer_of(kind: type[AnswerT], values: Json) -> AnswerT:
     """The answer that a line holds. Raises ProtocolError when it is another."""
     try:
-        if "links" in values:
-            links = {host: LinkStatus(**each) for host, each in values["links"].items()}
-            values = {**values, "links": links}
+        if is_typeddict(kind):
+            _require_keys(get_type_hints(kind), values)
         return kind(**values)
     except TypeError as error:
         raise errors.ProtocolError(f"an answer of another version of dcres: {error}") from None
+
+
+def _require_keys(hints: Json, values: Json) -> None:
+    """A TypedDict takes anything."""
+    if wrong := hints.keys() ^ values.keys():
+        raise TypeError(", ".join(sorted(wrong)))
 
 
 def json_of(answer: Answer | errors.DcresError) -> Json:
     """The line for an answer; an error is raised again on the other side."""
     if isinstance(answer, errors.DcresError):
         return {"ok": False, "error": type(answer).__name__, "message": str(answer)}
-    values: Json = {"ok": True, **answer._asdict()}
-    if isinstance(answer, PagerStatus):
-        values["links"] = {host: link._asdict() for host, link in answer.links.items()}
-    return values
+    return {"ok": True, **(answer if isinstance(answer, dict) else answer._asdict())}

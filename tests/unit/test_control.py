@@ -23,16 +23,13 @@ from dcres.paging.orders import (
     Done,
     Freeze,
     Frozen,
-    LinkStatus,
     PagerOrder,
-    PagerStatus,
     Quiesce,
     Reload,
     ResizePager,
     ResizeServer,
     Scan,
     ServerOrder,
-    ServerStatus,
     Status,
     Thaw,
     Track,
@@ -41,6 +38,7 @@ from dcres.paging.orders import (
     answer_of,
     order_of,
 )
+from dcres.paging.status import LinkStatus, PagerStatus, ServerStatus
 from dcres.paging.transport.control_server import ControlServer, Handler, Reply, typed
 from dcres.paging.transport.loop import Loop
 
@@ -131,7 +129,7 @@ PAGER = PagerStatus(
     pages_to_move=0,
     page_in_median_us=1.5,
     page_in_p99_us=2.5,
-    links={"h1": LinkStatus("ready", "", express=True)},
+    links={"h1": LinkStatus(state="ready", trouble="", express=True)},
     **COUNTS,
 )
 SERVER = ServerStatus(
@@ -247,6 +245,9 @@ def test_an_answer_of_another_version_is_no_answer() -> None:
     for wrong in ({"pages_in": 1}, {**COUNTS, "tick": 1, "colour": 1}):
         with pytest.raises(ProtocolError, match="another version"):
             answer_of(Frozen, wrong)
+    for another in ({**SERVER, "colour": 1}, dict(list(SERVER.items())[1:])):
+        with pytest.raises(ProtocolError, match=r"another version of dcres: (colour|port)"):
+            answer_of(ServerStatus, another)
 
 
 def test_the_json_of_a_status_is_flat_and_complete() -> None:
@@ -255,6 +256,6 @@ def test_the_json_of_a_status_is_flat_and_complete() -> None:
     assert line["links"] == {"h1": {"state": "ready", "trouble": "", "express": True}}
     assert COUNTS.items() <= line.items()
     text = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
-    told = text[text.index("`status` of a pager:") : text.index("Of a slice server: `port`")]
+    told = text[text.index("`status` of a pager:") : text.index("Of a part server: `port`")]
     for name in (line.keys() | orders.json_of(SERVER).keys()) - {"ok"}:
         assert f"`{name}`" in told, f"docs/protocol.md does not tell of {name}"

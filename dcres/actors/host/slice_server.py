@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,10 @@ from dcres.model.handshake import Identity, Role
 from dcres.model.pages import Extents, Mask, extents_within
 from dcres.model.wire import Endpoint
 from dcres.paging import settings as settings_
+from dcres.paging.orders import Reply, Status
 from dcres.paging.server.service import PageService
-from dcres.paging.transport.control_server import ControlServer, Reply
+from dcres.paging.status import PartServerStatus
+from dcres.paging.transport.control_server import ControlServer, typed
 from dcres.paging.transport.loop import Loop
 from dcres.paging.transport.stream import FrameStream
 from dcres.storage.damage import corrupt
@@ -145,7 +147,9 @@ class SliceServer:
         self._service = PageService(
             loop, settings.identity, settings.page_count, at, self._table, many_pagers=True
         )
-        self._control = ControlServer(loop, Path(settings.control), self._order)
+        self._control = ControlServer(
+            loop, Path(settings.control), typed("part server", (Status,), self._order)
+        )
 
     @property
     def port(self) -> int:
@@ -157,24 +161,20 @@ class SliceServer:
         while True:
             self._service.turn(1.0)
 
-    def _order(self, do: str, arguments: dict[str, Any], reply: Reply) -> None:
-        match do:
-            case "status":
-                reply({"ok": True, **self.status()})
-            case _:
-                raise ProtocolError(f"a slice server cannot {do}")
+    def _order(self, order: Status, reply: Reply) -> None:
+        reply(self.status())
 
-    def status(self) -> dict[str, Any]:
-        """Counters, and what is wrong with the files, as JSON values."""
-        return {
-            "port": self.port,
-            "pid": os.getpid(),
-            "pages_served": self._service.pages_in + self._service.pages_peeked,
-            "refused": self._service.refused,
-            "pagers": self._service.connected(Role.PAGER),
-            "readers": self._service.connected(Role.READER),
-            "trouble": self._table.trouble,
-        }
+    def status(self) -> PartServerStatus:
+        """Counters, and what is wrong with the files."""
+        return PartServerStatus(
+            port=self.port,
+            pid=os.getpid(),
+            pages_served=self._service.pages_in + self._service.pages_peeked,
+            refused=self._service.refused,
+            pagers=self._service.connected(Role.PAGER),
+            readers=self._service.connected(Role.READER),
+            trouble=self._table.trouble,
+        )
 
 
 def _open_table(settings: SliceSettings, held: ExitStack) -> SliceTable:

@@ -19,9 +19,7 @@ from dcres.paging.changes import NOBODY_LOOKS, ChangeMap
 from dcres.paging.orders import (
     Done,
     Freeze,
-    LinkStatus,
     PagerOrder,
-    PagerStatus,
     Quiesce,
     Reload,
     Reply,
@@ -42,6 +40,7 @@ from dcres.paging.pager.links import Links
 from dcres.paging.pager.mover import Mover
 from dcres.paging.pager.standstill import Standstill
 from dcres.paging.settings import PagerSettings
+from dcres.paging.status import LinkStatus, PagerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,7 @@ class Orders:
             links={
                 # One host may have both a memory server and a slice server of this VM.
                 link.sub.host + (" (parts)" if link.source else ""): LinkStatus(
-                    str(link.state), link.trouble, link.express
+                    state=str(link.state), trouble=link.trouble, express=link.express
                 )
                 for link in parts.links.all
             },

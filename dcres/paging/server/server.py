@@ -28,7 +28,6 @@ from dcres.paging.orders import (
     ResizeServer,
     Scan,
     ServerOrder,
-    ServerStatus,
     Status,
     Track,
     Untrack,
@@ -38,6 +37,7 @@ from dcres.paging.server.fetcher import FetchingTable
 from dcres.paging.server.service import PageService
 from dcres.paging.server.subtable import SubTable
 from dcres.paging.settings import ServerSettings
+from dcres.paging.status import ServerStatus
 from dcres.paging.transport.control_server import ControlServer, typed
 from dcres.paging.transport.loop import Loop
 
