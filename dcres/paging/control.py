@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class PagerControl:
     def __init__(self, send: Send) -> None:
         self._send = send
 
-    def _ask(self, order: PagerOrder, kind: type[AnswerT]) -> AnswerT:
+    def _ask(self, order: PagerOrder, kind: Callable[..., AnswerT]) -> AnswerT:
         return answer_of(kind, self._send(name_of(order), **order._asdict()))
 
     def status(self) -> PagerStatus:
@@ -101,7 +102,7 @@ class ServerControl:
     def __init__(self, send: Send) -> None:
         self._send = send
 
-    def _ask(self, order: ServerOrder, kind: type[AnswerT]) -> AnswerT:
+    def _ask(self, order: ServerOrder, kind: Callable[..., AnswerT]) -> AnswerT:
         return answer_of(kind, self._send(name_of(order), **order._asdict()))
 
     def status(self) -> ServerStatus:
@@ -133,7 +134,7 @@ class PartServerControl:
 
     def status(self) -> PartServerStatus:
         """How it is."""
-        return answer_of(PartServerStatus, self._send(Status.do))
+        return answer_of(PartServerStatus, self._send("status"))
 
 
 def call(path: Path, do: str, timeout_s: float = 10.0, **arguments: Any) -> Json:

@@ -154,7 +154,7 @@ def name_of(order: PagerOrder | ServerOrder) -> str:
     return next(name for name, kind in known if kind is type(order))
 
 
-def answer_of(kind: type[AnswerT], values: Json) -> AnswerT:
+def answer_of(kind: Callable[..., AnswerT], values: Json) -> AnswerT:
     """The answer that a line holds. Raises ProtocolError when it is another."""
     try:
         if is_typeddict(kind):

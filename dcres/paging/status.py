@@ -13,8 +13,18 @@ class LinkStatus(TypedDict):
     express: bool
 
 
-class PagerStatus(TypedDict):
-    """A pager's counters, which begin at 0 with its process."""
+class Counts(TypedDict):
+    """What a pager did so far, from 0 with its process."""
+
+    pages_in: int
+    pages_out: int
+    zero_pages: int
+    taken_back: int
+    faults: int
+
+
+class PagerStatus(Counts):
+    """A pager."""
 
     state: str
     lost_why: str
@@ -30,11 +40,6 @@ class PagerStatus(TypedDict):
     page_in_median_us: float
     page_in_p99_us: float
     links: dict[str, LinkStatus]
-    pages_in: int
-    pages_out: int
-    zero_pages: int
-    taken_back: int
-    faults: int
 
 
 class ServerStatus(TypedDict):

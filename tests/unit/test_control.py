@@ -38,7 +38,7 @@ from dcres.paging.orders import (
     answer_of,
     order_of,
 )
-from dcres.paging.status import LinkStatus, PagerStatus, ServerStatus
+from dcres.paging.status import Counts, LinkStatus, PagerStatus, ServerStatus
 from dcres.paging.transport.control_server import ControlServer, Handler, Reply, typed
 from dcres.paging.transport.loop import Loop
 
@@ -114,7 +114,7 @@ def test_what_is_no_order(do: object) -> None:
 
 # With types
 
-COUNTS = {"pages_in": 1, "pages_out": 2, "zero_pages": 3, "taken_back": 4, "faults": 5}
+COUNTS = Counts(pages_in=1, pages_out=2, zero_pages=3, taken_back=4, faults=5)
 PAGER = PagerStatus(
     state="running",
     lost_why="",

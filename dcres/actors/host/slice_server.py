@@ -148,7 +148,7 @@ class SliceServer:
             loop, settings.identity, settings.page_count, at, self._table, many_pagers=True
         )
         self._control = ControlServer(
-            loop, Path(settings.control), typed("part server", (Status,), self._order)
+            loop, Path(settings.control), typed("part server", {"status": Status}, self._order)
         )
 
     @property

@@ -25,6 +25,7 @@ from dcres.paging.orders import Counters, Frozen, Reply
 from dcres.paging.pager.evictor import Evictor
 from dcres.paging.pager.faults import FaultHandler
 from dcres.paging.pager.mover import Mover
+from dcres.paging.status import Counts
 from dcres.paging.transport.link import Link, LinkState
 
 LINK_PATIENCE_S = 2.0  # for a link that broke; the VM stands still meanwhile
@@ -138,15 +139,15 @@ class Standstill:
         """What was done so far."""
         return Counters(**self.counts())
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counts:
         """The same by name, for answers that hold more."""
-        return {
-            "pages_in": self._faults.pages_in,
-            "pages_out": self._evictor.pages_out,
-            "zero_pages": self._faults.zero_pages,
-            "taken_back": self._faults.taken_back,
-            "faults": self._faults.faults,
-        }
+        return Counts(
+            pages_in=self._faults.pages_in,
+            pages_out=self._evictor.pages_out,
+            zero_pages=self._faults.zero_pages,
+            taken_back=self._faults.taken_back,
+            faults=self._faults.faults,
+        )
 
     def _stop_moving(self) -> None:
         self._evictor.enabled = self._mover.enabled = False
