@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from enum import StrEnum
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,32 @@ def unpack_array(packed: bytes, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.frombuffer(zlib.decompress(packed), dtype=dtype)
 
 
+class Role(StrEnum):
+    """What a host is of a VM."""
+
+    MAIN = "main"
+    SUB = "sub"
+    PARTS = "parts"  # it only has parts of a checkpoint in its store
+
+    @property
+    def words(self) -> str:
+        """For people, before "of VM …"."""
+        match self:
+            case Role.MAIN:
+                return "the main host"
+            case Role.SUB:
+                return "a sub host"
+            case Role.PARTS:
+                return "a host with parts of checkpoints"
+            case _:
+                assert_never(self)
+
+
+def roles_of(hosts: int) -> tuple[Role, ...]:
+    """The roles of so many hosts of a VM that starts."""
+    return (Role.MAIN, *[Role.SUB] * (hosts - 1))
+
+
 @dataclass(frozen=True, slots=True)
 class Incarnation:
     """One life of a VM: from its start, or a restore, to its end.
@@ -68,7 +95,7 @@ class Description:
     """
 
     host: str
-    role: str
+    role: Role
     present: bool  # whether there is anything of the VM
     generation: int = 0
     reserved: int = 0

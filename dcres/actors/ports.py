@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 from dcres.actors.control.room import Around
-from dcres.actors.messages import PlanOrder
+from dcres.actors.messages import PlanOrder, Role
 from dcres.model.restore_plan import Flow
 
 P = ParamSpec("P")
@@ -54,8 +54,16 @@ class Fleet(Protocol):
     def cluster(self) -> str:
         """Which cluster these hosts are of: no other has the same, and it keeps it."""
 
-    def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
-        """Set memory aside and start the actors; the hosts, the main host first.
+    def reserve(
+        self,
+        vm: str,
+        shares: Sequence[int],
+        hosts: Sequence[str] | None,
+        roles: Sequence[Role] = (),
+    ) -> list[str]:
+        """Set memory aside and start the actors in these roles; the hosts in their order.
+
+        Without `roles` the first is the main host and the others are sub hosts.
 
         Raises NoRoom, NotFound or Conflict, and then nothing is reserved.
         """
@@ -76,8 +84,8 @@ class Fleet(Protocol):
     def extend(self, vm: str, index: int, extra: int) -> None:
         """Set `extra` bytes more aside on host `index`; 0 gives back what was set aside."""
 
-    def add(self, vm: str, share: int, host: str) -> Port:
-        """Set memory aside on `host`, which is not the VM's yet, and start its actor.
+    def add(self, vm: str, share: int, host: str, role: Role = Role.SUB) -> Port:
+        """Set memory aside on `host`, which is not the VM's yet, and start its actor in that role.
 
         Raises NoRoom.
         """
@@ -119,7 +127,7 @@ class Fleet(Protocol):
         """
 
     def visit(self, vm: str, host: str) -> Port:
-        """The port of a `SliceHost` on a host that is none of the VM's; there is one then."""
+        """The port of an agent that has but parts, on a host that is none of the VM's."""
 
     def leave(self, vm: str) -> None:
         """End all that `visit` began. Repeatable."""

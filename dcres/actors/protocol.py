@@ -14,8 +14,9 @@ group          taken by     about
 =============  ===========  =====================================================
 
 `Port.call` and `Port.submit` take an order by its function here, ``port.call(Saving.copy, name)``,
-so that arguments and answers are checked. How long an answer may take is said here, too, by
-`within`; without it that is a minute. Where an order may be repeated, its sentence says so.
+so that arguments and answers are checked. A host's actor takes all of them by its one method
+`perform`, and refuses those that its role does not have. How long an answer may take is said here,
+too, by `within`; without it that is a minute. Where an order may be repeated, its sentence says so.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dcres.actors.messages import (
     Planned,
     PlanOrder,
     Progress,
+    Role,
     RunOrder,
     Saved,
     ServeOrder,
@@ -74,11 +76,19 @@ def deadline_s(order: Callable[..., object]) -> float:
     return _deadlines.get(order, DEADLINE_S)
 
 
+def group_of(order: Callable[..., object]) -> str:
+    """Which of a host's parts takes `order`, by the name of its group; empty for another actor's.
+
+    `dcres.actors.host.agent.HostAgent.perform` has them by these names.
+    """
+    return order.__qualname__.partition(".")[0].lower() if order.__module__ == __name__ else ""
+
+
 class MainStatus(PagerStatus):
     """A main host's status: the guest, and the pager's counters."""
 
     host: str
-    role: str
+    role: Role
     generation: int
     run_state: str
     held: bool  # a checkpoint has stopped the guest and not let it go on
@@ -98,7 +108,7 @@ class SubStatus(ServerStatus):
     """A sub host's status: the memory server's counters."""
 
     host: str
-    role: str
+    role: Role
     generation: int
     restarts: int
 
@@ -111,7 +121,7 @@ class Presence(Protocol):
 
     @within(_LOOK_S)
     def describe(self) -> Description:
-        """Who this host is and what its state file says of the VM."""
+        """What this host is and what its state file says of the VM."""
 
     def status(self) -> HostStatus:
         """The VM here as it is now. Raises NotFound, VmLost, VmOff."""
@@ -149,13 +159,13 @@ class Parts(Protocol):
         """What another main host needs of the main host's part. Raises CheckpointCorrupt."""
 
     def serve_parts(self, order: PartsOrder) -> SubAddress:
-        """Start a slice server; where it listens. Raises PagingError, CheckpointCorrupt."""
+        """Start a part server; where it listens. Raises PagingError, CheckpointCorrupt."""
 
     def parts_trouble(self) -> str:
-        """What the slice server found to be wrong with its files; empty if nothing."""
+        """What the part server found to be wrong with its files; empty if nothing."""
 
     def end_serving_parts(self) -> None:
-        """End the slice server, for good, and unpin. Repeatable."""
+        """End the part server, for good, and unpin. Repeatable."""
 
 
 class Saving(Protocol):
@@ -180,7 +190,7 @@ class Saving(Protocol):
 
     @within(_AS_LONG_AS_IT_TAKES_S)
     def stage(self, checkpoint: str, most_pages: int) -> None:
-        """The guest is stopped: take the rest, at most `most_pages` of it into memory."""
+        """The guest is paused: take the rest, at most `most_pages` of it into memory."""
 
     @within(_AS_LONG_AS_IT_TAKES_S)
     def save(self, checkpoint: str, tick: int) -> Saved:
@@ -285,7 +295,7 @@ class Paging(Protocol):
         """Leave every page where it is."""
 
     def settle_moves(self) -> None:
-        """The pages of a lazy restore are all here: page without slice servers from now on."""
+        """The pages of a lazy restore are all here: page without part servers from now on."""
 
 
 class Serving(Protocol):

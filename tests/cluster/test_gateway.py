@@ -337,7 +337,7 @@ class TestSpares:
         pytest.fail("no actor found a process waiting for it")
 
     def test_it_has_imported_what_actors_need(self, unique: str) -> None:
-        assert start(f"{unique}:a").call(Probe.has_imported, "dcres.actors.host.main_host")
+        assert start(f"{unique}:a").call(Probe.has_imported, "dcres.actors.host.agent")
 
 
 class TestDeaths:

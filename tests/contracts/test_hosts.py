@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from dcres.actors import messages
 from dcres.actors.messages import (
     ClaimOrder,
     Finished,
@@ -117,8 +118,8 @@ class Site:
 def fake_site() -> Iterator[Site]:
     world = World()
 
-    def make(vm: str, index: int, host: str) -> FakeHost:
-        return (FakeSub if index else FakeMain)(world, vm, host)
+    def make(vm: str, role: messages.Role, host: str) -> FakeHost:
+        return (FakeMain if role is messages.Role.MAIN else FakeSub)(world, vm, host)
 
     def exists(checkpoint: str) -> bool:
         return checkpoint in {name for name, _ in world.parts}
@@ -137,7 +138,7 @@ def real_site() -> Iterator[Site]:
             assert index == 0
             dead = vm.main()
             restart_main(vm)
-            dead._end_saving()  # what the end of its process would have closed
+            dead.saver.end()  # what the end of its process would have closed
 
         yield Site(vm.fleet, a_spec(), restart, lambda name: (vm.store.root / VM / name).exists())
 

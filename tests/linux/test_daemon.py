@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.host import host, sub_host
-from dcres.actors.host.host import Daemon, Life, restart_delay_s
+from dcres.actors.host import daemon as daemon_
+from dcres.actors.host import memory_server
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.daemon import Daemon, restart_delay_s
+from dcres.actors.host.life import Life
 from dcres.actors.host.prepared import Prepared
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.roles import SubRole
 from dcres.actors.host.vm_folder import VmFolder, end_leftovers, marker
-from dcres.actors.messages import Incarnation, LoadOrder, ServeOrder
+from dcres.actors.messages import Incarnation, LoadOrder, Role, ServeOrder
 from dcres.config import HostSettings
 from dcres.errors import Conflict, HostError, PagingError
 from dcres.linux.process import ProcessId, find_marked
@@ -171,27 +174,30 @@ def test_an_end_that_meets_a_start_under_way_leaves_nothing_prepared(
 ) -> None:
     """The end has told the start to hurry before that has prepared its memory server."""
     settings = HostSettings(name="h", run=tmp_path / "r", ram=memory, store=tmp_path / "s")
-    sub = SubHost("vm", environ=settings.environ())
-    end = threading.Thread(target=sub.destroy)
-    prepare = sub._server.prepare
+    agent = HostAgent("vm", Role.SUB, environ=settings.environ())
+    sub, life = agent.composed, agent.site.life
+    assert isinstance(sub, SubRole)
+    end = threading.Thread(target=sub.presence.destroy)
+    daemon = sub.server.daemon
+    prepare = daemon.prepare
 
     def late() -> None:
         end.start()
-        until(lambda: sub._life._over and sub._server._unwanted.is_set(), 5, "the end has come")
+        until(lambda: life._over and daemon._unwanted.is_set(), 5, "the end has come")
         prepare()
 
     def load(*_: object) -> None:
         raise Conflict("load was cancelled")
 
-    monkeypatch.setattr(sub._server, "prepare", late)
-    monkeypatch.setattr(sub_host, "load_pages", load)
+    monkeypatch.setattr(daemon, "prepare", late)
+    monkeypatch.setattr(memory_server, "load_pages", load)
     before = descriptors()
     with pytest.raises(Conflict):
-        sub.serve(ServeOrder(Incarnation("vm", 1, SECRET), 64, 64, LoadOrder("", ())))
+        sub.server.serve(ServeOrder(Incarnation("vm", 1, SECRET), 64, 64, LoadOrder("", ())))
     end.join(patience(20))
     assert not end.is_alive()
     require_closed(before)
-    assert waiting_for(sub._folder) == []
+    assert waiting_for(agent.site.folder) == []
 
 
 @pytest.mark.parametrize("error", [HostError("its launcher was ended"), FileNotFoundError("gone")])
@@ -262,14 +268,14 @@ def test_a_start_fails_when_the_process_is_dead_and_another_answers(folder: VmFo
 def test_what_never_stays_up_is_given_up_and_says_why(
     folder: VmFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "_MOST_RESTARTS", 2)
-    monkeypatch.setattr(host, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(daemon_, "_MOST_RESTARTS", 2)
+    monkeypatch.setattr(daemon_, "_FIRST_DELAY_S", 0.01)
     daemon = Daemon(DIES_AT_ONCE, folder, "server")
     daemon.adopt()
     try:
         until(lambda: daemon.given_up, what="it is given up")
         assert daemon.restarts == 2
-        with pytest.raises(PagingError, match="the server does not stay up: it said nothing"):
+        with pytest.raises(PagingError, match="the server keeps dying: it said nothing"):
             daemon.call_patiently("status")
     finally:
         daemon.stop()

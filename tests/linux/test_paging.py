@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.actors.host.reshaping import Shape, foresee
+from dcres.actors.host.shape import Shape, foresee
 from dcres.errors import PagesLost, PagingError
 from dcres.linux import files, inject
 from dcres.linux.pagemap import WriteTracker

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.actors.host.host import Daemon
+from dcres.actors.host.daemon import Daemon
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
 from dcres.linux.files import opened
@@ -108,7 +108,7 @@ def test_a_memory_server_fetches_from_it(
 def test_it_takes_nothing(slices: Server, kind: Kind, payload: bytes, text: bytes) -> None:
     with Client(slices) as pager:
         pager.tell(kind, payload)
-        assert b"ProtocolError: a slice server " + text == ended(pager)
+        assert b"ProtocolError: a part server " + text == ended(pager)
 
 
 def test_pages_of_other_parts_are_not_here(slices: Server) -> None:

@@ -18,13 +18,12 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from dcres.actors.control.room import Around, HostInfo, Seen
 from dcres.actors.host import looking_around
-from dcres.actors.host.loading import PartServing, SliceHost, parse
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.page_loader import parse
 from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.messages import Look, PlanOrder
+from dcres.actors.messages import Look, PlanOrder, Role, roles_of
 from dcres.actors.ports import Port
-from dcres.actors.protocol import Presence, deadline_s
+from dcres.actors.protocol import Presence, deadline_s, group_of
 from dcres.actors.ray.fleet import sweep
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom
@@ -90,7 +89,7 @@ class LocalActor:
     def submit(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float
     ) -> LocalPending[Any]:
-        what = f"{self.name}.{method}"
+        what = f"{self.name}.{args[1] if method == 'perform' else method}"
         if self._failure is not None:
             raise _copy(self._failure)
         target = self._object
@@ -127,8 +126,8 @@ class LocalActor:
 
     def die(self) -> None:
         """As if its process were killed: calls under way are lost, it answers no more."""
-        if isinstance(self._object, PartServing):
-            self._object._folder.release()  # the end of its process closes it
+        if isinstance(self._object, HostAgent):
+            self._object.site.folder.release()  # the end of its process closes it
         with self._lock:
             calls, self._calls = self._calls, set()
             self._object = None
@@ -172,7 +171,10 @@ class LocalPort:
         self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> LocalPending[R]:
         timeout_s = deadline_s(order) if self._timeout_s is None else self._timeout_s
-        return self._actor().submit(order.__name__, args, kwargs, timeout_s)
+        group, name = group_of(order), order.__name__
+        if group:
+            return self._actor().submit("perform", (group, name, args, kwargs), {}, timeout_s)
+        return self._actor().submit(name, args, kwargs, timeout_s)
 
     def call(
         self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
@@ -195,7 +197,7 @@ class LocalPort:
             raise ActorGone(f"there is no actor {self.name} in the cluster") from None
 
 
-Make = Callable[[str, int, str], Any]  # VM, index (0 is the main host), host → the actor's object
+Make = Callable[[str, Role, str], Any]  # VM, role, host → the actor's object
 
 
 @dataclass
@@ -223,20 +225,26 @@ class LocalFleet:
     def cluster(self) -> str:
         return self.name
 
-    def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
+    def reserve(
+        self,
+        vm: str,
+        shares: Sequence[int],
+        hosts: Sequence[str] | None,
+        roles: Sequence[Role] = (),
+    ) -> list[str]:
         if vm in self.reserved:
             raise Conflict(f"a reservation {vm} exists already; release it first")
         names = list(hosts or self.hosts)[: len(shares)]
         if len(names) < len(shares):
             raise NoRoom(f"VM {vm} wants {len(shares)} hosts and {len(names)} are there")
         self.reserved[vm] = dict(enumerate(names))
-        for index, host in enumerate(names):
-            self._spawn(vm, index, host)
+        for index, role in enumerate(roles or roles_of(len(names))):
+            self._spawn(vm, index, role, names[index])
         return names
 
-    def _spawn(self, vm: str, index: int, host: str) -> None:
+    def _spawn(self, vm: str, index: int, role: Role, host: str) -> None:
         name = self.actor_name(vm, index)
-        self.actors[name] = LocalActor(name, lambda: self.make(vm, index, host))
+        self.actors[name] = LocalActor(name, lambda: self.make(vm, role, host))
 
     @staticmethod
     def actor_name(vm: str, index: int) -> str:
@@ -273,11 +281,11 @@ class LocalFleet:
     def extend(self, vm: str, index: int, extra: int) -> None:
         self.extra[vm, index] = extra
 
-    def add(self, vm: str, share: int, host: str) -> Port:
+    def add(self, vm: str, share: int, host: str, role: Role = Role.SUB) -> Port:
         held = self.reserved[vm]
         index = max(held) + 1
         held[index] = host
-        self._spawn(vm, index, host)
+        self._spawn(vm, index, role, host)
         return LocalPort(self.actor_name(vm, index), self.actors)
 
     def dismiss(self, vm: str, index: int) -> None:
@@ -343,20 +351,21 @@ class LocalFleet:
             self.actors.pop(name).close()
 
 
-def real_hosts(settings: Mapping[str, HostSettings], main: type[MainHost] = MainHost) -> LocalFleet:
+def real_hosts(
+    settings: Mapping[str, HostSettings], main: type[HostAgent] = HostAgent
+) -> LocalFleet:
     """A fleet whose hosts are real but for Ray: QEMU, pagers and memory servers of their own."""
 
-    def make(vm: str, index: int, host: str) -> MainHost | SubHost:
+    def make(vm: str, role: Role, host: str) -> HostAgent:
         own = settings[host]
-        kind = main if index == 0 else SubHost
-        return kind(vm, own.address, fleet.cluster(), own.environ())
+        kind = main if role is Role.MAIN else HostAgent
+        return kind(vm, role, own.address, fleet.cluster(), own.environ())
 
     def holding(host: str, manifest: str) -> tuple[str, ...]:
         return Store(settings[host].store).parts_here(parse(manifest))
 
-    def make_visitor(vm: str, host: str) -> SliceHost:
-        own = settings[host]
-        return SliceHost(vm, own.address, fleet.cluster(), own.environ())
+    def make_visitor(vm: str, host: str) -> HostAgent:
+        return make(vm, Role.PARTS, host)
 
     def sweeper(vm: str, host: str) -> None:
         sweep(VmFolder.of(settings[host], vm, fleet.cluster()))

@@ -7,11 +7,11 @@ mind is lost with it: which part it saves, and which checkpoints were halted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dcres.actors.messages import (
     Description,
@@ -23,6 +23,7 @@ from dcres.actors.messages import (
     Planned,
     PlanOrder,
     Progress,
+    Role,
     Saved,
     ServeOrder,
 )
@@ -60,12 +61,18 @@ class Saver:
 class FakeHost:
     """What all hosts do alike."""
 
-    role = "parts"
+    role: Role = Role.PARTS
 
     def __init__(self, world: World, vm: str, host: str) -> None:
         self.world, self.vm, self.host = world, vm, host
         self._over = self._parts_over = False
         world.forget(host)
+
+    def perform(
+        self, group: str, order: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """As a host agent is called."""
+        return getattr(self, order)(*args, **kwargs)
 
     def require_free(self, take_over: bool) -> None:
         if f"{self.host}.require_free" in self.world.fail:
@@ -274,7 +281,7 @@ class SavingHost(FakeHost):
 class FakeSub(SavingHost):
     """Stands for a memory server."""
 
-    role = "sub"
+    role = Role.SUB
 
     def _require_serving(self) -> None:
         if self.host not in self.world.serving:
@@ -283,14 +290,14 @@ class FakeSub(SavingHost):
     def describe(self) -> Description:
         self.world.note(self.host, "describe")
         present = self.host in self.world.serving
-        return Description(self.host, "sub", present, reserved=16 << 20 if present else 0)
+        return Description(self.host, Role.SUB, present, reserved=16 << 20 if present else 0)
 
     def status(self) -> SubStatus:
         self.world.note(self.host, "status")
         self._require_serving()
         pages, digest = self.world.placed(self.host)
         return SubStatus(
-            host=self.host, role="sub", generation=self.world.generation, restarts=0,
+            host=self.host, role=Role.SUB, generation=self.world.generation, restarts=0,
             port=1, pid=1, tracking=self.host in self.world.marks, held_pages=pages,
             capacity_pages=self.world.capacities.get(self.host, 4096), pages_in=0, pages_out=0,
             pages_peeked=0, pages_fetched=0, refused=0, connected=True, readers=0, digest=digest,

@@ -1,14 +1,14 @@
 """Live checkpoints of the native writer: the hosts' own actors, with no QEMU around.
 
-`WriterMain` and `WriterSub` are `MainHost` and `SubHost`; what they save, freeze, stop and let
-go on, and in which order, is those classes' doing. Only the monitor is another: it stops the
-writer with a signal.
+What they save, freeze, stop and let go on, and in which order, is `MainRole`'s and `SubRole`'s
+doing. Only the monitor is another: it stops the writer with a signal.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +22,12 @@ import pyarrow as pa
 from dcres.actors.control import publishing
 from dcres.actors.control.checkpointing import Checkpointing
 from dcres.actors.control.publishing import Subject
-from dcres.actors.host.host import Daemon, write_state
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.part_service import PartService
+from dcres.actors.host.roles import MainRole, SubRole
+from dcres.actors.host.site import Site
+from dcres.actors.host.state import StateFile, VmState
 from dcres.actors.host.vm_folder import VmFolder
+from dcres.actors.messages import Role
 from dcres.actors.ports import Port
 from dcres.config import HostSettings, Layout, VmSpec
 from dcres.linux.marks import Mark
@@ -35,6 +37,9 @@ from dcres.model.live import Target
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import sub_code
 from dcres.model.run_state import RunState
+from dcres.paging.control import PagerControl
+from dcres.paging.orders import Counters, Frozen
+from dcres.paging.status import PagerStatus
 from dcres.storage.format.manifest import Manifest, Mode
 from dcres.storage.layout import MEMORY
 from dcres.storage.store.store import Store
@@ -46,22 +51,23 @@ from tests.support.ports import DirectPort
 VM = "writer"
 
 
-def _settings(rig: Rig, store: Store, name: str) -> dict[str, str]:
-    return HostSettings(name=name, run=rig.folder, ram=rig.ram, store=store.root).environ()
+def _site(rig: Rig, store: Store, name: str, folder: VmFolder, role: Role) -> Site:
+    settings = HostSettings(name=name, run=rig.folder, ram=rig.ram, store=store.root)
+    return Site(VM, settings, folder, store, StateFile(folder, role))
 
 
-class WriterSub(SubHost):
+def writer_sub(rig: Rig, index: int, store: Store) -> SubRole:
     """A sub host with a memory server of the rig."""
-
-    def __init__(self, rig: Rig, index: int, store: Store) -> None:
-        name = f"sub{index}"
-        super().__init__(VM, environ=_settings(rig, store, name))
-        self._folder = VmFolder(rig.folder / name, rig.ram / name)
-        self._folder.make()
-        self._server.control = rig.folder / f"{name}.sock"
-        # Each host's marks have a name of their own here: all stores lie in one folder.
-        os.link(rig.ram / f"{name}.ram", self._store_file)
-        write_state(self._folder.state, {"generation": 1})
+    name = f"sub{index}"
+    folder = VmFolder(rig.folder / name, rig.ram / name)
+    folder.make()
+    site = _site(rig, store, name, folder, Role.SUB)
+    sub = SubRole(site, PartService(site))
+    sub.server.daemon.control = rig.folder / f"{name}.sock"
+    # Each host's marks have a name of their own here: all stores lie in one folder.
+    os.link(rig.ram / f"{name}.ram", site.store_file)
+    site.state.begin(VmState(generation=1))
+    return sub
 
 
 class WriterMonitor:
@@ -96,48 +102,59 @@ class WriterMonitor:
         path.write_bytes(b"no core")
 
 
-class Undrained(Daemon):
-    """The pager as one who does not wait until it stands still has it."""
+class Undrained(PagerControl):
+    """The pager as one that does not wait until it is at rest has it."""
 
-    def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
-        if do in ("quiesce", "freeze"):
-            return {**super().call("status"), "tick": 1}
-        found = super().call(do, timeout_s, **arguments)
-        return {**found, "state": "frozen"} if do == "status" else found
+    def quiesce(self) -> Counters:
+        now = super().status()
+        return Counters(
+            now["pages_in"], now["pages_out"], now["zero_pages"], now["taken_back"], now["faults"]
+        )
+
+    def freeze(self) -> Frozen:
+        return Frozen(1, *self.quiesce())
+
+    def status(self) -> PagerStatus:
+        return {**super().status(), "state": "frozen"}
 
 
-class WriterMain(MainHost):
+def writer_main(rig: Rig, store: Store, spec: VmSpec, without: str = "") -> MainRole:
     """The main host with the rig's pager.
 
     Guards can be left out one by one, to show that the test notices. The hosts then must not
     compare what they have saved with the page table, or there would be no such checkpoint.
     """
+    folder = VmFolder(rig.folder, rig.ram)
+    Mark("files", "the rig").put(rig.ram)
+    site = _site(rig, store, "main", folder, Role.MAIN)
+    main = MainRole(site, PartService(site))
+    if without == "drain":
+        main.pager.control = Undrained(main.pager.daemon.call)
+        main.pager.draining = Undrained(main.pager.daemon.call)
+        main.pager.patient = Undrained(main.pager.daemon.call_patiently)
+    writer, orders = WriterMonitor(rig.writer.process.pid), threading.Lock()
+    process = ProcessId.of(rig.writer.process.pid)
+    assert process is not None
 
-    def __init__(self, rig: Rig, store: Store, spec: VmSpec, without: str = "") -> None:
-        super().__init__(VM, environ=_settings(rig, store, "main"))
-        self._folder = VmFolder(rig.folder, rig.ram)
-        Mark("files", "the rig").put(rig.ram)
-        pager = Undrained if without == "drain" else Daemon
-        self._pager = pager("dcres.paging.pager", self._folder, "pager", self._has_qemu)
-        self._writer = WriterMonitor(rig.writer.process.pid)
-        process = ProcessId.of(rig.writer.process.pid)
-        assert process is not None
-        names = [f"sub{index}" for index in range(len(rig.servers))]
-        self._remember(
-            qemu=QemuProcess(process, VmFiles.of(VM, rig.folder, rig.ram)).to_dict(),
-            spec=spec.model_dump(mode="json", by_alias=True),
-            hosts=["main", *names],
-            codes=[] if without else [sub_code(index) for index in range(len(names))],
+    @contextmanager
+    def monitor() -> Iterator[Any]:
+        with orders:
+            yield writer
+
+    main.qemu.monitor = monitor  # type: ignore[method-assign]
+    names = tuple(f"sub{index}" for index in range(len(rig.servers)))
+    site.state.begin(
+        VmState(
+            qemu=QemuProcess(process, VmFiles.of(VM, rig.folder, rig.ram)),
+            spec=spec,
+            hosts=("main", *names),
+            codes=() if without else tuple(sub_code(index) for index in range(len(names))),
             accel="tcg",
-            accel_why="",
             cluster="test",
             generation=1,
         )
-
-    @contextmanager
-    def _qmp(self) -> Iterator[Any]:
-        with self._orders:
-            yield self._writer
+    )
+    return main
 
 
 class LiveCheckpoints:
@@ -153,8 +170,8 @@ class LiveCheckpoints:
             kernel=Path("none"),
             layout=Layout(main=shares[0], subs=tuple(shares[1:])),
         )
-        ports: dict[str, Port] = {"main": DirectPort(WriterMain(rig, store, spec, without))}
-        ports |= {f"sub{i}": DirectPort(WriterSub(rig, i, store)) for i in range(subs)}
+        ports: dict[str, Port] = {"main": DirectPort(writer_main(rig, store, spec, without).duties)}
+        ports |= {f"sub{i}": DirectPort(writer_sub(rig, i, store).duties) for i in range(subs)}
         self._subject = Subject(VM, 1, spec, "tcg", "none", "q35", tuple(ports), ports)
 
     def take(self, number: int, mode: Mode = Mode.LIVE) -> Manifest:

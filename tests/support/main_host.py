@@ -15,6 +15,7 @@ from dcres.actors.messages import (
     PagingCounters,
     Placed,
     Resumption,
+    Role,
     RunOrder,
     Saved,
 )
@@ -40,7 +41,7 @@ from tests.support.world import PAGES, World
 class FakeMain(SavingHost):
     """Stands for QEMU and its pager."""
 
-    role = "main"
+    role = Role.MAIN
 
     def __init__(self, world: World, vm: str, host: str) -> None:
         super().__init__(world, vm, host)
@@ -73,9 +74,9 @@ class FakeMain(SavingHost):
         self.world.note(self.host, "describe")
         state = self.world.states.get(self.host)
         if state is None:
-            return Description(self.host, "main", present=False)
+            return Description(self.host, Role.MAIN, present=False)
         return Description(
-            host=self.host, role="main", present=True, accel="tcg", accel_why="TCG",
+            host=self.host, role=Role.MAIN, present=True, accel="tcg", accel_why="TCG",
             qemu_version="7.2.22", machine="pc-q35-7.2", reserved=32 << 20,
             generation=state["generation"], checkpoint=state["checkpoint"],
             running=state["running"], spec=VmSpec.model_validate(state["spec"]),
@@ -88,7 +89,7 @@ class FakeMain(SavingHost):
         now, found = self._require_qemu(), self.found
         moving = self.world.moving or bool(self.world.coming)
         return MainStatus(
-            host=self.host, role="main", generation=self.world.states[self.host]["generation"],
+            host=self.host, role=Role.MAIN, generation=self.world.states[self.host]["generation"],
             run_state=told(now, found), held=is_held(now, found), failed_disks=[], accel="tcg",
             accel_why="TCG", console="", qemu_pid=1,
             checkpoint=self.world.states[self.host]["checkpoint"], restarts=0,

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from dcres.actors.host.roles import Duties
 from dcres.actors.ports import Pending
+from dcres.actors.protocol import group_of
 from tests.support.fleet import LocalPending
 
 P = ParamSpec("P")
@@ -24,7 +26,7 @@ class ScriptedPort:
     ) -> Pending[R]:
         done: Future[R] = Future()
         try:
-            done.set_result(self.answer(order.__name__, *args, **kwargs))
+            done.set_result(self.call(order, *args, **kwargs))
         except Exception as error:
             done.set_exception(error)
         return LocalPending(order.__name__, done, 0.0)
@@ -43,10 +45,13 @@ class ScriptedPort:
 
 
 class DirectPort(ScriptedPort):
-    """A port to an object of this process."""
+    """A port to parts of a host in this process."""
 
-    def __init__(self, target: object) -> None:
-        self._target = target
+    def __init__(self, duties: Duties) -> None:
+        self._duties = duties
 
-    def answer(self, order: str, *args: Any) -> Any:
-        return getattr(self._target, order)(*args)
+    def call(
+        self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        answer: R = self._duties.perform(group_of(order), order.__name__, args, kwargs)
+        return answer

@@ -22,7 +22,8 @@ from typing import Any
 import pyarrow as pa
 
 from dcres.actors.control.coordinator import Coordinator
-from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.roles import MainRole, SubRole
 from dcres.config import HostSettings, parse_size
 from dcres.errors import DcresError
 from dcres.linux.marks import MARK
@@ -108,10 +109,22 @@ class Rig:
     def console(self) -> Path:
         return Path(self.coordinator.status()["hosts"][0]["console"])
 
-    def main(self) -> MainHost:
-        """The main host's actor itself."""
-        found = self.fleet.actor("vm", 0).object
-        assert isinstance(found, MainHost)
+    def agent(self, index: int) -> HostAgent:
+        """The actor of a host itself."""
+        found = self.fleet.actor("vm", index).object
+        assert isinstance(found, HostAgent)
+        return found
+
+    def main(self) -> MainRole:
+        """What the main host consists of."""
+        found = self.agent(0).composed
+        assert isinstance(found, MainRole)
+        return found
+
+    def sub(self, index: int = 1) -> SubRole:
+        """What a sub host consists of."""
+        found = self.agent(index).composed
+        assert isinstance(found, SubRole)
         return found
 
     def boot(self, spec: dict[str, Any], checks: int = 1) -> WitnessReport:
@@ -156,11 +169,10 @@ def restart_main(vm: Rig) -> None:
     """The main host's actor is killed, and Ray starts it again: what its process had ends."""
     dead = vm.main()
     vm.fleet.actor("vm", 0).die()
-    dead._pager._wanted = False  # nobody keeps it running any more
-    dead._pager._unwanted.set()
-    if dead._monitor is not None:
-        dead._monitor.close()
-    dead._kept.drop()
+    dead.pager.daemon._wanted = False  # nothing keeps it running any more
+    dead.pager.daemon._unwanted.set()
+    dead.qemu.disconnect()
+    dead.saver.kept.drop()
     vm.fleet.actor("vm", 0).restart()
 
 
@@ -168,7 +180,7 @@ def restart_main(vm: Rig) -> None:
 def rig(
     hosts: int = 3,
     store: Path | None = None,
-    main: type[MainHost] = MainHost,
+    main: type[HostAgent] = HostAgent,
     private: bool = False,
 ) -> Iterator[Rig]:
     """A `Rig`; its VM is called ``vm``. With `private` every host has a store of its own."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.qemu import Qemu
 from dcres.storage.format import tables
 from dcres.storage.format.manifest import Manifest
 from tests.support.vm import PAGE_BYTES, PlainMemory, Rig, rig
@@ -15,28 +16,33 @@ from tests.support.vm import PAGE_BYTES, PlainMemory, Rig, rig
 ZEROS = bytes(PAGE_BYTES)
 
 
-class Watched(MainHost):
+class Watched(HostAgent):
     """A main host that has the VM's memory read by plain means before it lets the VM go on."""
 
     rams: ClassVar[dict[str, Path]] = {}
     seen: ClassVar[list[PlainMemory]] = []
 
-    def resume(self, checkpoint: str) -> float:
-        if self._state.get("checkpoint") is not None:
+    def perform(
+        self, group: str, order: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if order == "resume" and self.site.state.require().checkpoint is not None:
             self.seen.append(self._read_all())
-        return super().resume(checkpoint)
+        return super().perform(group, order, args, kwargs)
 
     def _read_all(self) -> PlainMemory:
-        memory = PlainMemory(self._spec.memory)
+        spec = self.site.state.require().spec
+        assert spec is not None
+        memory = PlainMemory(spec.memory)
         for host, folder in self.rams.items():
             name = "guest.ram" if host == "h0" else "store.ram"
             memory.add(folder / "vm" / name, host)
         assert memory.add(self.rams["h0"] / "vm" / "outbox.ram", "outbox") == 0
         return memory
 
-    def ask(self, command: str, **arguments: Any) -> Any:
-        with self._qmp() as monitor:
-            return monitor.execute(command, arguments)
+
+def ask(qemu: Qemu, command: str, **arguments: Any) -> Any:
+    with qemu.monitor() as monitor:
+        return monitor.execute(command, arguments)
 
 
 @contextmanager

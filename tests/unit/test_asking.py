@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dcres.actors.control.asking import Heard, Roll, await_ready
-from dcres.actors.messages import Description
+from dcres.actors.messages import Description, Role
 from dcres.errors import (
     ActorGone,
     ClusterError,
@@ -135,7 +135,7 @@ def test_what_is_left_of_a_vm_tells_its_generation_and_shares() -> None:
     class Left(AnswersStatusWith):
         def answer(self, order: str, *args: Any) -> Any:
             if order == "describe":
-                return Description("h0", "main", present=True, generation=3, reserved=8192)
+                return Description("h0", Role.MAIN, present=True, generation=3, reserved=8192)
             return super().answer(order)
 
     for error in (VmLost("QEMU has ended"), VmOff("QEMU was told to end")):

@@ -13,7 +13,7 @@ from dcres.actors.control.choosing import Choice, Wish, decide, require_name, wi
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.control.placing_restores import choose_hosts, foresee
 from dcres.actors.control.room import MIB, HostInfo, Seen
-from dcres.actors.host.loading import make_plan
+from dcres.actors.host.page_loader import make_plan
 from dcres.actors.messages import Foreseen, ForeseenRestore, Look, PageFlow, PlanOrder
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet

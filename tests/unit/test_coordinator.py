@@ -13,11 +13,12 @@ import pytest
 
 from dcres.actors.control import checkpointing
 from dcres.actors.control.coordinator import Coordinator
-from dcres.actors.host.host import Meter
+from dcres.actors.host.meter import Meter
 from dcres.actors.messages import (
     Foreseen,
     PageFlow,
     Progress,
+    Role,
 )
 from dcres.config import Layout
 from dcres.errors import (
@@ -61,8 +62,8 @@ def world() -> World:
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[LocalFleet]:
-    def make(vm: str, index: int, host: str) -> FakeHost:
-        return (FakeMain if index == 0 else FakeSub)(world, vm, host)
+    def make(vm: str, role: Role, host: str) -> FakeHost:
+        return (FakeMain if role is Role.MAIN else FakeSub)(world, vm, host)
 
     made = LocalFleet(
         ["h0", "h1", "h2", "h3"],

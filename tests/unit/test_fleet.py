@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dcres.actors.control.room import MIB, HostInfo
-from dcres.actors.host import host
+from dcres.actors.host import room
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet, end_what_is_left, require_ram_here
 from dcres.errors import ActorGone, ClusterError, NoRoom
@@ -123,7 +123,7 @@ def test_the_tmpfs_has_room_once_the_vm_gives_back_what_it_has_there(
     memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DCRES_RAM", str(memory))
-    monkeypatch.setattr(host, "free_in", lambda folder: MIB)
+    monkeypatch.setattr(room, "free_in", lambda folder: MIB)
     (memory / "box" / "deeper").mkdir(parents=True)
     for name in ("guest.ram", "deeper/store.ram"):
         (memory / "box" / name).write_bytes(bytes(MIB))

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.host.loading import SliceHost
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.presence import MainPresence, SubPresence
 from dcres.actors.host.vm_folder import VmFolder, marker
+from dcres.actors.messages import Role
+from dcres.actors.protocol import Presence
 from dcres.actors.ray.fleet import end_what_is_left
 from dcres.config import HostSettings
 from dcres.errors import Conflict
 from dcres.linux.holding import hold, is_held
 from dcres.linux.marks import MARK, Mark
 from dcres.linux.process import ProcessId, spawn_detached
-
-Host = MainHost | SubHost
 
 
 @pytest.fixture
@@ -33,12 +32,17 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostSettings:
     return made
 
 
-def main_host(settings: HostSettings, cluster: str) -> MainHost:
-    return MainHost("vm", cluster=cluster, environ=settings.environ())
+def host(role: Role, settings: HostSettings, cluster: str) -> Presence:
+    agent = HostAgent("vm", role, cluster=cluster, environ=settings.environ())
+    return agent.composed.presence
 
 
-def sub_host(settings: HostSettings, cluster: str) -> SubHost:
-    return SubHost("vm", cluster=cluster, environ=settings.environ())
+def main_host(settings: HostSettings, cluster: str) -> Presence:
+    return host(Role.MAIN, settings, cluster)
+
+
+def sub_host(settings: HostSettings, cluster: str) -> Presence:
+    return host(Role.SUB, settings, cluster)
 
 
 @contextmanager
@@ -65,9 +69,9 @@ def files(settings: HostSettings) -> dict[Path, bytes]:
     return {path: path.read_bytes() for top in places for path in top.rglob("*") if path.is_file()}
 
 
-def cleared(host: Host) -> None:
+def cleared(host: Presence) -> None:
     with pytest.raises(Conflict, match="of another cluster"):
-        host.clear()
+        host.clear(False)
     with pytest.raises(Conflict, match="of another cluster"):
         host.clear(take_over=True)
 
@@ -77,7 +81,7 @@ ENDS: dict[str, Callable[[HostSettings], object]] = {
     "main.destroy": lambda s: main_host(s, "ours").destroy(),
     "sub.clear": lambda s: cleared(sub_host(s, "ours")),
     "sub.destroy": lambda s: sub_host(s, "ours").destroy(),
-    "parts.destroy": lambda s: SliceHost("vm", cluster="ours", environ=s.environ()).destroy(),
+    "parts.destroy": lambda s: host(Role.PARTS, s, "ours").destroy(),
     "sweep": lambda s: end_what_is_left("vm", "ours"),
     "nameless sweep": lambda s: end_what_is_left("vm", ""),
 }
@@ -97,14 +101,14 @@ def test_another_clusters_vm_is_left_alone(
 @pytest.mark.parametrize("make", [main_host, sub_host])
 class TestActors:
     def test_one_of_another_cluster_sees_nothing_there(
-        self, make: Callable[[HostSettings, str], Host], settings: HostSettings
+        self, make: Callable[[HostSettings, str], Presence], settings: HostSettings
     ) -> None:
         with running(settings):
             VmFolder.of(settings, "vm").state.write_text('{"generation": 3}')
             assert make(settings, "ours").describe().present is False
 
     def test_what_is_dead_is_cleared(
-        self, make: Callable[[HostSettings, str], Host], settings: HostSettings
+        self, make: Callable[[HostSettings, str], Presence], settings: HostSettings
     ) -> None:
         with running(settings):
             pass
@@ -113,35 +117,36 @@ class TestActors:
         assert (settings.ram / "vm/guest.ram").exists(), "it was not to be used yet"
         host = make(settings, "ours")
         host.require_free(False)
-        host.clear()
+        host.clear(False)
         assert not (settings.ram / "vm").exists()
         assert {path.name for path in (settings.run / "vm").iterdir()} == {MARK, "a.log"}
         with pytest.raises(Conflict, match="is in use on host h0"):
-            make(settings, "theirs").clear()
+            make(settings, "theirs").clear(False)
         host.destroy()
         last = make(settings, "theirs")
-        last.clear()
+        last.clear(False)
         last.destroy()
 
     def test_its_own_is_ended_whatever_was_written_down(
-        self, make: Callable[[HostSettings, str], Host], settings: HostSettings
+        self, make: Callable[[HostSettings, str], Presence], settings: HostSettings
     ) -> None:
         with running(settings, "ours") as process:
             host = make(settings, "ours")
-            assert len(host._folder.held) == 2
-            host.clear()
+            assert isinstance(host, MainPresence | SubPresence)
+            assert len(host._site.folder.held) == 2
+            host.clear(False)
             assert not process.alive
             host.destroy()
 
     def test_what_an_earlier_dcres_left_is_the_cluster_s(
-        self, make: Callable[[HostSettings, str], Host], settings: HostSettings
+        self, make: Callable[[HostSettings, str], Presence], settings: HostSettings
     ) -> None:
         with running(settings) as process:
             for place in (settings.run, settings.ram):
                 Mark("files", "VM vm").put(place / "vm")
             process.end()
             host = make(settings, "ours")
-            host.clear()
+            host.clear(False)
             assert not (settings.ram / "vm").exists()
             host.destroy()
 
@@ -149,7 +154,7 @@ class TestActors:
     def test_of_another_machine_s_nobody_knows(
         self,
         boot: str,
-        make: Callable[[HostSettings, str], Host],
+        make: Callable[[HostSettings, str], Presence],
         settings: HostSettings,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:

@@ -8,12 +8,11 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from dcres.actors.host.host import Daemon
-from dcres.actors.host.loading import SliceHost
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.daemon import Daemon
+from dcres.actors.host.roles import MainRole
 from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.messages import ClaimOrder, Incarnation, PartsOrder, RunOrder
+from dcres.actors.messages import ClaimOrder, Incarnation, PartsOrder, Role, RunOrder
 from dcres.config import HostSettings, vm_spec
 from dcres.errors import Conflict, QemuFailed
 from dcres.paging import settings as paging_settings
@@ -45,6 +44,12 @@ def stored(settings: HostSettings, tmp_path: Path) -> Manifest:
     return manifest
 
 
+def main_role(settings: HostSettings) -> MainRole:
+    main = HostAgent("demo", Role.MAIN, environ=settings.environ()).composed
+    assert isinstance(main, MainRole)
+    return main
+
+
 def is_kept(store: Store, manifest: Manifest) -> bool:
     try:
         store.require_unpinned(manifest.checkpoint)
@@ -55,7 +60,7 @@ def is_kept(store: Store, manifest: Manifest) -> bool:
 
 def test_parts_are_not_served_after_the_end(settings: HostSettings, stored: Manifest) -> None:
     """An order that is overtaken by the end must leave nothing running."""
-    host = SliceHost("vm", environ=settings.environ())
+    host = HostAgent("vm", Role.PARTS, environ=settings.environ()).parts
     host.end_serving_parts()
     with pytest.raises(Conflict, match="ended before its parts were served"):
         host.serve_parts(PartsOrder(Incarnation("vm", 1, "5e" * 32), dumps(stored), ("h0",)))
@@ -66,7 +71,7 @@ def test_a_checkpoint_that_is_asked_for_is_kept_to_the_end(
     settings: HostSettings, stored: Manifest
 ) -> None:
     store = Store(settings.store)
-    host = SliceHost("vm", environ=settings.environ())
+    host = HostAgent("vm", Role.PARTS, environ=settings.environ()).parts
     assert "h0" in host.parts_here(dumps(stored))
     host.read_main_part(dumps(stored))
     assert is_kept(store, stored)
@@ -85,7 +90,7 @@ def test_an_actor_that_is_started_again_keeps_the_checkpoint(
     folder.make()
     chosen = slice_settings(folder.run, "slices", store, stored, ("h0",))
     paging_settings.save(chosen, folder.run / "slices.json")
-    host = SliceHost("vm", environ=settings.environ())
+    host = HostAgent("vm", Role.PARTS, environ=settings.environ()).parts
     until(lambda: is_kept(store, stored), 10, "it is pinned")
     host.end_serving_parts()
     assert not is_kept(store, stored)
@@ -93,10 +98,11 @@ def test_an_actor_that_is_started_again_keeps_the_checkpoint(
 
 def test_what_an_earlier_life_kept_is_let_go_of(settings: HostSettings, stored: Manifest) -> None:
     store = Store(settings.store)
-    host = SubHost("vm", environ=settings.environ())
+    agent = HostAgent("vm", Role.SUB, environ=settings.environ())
+    host = agent.parts
     assert host.parts_here(dumps(stored))
     assert is_kept(store, stored)
-    host.clear()
+    agent.perform("presence", "clear", (False,), {})
     assert not is_kept(store, stored)
     assert host.parts_here(dumps(stored)), "and the next may be kept"
     assert is_kept(store, stored)
@@ -106,7 +112,7 @@ def test_what_an_earlier_life_kept_is_let_go_of(settings: HostSettings, stored: 
 def test_a_manifest_that_is_not_durable_is_not_told_as_published(
     settings: HostSettings, stored: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = MainHost("demo", environ=settings.environ())
+    host = main_role(settings).saving
     assert host.published(stored.checkpoint)
 
     def refused(path: Path) -> None:
@@ -135,11 +141,11 @@ def test_a_start_sweeps_nothing_that_may_be_published(
     spec = vm_spec({"name": "demo", "memory": "384KiB", "kernel": str(kernel), "layout": SHARES})
     with TemporaryDirectory(prefix="dcres-t-", dir="/dev/shm") as ram:
         own = settings.model_copy(update={"ram": Path(ram)})
-        host = MainHost("demo", environ=own.environ())
-        incarnation = Incarnation("demo", host.claim(ClaimOrder("test")), "5e" * 32)
+        host = main_role(own)
+        incarnation = Incarnation("demo", host.machine.claim(ClaimOrder("test")), "5e" * 32)
         order = RunOrder(incarnation, spec, ("h0",), (), None)
         with pytest.raises(QemuFailed, match="that was all"):
-            host.boot(order)
-        host.destroy()
+            host.machine.boot(order)
+        host.presence.destroy()
     assert folder(store, stored).is_dir()
     assert not half.exists()

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcres.actors.host.host import write_state
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.reshaping import kept_pages
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.page_moves import PageMoves
+from dcres.actors.host.roles import MainRole
+from dcres.actors.host.shape import kept_pages
+from dcres.actors.host.state import write_json
 from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.messages import PageFlow
+from dcres.actors.messages import PageFlow, Role
 from dcres.config import HostSettings
 from dcres.errors import NoRoom, VmLost
 from dcres.linux.process import ProcessId
@@ -35,7 +37,7 @@ def settings(tmp_path: Path) -> HostSettings:
 
 def main_host(
     settings: HostSettings, owners: list[int], *subs: str, alive: bool = True
-) -> MainHost:
+) -> PageMoves:
     """One whose QEMU is this process, with pages in the RAM file where `owners` has MAIN."""
     folder = VmFolder.of(settings, "vm")
     folder.make()
@@ -51,9 +53,11 @@ def main_host(
     process = us if alive else ProcessId(us.pid, us.start_time + 1)
     qemu = QemuProcess(process, VmFiles(ram, ram, ram, folder.run / "qemu.log"))
     codes = [sub_code(index) for index in range(len(subs))]
-    state: dict[str, Any] = {"spec": SPEC, "hosts": ["h0", *subs], "codes": codes}
-    write_state(folder.state, {**state, "qemu": qemu.to_dict()})
-    return MainHost("vm", environ=settings.environ())
+    state: dict[str, Any] = {"generation": 1, "spec": SPEC, "hosts": ["h0", *subs], "codes": codes}
+    write_json(folder.state, {**state, "qemu": qemu.to_dict()})
+    main = HostAgent("vm", Role.MAIN, environ=settings.environ()).composed
+    assert isinstance(main, MainRole)
+    return main.paging
 
 
 def files(settings: HostSettings) -> dict[Path, bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.host.naming import NameInStore, claimant
+from dcres.actors.host.name_in_store import NameInStore, claimant
 from dcres.actors.messages import ClaimOrder
 from dcres.errors import NameTaken
 from dcres.storage import layout

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcres.actors.host.host import write_state
+from dcres.actors.host.state import write_json
 from dcres.errors import Conflict, HostError
 from dcres.linux.files import held, locked, open_own
 from dcres.linux.process import spawn_detached
@@ -56,7 +56,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a new page table": ("file.new", lambda path: PageTable.create(path, NOWHERE, PAGES)),
     "moves": ("file.new", lambda path: moves.save(path, NO_MOVES)),
     "settings": ("file.new", lambda path: settings.save(SubAddress("h", "127.0.0.1", 1), path)),
-    "an actor's state": ("file.new", lambda path: write_state(path, {})),
+    "an actor's state": ("file.new", lambda path: write_json(path, {})),
     "a lock": ("file", take_lock),
     "a lock that is waited for": ("file", take_lock_in_time),
     "a process's lock": ("file", be_alone),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcres.actors.control.coordinator import Coordinator
-from dcres.actors.host.picturing import look
-from dcres.actors.messages import ClaimOrder
+from dcres.actors.host.vm_picture import look
+from dcres.actors.messages import ClaimOrder, Description, Role
 from dcres.errors import Conflict, NotFound
 from dcres.model.history import Ticks
 from dcres.model.pages import PAGE_SIZE
@@ -134,9 +135,14 @@ class Host:
     coordinator: Coordinator | None = None
     refused: Conflict | None = None
 
-    def describe(self) -> dict[str, object]:
-        shape = {"hosts": ["h0"], "reshaping": False, "moving": False}
-        return {"host": "h0", "present": True, "checkpoint": None, "running": True, **shape}
+    def perform(self, group: str, order: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return getattr(self, order)(*args, **kwargs)
+
+    def describe(self) -> Description:
+        return Description("h0", Role.MAIN, present=True, running=True, hosts=("h0",))
+
+    def require_free(self, take_over: bool) -> None:
+        """It is free."""
 
     def status(self) -> dict[str, object]:
         return {"run_state": "running", "state": "running", "held": False}
@@ -144,7 +150,7 @@ class Host:
     def picture(self, buckets: int) -> Picture:
         return placement(b"mmaa", buckets=buckets).picture
 
-    def clear(self) -> None:
+    def clear(self, take_over: bool) -> None:
         """Nothing was left."""
 
     def end_serving_parts(self) -> None:

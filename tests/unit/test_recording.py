@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.messages import Role
 from dcres.errors import Conflict, DcresError, StoreFull
 from dcres.storage.format.manifest import dumps
 from tests.support.fleet import LocalFleet
@@ -24,8 +25,8 @@ def world() -> World:
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[LocalFleet]:
-    def make(vm: str, index: int, host: str) -> FakeHost:
-        return (FakeMain if index == 0 else FakeSub)(world, vm, host)
+    def make(vm: str, role: Role, host: str) -> FakeHost:
+        return (FakeMain if role is Role.MAIN else FakeSub)(world, vm, host)
 
     made = LocalFleet(
         ["h0", "h1", "h2", "h3"],

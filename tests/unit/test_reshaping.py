@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcres.actors.host.reshaping import Shape, foresee, kept_pages
+from dcres.actors.host.shape import Shape, foresee, kept_pages
 from dcres.errors import NoRoom
 from dcres.model.history import Ticks
 from dcres.model.placement import FIRST_SUB, LEAVING, MAIN, NOWHERE, Owners, pages_by_host

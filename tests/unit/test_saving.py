@@ -1,4 +1,4 @@
-"""A host that saves: orders that come late, for another checkpoint or one that was given up."""
+"""A host that saves: orders that come late, for another checkpoint or one that was cancelled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from typing import Any, NoReturn
 
 import pytest
 
-from dcres.actors.host import saving
-from dcres.actors.host.host import Meter, write_state
-from dcres.actors.host.saving import SavingHost
-from dcres.actors.host.sub_host import SubHost
-from dcres.actors.messages import Saved
+from dcres.actors.host import part_saver
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.host_saver import HostSaver
+from dcres.actors.host.meter import Meter
+from dcres.actors.host.roles import SubRole
+from dcres.actors.host.site import Site
+from dcres.actors.host.state import StateFile, VmState
+from dcres.actors.host.vm_folder import VmFolder
+from dcres.actors.messages import Role, Saved
+from dcres.config import HostSettings
 from dcres.errors import Conflict, StoreFull
 from dcres.linux.files import data_extents
 from dcres.linux.marks import Mark
@@ -39,24 +44,25 @@ PAGES = 64
 FIRST, SECOND = "vm-20260101-000000-0001", "vm-20260101-000000-0002"
 
 
-class Daemon:
+class Tracker:
     """A paging process in which nothing moves."""
 
     def __init__(self) -> None:
-        self.tracking: str | None = None
+        self.tracking: Path | None = None
         self.written = 0  # what the next scans find
         self.done: list[str] = []
 
-    def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
-        self.done.append(do)
-        match do:
-            case "track":
-                self.tracking = arguments["changes"]
-            case "untrack":
-                self.tracking = None
-        return {"written": self.written, "held_pages": PAGES}
+    def track(self, changes: Path) -> None:
+        self.done.append("track")
+        self.tracking = changes
 
-    call_patiently = call
+    def scan(self, changes: Path) -> int:
+        self.done.append("scan")
+        return self.written
+
+    def untrack(self) -> None:
+        self.done.append("untrack")
+        self.tracking = None
 
 
 class HeldMeter(Meter):
@@ -69,23 +75,29 @@ class HeldMeter(Meter):
         super().done(pages)
 
 
-class Host(SavingHost):
+class Host(HostSaver):
     def __init__(self, folder: Path) -> None:
         OwnFolder.made(folder, Mark("files", "VM vm"))
-        self.meter = HeldMeter()
-        super().__init__(Store(folder / "store"), "vm", "h1", self.meter)
-        self.daemon = Daemon()
+        self.meter, self.daemon, self.store = HeldMeter(), Tracker(), Store(folder / "store")
         self.memory = folder / "store.ram"
         self.memory.write_bytes(os.urandom(PAGES * 4096))
+        settings = HostSettings(name="h1", run=folder, ram=folder, store=self.store.root)
+        own = VmFolder(folder, folder)
+        site = Site("vm", settings, own, self.store, StateFile(own, Role.SUB), meter=self.meter)
+        super().__init__(site, self.memory, self.daemon, self.daemon, lambda: True)
 
     def prepare(self, checkpoint: str) -> None:
-        self._begin_saving(checkpoint, MemoryFormat.PACKED, self.memory, self.daemon)  # type: ignore[arg-type]
+        self.begin(checkpoint, MemoryFormat.PACKED)
 
     def save(self, checkpoint: str) -> Saved:
-        return self._settle(checkpoint, lambda saved: [])
+        return self.settle(checkpoint, lambda saved: [])
+
+    def abandon(self, checkpoint: str) -> None:
+        self.halt(checkpoint)
+        self.discard(checkpoint)
 
     def files(self, checkpoint: str) -> set[str]:
-        folder = self._store.root / "vm" / checkpoint
+        folder = self.store.root / "vm" / checkpoint
         return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
@@ -110,7 +122,7 @@ def test_orders_for_another_checkpoint_are_refused(host: Host) -> None:
 
 def test_buffers_are_there_before_the_stop(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Buffers(BATCH_PAGES * PAGE_SIZE)
-    monkeypatch.setattr(saving, "BUFFERS", pool)
+    monkeypatch.setattr(part_saver, "BUFFERS", pool)
     host.prepare(FIRST)
     until(lambda: pool._made == SAVING_THREADS, what="there is one for each thread")
 
@@ -123,7 +135,7 @@ def test_memory_tables_that_fail_are_told(host: Host, monkeypatch: pytest.Monkey
 
     host.prepare(FIRST)
     host.stage(FIRST, 0)
-    monkeypatch.setattr(saving, "write_memory_tables", full)
+    monkeypatch.setattr(part_saver, "write_memory_tables", full)
     with pytest.raises(StoreFull, match="no room to write it"):
         host.save(FIRST)
     host.abandon(FIRST)
@@ -142,7 +154,7 @@ def write(host: Host, page: int) -> bytes:
         memory.seek(page * 4096)
         memory.write(content)
     assert host.daemon.tracking is not None
-    with Path(host.daemon.tracking).open("r+b") as marks:
+    with host.daemon.tracking.open("r+b") as marks:
         marks.seek(page)
         marks.write(b"\1")
     return content
@@ -168,7 +180,7 @@ def test_rounds_go_on_after_a_host_was_ready_for_the_stop(host: Host) -> None:
     host.stage(FIRST, PAGES)
     assert host.save(FIRST).pages == PAGES
     saved = PlainMemory(PAGES * 4096)
-    saved.add_saved(host._store.root / "vm" / FIRST / "h1", "h1")
+    saved.add_saved(host.store.root / "vm" / FIRST / "h1", "h1")
     assert {page: bytes(saved.at(page)) for page in expected} == expected
 
 
@@ -199,9 +211,9 @@ def test_memory_for_the_stop_is_there_before_it(
 
 
 def test_a_prepare_that_comes_late_does_not_take_the_place_of_the_next(host: Host) -> None:
-    host.halt(FIRST)  # given up before its prepare had come
+    host.halt(FIRST)  # cancelled before its prepare had come
     host.prepare(SECOND)
-    with pytest.raises(Conflict, match="was given up"):
+    with pytest.raises(Conflict, match="was cancelled"):
         host.prepare(FIRST)
     host.stage(SECOND, 0)
     host.save(SECOND)
@@ -223,7 +235,7 @@ def test_copying_is_in_the_background_and_looking_for_pages_is_not(
         note("looking")
         return data_extents(fd, page_count)
 
-    monkeypatch.setattr(saving, "data_extents", look)
+    monkeypatch.setattr(part_saver, "data_extents", look)
     host.meter.hook = lambda: note("copying")
     before = os.getpriority(os.PRIO_PROCESS, 0)
     host.prepare(FIRST)
@@ -276,7 +288,14 @@ def test_a_halt_ends_what_is_being_saved_and_its_tracking(host: Host) -> None:
     assert pages_done(host) == PAGES
 
 
-def serving_sub_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SubHost:
+class Server(Tracker):
+    """A memory server that is full."""
+
+    def status(self) -> dict[str, int]:
+        return {"held_pages": PAGES}
+
+
+def serving_sub_host(tmp_path: Path) -> SubRole:
     """A sub host of VM demo named h1, with a store of its own, and memory in which nothing moves.
 
     Nothing is started: what its memory server is asked is answered in its place.
@@ -289,20 +308,23 @@ def serving_sub_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SubHost
     }
     for name in ("run", "memory"):
         (tmp_path / name).mkdir()
-    host = SubHost("demo", environ=environ)
-    host._folder.make()
-    write_state(host._folder.state, {"generation": 1, "reserved": PAGES * 4096})
-    host._store_file.write_bytes(os.urandom(PAGES * 4096))
-    monkeypatch.setattr(host, "_server", Daemon())
+    agent = HostAgent("demo", Role.SUB, environ=environ)
+    host, site = agent.composed, agent.site
+    assert isinstance(host, SubRole)
+    site.folder.make()
+    site.state.begin(VmState(generation=1, reserved=PAGES * 4096))
+    site.store_file.write_bytes(os.urandom(PAGES * 4096))
+    server: Any = Server()
+    host.server.patient = host.saver._tracker = host.saver._patient = server
     return host
 
 
 @pytest.mark.parametrize("lacking", [layout.PAGES, layout.SUMS])
 def test_a_sub_host_sweeps_what_it_did_not_finish_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+    tmp_path: Path, lacking: str
 ) -> None:
     """A part that is whole may be one of a checkpoint whose manifest is with the main host."""
-    host = serving_sub_host(tmp_path, monkeypatch)
+    host = serving_sub_host(tmp_path).saving
     store = Store(tmp_path / "store")
     ram = memory(tmp_path / "ram", placement() != tables.NOWHERE)
     unfinished, whole, other, published = (
@@ -325,11 +347,9 @@ def test_a_sub_host_sweeps_what_it_did_not_finish_and_nothing_else(
     host.abandon(wanted)
 
 
-def test_a_sub_host_that_is_told_twice_keeps_what_it_has_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sub_host_that_is_told_twice_keeps_what_it_has_begun(tmp_path: Path) -> None:
     """Nor does it sweep what the main host has begun in a store that both share."""
-    host = serving_sub_host(tmp_path, monkeypatch)
+    host = serving_sub_host(tmp_path).saving
     store = Store(tmp_path / "store")
     wanted = "demo-20260301-120000-0009"
     other = Hold()

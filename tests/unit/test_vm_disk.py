@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from dcres.actors.host.disks import begun, put_disks_back
-from dcres.actors.host.host import write_state
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.disks import put_disks_back
+from dcres.actors.host.state import BegunRevert, write_json
 from dcres.actors.host.vm_folder import VmFolder, marker
+from dcres.actors.messages import Role
 from dcres.config import HostSettings
 from dcres.errors import CheckpointCorrupt, ConfigError, MonitorError
+from dcres.linux.machine import boot_id
 from dcres.linux.process import ProcessId
 from dcres.vm import disk
 from dcres.vm.command import VmFiles
@@ -312,10 +313,14 @@ def settings(tmp_path: Path) -> HostSettings:
     return HostSettings(name="h0", run=run, ram=ram, store=store)
 
 
-@pytest.mark.parametrize("host", [MainHost, SubHost])
+def clear(settings: HostSettings, role: Role) -> None:
+    HostAgent("vm", role, environ=settings.environ()).composed.presence.clear()
+
+
+@pytest.mark.parametrize("role", [Role.MAIN, Role.SUB])
 @pytest.mark.parametrize("there", [True, False], ids=["qemu is there", "qemu is gone"])
 def test_a_start_puts_disks_back_only_if_nobody_can_have_used_them_since(
-    disks: Disks, settings: HostSettings, host: type[MainHost | SubHost], there: bool
+    disks: Disks, settings: HostSettings, role: Role, there: bool
 ) -> None:
     """A power failure in a restore: the folder for sockets and records may outlive it for long."""
     disks.reverting.do(CHECKPOINT)
@@ -325,14 +330,14 @@ def test_a_start_puts_disks_back_only_if_nobody_can_have_used_them_since(
         process = ProcessId.of(qemu.pid)
         assert process is not None
         files = VmFiles(*(folder.run / name for name in ("ram", "qmp.sock", "console", "log")))
-        state = {"reverting": begun(disks.reverting)}
-        write_state(folder.state, {**state, "qemu": QemuProcess(process, files).to_dict()})
+        state = {"reverting": BegunRevert(disks.reverting, boot_id()).to_dict()}
+        write_json(folder.state, {**state, "qemu": QemuProcess(process, files).to_dict()})
         if not there:
             process.end()
             for path in disks.paths:
                 write(path, 9)  # by another QEMU
         before = [shutil.copy(path, path.with_suffix(".was")) for path in disks.paths]
-        host("vm", environ=settings.environ()).clear()
+        clear(settings, role)
         assert qemu.wait(10) < 0
     if there:
         disks.require_as_before()
@@ -349,10 +354,10 @@ def test_an_end_leaves_disks_of_before_the_machine_was_started_again(
     folder = VmFolder.of(settings, "vm")
     folder.make()
     for boot, others in (("an earlier one", disks.then), (None, disks.before)):
-        state = {"reverting": {**begun(disks.reverting), **({"boot": boot} if boot else {})}}
-        write_state(folder.state, state)
-        SubHost("vm", environ=settings.environ()).clear()
+        state = {"reverting": BegunRevert(disks.reverting, boot or boot_id()).to_dict()}
+        write_json(folder.state, state)
+        clear(settings, Role.SUB)
         assert disks.are(disks.then), "no QEMU is there"
-        write_state(folder.state, state)
+        write_json(folder.state, state)
         put_disks_back(folder)
         assert disks.are(others)

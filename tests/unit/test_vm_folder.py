@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dcres.actors.host import orphans
-from dcres.actors.host.loading import SliceHost
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.presence import MainPresence, PartsPresence, SubPresence
+from dcres.actors.host.roles import SubRole
 from dcres.actors.host.vm_folder import VmFolder, marker
-from dcres.actors.messages import Incarnation, ServeOrder
+from dcres.actors.messages import Incarnation, Role, ServeOrder
 from dcres.actors.ray.fleet import end_what_is_left
 from dcres.actors.ray.local_node import CLUSTER_MARK
 from dcres.config import HostSettings
@@ -25,12 +25,18 @@ from dcres.linux.marks import MARK, Mark
 from dcres.linux.removal import OwnFolder
 
 FOREIGN = ("state.json.txt", "photo.jpg", "work/thesis.tex")
+
+
+def host(role: Role, settings: HostSettings) -> MainPresence | SubPresence | PartsPresence:
+    return HostAgent("vm", role, environ=settings.environ()).composed.presence
+
+
 ENDS: dict[str, Callable[[HostSettings], object]] = {
-    "main.destroy": lambda s: MainHost("vm", environ=s.environ()).destroy(),
-    "main.clear": lambda s: MainHost("vm", environ=s.environ()).clear(),
-    "sub.destroy": lambda s: SubHost("vm", environ=s.environ()).destroy(),
-    "sub.clear": lambda s: SubHost("vm", environ=s.environ()).clear(),
-    "parts.destroy": lambda s: SliceHost("vm", environ=s.environ()).destroy(),
+    "main.destroy": lambda s: host(Role.MAIN, s).destroy(),
+    "main.clear": lambda s: host(Role.MAIN, s).clear(),
+    "sub.destroy": lambda s: host(Role.SUB, s).destroy(),
+    "sub.clear": lambda s: host(Role.SUB, s).clear(),
+    "parts.destroy": lambda s: host(Role.PARTS, s).destroy(),
     "sweep": lambda s: end_what_is_left("vm", ""),
 }
 
@@ -169,11 +175,12 @@ class TestFolder:
         with tempfile.TemporaryDirectory(prefix="dcres-t-", dir="/dev/shm") as ram:
             settings = settings.model_copy(update={"ram": Path(ram)})
             own = of_a_user(settings.ram / "vm")
-            host = SubHost("vm", environ=settings.environ())
-            host.clear()
+            host = HostAgent("vm", Role.SUB, environ=settings.environ()).composed
+            assert isinstance(host, SubRole)
+            host.presence.clear()
             with pytest.raises(NotOurs):
-                host.serve(ServeOrder(Incarnation("vm", 1, "00" * 32), 16, 16))
-            host.destroy()
+                host.server.serve(ServeOrder(Incarnation("vm", 1, "00" * 32), 16, 16))
+            host.presence.destroy()
             assert files(settings.ram) == own
 
     def test_what_an_earlier_dcres_left_is_known_by_its_names(self, settings: HostSettings) -> None:

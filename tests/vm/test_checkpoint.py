@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from dcres.actors.control.restoring import spec_for
-from dcres.actors.host.loading import make_plan
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.page_loader import make_plan
+from dcres.actors.host.roles import MainRole
 from dcres.actors.messages import (
     ClaimOrder,
     Incarnation,
@@ -22,6 +24,7 @@ from dcres.actors.messages import (
     PlanOrder,
     Reading,
     Resumption,
+    Role,
     RunOrder,
 )
 from dcres.config import Layout
@@ -42,7 +45,14 @@ from tests.support.vm import (
     total_bytes,
 )
 from tests.support.wait import until
-from tests.support.watched import Watched, require_same, require_tables_agree, saved_memory, watched
+from tests.support.watched import (
+    Watched,
+    ask,
+    require_same,
+    require_tables_agree,
+    saved_memory,
+    watched,
+)
 
 pytestmark = pytest.mark.vm
 
@@ -51,11 +61,12 @@ LEGACY = range(0xA0, 0x100)  # pages that QEMU shows as something else than RAM 
 
 
 @contextmanager
-def loaded_on_one_host(rig: Rig, manifest: Manifest) -> Iterator[Watched]:
+def loaded_on_one_host(rig: Rig, manifest: Manifest) -> Iterator[MainRole]:
     """An ordinary VM with everything in memory that has not run since the checkpoint."""
     spec = spec_for(manifest, Layout(main=manifest.memory_bytes))
-    host = Watched("vm", environ=rig.settings["h0"].environ())
-    incarnation = Incarnation("vm", host.claim(ClaimOrder("test")), "5e" * 32)
+    host = HostAgent("vm", Role.MAIN, environ=rig.settings["h0"].environ()).composed
+    assert isinstance(host, MainRole)
+    incarnation = Incarnation("vm", host.machine.claim(ClaimOrder("test")), "5e" * 32)
     everything = PlanOrder(
         dumps(manifest), (manifest.page_count,), ((True,),) * len(manifest.hosts), masks=True
     )
@@ -69,11 +80,11 @@ def loaded_on_one_host(rig: Rig, manifest: Manifest) -> Iterator[Watched]:
     resumption = Resumption(dumps(manifest), planned.targets, None, {})
     try:
         order = RunOrder(incarnation, spec, ("h0",), (), load, resumption)
-        host.boot(order)
-        host.run(order)
+        host.machine.boot(order)
+        host.machine.run(order)
         yield host
     finally:
-        host.destroy()
+        host.presence.destroy()
 
 
 def physical(page: int, page_count: int) -> int:
@@ -98,10 +109,11 @@ def runs(pages: list[int], page_count: int) -> Iterator[tuple[int, int]]:
     yield first, previous + 1
 
 
-def require_in_qemu(host: Watched, memory: PlainMemory, folder: Path) -> int:
+def require_in_qemu(host: MainRole, memory: PlainMemory, folder: Path) -> int:
     """QEMU's mapping, and what it reads at guest physical addresses, hold `memory`."""
-    pid = int(host.status()["qemu_pid"])
-    base = _mapping(pid, host._ram)
+    qemu = host.qemu.process
+    pid = qemu.process.pid
+    base = _mapping(pid, qemu.files.ram)
     page_count = memory.length_bytes // PAGE_BYTES
     compared = 0
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mapped:
@@ -110,7 +122,7 @@ def require_in_qemu(host: Watched, memory: PlainMemory, folder: Path) -> int:
             data = mapped.read((stop - first) * PAGE_BYTES)
             path = folder / "physical"
             address, length = physical(first, page_count), len(data)
-            host.ask("pmemsave", val=address, size=length, filename=str(path))
+            ask(host.qemu, "pmemsave", val=address, size=length, filename=str(path))
             seen = path.read_bytes()
             for number in range(first, stop):
                 at = (number - first) * PAGE_BYTES
@@ -133,13 +145,13 @@ def require_refused_when_late(vm: Rig, checkpoint: str) -> None:
     """Orders of a checkpoint that is over, delivered now, do nothing to the VM."""
     main = vm.main()
     with pytest.raises(Conflict, match="too late"):
-        main.finish(checkpoint)
-    main.halt("vm-20260101-000000-0000")
-    with pytest.raises(Conflict, match="given up"):
-        main.prepare("vm-20260101-000000-0000", MemoryFormat.PACKED)
+        main.machine.finish(checkpoint)
+    main.saving.halt("vm-20260101-000000-0000")
+    with pytest.raises(Conflict, match="cancelled"):
+        main.saving.prepare("vm-20260101-000000-0000", MemoryFormat.PACKED)
     late = vm.store.get(checkpoint).model_copy(update={"checkpoint": "vm-20260101-000000-0000"})
-    with pytest.raises(Conflict, match="given up"):
-        main.publish(dumps(late), ("h0", "h1", "h2"))
+    with pytest.raises(Conflict, match="cancelled"):
+        main.machine.publish(dumps(late), ("h0", "h1", "h2"))
     assert vm.coordinator.status()["hosts"][0]["run_state"] == "running"
     await_checks(vm.console)
 
@@ -226,7 +238,7 @@ def test_a_guest_with_a_quarter_of_its_memory_here_passes_its_own_checks() -> No
 
 def write_disk(vm: Rig, pattern: str) -> None:
     """Fill the beginning of the guest's disk, as the guest would, through QEMU."""
-    with vm.main()._qmp() as monitor:
+    with vm.main().qemu.monitor() as monitor:
         line = f'qemu-io -d {DISK} "write -P {pattern} 0 256k"'
         said = monitor.execute("human-monitor-command", {"command-line": line})
     assert said == "", said
@@ -234,7 +246,7 @@ def write_disk(vm: Rig, pattern: str) -> None:
 
 def read_disk(vm: Rig, pattern: str) -> None:
     """Have QEMU read it; a difference is told in its log, at the latest when it ends."""
-    with vm.main()._qmp() as monitor:
+    with vm.main().qemu.monitor() as monitor:
         line = f'qemu-io -d {DISK} "read -P {pattern} 0 256k"'
         assert monitor.execute("human-monitor-command", {"command-line": line}) == ""
 
@@ -321,7 +333,7 @@ def test_a_published_checkpoint_keeps_its_disk_snapshot_when_it_is_given_up(
     restored: WithDisk,
 ) -> None:
     """As after an actor that published, died, and could not say so."""
-    restored.vm.main().abandon(restored.first.checkpoint)
+    restored.vm.main().saving.abandon(restored.first.checkpoint)
     assert disk.snapshots(restored.path) == [restored.first.checkpoint]
     assert restored.vm.store.verify(restored.first.checkpoint).ok
 
@@ -329,7 +341,7 @@ def test_a_published_checkpoint_keeps_its_disk_snapshot_when_it_is_given_up(
 @pytest.mark.parametrize("qemu_dies", [False, True])
 def test_a_failed_checkpoint_leaves_no_disk_snapshot(restored: WithDisk, qemu_dies: bool) -> None:
     vm, first = restored.vm, restored.first
-    sub = vm.fleet.actor("vm", 1).object
+    saving = vm.sub().saving
     pid = vm.coordinator.status()["hosts"][0]["qemu_pid"]
 
     def fail(*_: object) -> None:
@@ -337,7 +349,7 @@ def test_a_failed_checkpoint_leaves_no_disk_snapshot(restored: WithDisk, qemu_di
             os.kill(pid, signal.SIGKILL)
         raise PagingError("the disk of h1 has burnt")
 
-    sub.save = fail
+    saving.save = fail  # type: ignore[method-assign,assignment]
     with pytest.raises(OperationFailed, match="burnt"):
         vm.coordinator.checkpoint("stop")
     assert vm.listed() == [first.checkpoint]

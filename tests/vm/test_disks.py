@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.checkpoint_stop import CheckpointStop
+from dcres.actors.host.core_load import CoreLoad
+from dcres.actors.host.main_machine import MainMachine
 from dcres.errors import (
     CheckpointCorrupt,
     ConfigError,
@@ -37,27 +39,38 @@ from tests.support.wait import until
 pytestmark = pytest.mark.vm
 
 
-class Hindered(MainHost):
-    """A main host to which something happens on the way."""
+class Hindered:
+    """What happens to a main host on the way."""
 
-    before_core: ClassVar[list[Callable[[MainHost], None]]] = []
-    before_go: ClassVar[list[Callable[[MainHost], None]]] = []
-    settled: ClassVar[list[Callable[[MainHost], None]]] = []
+    before_core: ClassVar[list[Callable[[], None]]] = []
+    before_go: ClassVar[list[Callable[[], None]]] = []
+    settled: ClassVar[list[Callable[[], None]]] = []
 
-    def _give_core(self, core: Path) -> None:
-        for hindrance in self.before_core:
-            hindrance(self)
-        super()._give_core(core)
 
-    def go(self, paused: bool = False) -> None:
-        for hindrance in self.before_go:
-            hindrance(self)
-        super().go(paused)
+@contextmanager
+def hindered() -> Iterator[None]:
+    give, go, settle_disks = CoreLoad._give, MainMachine.go, CoreLoad.settle_disks
 
-    def _settle_disks(self, monitor: Monitor) -> None:
-        super()._settle_disks(monitor)
-        while self.settled:
-            self.settled.pop()(self)
+    def giving(core_load: CoreLoad, core: Path) -> None:
+        for hindrance in Hindered.before_core:
+            hindrance()
+        give(core_load, core)
+
+    def going(machine: MainMachine, paused: bool = False) -> None:
+        for hindrance in Hindered.before_go:
+            hindrance()
+        go(machine, paused)
+
+    def settling(core_load: CoreLoad, monitor: Monitor) -> None:
+        settle_disks(core_load, monitor)
+        while Hindered.settled:
+            Hindered.settled.pop()()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CoreLoad, "_give", giving)
+        patch.setattr(MainMachine, "go", going)
+        patch.setattr(CoreLoad, "settle_disks", settling)
+        yield
 
 
 def small(**values: Any) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("disks")
     disks = [create_disk(folder / name) for name in ("a.qcow2", "b.qcow2")]
     monitor = folder / "q"
-    with rig(hosts=1, main=Hindered) as vm:
+    with rig(hosts=1) as vm, hindered():
         (iso := folder / "cd.iso").write_bytes(bytes(1 << 20))
         arguments = ["-device", "pcie-root-port,id=rp1,chassis=1", "-device", "ide-cd,drive=cd"]
         arguments += ["-drive", f"if=none,id=cd,file={iso},format=raw,readonly=on"]
@@ -194,15 +207,15 @@ def locked(world: World) -> Iterator[None]:
 def locked_late(world: World) -> Iterator[None]:
     """By somebody who came after the disks were looked at."""
     with ExitStack() as stack:
-        real = Hindered._load_core
+        real = CoreLoad.load
 
-        def load_core(host: Hindered, resumption: Any) -> None:
+        def load(core_load: CoreLoad, resumption: Any) -> None:
             stack.enter_context(in_use(world.disks[1]))
-            real(host, resumption)
+            real(core_load, resumption)
 
         patch = pytest.MonkeyPatch()
         stack.callback(patch.undo)
-        patch.setattr(Hindered, "_load_core", load_core)
+        patch.setattr(CoreLoad, "load", load)
         yield
 
 
@@ -215,9 +228,10 @@ def with_a_bitmap(world: World) -> Iterator[None]:
 
 @contextmanager
 def qemu_killed(world: World) -> Iterator[None]:
-    def kill(host: MainHost) -> None:
-        host._qemu.process.kill()
-        assert host._qemu.process.wait_gone(10)
+    def kill() -> None:
+        qemu = world.vm.main().qemu.process.process
+        qemu.kill()
+        assert qemu.wait_gone(10)
 
     Hindered.before_core.append(kill)
     yield
@@ -227,7 +241,7 @@ def qemu_killed(world: World) -> Iterator[None]:
 def given_up(world: World) -> Iterator[None]:
     """After the VM core was loaded, and before the guest ran."""
 
-    def fail(_: MainHost) -> None:
+    def fail() -> None:
         raise PagingError("it was given up")
 
     Hindered.before_go.append(fail)
@@ -310,7 +324,7 @@ def test_an_actor_that_dies_before_the_guest_runs_leaves_the_disks(
         work_on(each)
     before = [Path(shutil.copy(each, tmp_path)) for each in world.disks]
 
-    def die(_: MainHost) -> None:
+    def die() -> None:
         restart_main(vm)
         raise PagingError("this process has died")
 
@@ -327,7 +341,7 @@ def test_an_actor_that_dies_when_the_disks_are_settled_does_not_end_the_restore(
     """What they were before is gone by then, and the VM is to be there for it."""
     vm = world.vm
 
-    def die(_: MainHost) -> None:
+    def die() -> None:
         restart_main(vm)
         raise PagingError("this process has died")
 
@@ -381,13 +395,13 @@ def test_a_device_that_comes_while_the_guest_stands_still(
     running: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is seen before the checkpoint is published."""
-    real = Hindered._finish
+    real = CheckpointStop._finish
 
-    def finish(host: Hindered, checkpoint: str) -> Any:
+    def finish(stop: CheckpointStop, checkpoint: str) -> Any:
         running.ask("netdev_add", type="user", id="late")
-        return real(host, checkpoint)
+        return real(stop, checkpoint)
 
-    monkeypatch.setattr(Hindered, "_finish", finish)
+    monkeypatch.setattr(CheckpointStop, "_finish", finish)
     require_refused(running, r"network late \(user\) was added")
     running.ask("netdev_del", id="late")
     assert [disk.snapshots(each) for each in running.disks] == [[running.taken.checkpoint]] * 2

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from dcres.actors.control import asking
+from dcres.actors.host.roles import SubRole
 from dcres.config import Layout
 from dcres.errors import Conflict, DcresError, NotFound
 from dcres.linux.process import find_marked
@@ -249,9 +250,10 @@ def power_off(vm: Rig, host: str, index: int | None) -> None:
     actor = f"parts/vm/{host}" if index is None else vm.fleet.actor_name("vm", index)
     if actor in vm.fleet.actors:
         # Its threads are ours, and would start again what is ended here.
-        for daemon in ("_server", "_slices"):
-            if hasattr(vm.fleet.actors[actor].object, daemon):
-                getattr(vm.fleet.actors[actor].object, daemon).stop()
+        agent = vm.fleet.actors[actor].object
+        agent.parts._server.stop()
+        if isinstance(agent.composed, SubRole):
+            agent.composed.server.daemon.stop()
         vm.fleet.actors[actor].die()
     vm.fleet.dead.add(host)
     settings = vm.settings[host]

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from dcres.actors.control import checkpointing
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.saving import PartSaver
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.part_saver import PartSaver
+from dcres.actors.host.roles import MainRole, PartsRole
 from dcres.errors import OperationFailed
 from tests.support.speed import patience
 from tests.support.vm import Rig, await_checks, rig, spec_of
@@ -33,14 +33,17 @@ class Held:
     When its work is cancelled it goes on by itself, as one that is busy with the disk would.
     """
 
-    def __init__(self, host: MainHost | SubHost, round_: int = 1) -> None:
+    def __init__(self, agent: HostAgent, round_: int = 1) -> None:
         self.reached = threading.Event()
         self.let_go = threading.Event()
-        self._host, self._round = host, round_
+        host = agent.composed
+        assert not isinstance(host, PartsRole)
+        self._saving, self._saver, self._meter = host.saving, host.saver, agent.site.meter
+        self._round = round_
         self._rounds = 0
-        self._copy, self._done = host.copy, host._meter.done
-        host.copy = self._counted  # type: ignore[method-assign]
-        host._meter.done = self._hold  # type: ignore[method-assign]
+        self._copy, self._done = host.saving.copy, self._meter.done
+        self._saving.copy = self._counted  # type: ignore[method-assign]
+        self._meter.done = self._hold  # type: ignore[method-assign]
 
     def _counted(self, checkpoint: str) -> Any:
         self._rounds += 1
@@ -54,23 +57,22 @@ class Held:
         return done
 
     def _has_work(self) -> bool:
-        saver = self._host._saver
+        saver = self._saver._saver
         return saver is None or saver._changes.count() >= 64
 
     def _hold(self, pages: int) -> None:
-        meter = self._host._meter
-        if self._rounds == self._round and meter.progress.what == "copy":
+        if self._rounds == self._round and self._meter.progress.what == "copy":
             self._stand_still()
         self._done(pages)
 
     def _stand_still(self) -> None:
-        cancelled = self._host._meter._cancelled
+        cancelled = self._meter._cancelled
         self.reached.set()
         until(lambda: self.let_go.is_set() or cancelled.is_set(), 60, "it may go on")
 
     def end(self) -> None:
         self.let_go.set()
-        for patched, name in ((self._host, "copy"), (self._host._meter, "done")):
+        for patched, name in ((self._saving, "copy"), (self._meter, "done")):
             patched.__dict__.pop(name)
 
 
@@ -124,7 +126,7 @@ def begin(vm: Rig, pool: ThreadPoolExecutor, held: Held) -> Future[dict[str, Any
 def test_a_cancel_in_the_middle_of_a_round(
     vm: Rig, pool: ThreadPoolExecutor, index: int, round_: int
 ) -> None:
-    held = Held(vm.fleet.actor("vm", index).object, round_)
+    held = Held(vm.agent(index), round_)
     pending = begin(vm, pool, held)
     assert vm.coordinator.cancel()
     with pytest.raises(OperationFailed, match="the VM goes on") as caught:
@@ -137,11 +139,11 @@ def test_the_vm_does_not_wait_for_a_disk_that_hangs(
     vm: Rig, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The main host's disk answers nothing while the VM stands still for it."""
-    main = vm.fleet.actor("vm", 0).object
+    main = vm.main()
     hangs, answers, stage = threading.Event(), threading.Event(), PartSaver.stage
 
     def hanging(saver: PartSaver, most_pages: int) -> None:
-        if saver is main._saver:
+        if saver is main.saver._saver:
             hangs.set()
             until(answers.is_set, 60, "the disk answers")
         stage(saver, most_pages)
@@ -163,7 +165,7 @@ def test_a_paging_process_that_dies_in_the_middle_of_a_round(
     vm: Rig, pool: ThreadPoolExecutor, index: int
 ) -> None:
     """Its successor has not marked what changed meanwhile, and says so."""
-    held = Held(vm.fleet.actor("vm", index).object)
+    held = Held(vm.agent(index))
     pending = begin(vm, pool, held)
     pid = vm.coordinator.status()["hosts"][index]["pid"]
     os.kill(pid, signal.SIGKILL)
@@ -179,15 +181,15 @@ def test_a_paging_process_that_dies_in_the_middle_of_a_round(
 def die(vm: Rig, index: int) -> Callable[[], None]:
     """An actor's process is killed; what ends the rest of it in this process, afterwards."""
     actor = vm.fleet.actor("vm", index)
-    host = actor.object
+    host = vm.agent(index).composed
+    assert not isinstance(host, PartsRole)
     actor.die()
-    daemon = host._pager if index == 0 else host._server
+    daemon = host.pager.daemon if isinstance(host, MainRole) else host.server.daemon
     daemon._wanted = False  # its watching thread is gone with it
-    host._kept.drop()  # and so is what it had pinned
-    if index == 0 and host._monitor is not None:
-        host._monitor.close()
-    end: Callable[[], None] = host._end_saving
-    return end
+    host.saver.kept.drop()  # and so is what it had pinned
+    if isinstance(host, MainRole):
+        host.qemu.disconnect()
+    return host.saver.end
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["main", "sub"])
@@ -195,7 +197,7 @@ def test_an_actor_that_dies_in_the_middle_of_a_round(
     vm: Rig, pool: ThreadPoolExecutor, index: int
 ) -> None:
     """The next one knows nothing of the saving, and the paging process goes on tracking."""
-    held = Held(vm.fleet.actor("vm", index).object)
+    held = Held(vm.agent(index))
     pending = begin(vm, pool, held)
     bury = die(vm, index)
     vm.fleet.actor("vm", index).restart()

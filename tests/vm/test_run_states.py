@@ -32,7 +32,7 @@ def run_state(vm: Rig) -> str:
 
 
 def of_qemu(vm: Rig) -> RunState:
-    with vm.main()._qmp() as monitor:
+    with vm.main().qemu.monitor() as monitor:
         return monitor.status()
 
 
@@ -53,11 +53,11 @@ def new_actors(vm: Rig) -> None:
 def cut_short(vm: Rig, checkpoint: str) -> None:
     """All actors die when a checkpoint has just stopped the VM."""
     main = vm.main()
-    main.prepare(checkpoint, MemoryFormat.PACKED)
-    with main._qmp() as monitor:
-        main._standing.stop(monitor)
+    main.saving.prepare(checkpoint, MemoryFormat.PACKED)
+    with main.qemu.monitor() as monitor:
+        main.standing.stop(monitor)
     new_actors(vm)
-    main._end_saving()  # what the end of its process would have closed
+    main.saver.end()  # what the end of its process would have closed
     assert not (vm.store.root / "vm" / checkpoint).exists()
 
 
@@ -66,15 +66,15 @@ def tick(vm: Rig) -> int:
 
 
 def fail_a_checkpoint(vm: Rig) -> None:
-    sub = vm.fleet.actor("vm", 1).object
+    saving = vm.sub().saving
 
     def fail(*_: object) -> None:
         raise StoreFull("the disk of h1 has burnt")
 
-    sub.save = fail
+    saving.save = fail  # type: ignore[method-assign,assignment]
     with pytest.raises(OperationFailed, match=r"the VM is as it was \(paused\).*burnt"):
         vm.coordinator.checkpoint("stop")
-    del sub.save
+    del saving.save
 
 
 def test_a_paused_vm_is_paused_after_whatever_is_done_to_it(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_how_a_vm_came_to_its_end_is_told_apart(
             until(lambda: vm.console.read_bytes().count(b"r") > 1, 60, "the guest resets itself")
             status = vm.coordinator.status()
             assert (status["phase"], run_state(vm)) == ("running", "running")
-            vm.fleet.actor("vm", 1).object._server._wanted = False  # its thread goes with it
+            vm.sub().server.daemon._wanted = False  # its thread goes with it
             vm.fleet.actor("vm", 1).die()
             unknown = vm.coordinator.status()
             assert (unknown["phase"], unknown["hosts"][1]["host_state"]) == ("unknown", "silent")
@@ -229,8 +229,9 @@ def test_how_a_vm_came_to_its_end_is_told_apart(
             assert (status["phase"], status["generation"]) == (phase, 1 + (phase == "lost"))
             assert [each["host"] for each in status["hosts"]] == ["h0", "h1"]
         assert "restore a checkpoint" in vm.coordinator.status()["why"]
-        for call in (vm.coordinator.pause, vm.main().pause, vm.main().go):
-            with pytest.raises(VmLost, match=r"QEMU of VM vm (has ended|was told to end)"):
+        machine = vm.main().machine
+        for call in (vm.coordinator.pause, machine.pause, machine.go):
+            with pytest.raises(VmLost, match=r"QEMU of VM vm (has ended|was ended by a signal)"):
                 call()
         with pytest.raises(VmLost, match="QEMU of VM vm"):
             vm.coordinator.checkpoint()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from dcres.actors.control.coordinator import Coordinator
-from dcres.actors.host.main_host import MainHost
+from dcres.actors.host.agent import HostAgent
 from dcres.actors.protocol import Presence
 from dcres.api.status import status_of
 from dcres.errors import Conflict, NameTaken, OperationFailed, StoreReadOnly
@@ -31,17 +31,18 @@ pytestmark = pytest.mark.vm
 SPEC = spec_of(fill=8)
 
 
-class Disturbed(MainHost):
+class Disturbed(HostAgent):
     """A main host in whose store somebody does something before it publishes."""
 
     disturb: ClassVar[Callable[[Path], object] | None] = None
 
-    def publish(self, manifest: str, here: tuple[str, ...]) -> None:
-        disturb, Disturbed.disturb = Disturbed.disturb, None
-        if disturb is not None:
-            checkpoint = str(self._state["checkpoint"])
-            disturb(self._store.root / self._vm / checkpoint)
-        super().publish(manifest, here)
+    def perform(
+        self, group: str, order: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if order == "publish" and Disturbed.disturb is not None:
+            disturb, Disturbed.disturb = Disturbed.disturb, None
+            disturb(self.site.store.root / "vm" / str(self.site.state.require().checkpoint))
+        return super().perform(group, order, args, kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +174,9 @@ def test_the_folders_of_a_vm_are_one_cluster_s(
         other.stop()
         assert vm.running() == running
         restart_main(vm)  # its own actors take it up, as ever
-        assert vm.main()._folder.held
+        assert vm.agent(0).site.folder.held
         for index in range(1, 3):
-            vm.fleet.actor("vm", index).object._server._wanted = False
+            vm.sub(index).server.daemon._wanted = False
             vm.fleet.actor("vm", index).restart()
         with pytest.raises(Conflict, match=words):
             other.start(SPEC, hosts)

@@ -236,7 +236,7 @@ class Coordination:
                 self._operation.release()
 
     def placement(self, buckets: int) -> Picture:
-        """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
+        """Where memory is, as `Machine.picture` has it. Raises NotFound, Conflict, VmLost."""
         if self._phase in (VmPhase.STARTING, VmPhase.RESTORING, VmPhase.STOPPING):
             raise self._busy()
         return self._main().call(Machine.picture, buckets)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dcres.actors.host.host import state_of
+from dcres.actors.host.state import state_in
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.config import VmSpec
 from dcres.errors import DcresError
 from dcres.linux.machine import boot_id
 from dcres.storage.format.manifest import Manifest
 from dcres.vm import disk
-from dcres.vm.process import QemuProcess
-from dcres.vm.reverting import Reverting, require_settled
+from dcres.vm.reverting import require_settled
 
 log = logging.getLogger("dcres.host")
 
@@ -34,18 +33,13 @@ def require_disks(spec: VmSpec, manifest: Manifest | None) -> None:
 
 
 def has_its_disks(folder: VmFolder) -> bool:
-    """Whether the VM's QEMU is there, so that nobody else has used its disks since it began.
+    """Whether the VM's QEMU is there, so that nothing else has used its disks since it began.
 
     Ask before it is ended. Where it is not, a restore may have been interrupted long ago, as by a
     power failure, and its disks been used by others since; to put them back would undo their work.
     """
-    qemu = (state_of(folder) or {}).get("qemu")
-    return qemu is not None and QemuProcess.from_dict(qemu).alive
-
-
-def begun(reverting: Reverting) -> dict[str, object]:
-    """What the state file says of it while it can be undone."""
-    return {**reverting.to_dict(), "boot": boot_id()}
+    state = state_in(folder)
+    return state is not None and state.qemu is not None and state.qemu.alive
 
 
 def put_disks_back(folder: VmFolder) -> None:
@@ -54,9 +48,9 @@ def put_disks_back(folder: VmFolder) -> None:
     No QEMU of the VM runs any more. What cannot be undone now is told, and by the next start, too.
     What was begun before this machine was started again stays: others may have used the disks.
     """
-    reverting = (state_of(folder) or {}).get("reverting")
-    if reverting is not None and reverting.get("boot") == boot_id():
+    state = state_in(folder)
+    if state is not None and state.reverting is not None and state.reverting.boot == boot_id():
         try:
-            Reverting.from_dict(reverting).undo()
+            state.reverting.reverting.undo()
         except DcresError as error:
             log.error("%s", error)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dcres.actors.host import naming
-from dcres.actors.host.loading import make_plan, parse
+from dcres.actors.host import name_in_store
+from dcres.actors.host.page_loader import make_plan, parse
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.messages import Look, PlanOrder
 from dcres.config import HostSettings
@@ -18,13 +18,13 @@ _BESIDES_BYTES = 256 << 20
 def look(settings: HostSettings, manifest: str, cluster: str, take_over: bool) -> Look:
     """The memory free as the host's kernel sees it, and what its store has."""
     found = parse(manifest)
-    store, me = Store(settings.store), naming.claimant(cluster, settings.name)
+    store, me = Store(settings.store), name_in_store.claimant(cluster, settings.name)
     folder = VmFolder.of(settings, found.vm, cluster)
     trouble = folder.trouble(take_over=take_over)
     return Look(
         free_bytes=free_for_guests(settings.ram, _BESIDES_BYTES) + folder.ram_bytes,
         parts=store.parts_here(found),
-        trouble=trouble or naming.trouble(store, found.vm, me, take_over=take_over),
+        trouble=trouble or name_in_store.trouble(store, found.vm, me, take_over=take_over),
     )
 
 

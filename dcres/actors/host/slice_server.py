@@ -107,14 +107,14 @@ class SliceTable:
 
     def write(self, extents: Extents, data: memoryview) -> None:
         """Refused."""
-        raise ProtocolError("a slice server takes no pages")
+        raise ProtocolError("a part server takes no pages")
 
     def release(self, extents: Extents) -> None:
         """Nothing: the checkpoint stays as it is."""
 
     def fetch(self, asker: FrameStream, request: int, source: Endpoint, extents: Extents) -> None:
         """Refused."""
-        raise ProtocolError("a slice server fetches no pages")
+        raise ProtocolError("a part server fetches no pages")
 
     def gone(self, asker: FrameStream) -> None:
         """Nothing."""
@@ -180,7 +180,7 @@ class SliceServer:
 def _open_table(settings: SliceSettings, held: ExitStack) -> SliceTable:
     """Pin the checkpoint and open its parts; `held` lets go of them."""
     if len(settings.parts) >= _NOT_HERE:
-        raise ConfigError(f"{len(settings.parts)} parts are more than one process serves")
+        raise ConfigError(f"{len(settings.parts)} parts are too many for one process")
     held.enter_context(pinned(settings.parts[0].folder.parent))
     readers = [held.enter_context(PageReader(part.read())) for part in settings.parts]
     return SliceTable(readers, settings.page_count)

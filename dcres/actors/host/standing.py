@@ -1,17 +1,16 @@
-"""How a checkpoint stops a VM and leaves it as it found it, whoever dies meanwhile.
+"""How a checkpoint stops a VM and leaves it as it found it, whatever dies meanwhile.
 
 What the VM was before is in the main host's state file, as `found`, before it is stopped, and since
-when it stands as `stood`, if it does. See `dcres.model.run_state`, which decides.
+when it is paused as `stood`, if it is. See `dcres.model.run_state`, which decides.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
+from dcres.actors.host.state import StateFile
 from dcres.errors import Conflict
 from dcres.model.run_state import HELD, RunState, is_held, kept, no_run, no_save, told
 from dcres.vm.monitor import Monitor
@@ -23,27 +22,24 @@ class Stopped:
 
     found: RunState
     began: float  # on this host's monotonic clock, just before
-    since: datetime  # UTC: when the guest stood still, as far as is known
+    since: datetime  # UTC: when the guest was paused, as far as is known
 
 
 class Standing:
     """One VM's run state: QEMU's, and what a checkpoint has made of it.
 
-    `recall` reads the state file as it is, `remember` changes it, durably.
+    Both are in the state file.
     """
 
-    def __init__(
-        self, vm: str, recall: Callable[[], Mapping[str, Any]], remember: Callable[..., None]
-    ) -> None:
+    def __init__(self, vm: str, state: StateFile) -> None:
         self._vm = vm
-        self._recall = recall
-        self._remember = remember
+        self._state = state
 
     @property
     def found(self) -> RunState | None:
         """What a checkpoint found the VM in, until QEMU tells that itself again."""
-        found = self._recall().get("found")
-        return None if found is None else RunState(found)
+        now = self._state.now
+        return None if now is None else now.found
 
     def told(self, now: RunState) -> RunState:
         """The run state for people."""
@@ -59,10 +55,10 @@ class Standing:
             raise Conflict(why)
 
     def pause(self, monitor: Monitor) -> None:
-        """Stop the guest for whoever asks; one that stands still already stays as it is."""
+        """Stop the guest; one that is paused already stays as it is."""
         if monitor.settled_status() is RunState.RUNNING:
             monitor.stop()
-            self._remember(stood=_now())
+            self._state.change(lambda now: replace(now, stood=_now()))
 
     def stop(self, monitor: Monitor) -> Stopped:
         """Stop the VM for a checkpoint, once it is written down what it was.
@@ -71,17 +67,18 @@ class Standing:
         """
         state = self.told(monitor.settled_status())
         self.require_savable(state)
-        since = _now() if state is RunState.RUNNING else self._recall().get("stood") or _now()
-        self._remember(found=str(state), stood=None if state is RunState.RUNNING else since)
+        ran = state is RunState.RUNNING
+        since = _now() if ran else self._state.require().stood or _now()
+        self._note(state, None if ran else since)
         began = time.monotonic()
         monitor.stop()
         stopped = monitor.status()
-        if state is RunState.RUNNING and stopped not in HELD:
-            # It came to stand by itself in that moment: its disk failed, or the guest ended.
+        if ran and stopped not in HELD:
+            # It was stopped by something else in that moment: its disk failed, or the guest ended.
             state = stopped
-            self._remember(found=str(state), stood=since)
+            self._note(state, since)
             self.require_savable(state)
-        return Stopped(state, began, datetime.fromisoformat(since))
+        return Stopped(state, began, since)
 
     def let_go(self, monitor: Monitor) -> None:
         """After a checkpoint, at any step: the VM runs if that had stopped it. Repeatable."""
@@ -90,7 +87,7 @@ class Standing:
             monitor.cont()
         if found is not None:
             left = kept(now, found)
-            self._remember(found=None if left is None else str(left))
+            self._state.change(lambda state: replace(state, found=left))
 
     def run(self, monitor: Monitor) -> None:
         """Let the guest run, from wherever it stands. Repeatable.
@@ -104,8 +101,11 @@ class Standing:
             monitor.wake()
         elif now is not RunState.RUNNING:
             monitor.cont()
-        self._remember(found=None, stood=None)
+        self._note(None, None)
+
+    def _note(self, found: RunState | None, stood: datetime | None) -> None:
+        self._state.change(lambda now: replace(now, found=found, stood=stood))
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -83,6 +83,11 @@ class VmFolder:
         )
         return next(filter(None, told), "")
 
+    def require_free(self, *, take_over: bool) -> None:
+        """Conflict where `take` would refuse now. Changes nothing."""
+        if why := self.trouble(take_over=take_over):
+            raise Conflict(why)
+
     def take(self, *, take_over: bool = False) -> None:
         """Hold what is there: it is the cluster's from now on, and nobody else's until `release`.
 

@@ -23,13 +23,13 @@ from dcres.actors.control.room import (
     require_room,
 )
 from dcres.actors.host import looking_around
+from dcres.actors.host.agent import HostAgent
 from dcres.actors.host.disks import put_disks_back
-from dcres.actors.host.host import require_ram
-from dcres.actors.host.loading import SliceHost, name_of_parts, parse
-from dcres.actors.host.main_host import MainHost
-from dcres.actors.host.sub_host import SubHost
+from dcres.actors.host.page_loader import parse
+from dcres.actors.host.room import require_ram
+from dcres.actors.host.site import name_of_parts
 from dcres.actors.host.vm_folder import VmFolder, end_leftovers
-from dcres.actors.messages import Look, PlanOrder
+from dcres.actors.messages import Look, PlanOrder, Role, roles_of
 from dcres.actors.ports import Pending, Port
 from dcres.actors.protocol import Presence
 from dcres.actors.ray import gateway
@@ -53,7 +53,7 @@ def coordinator_name(vm: str) -> str:
 
 
 def host_actor_name(vm: str, index: int) -> str:
-    """The name of a VM's host actor; 0 is the main host's."""
+    """The name of the agent on a VM's host."""
     return f"dcres-host/{vm}/{index}"
 
 
@@ -80,13 +80,21 @@ class RayFleet:
         """Ray's name for the cluster."""
         return gateway.cluster_id()
 
-    def reserve(self, vm: str, shares: Sequence[int], hosts: Sequence[str] | None) -> list[str]:
+    def reserve(
+        self,
+        vm: str,
+        shares: Sequence[int],
+        hosts: Sequence[str] | None,
+        roles: Sequence[Role] = (),
+    ) -> list[str]:
         """One placement group bundle and one actor per share, each on a host of its own."""
         reservation = gateway.reserve(_reservation_name(vm), shares, hosts)
         try:
             names = list(reservation.hosts)
+            chosen = zip(names, roles or roles_of(len(names)), strict=True)
             ports = [
-                self._spawn(vm, index, name, reservation, index) for index, name in enumerate(names)
+                self._spawn(vm, index, name, role, reservation, index)
+                for index, (name, role) in enumerate(chosen)
             ]
             for port in ports:
                 port.wait_ready(_READY_TIMEOUT_S)
@@ -96,12 +104,18 @@ class RayFleet:
         return names
 
     def _spawn(
-        self, vm: str, index: int, host: str, reservation: gateway.Reservation, bundle: int
+        self,
+        vm: str,
+        index: int,
+        host: str,
+        role: Role,
+        reservation: gateway.Reservation,
+        bundle: int,
     ) -> Port:
         return gateway.spawn(
-            MainHost if index == 0 else SubHost,
+            HostAgent,
             host_actor_name(vm, index),
-            (vm, _address_of(host), self.cluster()),
+            (vm, role, _address_of(host), self.cluster()),
             reservation=reservation,
             bundle=bundle,
         )
@@ -173,12 +187,12 @@ class RayFleet:
             raise NotFound(f"VM {vm} has no reservation")
         return reservation.host_of(index)
 
-    def add(self, vm: str, share: int, host: str) -> Port:
+    def add(self, vm: str, share: int, host: str, role: Role = Role.SUB) -> Port:
         """In a placement group of its own."""
         index = max(self.indices(vm)) + 1
         reservation = gateway.reserve(_own_name(vm, index), [share], [host])
         try:
-            port = self._spawn(vm, index, host, reservation, 0)
+            port = self._spawn(vm, index, host, role, reservation, 0)
             port.wait_ready(_READY_TIMEOUT_S)
         except BaseException:
             self.dismiss(vm, index)
@@ -246,13 +260,13 @@ class RayFleet:
 
         What it is told first waits until it is there; so several come up at the same time.
         """
-        args = (vm, _address_of(host), self.cluster())
-        return gateway.spawn(SliceHost, _visitor_name(vm, host), args, on_host=host)
+        args = (vm, Role.PARTS, _address_of(host), self.cluster())
+        return gateway.spawn(HostAgent, _visitor_name(vm, host), args, on_host=host)
 
     def leave(self, vm: str) -> None:
         """The actors end what they started, then they are ended.
 
-        Where one does not answer the host is swept: a slice server that was left would keep its
+        Where one does not answer the host is swept: a part server that was left would keep its
         checkpoint from being deleted.
         """
         silent = []

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
-from dcres.actors.protocol import deadline_s
+from dcres.actors.protocol import deadline_s, group_of
 from dcres.actors.ray.gateway.calls import Pending
 from dcres.actors.ray.gateway.connection import NAMESPACE
 from dcres.errors import ActorGone, ClusterError
@@ -42,7 +42,11 @@ class ActorPort:
     ) -> Pending[R]:
         """Start a call and return at once. Raises ActorGone if there is no such actor."""
         timeout_s = deadline_s(order) if self.timeout_s is None else self.timeout_s
-        return self._submit(order.__name__, timeout_s, *args, **kwargs)
+        group, name = group_of(order), order.__name__
+        if not group:
+            return self._submit(name, timeout_s, *args, **kwargs)
+        pending: Pending[R] = self._submit("perform", timeout_s, group, name, args, kwargs)
+        return pending.named(f"{self.name}.{name}")
 
     def call(
         self, order: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dcres.actors.host.loading import parse
+from dcres.actors.host.page_loader import parse
 from dcres.actors.messages import Resumption, unpack_array
 from dcres.errors import CheckpointCorrupt
 from dcres.model.history import Ticks
@@ -34,8 +34,8 @@ class Beginning:
 def beginning_of(resumption: Resumption, store: CheckpointStore, codes: Sequence[int]) -> Beginning:
     """From the checkpoint and the plan. `codes` are the sub hosts' owner codes.
 
-    With slice servers every page is theirs at first, and moves say where it is to go.
-    Raises CheckpointCorrupt, NoRoom when there are too many slice servers.
+    With part servers every page is theirs at first, and moves say where it is to go.
+    Raises CheckpointCorrupt, NoRoom when there are too many part servers.
     """
     manifest = parse(resumption.manifest)
     placement, ticks = _saved_tables(resumption, manifest, store)
@@ -64,7 +64,7 @@ def _saved_tables(
 
 
 def _owners_in_parts(placement: Owners, manifest: Manifest, by_part: Mapping[str, int]) -> Owners:
-    """Every saved page at the slice server that has its part."""
+    """Every saved page at the part server that has its part."""
     codes = np.zeros(256, dtype=np.uint8)  # NOWHERE is 0, and a part without pages has no server
     for index, part in enumerate(manifest.hosts):
         codes[index] = by_part.get(part.host, 0)

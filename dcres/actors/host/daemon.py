@@ -1,35 +1,23 @@
-"""What the main host's and the sub hosts' actors share: files, daemons, loading and saving.
-
-A host actor owns no state that matters: QEMU, pager and memory server are processes of their
-own, and everything that is known about them lies in files under the host's run folder. An
-actor that Ray starts again finds them there and goes on.
-"""
+"""A paging process of a VM that is kept running."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from dcres.actors.host.prepared import Prepared
+from dcres.actors.host.state import read_json, write_json
 from dcres.actors.host.vm_folder import VmFolder, marker, processes_of
-from dcres.actors.messages import Progress
-from dcres.config import HostSettings
-from dcres.errors import Conflict, DcresError, NoRoom, PagingError, StoreFull
-from dcres.linux.files import free_in, open_own
+from dcres.errors import DcresError, PagingError
 from dcres.linux.process import ProcessId, spawn_detached
 from dcres.linux.removal import remove_socket
-from dcres.linux.tmpfs import require_small_pages
-from dcres.model.pages import PAGE_SIZE
 from dcres.paging import control
+from dcres.paging.orders import Json
 
 log = logging.getLogger("dcres.host")
 
@@ -41,29 +29,6 @@ _LONGEST_DELAY_S = 5.0
 _LIVED_LONG_S = 60.0
 _LIVED_AT_ALL_S = 2.0
 _POLL_S = 0.02
-_ENDED = "this VM was ended before its start was done"
-
-
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Replace a state file (mode 0600) in one step."""
-    fresh = path.with_suffix(".new")
-    with os.fdopen(open_own(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-        json.dump(state, file)
-    fresh.rename(path)
-
-
-def read_state(path: Path) -> dict[str, Any] | None:
-    """The state file's content; None when there is none."""
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    return state
-
-
-def state_of(folder: VmFolder) -> dict[str, Any] | None:
-    """The content of a VM's state file; None without one, and for another cluster's."""
-    return read_state(folder.state) if folder.is_ours else None
 
 
 class Daemon:
@@ -135,7 +100,7 @@ class Daemon:
             if process is None or not process.alive:
                 process = self._unwritten() or self._spawn()
                 state = {"pid": process.pid, "start_time": process.start_time}
-                write_state(self._pid_file, state)
+                write_json(self._pid_file, state)
             self._process = process
             self._end_preparing(process)
 
@@ -153,11 +118,11 @@ class Daemon:
             self._watcher = threading.Thread(target=self._watch, name=self.name, daemon=True)
             self._watcher.start()
 
-    def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> dict[str, Any]:
+    def call(self, do: str, timeout_s: float = 30.0, **arguments: Any) -> Json:
         """Give it an order; see `control.call`."""
         return control.call(self.control, do, timeout_s, **arguments)
 
-    def call_patiently(self, do: str, **arguments: Any) -> dict[str, Any]:
+    def call_patiently(self, do: str, **arguments: Any) -> Json:
         """`call` an order that may be repeated, through a restart if need be.
 
         Raises PagingError with the reason when it was given up.
@@ -191,7 +156,7 @@ class Daemon:
         remove_socket(self.control)
 
     def _read_pid(self) -> ProcessId | None:
-        state = read_state(self._pid_file)
+        state = read_json(self._pid_file)
         return None if state is None else ProcessId(state["pid"], state["start_time"])
 
     def _end_preparing(self, chosen: ProcessId | None) -> None:
@@ -249,7 +214,7 @@ class Daemon:
             in_a_row = 0 if lived_s > _LIVED_LONG_S else in_a_row + 1
             at_once = 0 if lived_s > _LIVED_AT_ALL_S else at_once + 1
             if in_a_row > _MOST_RESTARTS:
-                self.given_up = f"the {self.name} does not stay up: {self._words()}"
+                self.given_up = f"the {self.name} keeps dying: {self._words()}"
                 log.error("%s", self.given_up)
                 return
             # Without delay where that may help: a guest waits.
@@ -274,112 +239,3 @@ def restart_delay_s(at_once: int) -> float:
     What keeps dying may need a moment until it is mended.
     """
     return 0.0 if at_once < 2 else min(_FIRST_DELAY_S * 2.0 ** (at_once - 2), _LONGEST_DELAY_S)
-
-
-class Life:
-    """Orders what begins a VM on a host and what ends it: the end waits, and is final.
-
-    Both run in threads of one actor. Without this a coordinator that was started again would
-    end what is there, while the start that its predecessor ordered goes on and leaves a QEMU.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._over = False
-
-    @contextmanager
-    def beginning(self) -> Iterator[None]:
-        """Around a start. Raises Conflict when the end has come, however the start fails by it.
-
-        The end kills what the start has begun, a launcher that was about to be a program too.
-        """
-        with self._lock:
-            self._require_not_over()
-            try:
-                yield
-            except (DcresError, OSError) as error:
-                if self._over:
-                    raise Conflict(_ENDED) from error
-                raise
-            self._require_not_over()
-
-    def _require_not_over(self) -> None:
-        if self._over:
-            raise Conflict(_ENDED)
-
-    @contextmanager
-    def ending(self, hurry: Callable[[], None]) -> Iterator[None]:
-        """Around the end; `hurry` makes a start under way fail and is called until it has."""
-        self._over = True
-        hurry()
-        while not self._lock.acquire(timeout=_POLL_S):
-            hurry()
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-
-class Meter:
-    """Counts pages as they are done, lets others look, and stops the work when it is cancelled."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._progress = Progress()
-        self._cancelled = threading.Event()
-        self._clock = clock
-        self._began_s = self._ended_s = 0.0
-
-    @contextmanager
-    def measuring(self, what: str, pages: int) -> Iterator[None]:
-        """The work inside the ``with`` block is `what`, and calls `done` as it goes."""
-        self._began_s = self._ended_s = self._clock()
-        self._progress = Progress(what, 0, pages * PAGE_SIZE)
-        yield
-
-    def done(self, pages: int) -> None:
-        """Pages done since the last call. Raises Conflict once the work is cancelled."""
-        now = self._progress
-        if self._cancelled.is_set():
-            raise Conflict(f"{now.what} was cancelled")
-        self._ended_s = self._clock()
-        self._progress = replace(now, done_bytes=now.done_bytes + pages * PAGE_SIZE)
-
-    def cancel(self) -> None:
-        """Make the work under way fail soon."""
-        self._cancelled.set()
-
-    def reset(self) -> None:
-        """Allow new work."""
-        self._cancelled.clear()
-        self._progress = Progress()
-
-    @property
-    def progress(self) -> Progress:
-        """How far it is, and its rate from the beginning to the last page done."""
-        now, seconds = self._progress, self._ended_s - self._began_s
-        return replace(now, bytes_per_s=now.done_bytes / seconds if seconds > 0 else 0.0)
-
-
-def require_ram(settings: HostSettings, share_bytes: int) -> None:
-    """NoRoom unless the tmpfs that holds guest memory can take `share_bytes` more.
-
-    Raises UnsupportedHost where guest memory must not lie.
-    """
-    ram = settings.ram
-    require_small_pages(ram, settings.name)
-    free = free_in(ram)
-    if free < share_bytes:
-        raise NoRoom(
-            f"{ram} has {free >> 20} MiB free and this host's share is {share_bytes >> 20} MiB; "
-            "give the tmpfs more room or choose another folder with DCRES_RAM"
-        )
-
-
-def require_store_room(store: Path, length_bytes: int) -> None:
-    """StoreFull before anything is stopped, when the disk clearly has too little room."""
-    free = free_in(store)
-    if free < length_bytes:
-        raise StoreFull(
-            f"{store} has {free >> 20} MiB free and this host's part needs up to "
-            f"{length_bytes >> 20} MiB; delete checkpoints or give it another disk"
-        )

@@ -87,8 +87,8 @@ class NameInStore:
         """
         if generation != self._generation:
             raise Conflict(
-                f"the actor of host {self._host} was started again after VM {self._vm} had got "
-                "its generation, and its claim is lost; start or restore it again"
+                f"the actor of host {self._host} was restarted while VM {self._vm} was being "
+                "started, and the claim of its name is lost; start or restore it again"
             )
         if self._lock is not None:
             monitor.send_fd(_HELD_AS, self._lock)

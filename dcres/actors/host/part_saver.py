@@ -4,7 +4,7 @@
 
     begin ──▶ copy ──▶ copy … ──▶ stage ──▶ settle
     track      a round each        the VM     durable,
-    changes    while it runs       stands     the vote
+    changes    while it runs       is paused  the vote
 
 The first round saves every page that is here; from before its look on, every page that comes, goes
 or is written is marked. A later round takes the marks and lets each page say for itself: it is in
@@ -15,22 +15,21 @@ goes on rather than held in memory.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from dcres.actors.host.host import Daemon, Meter
-from dcres.actors.messages import Progress, Saved
-from dcres.errors import Conflict, DcresError
+from dcres.actors.host.meter import Meter
+from dcres.actors.messages import Saved
+from dcres.errors import DcresError
 from dcres.linux import priority
 from dcres.linux.files import data_extents, data_extents_within
 from dcres.linux.removal import CheckpointFolder, remove_own_file
@@ -57,14 +56,8 @@ from dcres.storage.engine.sources import Room, read_into_memory
 from dcres.storage.engine.transfer import BATCH_PAGES, BUFFERS
 from dcres.storage.format.host_part import write_memory_tables
 from dcres.storage.layout import MEMORY_FILES
-from dcres.storage.store.pins import Hold
-from dcres.storage.store.store import Store
 
-log = logging.getLogger("dcres.host")
-
-LATE_ORDERS = 64  # checkpoints back that an order may be late
 _SAMPLE_PAGES = 2048
-_WARM_AFTER_S = 2.0  # when nobody waits any more for what an actor was started for
 _ANY_RATE = 1e9  # bytes per second; for a host that has no page to try it with
 
 
@@ -83,12 +76,25 @@ def beside_guest() -> int:
     return min(SAVING_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
-def _warm_buffers_after(seconds: float) -> None:
-    """So that a VM that is stopped need not wait for their memory: see `BUFFERS`."""
+def warm_buffers_after(seconds: float) -> None:
+    """So that a paused VM need not wait for their memory: see `BUFFERS`."""
     arguments = (SAVING_THREADS, BATCH_PAGES * PAGE_SIZE)
     timer = threading.Timer(seconds, BUFFERS.warm, arguments)
     timer.daemon = True
     timer.start()
+
+
+class Tracker(Protocol):
+    """A pager or memory server, which marks changes."""
+
+    def track(self, changes: Path) -> None:
+        """Mark changes in this file from now on."""
+
+    def scan(self, changes: Path) -> int:
+        """Bring the marks up to date; how many there are."""
+
+    def untrack(self) -> None:
+        """Mark nothing any more."""
 
 
 class PartSaver:
@@ -101,12 +107,12 @@ class PartSaver:
         folder: Path,
         memory_format: MemoryFormat,
         changes: Path,
-        daemon: Daemon,
+        tracker: Tracker,
         meter: Meter,
     ) -> None:
         self.checkpoint = checkpoint
         self.folder = folder
-        self._daemon = daemon
+        self._tracker = tracker
         self._meter = meter
         self._changes_path = changes
         self._began = time.monotonic()
@@ -114,7 +120,7 @@ class PartSaver:
         self._rate = 0.0  # at which what is left would be staged; measured in the first round
         self._saved_any = False
         self._left = 0  # pages marked after the latest round
-        _warm_buffers_after(0.0)
+        warm_buffers_after(0.0)
         with ExitStack() as stack:
             self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._source)
@@ -125,7 +131,7 @@ class PartSaver:
             self._writer = stack.enter_context(writer)
             self._changes = ChangeMap.fresh(changes, self._pages)
             stack.callback(remove_own_file, changes)
-            daemon.call("track", changes=str(changes))
+            tracker.track(changes)
             stack.callback(self._untrack)
             self._stack = stack.pop_all()
 
@@ -135,13 +141,13 @@ class PartSaver:
 
     def _untrack(self) -> None:
         try:
-            self._daemon.call("untrack")
+            self._tracker.untrack()
         except DcresError:
             return  # it died, and its successor tracks nothing
 
     def _scan(self) -> int:
         """Mark what the guest wrote since the last time; how many pages are marked then."""
-        return int(self._daemon.call("scan", changes=str(self._changes_path))["written"])
+        return self._tracker.scan(self._changes_path)
 
     def _take(self) -> Extents:
         """What is to be saved now: at first all that is here, then what is marked and here.
@@ -177,7 +183,7 @@ class PartSaver:
         It ends with a scan and does not begin with one: each costs a guest that writes everywhere
         another fault for every page. Only the copying is left to the background. Looking for
         pages is not: SEEK_HOLE holds the lock of the file's inode, for which page-out waits to
-        punch its hole, and with it the guest; who holds it must not wait for a processor itself.
+        punch its hole, and with it the guest; what holds it must not wait for a processor itself.
         """
         began = time.monotonic()
         here = self._take()
@@ -198,7 +204,7 @@ class PartSaver:
         self._writer.make_room(min(self._left + self._left // 4, most_pages))
 
     def stage(self, most_pages: int) -> None:
-        """The VM stands still: take the rest, at most `most_pages` of it into memory.
+        """The VM is paused: take the rest, at most `most_pages` of it into memory.
 
         What is more is written at once. Afterwards nothing of the host's memory is needed.
         """
@@ -233,138 +239,6 @@ class PartSaver:
         )
 
 
-def _changes_of(source: Path) -> Path:
+def changes_of(source: Path) -> Path:
     """Where a host's marks are: beside its RAM file or store file."""
     return source.with_name("changes")
-
-
-class SavingHost:
-    """The part of a host's actor that saves: what main host and sub hosts do alike.
-
-    Orders name the checkpoint that they are for. One that comes late, after that checkpoint was
-    halted or when another one is under way, is refused with Conflict and changes nothing. Every
-    method may be called again after a failure, once `abandon` was.
-
-    What is being saved is pinned, from its beginning until it is published or given up; on a sub
-    host until its vote, after which nobody sweeps its part.
-    """
-
-    def __init__(self, store: Store, vm: str, host: str, meter: Meter) -> None:
-        self._store = store
-        self._vm = vm
-        self._host = host
-        self._meter = meter
-        self._saving = threading.RLock()
-        self._saver: PartSaver | None = None
-        self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
-        self._kept = Hold()
-        _warm_buffers_after(_WARM_AFTER_S)
-
-    def _require_wanted(self, checkpoint: str) -> None:
-        if checkpoint in self._halted:
-            raise Conflict(f"checkpoint {checkpoint} of VM {self._vm} was given up")
-
-    def _begin_saving(
-        self, checkpoint: str, memory_format: MemoryFormat, source: Path, daemon: Daemon
-    ) -> None:
-        """Begin the checkpoint, with this host's folder in it, and track changes from now on."""
-        with self._saving:
-            self._require_wanted(checkpoint)
-            self._end_saving()
-            self._meter.reset()
-            self._store.begin(self._vm, checkpoint, self._kept)
-            folder = self._store.host_folder(self._vm, checkpoint, self._host)
-            changes = _changes_of(source)
-            self._saver = PartSaver(
-                checkpoint, source, folder, memory_format, changes, daemon, self._meter
-            )
-
-    def _end_saving(self) -> None:
-        saver, self._saver = self._saver, None
-        if saver is not None:
-            saver.close()
-        self._kept.drop()
-
-    @contextmanager
-    def _current(self, checkpoint: str) -> Iterator[PartSaver]:
-        with self._saving:
-            if self._saver is None or self._saver.checkpoint != checkpoint:
-                raise Conflict(
-                    f"host {self._host} has no checkpoint {checkpoint} of VM {self._vm} under way"
-                )
-            yield self._saver
-
-    def copy(self, checkpoint: str) -> HostRound:
-        """A round of checkpoint `checkpoint` while the guest runs; see `PartSaver.copy`."""
-        with self._current(checkpoint) as saver:
-            return saver.copy()
-
-    def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
-        """The barrier before the stop, with a last quick round if `once_more`: what it did.
-
-        `most_pages` is what `stage` may then hold in memory.
-        """
-        with self._current(checkpoint) as saver:
-            saver.make_room(most_pages)
-            return saver.copy() if once_more else None
-
-    def stage(self, checkpoint: str, most_pages: int) -> None:
-        """The VM stands still: take the rest; see `PartSaver.stage`."""
-        with self._current(checkpoint) as saver:
-            saver.stage(most_pages)
-
-    def _settle(
-        self, checkpoint: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]
-    ) -> Saved:
-        with self._current(checkpoint) as saver, priority.background():
-            saved = saver.settle(self._host, tables_of)
-            self._saver = None
-        return replace(saved, store=self._store.identity())
-
-    def halt(self, checkpoint: str) -> None:
-        """Stop saving and tracking, for good: orders that come later are refused. Repeatable.
-
-        Hosts may share a store, so no part is removed before all hosts have halted.
-        """
-        self._halted.append(checkpoint)
-        with self._hurrying(checkpoint), self._saving:
-            if self._saver is not None and self._saver.checkpoint == checkpoint:
-                self._end_saving()
-            self._kept.let_go(checkpoint)
-
-    @contextmanager
-    def _hurrying(self, checkpoint: str) -> Iterator[None]:
-        """What is being saved for `checkpoint` fails soon, and so frees the lock."""
-        saver = self._saver
-        if saver is None or saver.checkpoint != checkpoint:
-            yield
-            return
-        self._meter.cancel()
-        try:
-            yield
-        finally:
-            self._meter.reset()
-
-    def _end_tracking(self, source: Path, daemon: Daemon) -> None:
-        """What an actor began that has died: its paging process tracks, and its marks are there."""
-        with self._saving:
-            if self._saver is None:
-                with suppress(DcresError):  # it died as well, and its successor tracks nothing
-                    daemon.call_patiently("untrack")
-                remove_own_file(_changes_of(source))
-
-    def abandon(self, checkpoint: str) -> None:
-        """Halt, and remove what is left of the checkpoint. Repeatable.
-
-        What another host has pinned, which has not halted or discards it now, stays for that one
-        or for a sweep.
-        """
-        self.halt(checkpoint)
-        try:
-            self._store.discard(self._vm, checkpoint)
-        except Conflict as error:
-            log.info("checkpoint %s is left to others: %s", checkpoint, error)
-
-    def progress(self) -> Progress:
-        """How far a long operation here is."""
-        return self._meter.progress
