@@ -88,7 +88,7 @@ class Incarnation:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Who a host is and what its state file says of the VM; a main host's says most.
+    """What a host is and what its state file says of the VM; a main host's says most.
 
     `reserved` is what was set aside for the VM when the host became one of its own, in bytes, and
     `shares` what sub hosts may keep, in bytes by host.
@@ -150,7 +150,7 @@ class Reading:
 
     part: str  # the host that saved it
     pages: bytes = field(repr=False)  # see `pack_mask`
-    source: SubAddress | None = None  # a slice server; None: this host's own store has the part
+    source: SubAddress | None = None  # a part server; None: this host's own store has the part
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ class MainPart:
 class Resumption:
     """For the main host of a restore: what the guest goes on from.
 
-    `sources` are the slice servers of a lazy restore, by part; without them every host has
+    `sources` are the part servers of a lazy restore, by part; without them every host has
     loaded its pages before the pager starts.
     """
 
@@ -281,7 +281,7 @@ class Finished:
     pages_in: int
     pages_out: int
     stopped_at: float  # on the main host's monotonic clock
-    stopped: datetime  # when the guest stood still, UTC, by the main host's clock
+    stopped: datetime  # when the guest was paused, UTC, by the main host's clock
     run_state: RunState  # in which the VM was found, and in which it is left
     parts_s: dict[str, float] = field(default_factory=dict)  # what the stop was spent on
 

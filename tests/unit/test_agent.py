@@ -108,7 +108,7 @@ def test_a_vm_that_an_earlier_dcres_started_is_adopted(
     left_by_an_earlier_dcres(settings, earlier_state(settings))
     host = agent(settings, Role.MAIN)
     assert adopted == ["pager"]
-    found = host.perform("presence", "describe", (), {})
+    found = host.composed.presence.describe()
     assert (found.role, found.present, found.generation) == (Role.MAIN, True, 3)
     assert found.spec == vm_spec(SPEC)
     assert (found.hosts, found.shares, found.moving) == (("h0", "h1"), {"h1": 32 << 20}, True)
@@ -152,7 +152,7 @@ def test_a_sub_host_that_an_earlier_dcres_started_is_adopted(
     adopted: list[str] = []
     monkeypatch.setattr(Daemon, "adopt", lambda daemon: adopted.append(daemon.name))
     left_by_an_earlier_dcres(settings, {"generation": 2, "reserved": 4096})
-    found = agent(settings, Role.SUB).perform("presence", "describe", (), {})
+    found = agent(settings, Role.SUB).composed.presence.describe()
     assert adopted == ["server"]
     assert (found.role, found.present) == (Role.SUB, True)
     assert (found.generation, found.reserved) == (2, 4096)
@@ -220,7 +220,7 @@ class TestBecoming:
         host = agent(settings, Role.SUB)
         host.become(Role.MAIN)
         assert host.role is Role.MAIN
-        assert host.perform("presence", "describe", (), {}).role is Role.MAIN
+        assert host.composed.presence.describe().role is Role.MAIN
         with pytest.raises(Conflict, match=r"does not take the order serving\.resize"):
             host.perform("serving", "resize", (1,), {})
         host.become(Role.SUB)
@@ -231,7 +231,7 @@ class TestBecoming:
         agent(settings, Role.SUB).become(Role.MAIN)
         again = agent(settings, Role.SUB)
         assert again.role is Role.MAIN
-        assert again.perform("presence", "describe", (), {}).present is False
+        assert again.composed.presence.describe().present is False
 
     def test_it_is_the_role_of_the_life_that_begins(self, settings: HostSettings) -> None:
         host = agent(settings, Role.SUB)

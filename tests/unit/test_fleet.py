@@ -5,12 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dcres.actors.control.room import MIB, HostInfo
 from dcres.actors.host import room
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.messages import Role
 from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet, end_what_is_left, require_ram_here
 from dcres.errors import ActorGone, ClusterError, NoRoom
@@ -41,6 +44,41 @@ def test_what_a_silent_helper_leaves_is_swept(monkeypatch: pytest.MonkeyPatch) -
     RayFleet().leave("box")
     assert killed == [f"dcres-parts/box/{host}" for host in errors]
     assert swept == [("h2", end_what_is_left, "box.parts", "ours")]
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [((), [Role.MAIN, Role.SUB]), ((Role.SUB, Role.MAIN), [Role.SUB, Role.MAIN])],
+    ids=["by default", "as told"],
+)
+def test_an_agent_is_told_its_role(
+    monkeypatch: pytest.MonkeyPatch, roles: tuple[Role, ...], expected: list[Role]
+) -> None:
+    spawned: list[tuple[Any, ...]] = []
+
+    def spawn(cls: type[Any], name: str, args: tuple[Any, ...], **_: object) -> ScriptedPort:
+        spawned.append((cls, name, *args))
+        return ScriptedPort()
+
+    monkeypatch.setattr(gateway, "spawn", spawn)
+    monkeypatch.setattr(gateway, "reserve", lambda *_: SimpleNamespace(hosts=["h0", "h1"]))
+    monkeypatch.setattr(gateway, "hosts", lambda: [info(host) for host in ("h0", "h1", "h2")])
+    monkeypatch.setattr(gateway, "list_actors", lambda prefix: [f"{prefix}0", f"{prefix}1"])
+    monkeypatch.setattr(RayFleet, "cluster", lambda fleet: "ours")
+    assert RayFleet().reserve("box", [MIB, MIB], None, roles) == ["h0", "h1"]
+    RayFleet().add("box", MIB, "h2")
+    RayFleet().visit("box", "h2")
+    names = ["dcres-host/box/0", "dcres-host/box/1", "dcres-host/box/2", "dcres-parts/box/h2"]
+    assert spawned == [
+        (HostAgent, name, "box", role, f"at {host}", "ours")
+        for name, role, host in zip(
+            names, [*expected, Role.SUB, Role.PARTS], ("h0", "h1", "h2", "h2"), strict=True
+        )
+    ]
+
+
+def info(host: str) -> HostInfo:
+    return HostInfo(host, host, f"at {host}", MIB, MIB, True)
 
 
 class FakeReservation:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dcres.actors.host.part_service import PartService
 from dcres.actors.host.roles import MainRole, PartsRole, SubRole, composed
@@ -56,8 +55,8 @@ class HostAgent:
             return self._composed[role]
 
     def perform(
-        self, group: str, order: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
+        self, group: str, order: str, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> object:
         """Carry out an order of a group; its answer.
 
         Raises what the order raises, Conflict for one that this host's role does not take.

@@ -57,7 +57,7 @@ class Daemon:
         self.given_up = ""  # why it is not started again
         self._needed = needed
         self._wanted = False
-        self._unwanted = threading.Event()  # wakes whoever waits before a restart
+        self._unwanted = threading.Event()  # wakes what waits before a restart
         self._spawning = threading.Lock()
         self._watcher: threading.Thread | None = None
         self._process: ProcessId | None = None
@@ -132,7 +132,7 @@ class Daemon:
             try:
                 return self.call(do, **arguments)
             except PagingError as error:
-                # A reported error has a class of its own; this one says that nobody answered.
+                # A reported error has a class of its own; this one says that nothing answered.
                 if type(error) is not PagingError or not self._needed():
                     raise
                 if self.given_up:
@@ -172,7 +172,7 @@ class Daemon:
 
     @property
     def _environ(self) -> dict[str, str]:
-        """Without numpy's threads for linear algebra, which nobody needs here.
+        """Without numpy's threads for linear algebra, which nothing needs here.
 
         To start them takes 60 ms of a processor, as much as to import numpy without them.
         """

@@ -1,8 +1,8 @@
 """Whose a VM's folder on a host is: one cluster's at a time, which the folder's mark names.
 
-Whoever uses the folder holds its mark: the actor, and every process of the VM, which inherits
+Whatever uses the folder holds its mark: the actor, and every process of the VM, which inherits
 the descriptor. So the kernel tells whether anybody is left, in every container that shares the
-folder. A mark that another cluster left is written anew only by who holds it alone.
+folder. A mark that another cluster left is written anew only by the actor that holds it alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dcres.model.ownership import Claimant, Life, Standing, files_refusal, judge
 
 _LONGEST_MARK_BYTES = 4096
 _POLL_S = 0.01
-_BUSY_S = 10.0  # who looks whose a folder is has done so within milliseconds
+_BUSY_S = 10.0  # to look whose a folder is takes milliseconds
 _CLAIMANT = tuple(each.name for each in fields(Claimant))
 
 
@@ -108,7 +108,7 @@ class FolderClaim:
         raise Conflict(f"{self._folder} is being taken by others all the time; try again")
 
     def _take(self, fd: int, seen: bool, take_over: bool, ours_alone: bool) -> bool | None:
-        """None where somebody else was just about to take it, or has removed it."""
+        """None where another actor was just about to take it, or has removed it."""
         alone = hold(fd, alone=True)
         if not (alone or hold(fd)) or not _is_at(fd, self._folder / MARK):
             return None

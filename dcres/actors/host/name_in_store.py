@@ -104,7 +104,7 @@ class NameInStore:
         return self._store.lives(self._vm).renew(me, generation, _now())
 
     def hold_anew(self, cluster: str, claimed: Claimed, monitor: Monitor) -> None:
-        """A QEMU that runs already holds what `keep` claimed; else the claim is given up."""
+        """A QEMU that runs already holds what `keep` claimed; else the claim is released."""
         try:
             monitor.send_fd(_HELD_AS, claimed.lock)
         except BaseException:

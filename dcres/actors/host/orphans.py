@@ -1,4 +1,4 @@
-"""What is left of clusters that have ended: processes of VMs, and memory that nobody uses any more.
+"""What is left of clusters that have ended: processes of VMs, and memory that nothing uses.
 
 A VM outlives its control plane on purpose, so that an actor that Ray starts again adopts it. When
 all of Ray is gone, and its record of the VM with it, nobody will: such a VM can only be ended, and
@@ -170,8 +170,8 @@ def _ray_runs() -> bool:
 def _memory(ram: Path, live: set[str], seen: set[str]) -> dict[str, tuple[OwnFolder, ...]]:
     """Folders of guest memory by cluster, but those of clusters that are `live`.
 
-    Of a cluster that has no process that is `seen` from here somebody may have it in use who is
-    in another container: then its files are open, or its mark is held.
+    Of a cluster that has no process that is `seen` from here a process in another container may
+    have it in use: then its files are open, or its mark is held.
     """
     found: dict[str, tuple[OwnFolder, ...]] = {}
     for place in {_SHARED_MEMORY, ram}:

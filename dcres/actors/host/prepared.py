@@ -3,7 +3,7 @@
 A pager takes 0.2 s to load its modules, which is time that a restore has while pages come from the
 disk. `python -m dcres.actors.host.prepared MODULE ARGUMENT…` loads MODULE and waits for a word on
 its standard input; then it is what ``python -m MODULE ARGUMENT…`` would be. Without the word,
-because whoever was to give it has ended, it ends.
+because what was to give it has ended, it ends.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Prepared:
             if needed:
                 os.write(self._word_fd, _WORD)
         except BrokenPipeError:
-            return  # it has ended, as whoever waits for its answer will find
+            return  # it has ended, as what waits for its answer will find
         finally:
             os.close(self._word_fd)
         if not needed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 from dcres.actors.host.checkpoint_stop import CheckpointStop
 from dcres.actors.host.core_load import CoreLoad
@@ -44,13 +44,14 @@ class Duties:
     serving: Serving | None = None
 
     def perform(
-        self, group: str, order: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
+        self, group: str, order: str, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> object:
         """Carry out an order; its answer. Raises Conflict for one of another role."""
-        part = getattr(self, group)
+        part: object = getattr(self, group)
         if part is None:
             raise Conflict(f"{self.host} does not take the order {group}.{order}")
-        return getattr(part, order)(*args, **kwargs)
+        answer: object = getattr(part, order)(*args, **kwargs)
+        return answer
 
 
 def _words(site: Site, role: Role) -> str:

@@ -1,4 +1,4 @@
-"""Re-placement of a running VM's pages: who is to hold how much, worked out on the main host."""
+"""Re-placement of a running VM's pages: how much each host is to hold, from its page table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CODES = 256
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Who is to keep how many pages: all sub hosts by owner code, and the main host.
+    """How many pages each is to keep: all sub hosts by owner code, and the main host.
 
     `replaced` says whether shares of sub hosts change, so that the mover is to see to them.
     """
@@ -80,7 +80,7 @@ def foresee(
 ) -> dict[tuple[int, int], int]:
     """How many pages would go from whom to whom (owner codes), from a limit to a new shape.
 
-    As the pager would do it by itself, with a guest that stands still: a main host that may
+    As the pager would do it by itself, with a guest that is paused: a main host that may
     keep more is filled, then sub hosts come into shape, and only then a main host that may keep
     less sends out what was touched longest ago. Raises NoRoom as `moves_into` does.
     """

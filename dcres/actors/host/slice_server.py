@@ -1,4 +1,4 @@
-"""The slice server: ``python -m dcres.actors.host.slice_server SETTINGS``.
+"""The part server: ``python -m dcres.actors.host.slice_server SETTINGS``.
 
 A process on a host that sees parts of a checkpoint. It serves their pages straight from the
 memory files, each verified before it is sent, over the paging protocol: to the pager of a VM
@@ -44,7 +44,7 @@ _NOT_HERE = 0xFF
 
 @dataclass(frozen=True, slots=True)
 class SliceSettings:
-    """A slice server's settings. Port 0 lets the kernel choose at the first start.
+    """A part server's settings. Port 0 lets the kernel choose at the first start.
 
     `parts`, one or more, are all of one checkpoint. No manifest is read here: that would take a
     third of this process's start.
@@ -187,7 +187,7 @@ def _open_table(settings: SliceSettings, held: ExitStack) -> SliceTable:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Run the slice server whose settings file is named."""
+    """Run the part server whose settings file is named."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     with ExitStack() as held:
         try:
