@@ -6,13 +6,18 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
+from dcres.actors.host.agent import HostAgent
+from dcres.actors.messages import Role
 from dcres.actors.ports import Port
+from dcres.actors.protocol import Machine, Presence, Serving
 from dcres.actors.ray import gateway
-from dcres.errors import ActorGone, ClusterError, DcresError
+from dcres.config import HostSettings
+from dcres.errors import ActorGone, ClusterError, Conflict, DcresError
 from tests.support.actors import Probe
 from tests.support.errors import ALL_ERRORS, example
 from tests.support.fleet import LocalActor, LocalPort
@@ -24,6 +29,7 @@ class World(Protocol):
     """Where actors live: starts one, kills its process, names one that is not there."""
 
     def spawn(self, *args: Any) -> Port: ...
+    def host(self, vm: str, role: Role) -> Port: ...
     def kill(self, port: Port) -> None: ...
     def missing(self) -> Port: ...
 
@@ -31,13 +37,20 @@ class World(Protocol):
 class LocalWorld:
     """Actors of this process; a killed one is back after a moment, as with Ray."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.actors: dict[str, LocalActor] = {}
+        self.folder = folder
 
     def spawn(self, *args: Any) -> Port:
         name = f"probe-{len(self.actors)}"
         self.actors[name] = LocalActor(name, partial(Probe, *args))
         return LocalPort(name, self.actors)
+
+    def host(self, vm: str, role: Role) -> Port:
+        run, ram, store = (self.folder / name for name in ("run", "ram", "store"))
+        settings = HostSettings(name="h0", run=run, ram=ram, store=store)
+        self.actors[vm] = LocalActor(vm, partial(HostAgent, vm, role, environ=settings.environ()))
+        return LocalPort(vm, self.actors)
 
     def kill(self, port: Port) -> None:
         assert isinstance(port, LocalPort)
@@ -61,6 +74,9 @@ class RayWorld:
         number = len(gateway.list_actors(self.name))
         return gateway.spawn(Probe, f"{self.name}-{number}", args)
 
+    def host(self, vm: str, role: Role) -> Port:
+        return gateway.spawn(HostAgent, f"{self.name}-{vm}", (vm, role))
+
     def kill(self, port: Port) -> None:
         assert isinstance(port, gateway.ActorPort)
         os.kill(port.pid(), signal.SIGKILL)
@@ -70,11 +86,11 @@ class RayWorld:
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.cluster)])
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     if request.param == "ray":
         yield RayWorld(request.getfixturevalue("unique"))
         return
-    made = LocalWorld()
+    made = LocalWorld(tmp_path)
     yield made
     made.close()
 
@@ -90,6 +106,19 @@ def test_a_call_returns_what_the_method_returns(port: Port) -> None:
     assert port.call(Probe.get) == "value"
     assert port.call(Probe.set, {"a": [1, 2]}) is None
     assert port.submit(Probe.get).result(patience(10)) == {"a": [1, 2]}
+
+
+def test_a_host_takes_the_orders_of_its_role(world: World) -> None:
+    """Errors name the order, and not how it came there."""
+    host = world.host("contract", Role.SUB)
+    host.wait_ready(patience(30))
+    found = host.call(Presence.describe)
+    assert (found.role, found.present) == (Role.SUB, False)
+    host.call(Presence.require_free, take_over=True)
+    with pytest.raises(Conflict, match=r"a sub host of .* does not take the order machine\.pause"):
+        host.call(Machine.pause)
+    with pytest.raises(ClusterError, match=r"contract\.resize failed: FileNotFoundError"):
+        host.call(Serving.resize, 1)
 
 
 def test_values_are_copies(port: Port) -> None:
