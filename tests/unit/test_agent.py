@@ -127,6 +127,7 @@ def test_a_vm_that_an_earlier_dcres_started_is_adopted(
     expected = {
         **before,
         "role": "main",
+        "unrecorded": "",
         "spec": {**before["spec"], "layout": layout},
         "shares": {"h1": 16 << 20},
         "reshaping": False,

@@ -237,6 +237,7 @@ def test_a_restore_from_a_store_to_read_only(
             console = Path(other.status()["hosts"][0]["console"])
             await_checks(console)
             assert "no checkpoint: " in (why := status_of(other.status()).why)
+            assert why.startswith("no record says that it is to be running; ")
             assert why.endswith("(Read-only file system); make the store writable")
             with pytest.raises(OperationFailed, match="Read-only file system") as caught:
                 other.checkpoint()
