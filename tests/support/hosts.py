@@ -1,8 +1,8 @@
 """Fake hosts: what each has of a VM is kept in a `World`, and orders only change that.
 
 They take the orders of `dcres.actors.protocol` and refuse what a real host refuses:
-tests/contracts/test_host_contract.py holds both to the same. As with a real host, what an actor keeps in
-mind is lost with it: which part it saves, and which checkpoints were halted.
+tests/contracts/test_host_contract.py holds both to the same. As with a real host, what an actor
+keeps in mind is lost with it: which part it saves, and which checkpoints were halted.
 """
 
 from __future__ import annotations
