@@ -74,7 +74,7 @@ class Fleet(Protocol):
     def room_for(self, vm: str, extras: Mapping[int, int], shares: Sequence[int]) -> list[str]:
         """The hosts to `add` for `shares`, where they and what `extend` is to do have room.
 
-        `extras` are bytes by the index of a host. Reserves nothing, so that somebody faster may
+        `extras` are bytes by the index of a host. Reserves nothing, so that another VM may
         have the room by the time it is. Raises NoRoom, NotFound for a host that is gone.
         """
 
