@@ -35,7 +35,7 @@ def disk_under(path: Path, devices: Path = _DEVICES) -> str:
     device = devices / f"{os.major(number)}:{os.minor(number)}"
     if not device.exists():
         raise UnsupportedHost(
-            f"{path} lies on no disk whose rate could be limited; choose a folder on one"
+            f"{path} is not on a disk whose rate can be limited; choose a folder on one"
         )
     found = device.resolve()
     if (found / "partition").exists():
@@ -77,7 +77,7 @@ class DiskGroup:
             if remove_if_empty(self.folder):
                 return
             if time.monotonic() > deadline:
-                raise UnsupportedHost(f"{self.folder} cannot be removed: it is in use still")
+                raise UnsupportedHost(f"{self.folder} cannot be removed: it is still in use")
             time.sleep(_POLL_S)
 
 

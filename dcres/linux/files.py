@@ -196,8 +196,8 @@ def open_own(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int
         if error.errno != errno.ELOOP or not os.path.islink(path):
             raise
         raise HostError(
-            f"{path} is a symbolic link, and dcres is to write a file of its own there; see who "
-            "made it, and remove it"
+            f"{path} is a symbolic link where dcres writes a file of its own; find out what made "
+            "it, and remove it"
         ) from None
 
 
@@ -326,8 +326,8 @@ def require_own(folder: Path) -> None:
     ours = stat.S_ISDIR(status.st_mode) and status.st_uid in (0, os.geteuid())
     if reachable or not ours:
         raise HostError(
-            f"{folder} belongs to another user, or others may write to it, and guest memory is "
-            "to lie there; remove it, or choose another folder with DCRES_RAM or DCRES_RUN"
+            f"{folder} belongs to another user, or others may write to it, so it is not safe for "
+            "guest memory; remove it, or choose another folder with DCRES_RAM or DCRES_RUN"
         )
 
 

@@ -177,7 +177,7 @@ def spawn_detached(
             os.close(stdin_fd)
     stat = launched.stdout.decode(errors="replace")
     if not stat.strip():  # killed before it was the program
-        raise HostError(f"{argv[0]} could not be started: its launcher was ended; try again")
+        raise HostError(f"{argv[0]} was not started: its launcher was killed; try again")
     return ProcessId(int(stat.split(" ", 1)[0]), _start_time_of_stat(stat)[0])
 
 

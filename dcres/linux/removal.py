@@ -84,7 +84,9 @@ class OwnFolder:
         try:
             path.mkdir(mode=0o700)
         except FileExistsError:
-            raise Conflict(f"{path} is there already, and is to be made; move it away") from None
+            raise Conflict(
+                f"{path} exists already, where dcres makes its own; move it away"
+            ) from None
         mark.put(path)
         return cls(path, mark)
 
@@ -292,7 +294,7 @@ def remove_socket(path: Path) -> None:
     except FileNotFoundError:
         return
     if not is_socket:
-        raise NotOurs(f"{path} is not a socket, and dcres is to make one there; move it away")
+        raise NotOurs(f"{path} is not a socket, and dcres makes one there; move it away")
     path.unlink(missing_ok=True)
 
 
@@ -355,7 +357,7 @@ def _require_no_mounts(folder: Path) -> None:
     for line in _MOUNTS.read_text().splitlines():
         point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4])
         if point.startswith(real + "/"):
-            raise HostError(f"{point} is mounted below {folder}; unmount it, and then again")
+            raise HostError(f"{point} is mounted below {folder}; unmount it, then try again")
 
 
 @contextlib.contextmanager

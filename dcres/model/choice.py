@@ -67,8 +67,8 @@ def choose_evenly(memory_pages: int, candidates: Sequence[Candidate], count: int
     holders, others = _by_preference(candidates)
     if count > len(holders) + len(others):
         raise NoRoom(
-            f"{count} hosts are asked for and {len(holders) + len(others)} have room; ask for "
-            "fewer, or add hosts"
+            f"{count} hosts are asked for, but only {len(holders) + len(others)} have room; ask "
+            "for fewer, or add hosts"
         )
     wanted_mib = mib_of(memory_pages)
     missing_mib = wanted_mib
@@ -97,8 +97,8 @@ def choose_for(shares: Sequence[int], candidates: Sequence[Candidate]) -> list[s
         ]
         if not fit:
             raise NoRoom(
-                f"{len(shares)} hosts are needed and none that is left has room for a share of "
-                f"{mib_of(shares[index])} MiB; free memory or add hosts"
+                f"{len(shares)} hosts are needed, and none of the remaining ones has room for a "
+                f"share of {mib_of(shares[index])} MiB; free memory or add hosts"
             )
         main = index == 0
         best = min(fit, key=lambda each: _fitness(each, main=main))

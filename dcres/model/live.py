@@ -25,7 +25,7 @@ class Verdict(StrEnum):
 
     GO_ON = "go on"
     FITS = "the rest fits the downtime target"
-    BOUND = "the bound on rounds is reached"
+    BOUND = "the limit on rounds is reached"
     STALLED = "the guest writes as fast as its pages are saved"
     TOO_SHORT = "the stop itself takes longer than the downtime target"
 

@@ -78,17 +78,17 @@ def refusal(vm: str, lives: Iterable[Life], me: Claimant, take_over: bool) -> st
         case Standing.ALIVE:
             where = "" if life is None else f" on host {life.owner.host} since {life.since}"
             return (
-                f"VM {vm} of another cluster has this name in the store, and runs{where}; stop it "
-                "there, or give this one another name or another store"
+                f"the name {vm} in the store belongs to a VM of another cluster, which "
+                f"runs{where}; stop it there, or give this VM another name or store"
             )
         case Standing.UNCERTAIN:
             if take_over:
                 return ""
             where = "" if life is None else f" on host {life.owner.host} at {life.since}"
             return (
-                f"VM {vm} of another cluster has this name in the store: it was started{where}, "
-                "and whether it still runs cannot be seen from here; stop it there, or, if it has "
-                "ended for certain, add --take-over (take_over=True)"
+                f"the name {vm} in the store belongs to a VM of another cluster, which was "
+                f"started{where}; whether it still runs cannot be seen from here. Stop it there, "
+                "or, if you know that it has ended, add --take-over (take_over=True)"
             )
         case _:
             assert_never(standing)

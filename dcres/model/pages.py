@@ -93,7 +93,7 @@ def mask_of_extents(extents: Extents, page_count: int) -> Mask:
     if not are_sound(extents, page_count):
         raise HostError(
             f"{len(extents)} ranges of pages are not ascending within the {page_count} pages of "
-            "a memory: somebody else changed a file of dcres, or its kernel tells nonsense"
+            "a memory; another program changed a file of dcres, or the kernel's answer is wrong"
         )
     steps = np.zeros(page_count + 1, dtype=np.int8)
     steps[extents[:, 0]] += 1

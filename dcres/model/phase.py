@@ -75,8 +75,8 @@ def in_the_way(vm: str, phase: VmPhase) -> str:
             return f"VM {vm} runs already; stop it first with `dcres stop {vm}`"
         case VmPhase.UNKNOWN:
             return (
-                f"a host of VM {vm} does not answer, so that it may still run; wait, or end what "
-                f"is left of it with `dcres stop {vm}`"
+                f"no answer from a host of VM {vm}, which may still run; wait, or end what is "
+                f"left of it with `dcres stop {vm}`"
             )
         case (
             VmPhase.STARTING

@@ -42,8 +42,8 @@ def free_codes(taken: Sequence[int], count: int) -> list[int]:
     free = sorted(set(range(FIRST_SUB, 256)) - set(taken))
     if len(free) < count:
         raise NoRoom(
-            f"{len(taken) + count} places for pages, and a VM can have {256 - FIRST_SUB}; use "
-            "fewer sub hosts, or restore without --lazy"
+            f"{len(taken) + count} sub hosts and part servers, but a VM can have "
+            f"{256 - FIRST_SUB}; use fewer sub hosts, or restore without --lazy"
         )
     return free[:count]
 

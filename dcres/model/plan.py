@@ -110,8 +110,8 @@ def _count_placed(placement: Owners) -> int:
 def _require_room(pages: int, room: int) -> None:
     if room < pages:
         raise NoRoom(
-            f"the hosts have room for {room // PAGES_PER_MIB} MiB and {mib_of(pages)} MiB of "
-            f"memory are in use; give them {mib_of(pages - room)} MiB more"
+            f"the shares hold {room // PAGES_PER_MIB} MiB, but {mib_of(pages)} MiB of memory are "
+            f"in use; give the hosts {mib_of(pages - room)} MiB more"
         )
 
 

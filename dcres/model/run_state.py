@@ -115,8 +115,8 @@ def no_save(vm: str, state: RunState) -> str:
             | RunState.SAVE_VM
         ):
             return (
-                f"VM {vm} is in QEMU's run state {state}, in which a monitor other than dcres "
-                f"has put it; `dcres resume {vm}` lets it run, then try again"
+                f"another monitor has put VM {vm} into QEMU's run state {state}; "
+                f"`dcres resume {vm}` lets it run, then try again"
             )
         case _:
             assert_never(state)
@@ -182,4 +182,4 @@ def advice(vm: str, state: RunState) -> str:
             assert_never(state)
 
 
-_BACK = "`dcres start` boots it anew, `dcres restore` takes it back to a checkpoint"
+_BACK = "`dcres start` boots it, `dcres restore` takes it back to a checkpoint"

@@ -122,13 +122,13 @@ def _obstacles(monitor: Monitor) -> list[str]:
     said = []
     if reasons := monitor.execute("query-migrate").get("blocked-reasons"):
         said.append(
-            f"QEMU can save no checkpoint of this VM ({'; '.join(reasons)}); leave out what it "
-            "names, or have the guest give it up"
+            f"QEMU cannot save this VM ({'; '.join(reasons)}); remove what it names from the VM, "
+            "or release it in the guest"
         )
     if bitmaps := _persistent_bitmaps(monitor):
         said.append(
-            f"disks have persistent dirty bitmaps ({', '.join(bitmaps)}), with which no snapshot "
-            "can be gone back to; remove them with block-dirty-bitmap-remove"
+            f"disks have persistent dirty bitmaps ({', '.join(bitmaps)}), so QEMU could not "
+            "revert them to a snapshot; remove the bitmaps with block-dirty-bitmap-remove"
         )
     return said
 

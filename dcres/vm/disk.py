@@ -100,8 +100,8 @@ def _qcow2_problems(info: Mapping[str, Any]) -> list[str]:
         )
     if names := [each["name"] for each in data.get("bitmaps", [])]:
         problems.append(
-            f"has persistent dirty bitmaps ({', '.join(names)}), with which no snapshot can be "
-            "gone back to; remove them with qemu-img bitmap --remove"
+            f"has persistent dirty bitmaps ({', '.join(names)}), so QEMU cannot revert it to a "
+            "snapshot; remove them with qemu-img bitmap --remove"
         )
     return problems
 

@@ -105,8 +105,8 @@ class Monitor:
                     raise MonitorError(f"QEMU ended before its monitor {path} answered")
                 if time.monotonic() > deadline:
                     raise MonitorError(
-                        f"nobody answers at the monitor {path}: QEMU does not run, or another "
-                        "client is connected (QEMU serves one at a time); see dcres status"
+                        f"no answer from the monitor {path}: QEMU does not run, or another "
+                        "client is connected (QEMU serves one at a time); see `dcres status`"
                     )
                 time.sleep(_RETRY_S)
         except BaseException:
@@ -238,7 +238,7 @@ class Monitor:
         if state is RunState.RUNNING:
             raise MonitorError("the VM runs; stop it before its core is saved")
         if state in SAVED:  # before the file is cut to nothing: it may be a core that is still good
-            raise MonitorError("the VM has not run since its core was saved; that one is its core")
+            raise MonitorError("the VM has not run since its core was saved; use that core")
         fd = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             os.fchmod(fd, 0o600)
@@ -261,7 +261,7 @@ class Monitor:
         """MonitorError unless the core that `save_core` wrote to `path` is still the VM's."""
         if not self.has_saved_core or not path.exists():
             raise MonitorError(
-                "the VM stands still, and its core could not be saved the last time; let it run "
+                "the VM is paused, and its core could not be saved the last time; let it run "
                 "once with `dcres resume`"
             )
         self._require_no_ram(self.execute("query-migrate"), path.stat().st_size)

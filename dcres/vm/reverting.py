@@ -109,8 +109,9 @@ class Reverting:
 def _by_hand(left: Mapping[Path, str]) -> str:
     back = "; ".join(f"qemu-img snapshot -a {name} {each}" for each, name in left.items())
     return (
-        f"a restore was interrupted, and every disk goes back to what it was before by: {back} "
-        "(then delete these snapshots with -d; that alone leaves the disks as they are)"
+        f"a restore was interrupted; to take every disk back to its state before, run: {back}; "
+        "then delete these snapshots with -d (to keep the disks as they are, only delete the "
+        "snapshots)"
     )
 
 

@@ -51,8 +51,8 @@ def test_what_is_waited_for(names: list[str], load: float, sentence: str) -> Non
             "[2026-12-01 21:30:09,296 E 77 77] (raylet) agent.cc:12: One Ray agent failed",
         ),
         ([REMARKS + "Killed\n"], "Killed"),
-        ([REMARKS], "no log of it says why"),
-        (["", "\n"], "no log of it says why"),
+        ([REMARKS], "none of its logs says why"),
+        (["", "\n"], "none of its logs says why"),
     ],
 )
 def test_the_last_words_of_a_node(logs: list[str], words: str) -> None:

@@ -159,7 +159,7 @@ def test_a_page_that_the_placement_gives_another_host_is_found(
         main, apart, 0, **{layout.PAGES: lambda path: tables.write_placement(path, where, HOSTS)}
     )
     republish(main, forged)
-    assert damage(stores, forged) == f"page {page} was saved by h1 and is not its"
+    assert damage(stores, forged) == f"page {page} was saved by h1 and does not belong to it"
 
 
 def test_a_page_that_two_hosts_have_is_found(
@@ -183,7 +183,7 @@ def test_a_page_that_two_hosts_have_is_found(
     )
     forged = apart.model_copy(update={"hosts": (*apart.hosts[:2], part)})
     republish(stores["h0"], forged)
-    assert damage(stores, forged) == f"page {page} was saved by h2 and is not its"
+    assert damage(stores, forged) == f"page {page} was saved by h2 and does not belong to it"
 
 
 def damage(stores: dict[str, Store], manifest: Manifest) -> str:

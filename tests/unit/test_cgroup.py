@@ -45,7 +45,7 @@ def test_a_partition_stands_for_its_disk(tmp_path: Path) -> None:
 
 
 def test_a_folder_on_no_disk(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedHost, match="lies on no disk whose rate could be limited"):
+    with pytest.raises(UnsupportedHost, match="is not on a disk whose rate can be limited"):
         disk_under(tmp_path, tmp_path)
 
 

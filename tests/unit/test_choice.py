@@ -150,7 +150,7 @@ def test_sentences() -> None:
         choose(9 * MIB, hosts)
     with pytest.raises(NoRoom, match="6 MiB more than any 1 of the hosts have room for"):
         choose_evenly(9 * MIB, hosts, 1)
-    with pytest.raises(NoRoom, match="3 hosts are asked for and 2 have room; ask for fewer"):
+    with pytest.raises(NoRoom, match="3 hosts are asked for, but only 2 have room; ask for fewer"):
         choose_evenly(MIB, hosts, 3)
 
 

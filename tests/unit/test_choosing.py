@@ -186,7 +186,7 @@ class TestChoosingHosts:
         [
             (VmPhase.RUNNING, "runs already; stop it first with `dcres stop demo`"),
             (VmPhase.RESTORING, "VM demo is restoring; wait"),
-            (VmPhase.UNKNOWN, "does not answer, so that it may still run; wait, or"),
+            (VmPhase.UNKNOWN, "no answer from a host of VM demo, which may still run; wait, or"),
         ],
     )
     def test_a_vm_that_is_there(self, manifest: Manifest, phase: VmPhase, words: str) -> None:

@@ -427,7 +427,7 @@ def test_a_vm_that_stands_still_is_not_let_go_by_a_checkpoint_that_fails(
         ("shutdown", "VM vm is off: its guest has shut down"),
         ("suspended", "sleeps; wake it first"),
         ("internal-error", "cannot go on"),
-        ("postmigrate", "a monitor other than dcres has put it"),
+        ("postmigrate", "another monitor has put VM vm into"),
     ],
 )
 def test_what_cannot_be_saved_and_left_as_it_is_is_refused_first(

@@ -200,7 +200,7 @@ class TestClearing:
         [
             ({}, True, "runs in .* already; `dcres down` ends it"),
             (ANOTHER_CONTAINER, True, "another container or on another machine .* lives there"),
-            (ANOTHER_MACHINE, True, r"another machine \(far\) and lives there; end it there"),
+            (ANOTHER_MACHINE, True, r"another machine \(far\); end it there"),
             (ANOTHER_MACHINE, False, r"another machine \(far\).* cannot be seen from here"),
             (EARLIER_DCRES, False, "by an earlier dcres, and whether that has ended cannot"),
         ],
@@ -225,7 +225,7 @@ class TestClearing:
             kill = partial(cluster.kill_host, "h0")
             acts: list[Callable[[], object]] = [cluster.stop, cluster.add_host, kill]
             for act in acts:
-                with pytest.raises(Conflict, match="lives there; end it there"):
+                with pytest.raises(Conflict, match="end it there, or set DCRES_HOME"):
                     act()
             assert everything(home.parent) == before
 
@@ -335,7 +335,7 @@ class TestStarting:
         Path(state.temp).mkdir()
         (Path(state.temp) / "trap").touch()
         monkeypatch.setattr("dcres.actors.ray.local_cluster._new_state", lambda *_: state)
-        with pytest.raises(Conflict, match=r"dcres-.* is there already"):
+        with pytest.raises(Conflict, match=r"dcres-.* exists already"):
             start(home)
         assert (Path(state.temp) / "trap").exists()
         assert not (home / "cluster.json").exists()

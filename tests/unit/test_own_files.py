@@ -90,7 +90,7 @@ def test_a_link_in_place_of_a_file_is_refused(
 ) -> None:
     before = content(target)
     (folder / name).symlink_to(target)
-    with pytest.raises(HostError, match=f"{name} is a symbolic link, and dcres is to write"):
+    with pytest.raises(HostError, match=f"{name} is a symbolic link where dcres writes"):
         write(folder / "file")
     assert content(target) == before
 

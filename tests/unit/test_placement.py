@@ -79,7 +79,7 @@ def test_who_is_known_keeps_its_code() -> None:
     known = {f"h{number}": sub_code(number) for number in range(200)}
     assert codes_of([*known, "new"], known) == [*known.values(), sub_code(200)]
     assert codes_of(["new", "h7"], known) == [sub_code(200), sub_code(7)]
-    with pytest.raises(NoRoom, match="241 places for pages"):
+    with pytest.raises(NoRoom, match="241 sub hosts and part servers"):
         codes_of([f"n{number}" for number in range(41)], known)
 
 

@@ -185,7 +185,7 @@ def test_nothing_is_placed() -> None:
 
 @pytest.mark.parametrize("hot_first", [True, False])
 def test_too_little_room_says_how_much_is_missing(hot_first: bool) -> None:
-    sentence = "the hosts have room for 2 MiB and 4 MiB of memory are in use; give them 2 MiB more"
+    sentence = "the shares hold 2 MiB, but 4 MiB of memory are in use; give the hosts 2 MiB more"
     with pytest.raises(NoRoom, match=sentence):
         plan(pages((1024, 0)), never(1024), [257, 255], np.ones((1, 2), dtype=np.bool_), hot_first)
 

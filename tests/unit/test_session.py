@@ -115,7 +115,7 @@ class TestConnections:
             ("https://[fd00::1]/", r"where Ray jobs are submitted; .* \[fd00::1\]:6379"),
             ("HTTP://", "where Ray jobs are submitted; .* HEAD:6379"),
             ("http://[", "where Ray jobs are submitted; .* HEAD:6379"),
-            ("ray://h:10001", "the address for Ray Client, which dcres does not speak; .* h:6379"),
+            ("ray://h:10001", "an address of Ray Client, which dcres does not support; .* h:6379"),
             ("local", "by which Ray means a new cluster .* `dcres up`"),
             *(
                 (each, "which is not the address of a Ray cluster; write host:port")

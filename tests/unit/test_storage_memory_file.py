@@ -667,7 +667,7 @@ def test_an_index_of_other_pages_is_found(tmp_path: Path) -> None:
     assert order is not None
     other = order.copy()
     other[0] = np.flatnonzero(~saved.mask)[0]
-    with pytest.raises(CheckpointCorrupt, match=f"page {other[0]} is there and should not be"):
+    with pytest.raises(CheckpointCorrupt, match=f"page {other[0]} is present but should not be"):
         verify(MemoryFile(saved.file.path, saved.mask, saved.file.sums, other))
     swapped = order.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
@@ -849,7 +849,7 @@ def add(path: Path, saved: SavedMemory) -> int:
     [
         (flip, "page {page} was altered"),
         (lose, "page {page} is missing"),
-        (add, "page {page} is there and should not be"),
+        (add, "page {page} is present but should not be"),
         (lambda path, _: os.truncate(path, 8 * PAGE_SIZE), "it has 32768 bytes instead of 163840"),
         (lambda path, _: os.truncate(path, 41 * PAGE_SIZE), "it has 167936 bytes"),
         (lambda path, _: os.truncate(path, PAGES * PAGE_SIZE - 1), "it has 163839 bytes"),

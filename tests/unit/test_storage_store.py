@@ -453,7 +453,7 @@ def test_existence_must_agree_with_the_memory_file(root: Store, published: Manif
     forged = rewritten(
         root, published, 1, **{layout.PAGES: lambda path: tables.write_existence(path, here)}
     )
-    assert f"page {page} was saved by h1 and is not its" in problems(root, forged)[0]
+    assert f"page {page} was saved by h1 and does not belong to it" in problems(root, forged)[0]
     with pytest.raises(CheckpointCorrupt, match=f"page {page}"):
         root.read_part(forged, "h1")
 
@@ -469,7 +469,7 @@ def test_placement_must_agree_with_every_host(root: Store, published: Manifest) 
         **{layout.PAGES: lambda path: tables.write_placement(path, where, HOSTS)},
     )
     (problem,) = problems(root, forged)
-    assert f"page {page} was saved by h1 and is not its" in problem
+    assert f"page {page} was saved by h1 and does not belong to it" in problem
     where[page] = 1
     lost = int(np.flatnonzero(where == tables.NOWHERE)[0])
     where[lost] = 2
@@ -477,7 +477,7 @@ def test_placement_must_agree_with_every_host(root: Store, published: Manifest) 
         root, forged, 0, **{layout.PAGES: lambda path: tables.write_placement(path, where, HOSTS)}
     )
     (problem,) = problems(root, forged)
-    assert f"page {lost} is h2's and was not saved there" in problem
+    assert f"page {lost} belongs to h2 and was not saved there" in problem
 
 
 def test_placement_must_name_the_manifests_hosts(root: Store, published: Manifest) -> None:

@@ -72,7 +72,7 @@ class NodesWait:
         names = [node.settings.name for node in waiting]
         if so_far > LONGEST_START_S:
             raise ClusterError(
-                f"{_nodes(names)} not ready after {so_far:.0f} s, although everything of it runs; "
+                f"{_nodes(names)} not ready after {so_far:.0f} s, although all its processes run; "
                 "try again when the machine is less busy"
             )
         if so_far - self._told >= max(_TELL_S, self._told / 3):  # seldomer as time goes by
@@ -99,7 +99,7 @@ def last_words(*logs: str) -> str:
     lines = [line.strip() for each in logs for line in reversed(each.splitlines()) if line.strip()]
     reasons = (line for line in lines if _REASON.search(line))
     others = (line for line in lines if not _REMARK.search(line))
-    return next(reasons, None) or next(others, "no log of it says why")
+    return next(reasons, None) or next(others, "none of its logs says why")
 
 
 def _nodes(names: Iterable[str]) -> str:

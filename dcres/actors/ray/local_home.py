@@ -113,7 +113,8 @@ class Home:
         except (ValueError, TypeError, AttributeError):
             raise ClusterError(
                 f"{self.state} is damaged, or of another version of dcres, or not dcres's; end "
-                "what it tells of with that version or by `dcres down --orphans`, and move it away"
+                "the cluster with that version or by `dcres down --orphans`, and move the file "
+                "away"
             ) from None
         except OSError as error:
             raise ClusterError(f"cannot read {self.state}: {error.strerror}") from None
@@ -136,17 +137,16 @@ class Home:
     def lives_elsewhere(self, state: State) -> str:
         """Why it can neither be ended nor changed from here."""
         return (
-            f"the local cluster in {self.path} was started in another container or on another "
-            f"machine ({state.host}) and lives there; end it there, or set DCRES_HOME to another "
-            "folder"
+            f"the local cluster in {self.path} runs in another container or on another machine "
+            f"({state.host}); end it there, or set DCRES_HOME to another folder"
         )
 
     def not_judged(self, state: State) -> str:
         """What to do about a cluster that may live where it cannot be seen."""
         where = f"on another machine ({state.host})" if state.host else "by an earlier dcres"
         return (
-            f"{self.state} tells of a local cluster that was started {where}, and whether that "
-            "has ended cannot be seen from here; run `dcres down` there, set DCRES_HOME to another "
+            f"{self.state} is of a local cluster that was started {where}; whether it has ended "
+            "cannot be seen from here. Run `dcres down` there, set DCRES_HOME to another "
             f"folder, or, if nothing of it is left, remove that file, {self.token} and "
             f"{self.hosts} by hand"
         )

@@ -44,7 +44,7 @@ def with_place(memory: MemoryFile) -> Mask:
 
 
 def require_pages(memory: MemoryFile, found: Mask) -> None:
-    """CheckpointCorrupt for a page that is there and should not be, or the other way round.
+    """CheckpointCorrupt for a page that is present but should not be, or the other way round.
 
     A page of zeros needs no place. Copying can also turn one into a hole: cp(1) does that to
     copies of sparse files.
@@ -53,7 +53,7 @@ def require_pages(memory: MemoryFile, found: Mask) -> None:
     if wrong.any():
         wrong &= ~memory.mask | (memory.sums != SUM_OF_ZEROS)
         for page in np.flatnonzero(wrong)[:1].tolist():
-            what = "is missing (a hole)" if memory.mask[page] else "is there and should not be"
+            what = "is missing (a hole)" if memory.mask[page] else "is present but should not be"
             raise corrupt(memory.path, f"page {page} {what}")
 
 

@@ -289,7 +289,7 @@ class PackedPlaces:
         length_bytes = os.fstat(self._file.fd).st_size
         if length_bytes != self._end * PAGE_SIZE:
             what = f"has {length_bytes} bytes instead of {self._end * PAGE_SIZE}"
-            raise StorageError(f"{self._file.path} {what}: somebody else wrote to it")
+            raise StorageError(f"{self._file.path} {what}: another program wrote to it")
         return allocated_bytes(self._file.fd)
 
     @property

@@ -155,7 +155,7 @@ class Transfer:
         crew = _Crew(self, batches(extents, self.reach), progress)
         moved = crew.work(min(threads, -(-pages // BATCH_PAGES)))
         if moved != pages:  # it would pass for done, and what is stored would be older
-            raise StorageError(f"{moved} of {pages} pages were moved, and nothing says why")
+            raise StorageError(f"only {moved} of {pages} pages were moved, without an error")
 
     def step(self, extents: Extents, buffer: memoryview) -> int:
         """Move one batch through `buffer`; returns its number of pages."""

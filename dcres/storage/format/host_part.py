@@ -90,7 +90,7 @@ def _require_length(folder: Path, name: str, length_bytes: int) -> None:
                 return
     except OSError as error:
         found = f"cannot be opened ({error.strerror})"
-    who = "find out who else changes files in the store"
+    who = "find out what else changes files in the store"
     if not folder.exists():
         copy = f"if the store of host {folder.name} is a copy of this one, with its mark"
         who = f"{copy}, remove {layout.MARKER} there; else {who}"
@@ -165,5 +165,9 @@ def require_same(path: Path, here: Mask, mask: Mask, host: str) -> None:
     differing = np.flatnonzero(here != mask)
     if differing.size:
         page = int(differing[0])
-        what = "was saved by {} and is not its" if mask[page] else "is {}'s and was not saved there"
+        what = (
+            "was saved by {} and does not belong to it"
+            if mask[page]
+            else "belongs to {} and was not saved there"
+        )
         raise corrupt(path, f"page {page} {what.format(host)}")

@@ -138,16 +138,16 @@ class Manifest(_Model):
         if version is None or self.memory_format not in version.memory_formats:
             raise ValueError(f"{self.memory_format} memory files are not of this format version")
         if self.machine.get(RUN_STATE, RunState.RUNNING) not in set(RunState):
-            raise ValueError("the VM was in a run state that there is not")
+            raise ValueError("the VM's run state is not known")
         if not re.fullmatch(TIME_PATTERN, self.machine.get(STOPPED, self.created)):
-            raise ValueError("the VM was stopped at no time")
+            raise ValueError("the time when the VM was paused is missing or malformed")
         names = [part.host for part in self.hosts]
         if len(set(names)) != len(names):
             raise ValueError("a host is named twice")
         if [part.role for part in self.hosts] != [Role.MAIN] + [Role.SUB] * (len(names) - 1):
             raise ValueError("the first host is the main host, and the only one")
         if any(part.memory_file != MEMORY_FILES[self.memory_format] for part in self.hosts):
-            raise ValueError(f"a memory file has not the name of {self.memory_format} ones")
+            raise ValueError(f"a memory file does not have the name of {self.memory_format} ones")
         for part in self.hosts:
             if len({file.name for file in part.files}) < len(part.files):
                 raise ValueError(f"a file of {part.host} is listed twice")
@@ -202,5 +202,5 @@ def loads(text: str, path: Path) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         raise corrupt(path, f"{where or 'it'}: {first['msg']}") from None
     if _dumps(manifest, version) != text:
-        raise corrupt(path, "it says the same in other bytes, so it was altered")
+        raise corrupt(path, "its values are encoded differently, so it was altered")
     return manifest

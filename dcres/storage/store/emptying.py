@@ -48,8 +48,8 @@ def _require_unused(store: Store, own: Sequence[Path | StoreFile]) -> None:
             store.require_unpinned(path.name)
         elif layout.generation_of(path.path.name) is not None and is_locked(path.path):
             raise Conflict(
-                f"VM {path.path.parent.name} runs and has its checkpoints in {store.root}, so that "
-                "it is not removed; stop it first (`dcres stop`, in its cluster)"
+                f"VM {path.path.parent.name} runs and has its checkpoints in {store.root}, so "
+                "that is not removed; stop the VM first (`dcres stop`, in its cluster)"
             )
 
 

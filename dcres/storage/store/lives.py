@@ -93,8 +93,8 @@ class Lives:
         if latest > generation:
             raise Conflict(
                 f"this life of VM {self._vm} (generation {generation}) is over: generation "
-                f"{latest} has begun from the store {self._root}, so no checkpoint of this one is "
-                f"taken; end it, or see that the other has ended and restore"
+                f"{latest} has begun from the store {self._root}, so this one takes no "
+                "checkpoint; end it, or make sure that the other has ended, and restore"
             )
 
     def release(self, me: Claimant, generation: int) -> None:

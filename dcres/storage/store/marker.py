@@ -54,7 +54,7 @@ def mark(root: Path) -> str:
         sync_folder(root)
     found = identity(root)
     if not found:
-        raise StorageError(f"{root / MARKER} is damaged; remove it, and it is made anew")
+        raise StorageError(f"{root / MARKER} is damaged; remove it, and dcres makes a new one")
     return found
 
 

@@ -68,8 +68,8 @@ def _what_it_is(address: str) -> str:
             )
         case "ray":
             return (
-                ", the address for Ray Client, which dcres does not speak; on a node of the "
-                f"cluster write host:port of its head, like {there}"
+                ", an address of Ray Client, which dcres does not support; on a node of the "
+                f"cluster give host:port of its head, like {there}"
             )
     if address == "local":
         return (

@@ -131,7 +131,7 @@ def driver_is_gone(driver: str) -> bool:
             timeout=_ASK_TIMEOUT_S,
         )
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"cannot tell whether job {driver} runs: {error}") from error
+        raise ClusterError(f"not known whether job {driver} runs: {error}") from error
     return any(job.is_dead for job in jobs.values())
 
 

@@ -40,7 +40,7 @@ class Reservation:
         for host in nodes.hosts():
             if host.node_id == node_id and host.alive:
                 return host.name
-        raise NotFound(f"part {bundle} of reservation {self.name} is on no live host")
+        raise NotFound(f"no live host has part {bundle} of reservation {self.name}")
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def release(name: str) -> None:
     for actor_name in _actors_in(group):
         kill(actor_name)
     remove_placement_group(group)
-    poll(lambda: reservation(name) is None, f"reservation {name} does not go away")
+    poll(lambda: reservation(name) is None, f"reservation {name} is not removed")
 
 
 def group_named(name: str) -> PlacementGroup:

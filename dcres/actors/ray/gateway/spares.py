@@ -46,7 +46,7 @@ def _order(node_id: str) -> None:
             try:
                 _prestart(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
             except grpc.RpcError as error:
-                _log.warning("no process in reserve for the next actor: %s", error)
+                _log.warning("no spare process for the next actor: %s", error)
 
 
 def _prestart(address: str) -> None:
