@@ -102,6 +102,7 @@ class FakeMain(SavingHost):
         )  # fmt: skip
 
     def recorded(self) -> Record | None:
+        self.world.met(f"{self.host}.recorded")
         return self.world.records[-1] if self.world.records else None
 
     def record(self, record: Record) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.messages import Role
-from dcres.errors import Conflict, DcresError, StoreFull
+from dcres.errors import CheckpointCorrupt, Conflict, DcresError, StoreFull
 from dcres.storage.format.manifest import dumps
 from tests.support.fleet import LocalFleet
 from tests.support.hosts import FakeHost, FakeSub, FakeVisitor
@@ -119,6 +119,15 @@ def test_a_main_host_that_is_gone_does_not_keep_a_vm(
     started.stop()
     assert len(world.records) == 1
     assert fleet.reserved == {}
+
+
+def test_a_record_that_says_nothing_does_not_keep_a_vm(
+    started: Coordinator, fleet: LocalFleet, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.fail["h0.recorded"] = CheckpointCorrupt("record.json says nothing")
+    started.stop()
+    assert fleet.reserved == {}
+    assert "VM vm is not on record as stopped: record.json says nothing" in caplog.text
 
 
 def test_another_cluster_s_record_stays(started: Coordinator, world: World) -> None:

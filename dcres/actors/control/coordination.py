@@ -281,7 +281,7 @@ class Coordination:
         """End the VM and give back all it used; its checkpoints stay. Repeatable.
 
         First of all it is put on record that `by` wants it stopped, so that nobody brings it back.
-        Raises StoreFull, CheckpointCorrupt where that cannot be; the VM runs on then.
+        Raises StoreFull where that cannot be; the VM runs on then.
         """
         self.cancel()
         with self._exclusively(VmPhase.STOPPING, _CANCEL_TIMEOUT_S):

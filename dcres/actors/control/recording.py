@@ -15,7 +15,7 @@ from dcres.actors.control.asking import await_ready
 from dcres.actors.messages import Description
 from dcres.actors.ports import Fleet, Port
 from dcres.actors.protocol import Machine
-from dcres.errors import ClusterError, Conflict, DcresError, NotFound
+from dcres.errors import CheckpointCorrupt, ClusterError, Conflict, DcresError, NotFound
 from dcres.model.record import Desired, Record
 
 log = logging.getLogger("dcres.coordinator")
@@ -58,8 +58,8 @@ def catch_up(vm: str, main: Port, life: Description, cluster: str) -> None:
 def record_stopped(vm: str, fleet: Fleet, hosts: Sequence[str], by: str = "") -> None:
     """Before the VM on `hosts` is ended: have the record say so.
 
-    A main host that does not answer cannot keep the VM from being ended. Raises StoreFull,
-    CheckpointCorrupt.
+    Neither a main host that does not answer nor a record that says nothing keeps the VM from being
+    ended. Raises StoreFull.
     """
     ports = fleet.find(vm)
     if not ports or 0 not in fleet.indices(vm):
@@ -67,7 +67,7 @@ def record_stopped(vm: str, fleet: Fleet, hosts: Sequence[str], by: str = "") ->
     try:
         await_ready(ports[0], lambda: all(map(fleet.alive, hosts[:1])), _READY_TIMEOUT_S)
         _record_stopped(ports[0], fleet.cluster(), by)
-    except ClusterError as error:
+    except (ClusterError, CheckpointCorrupt) as error:
         log.warning("VM %s is not on record as stopped: %s", vm, error)
 
 
