@@ -564,7 +564,7 @@ def test_nothing_of_a_vm_is_ended_while_a_host_is_silent(
     world.fail["h2.status"] = ClusterError("it did not answer within 10 s")
     status = started.status()
     assert (status["phase"], status["hosts"][2]["host_state"]) == ("unknown", "silent")
-    with pytest.raises(Conflict, match="so that it may still run; wait, or end what is left"):
+    with pytest.raises(Conflict, match="which may still run; wait, or end what is left"):
         started.start(SPEC)
     assert world.runs
     world.fail.clear()
