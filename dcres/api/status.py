@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dcres.config import format_size
@@ -68,6 +68,7 @@ class VmStatus:
 
     `run_state` is the guest's, where the main host answers, and `advice` what to do about it: a VM
     whose phase is ``running`` may be paused, or wait for a disk that failed.
+    `operation` is what is being done to it, `last_operation` what was done last.
     While `bringing_in` a lazy restore is under way, and `pages_to_bring` pages are still in the
     checkpoint alone.
     """
@@ -84,6 +85,9 @@ class VmStatus:
     generation: int | None = None
     advice: str = ""
     failed_disks: tuple[str, ...] = ()
+    # What was done to it, step by step: `dcres.actors.control.journal` has the form.
+    operation: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    last_operation: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def doing(self) -> str:
@@ -167,6 +171,8 @@ def status_of(answer: Mapping[str, Any]) -> VmStatus:
         generation=answer.get("generation"),
         advice=_advice(answer, run_state),
         failed_disks=tuple(main.get("failed_disks", ())),
+        operation=answer.get("operation"),
+        last_operation=answer.get("last_operation"),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinator import RayCoordinator
 from dcres.actors.ray.fleet import coordinator_name
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.actors.ray.local_home import HOST_FIELD
@@ -56,7 +57,7 @@ def delete(cluster: LocalCluster, manifest: Manifest) -> None:
 @contextmanager
 def coordinator(vm: str) -> Iterator[Port]:
     """The coordinator of a VM that does not run yet; the VM ends with it."""
-    port: Port = gateway.spawn(Coordinator, coordinator_name(vm), (vm,))
+    port: Port = gateway.spawn(RayCoordinator, coordinator_name(vm), (vm,))
     try:
         port.wait_ready(_READY_TIMEOUT_S)
         yield port

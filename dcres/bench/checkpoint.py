@@ -25,6 +25,7 @@ from typing import Any
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinator import RayCoordinator
 from dcres.actors.ray.fleet import coordinator_name
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench import disk
@@ -88,7 +89,7 @@ class Subject:
         self._cluster = cluster
         self._store = Store(cluster.settings(cluster.hosts[0]).store)
         self._raw = folder / "raw"
-        self._port: Port = gateway.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
+        self._port: Port = gateway.spawn(RayCoordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
         main, *subs = (f"{share}MiB" for share in _shares(hosts, memory_mib))
         image = filler_image(folder)

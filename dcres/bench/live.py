@@ -23,6 +23,7 @@ from pathlib import Path
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinator import RayCoordinator
 from dcres.actors.ray.fleet import coordinator_name
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.bench.filler import fill_mib, filler_image
@@ -103,7 +104,7 @@ class _Subject:
         layout = {"main": f"{3 * quarter}MiB", "subs": [f"{quarter}MiB"]}
         spec = _spec(folder, memory_mib, rate, reads, layout=layout)
         self._vm = str(spec["name"])
-        self._port = gateway.spawn(Coordinator, coordinator_name(self._vm), (self._vm,))
+        self._port = gateway.spawn(RayCoordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
         status = self._port.within(_TIMEOUT_S).call(Coordinator.start, spec)
         self._console = Path(status["hosts"][0]["console"])

@@ -22,6 +22,7 @@ import pytest
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray import gateway, local_node
+from dcres.actors.ray.coordinator import RayCoordinator
 from dcres.actors.ray.fleet import coordinator_name, host_actor_name
 from dcres.actors.ray.gateway import ActorPort, Pending
 from dcres.actors.ray.local_cluster import LocalCluster
@@ -172,7 +173,7 @@ class Campaign:
 
 @pytest.fixture(scope="module")
 def campaign(cluster: LocalCluster) -> Iterator[Campaign]:
-    gateway.spawn(Coordinator, coordinator_name(VM), (VM,)).wait_ready(patience(60))
+    gateway.spawn(RayCoordinator, coordinator_name(VM), (VM,)).wait_ready(patience(60))
     store = Store(cluster.settings(cluster.hosts[0]).store)
     made = Campaign(cluster, store, random.Random(SEED))
     try:

@@ -250,7 +250,7 @@ class TestInsideTheCluster:
     def test_not_beside_the_vm_itself(self, manifest: Manifest) -> None:
         fleet = fleet_of(seen("a", 1, ALL), planning=lambda host, order: ((1,), (1,), (1,)))
         coordinator = Coordinator("demo", fleet)
-        coordinator._phase = VmPhase.STARTING
+        coordinator._turn.become(coordinator._turn.situation.begun(VmPhase.STARTING))
         found = coordinator.plan_restore(dumps(manifest), Wish(), False, False)
         (problem,) = found.problems
         assert problem.startswith("VM demo is starting; wait until that is done")

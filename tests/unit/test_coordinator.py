@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from dcres.actors.control import checkpointing
+from dcres.actors.control.concurrency import Threads
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.meter import Meter
 from dcres.actors.messages import (
@@ -1271,6 +1273,7 @@ def test_it_takes_down_a_start_that_was_not_finished(
     world.hooks[where] = lambda: taken.append(successor(fleet)) if not taken else None
     with pytest.raises(DcresError):
         coordinator.start(SPEC)
+    until(lambda: bool(taken), 30, "the other one has looked")
     assert taken[0].status()["phase"] == "absent"
     require_nothing(world, fleet)
 
@@ -1463,17 +1466,61 @@ def test_a_name_that_is_another_cluster_s_is_refused_before_anything_is_started(
 
 
 def test_ids_are_in_order_though_the_clock_is_set_back(
-    started: Coordinator, monkeypatch: pytest.MonkeyPatch
+    started: Coordinator, fleet: LocalFleet
 ) -> None:
     noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    times = [noon, noon, noon - timedelta(hours=1), noon]
 
-    class Clock(datetime):
-        times: ClassVar[list[datetime]] = [noon, noon, noon - timedelta(hours=1), noon]
+    class Clock(Threads):
+        def utc(self) -> datetime:
+            return times[min(len(names), 3)]
 
-        @classmethod
-        def now(cls, tz: tzinfo | None = None) -> Any:
-            return cls.times.pop(0)
-
-    monkeypatch.setattr("dcres.actors.control.coordinator.datetime", Clock)
-    names = [started.checkpoint()["checkpoint"] for _ in range(4)]
+    names: list[str] = []
+    later = Coordinator("vm", fleet, Clock())
+    for _ in range(4):
+        names.append(later.checkpoint()["checkpoint"])
     assert names == [f"vm-20260301-120000-{number:04x}" for number in range(4)]
+
+
+# The journal
+
+
+def entries(journal: dict[str, Any] | None) -> list[str]:
+    """What was told and heard, as `dcres status --json` shows it."""
+    assert journal is not None
+    return [
+        f"{each.get('instruction') or each['event']} {each.get('host', '')}".strip()
+        for each in journal["entries"]
+    ]
+
+
+def test_the_journal_of_an_operation_is_told_while_it_is_under_way_and_after(
+    started: Coordinator, world: World
+) -> None:
+    seen: list[dict[str, Any]] = []
+    world.hooks["h0.finish"] = lambda: seen.append(started.status())
+    taken = started.checkpoint("stop")["checkpoint"]
+    now, last = seen[0]["operation"], seen[0]["last_operation"]
+    assert (now["operation"], last["operation"]) == (f"checkpoint {taken}", "start")
+    assert entries(now)[-1] == "Finish h0"
+    assert entries(last)[0] == "LookAround"
+    after = started.status()
+    assert after["operation"] is None
+    assert entries(after["last_operation"])[-2:] == ["Publish h0", "Published h0"]
+    times = [each["at_s"] for each in after["last_operation"]["entries"]]
+    assert times == sorted(times)
+    assert "5e5e" not in json.dumps(after), "no secret"
+
+
+def test_an_error_has_the_journal_of_its_operation(started: Coordinator, world: World) -> None:
+    world.fail["h1.save"] = StoreFull("the disk is full")
+    with pytest.raises(OperationFailed) as caught:
+        started.checkpoint("stop")
+    said = caught.value.to_dict()
+    assert said["failures"] == [{"host": "h1", "type": "StoreFull", "message": "the disk is full"}]
+    assert "Failed" in [each.get("event") for each in said["journal"]]
+    world.fail["h0.move_into [4096, 4096, 4096]"] = NoRoom("no room")
+    with pytest.raises(NoRoom, match="h0: no room") as refused:
+        started.resize(subs_bytes=[16 * MIB] * 3)
+    assert [each.host for each in refused.value.failed_on] == ["h0"]
+    assert refused.value.journal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,6 +139,34 @@ def test_the_rules_catch(file: str, name: str, why: str) -> None:
 )
 def test_the_rules_allow(file: str, name: str) -> None:
     assert not list(problems(file, 1, name))
+
+
+# Time and threads, and Ray, in what controls VMs
+
+CONTROL = [file for file in FILES if file.startswith("dcres/actors/control/")]
+NOT_IN_CONTROL = ("time", "threading", "queue", "concurrent", "dcres.actors.ray")
+
+
+def not_for_control(file: str, names: Iterable[str]) -> list[str]:
+    """All time goes through a `Concurrency`, so that a virtual clock can take its place."""
+    if file.endswith("/concurrency.py"):
+        return []
+    return [
+        f"{file} imports {name}"
+        for name in names
+        if f"{name}.".startswith(tuple(f"{each}." for each in NOT_IN_CONTROL))
+    ]
+
+
+@pytest.mark.parametrize("file", CONTROL)
+def test_control_waits_through_concurrency_and_knows_no_ray(file: str) -> None:
+    assert not_for_control(file, (name for _, name in imports(ROOT / file))) == []
+
+
+def test_what_is_not_for_control_is_found() -> None:
+    names = ("time", "threading.Lock", "concurrent.futures.wait", "dcres.actors.ray.fleet.RayFleet")
+    assert len(not_for_control("dcres/actors/control/x.py", names)) == len(names)
+    assert not_for_control("dcres/actors/control/x.py", ["datetime.datetime", "dcres.model"]) == []
 
 
 # Circles

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pytest
 
@@ -30,7 +30,7 @@ class World:
     """Answers as hosts with these parts give them."""
 
     def __init__(
-        self, here: dict[str, tuple[str, ...]] = OWN, states: tuple[HostState, ...] = ()
+        self, here: Mapping[str, tuple[str, ...]] = OWN, states: tuple[HostState, ...] = ()
     ) -> None:
         self.here, self.states = here, states
 

@@ -24,6 +24,7 @@ import pytest
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinator import RayCoordinator
 from dcres.actors.ray.fleet import coordinator_name
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.actors.ray.local_node import CLUSTER_MARK, free_port
@@ -112,7 +113,7 @@ class Subject:
             for client in range(CLIENTS)
         ]
         self._store = Store(cluster.settings(cluster.hosts[0]).store)
-        self._coordinator = gateway.spawn(Coordinator, coordinator_name(VM), (VM,))
+        self._coordinator = gateway.spawn(RayCoordinator, coordinator_name(VM), (VM,))
         self._cluster = cluster
 
     def start(self) -> None:

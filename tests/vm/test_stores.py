@@ -14,7 +14,6 @@ import pytest
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.host.agent import HostAgent
-from dcres.actors.protocol import Presence
 from dcres.api.status import status_of
 from dcres.errors import Conflict, NameTaken, OperationFailed, StoreReadOnly
 from dcres.linux.marks import MARK
@@ -233,7 +232,7 @@ def test_a_restore_from_a_store_to_read_only(
         generations: list[int] = []
         for _ in range(2):
             other.restore(dumps(taken), lazy=lazy)
-            generations.append(other._main().call(Presence.describe).generation)
+            generations.append(other.status()["generation"])
             console = Path(other.status()["hosts"][0]["console"])
             await_checks(console)
             assert "no checkpoint: " in (why := status_of(other.status()).why)

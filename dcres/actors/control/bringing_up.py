@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import assert_never
@@ -11,6 +11,7 @@ from typing import assert_never
 from dcres.actors.control.concurrency import Concurrency
 from dcres.actors.control.executor import Doing, Errand, Executor, Patience, order
 from dcres.actors.control.restoring import Restoring
+from dcres.actors.control.vm_handle import VmHandle
 from dcres.actors.messages import (
     ClaimOrder,
     Incarnation,
@@ -20,7 +21,7 @@ from dcres.actors.messages import (
     RunOrder,
     ServeOrder,
 )
-from dcres.actors.ports import Fleet, Port
+from dcres.actors.ports import Port
 from dcres.actors.protocol import Machine, Parts, Presence, Serving
 from dcres.config import VmSpec
 from dcres.errors import ClusterError, Conflict, DcresError, OperationFailed
@@ -57,49 +58,44 @@ class Laps:
 
 
 class BringingUp:
-    """One start or restore. `look` says what is there of a VM of that name, `take_down` ends it."""
+    """One start or restore."""
 
     def __init__(
         self,
-        vm: str,
-        fleet: Fleet,
+        vm: VmHandle,
         spec: VmSpec,
         executor: Executor,
-        concurrency: Concurrency,
         *,
-        look: Callable[[], tuple[HostState, ...]],
-        take_down: Callable[[], None],
-        watch: Callable[[Start], None],
         hosts: Sequence[str] | None = None,
         take_over: bool = False,
         restoring: Restoring | None = None,
     ) -> None:
-        self.laps = Laps(concurrency)
-        self._vm, self._fleet, self._spec = vm, fleet, spec
-        self._executor = executor
-        self._look, self._take_down, self._tell = look, take_down, watch
+        self.laps = Laps(vm.concurrency)
+        self._handle, self._vm, self._fleet = vm, vm.name, vm.fleet
+        self._spec, self._executor = spec, executor
         self._wanted_hosts, self._take_over = hosts, take_over
         self._restoring = restoring
-        self._begun = Start.begin(vm, None if restoring is None else restoring.begin)
+        self._begun = Start.begin(vm.name, None if restoring is None else restoring.begin)
         self._state, _ = self._begun
         self._ports: dict[str, Port] = {}
         self._shares: dict[str, int] = {}  # bytes by host
         self._addresses: dict[str, SubAddress] = {}
-        self._incarnation = Incarnation(vm, 0, "")
+        self._incarnation = Incarnation(vm.name, 0, "")
 
-    def run(self) -> Start:
-        """Bring the VM up. Raises what went wrong; nothing of the VM is left then, or as it was.
+    def run(self) -> DcresError | None:
+        """Bring the VM up; None, or what went wrong. Its sentence names its host."""
+        self._state = self._executor.run(self, self._begun, self._watch)
+        return self._error(self._state)
 
-        The sentence of an error names its host.
-        """
-        ended = self._executor.run(self, self._begun, self._watch)
-        outcome = ended.outcome
-        assert outcome is not None, "it has ended"
-        if outcome.up:
-            return ended
-        raise self._error(ended)
+    @property
+    def torn_down(self) -> bool:
+        """Whether it ended with nothing left of the VM; if not, and not up, the VM is as it was."""
+        outcome = self._state.outcome
+        return outcome is not None and outcome.torn_down
 
-    def _error(self, ended: Start) -> DcresError:
+    def _error(self, ended: Start) -> DcresError | None:
+        if ended.phase is Phase.UP:
+            return None
         failure = ended.failure
         if failure is None or ended.cancelled:
             return Conflict(f"the start of VM {self._vm} was cancelled")
@@ -112,7 +108,7 @@ class BringingUp:
         self.laps.enter(self._lap(state))
         if self._restoring is not None:
             self._restoring.where = state.where
-        self._tell(state)
+        self._handle.know(state.hosts)
 
     def _lap(self, state: Start) -> str:
         if state.phase in _RESERVING:
@@ -156,12 +152,18 @@ class BringingUp:
             case steps.RequireRoom():
                 self._fleet.require_room(self._vm, shares, self._wanted_hosts)
             case steps.MakeWay() | steps.TakeDown():
-                self._take_down()
+                self._handle.take_down(self._executor.journal)
             case steps.Reserve():
                 return self._reserve(shares)
             case _:
                 assert_never(instruction)
         return Done(instruction)
+
+    def _look(self) -> tuple[HostState, ...]:
+        """What is there of a VM of that name; nothing, if it has no hosts."""
+        if not self._fleet.find(self._vm):
+            return ()
+        return tuple(each.state for each in self._handle.roll.call(self._handle.hosts.ports))
 
     def _reserve(self, shares: Sequence[int]) -> steps.Reserved:
         names = self._fleet.reserve(self._vm, shares, self._wanted_hosts)

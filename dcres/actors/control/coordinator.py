@@ -5,57 +5,69 @@ after its process died, it asks them, and ends what was half-done: a stopped VM 
 start or restore that was not finished is taken down.
 
 Every method runs where Ray put the coordinator (the head node). One operation at a time:
-a second one is refused with Conflict.
+a second one is refused with Conflict. What an operation does is decided by its machine in
+`dcres.model.operations`.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dcres.actors.control.asking import describe
 from dcres.actors.control.bringing_up import BringingUp
+from dcres.actors.control.changing_shares import ChangingShares, Wanted, spec_of
 from dcres.actors.control.checkpointing import Checkpointing
 from dcres.actors.control.choosing import Choice, Wish
-from dcres.actors.control.coordination import Coordination, VmFacts
+from dcres.actors.control.concurrency import THREADS, Concurrency
 from dcres.actors.control.journal import Journal
 from dcres.actors.control.placing_restores import choose_hosts, foresee
 from dcres.actors.control.publishing import Subject, checkpoint_facts
-from dcres.actors.control.recording import catch_up, record_running
-from dcres.actors.control.replacing import Checked, Replacing, Shares, settle_shape
+from dcres.actors.control.recording import catch_up, record_running, record_stopped
+from dcres.actors.control.recovering import recover
+from dcres.actors.control.replacing import Shares
 from dcres.actors.control.restoring import Restoring, spec_for
+from dcres.actors.control.telling import Telling, VmFacts
+from dcres.actors.control.turn import Turn
+from dcres.actors.control.vm_handle import VmHandle
 from dcres.actors.control.wanting import while_it_lives
-from dcres.actors.messages import Description, Foreseen, ForeseenRestore
-from dcres.actors.ports import Port
+from dcres.actors.messages import Foreseen, ForeseenRestore
+from dcres.actors.ports import Fleet
 from dcres.actors.protocol import Machine, Presence
 from dcres.config import Layout, VmSpec, vm_spec
-from dcres.errors import ClusterError, Conflict, DcresError, NotFound, VmLost, VmOff
+from dcres.errors import ClusterError, Conflict, DcresError, VmLost
+from dcres.linux import priority
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.model.live import DOWNTIME_S, MAX_ROUNDS, Judgement, Target
-from dcres.model.operations.start import Start
-from dcres.model.phase import HostState, VmPhase
+from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
+from dcres.model.phase import VmPhase
+from dcres.model.picture import Picture
 from dcres.model.run_state import RunState, no_save, runs_restored
-from dcres.storage.format.manifest import Mode, loads
+from dcres.storage.format.manifest import Manifest, Mode, loads
 from dcres.storage.layout import checkpoint_id
 
-log = logging.getLogger("dcres.coordinator")
-
-_T = TypeVar("_T")
 _NEXT_TOKEN = timedelta(microseconds=16)
+_CANCEL_TIMEOUT_S = 45.0
+_CANCELLED = "cancelled by the user"
 
 
-class Coordinator(Coordination):
+class Coordinator:
     """One VM's driver; see the module."""
 
-    _latest = datetime.fromtimestamp(0, UTC)  # when the last checkpoint was begun
+    def __init__(self, vm: str, fleet: Fleet, concurrency: Concurrency = THREADS) -> None:
+        priority.take_normal()
+        self._concurrency = concurrency
+        self._vm = VmHandle(vm, fleet, concurrency)
+        self._turn = Turn(vm, concurrency, partial(recover, self._vm))
+        self._telling = Telling(self._vm, self._turn)
+        self._shares = ChangingShares(self._vm)
+        self._checkpointing: Checkpointing | None = None
+        self._last: dict[str, Any] = {}
+        self._latest = datetime.fromtimestamp(0, UTC)  # when the last checkpoint was begun
+        self._fixed_s = FIXED_S
+        self._turn.recover_if_due()
 
     def start(
         self,
@@ -72,7 +84,7 @@ class Coordinator(Coordination):
         what is to run says that `by` did this.
         """
         spec = vm_spec(values)
-        with self._exclusively(VmPhase.STARTING):
+        with self._turn.taken(VmPhase.STARTING):
             self._bring_up(spec, hosts, take_over, driver, by)
         return self.status()
 
@@ -87,47 +99,33 @@ class Coordinator(Coordination):
     ) -> dict[str, float]:
         """Start the VM and put on record that it is to run; what that was spent on, in seconds."""
         name = "start" if restoring is None else f"restore {restoring.manifest.checkpoint}"
-        executor = self._executor = self._operation_named(name)
+        executor = self._turn.executor(name)
         bringing_up = BringingUp(
-            self._vm,
-            self._fleet,
-            spec,
-            executor,
-            self._concurrency,
-            look=self._look,
-            take_down=lambda: self._take_down(executor.journal),
-            watch=self._learn_hosts,
-            hosts=hosts,
-            take_over=take_over,
-            restoring=restoring,
+            self._vm, spec, executor, hosts=hosts, take_over=take_over, restoring=restoring
         )
-        gone = self._fleet.driver_is_gone
-        try:
-            with while_it_lives(driver, gone, self.cancel, self._concurrency):
-                bringing_up.run()
-            self._put_on_record(executor.journal, by)
-        finally:
-            self._executor = None
-        self._phase = VmPhase.RUNNING
+        gone = self._vm.fleet.driver_is_gone
+        with while_it_lives(driver, gone, self.cancel, self._concurrency):
+            error = bringing_up.run()
+        if bringing_up.torn_down:
+            self._become(VmPhase.ABSENT)
+        if error is not None:
+            raise error
+        self._put_on_record(executor.journal, by)
+        self._become(VmPhase.RUNNING)
         return bringing_up.laps.seconds
 
     def _put_on_record(self, journal: Journal, by: str) -> None:
         """That the VM is to run; one of which that cannot be said is taken down again."""
-        main = self._main()
+        main = self._vm.main
         try:
-            record_running(main, describe(main), self._fleet.cluster(), by)
+            record_running(main, describe(main), self._vm.fleet.cluster(), by)
         except BaseException:
-            self._take_down(journal)
+            self._vm.take_down(journal)
+            self._become(VmPhase.ABSENT)
             raise
 
-    def _look(self) -> tuple[HostState, ...]:
-        """What is there of the VM; nothing, if it has no hosts."""
-        if not self._fleet.find(self._vm):
-            return ()
-        return tuple(each.state for each in self._roll.call(self._ports()))
-
-    def _learn_hosts(self, state: Start) -> None:
-        self._hosts = state.hosts or self._hosts
+    def _become(self, phase: VmPhase) -> None:
+        self._turn.become(self._turn.situation.ended(phase))
 
     def checkpoint(
         self,
@@ -143,38 +141,54 @@ class Coordinator(Coordination):
         VM is stopped all the same, and ``verdict`` says why. Raises OperationFailed when it was
         given up. A VM that ran runs on in either case, and one that stood still stands as it did.
         """
-        with self._exclusively(VmPhase.CHECKPOINTING):
-            ports = self._ports()
-            if not ports:
-                raise NotFound(f"VM {self._vm} does not run; start it or restore a checkpoint")
+        with self._turn.taken(VmPhase.CHECKPOINTING):
+            _ = self._vm.main  # NotFound without one
             run_state = self._savable_state()
-            began = time.monotonic()
-            # A clock may be set back, and ids are in order. The four digits tell checkpoints of
-            # one second apart.
-            now = self._latest = max(datetime.now(UTC), self._latest + _NEXT_TOKEN)
-            name = checkpoint or checkpoint_id(self._vm, now, f"{now.microsecond // 16:04x}")
-            target = Target(downtime_s, max_rounds, self._fixed_s)
-            subject = self._subject(ports, run_state)
-            running = Checkpointing(subject, name, Mode(mode), target, memory_format, now)
-            self._checkpointing = running
-            try:
-                manifest = running.run()
-            finally:
-                self._checkpointing = None
-                self._recovered = not running.vm_stands
-                if running.vm_stands:
-                    self._recover()
-            if not self._recovered:
-                raise VmLost(f"checkpoint {name} was taken, but the VM stands still: {self._why}")
-            self._phase = VmPhase.RUNNING
-            main = ports[self._hosts[0]]  # whose store may have been there to read only until now
-            catch_up(self._vm, main, describe(main), self._fleet.cluster())
-            self._last = checkpoint_facts(manifest, time.monotonic() - began)
+            began_s = self._concurrency.now_s()
+            now = self._latest = self._next_time()
+            name = checkpoint or checkpoint_id(self._vm.name, now, f"{now.microsecond // 16:04x}")
+            running = Checkpointing(
+                self._subject(run_state),
+                name,
+                Mode(mode),
+                Target(downtime_s, max_rounds, self._fixed_s),
+                memory_format,
+                now,
+                self._turn.executor(f"checkpoint {name}"),
+                self._concurrency,
+            )
+            manifest = self._run(running)
+            main = self._vm.main  # whose store may have been there to read only until now
+            catch_up(self._vm.name, main, describe(main), self._vm.fleet.cluster())
+            seconds = self._concurrency.now_s() - began_s
+            self._last = checkpoint_facts(manifest, seconds)
             self._last["downtime_parts_seconds"] = running.downtime_parts_s
             if running.judgement is not None:
                 self._learn(running.judgement, manifest.downtime_seconds)
                 self._last["verdict"] = str(running.judgement.verdict)
             return self._last
+
+    def _next_time(self) -> datetime:
+        """A clock may be set back, and ids are in order; they tell 16 µs apart."""
+        return max(self._concurrency.utc(), self._latest + _NEXT_TOKEN)
+
+    def _run(self, running: Checkpointing) -> Manifest:
+        """Take it; a VM that was left standing still is told again in any case."""
+        self._checkpointing = running
+        try:
+            manifest = running.run()
+        finally:
+            self._checkpointing = None
+            if running.vm_stands:
+                self._turn.become(self._turn.situation.unsettled())
+                self._turn.recover()
+        now = self._turn.situation
+        if not now.settled:
+            raise VmLost(
+                f"checkpoint {running.checkpoint} was taken, but the VM stands still: {now.why}"
+            )
+        self._become(VmPhase.RUNNING)
+        return manifest
 
     def _learn(self, judgement: Judgement, downtime_s: float) -> None:
         """The fixed part of the next downtime is what this one had beyond its staging."""
@@ -184,18 +198,18 @@ class Coordinator(Coordination):
     def _savable_state(self) -> RunState:
         """The VM's run state. Raises Conflict if it cannot be saved in that, VmLost, VmOff."""
         try:
-            state = RunState(self._main().call(Machine.status)["run_state"])
+            state = RunState(self._vm.main.call(Machine.status)["run_state"])
         except VmLost:
             raise
         except DcresError:  # the checkpoint itself meets that again, and tells it host by host
             return RunState.RUNNING
-        if why := no_save(self._vm, state):
+        if why := no_save(self._vm.name, state):
             raise Conflict(why)
         return state
 
     def pause(self) -> VmFacts:
         """Stop the guest until `resume`; all else goes on. Repeatable. Raises Conflict, VmLost."""
-        with self._at_rest():
+        with self._turn.at_rest():
             self._tell_main(Machine.pause)
         return self.status()
 
@@ -204,42 +218,33 @@ class Coordinator(Coordination):
 
         Raises Conflict where it cannot run any more, VmLost.
         """
-        with self._at_rest():
+        with self._turn.at_rest():
             self._tell_main(Machine.go)
         return self.status()
 
     def _tell_main(self, order: Callable[[Machine], None]) -> None:
         try:
-            self._main().call(order)
+            self._vm.main.call(order)
         except ClusterError as error:
+            vm = self._vm.name
             raise ClusterError(
-                f"host {self._hosts[0]} of VM {self._vm} does not answer ({error}); whether it has "
-                f"done this, `dcres status {self._vm}` says once it does"
+                f"host {self._vm.hosts.main} of VM {vm} does not answer ({error}); whether it has "
+                f"done this, `dcres status {vm}` says once it does"
             ) from None
 
-    @contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """Nothing else is done to the VM meanwhile, and nothing is left of what was done before."""
-        self._recover_if_due()
-        if not self._recovered:
-            errors: dict[VmPhase, type[DcresError]] = {VmPhase.LOST: VmLost, VmPhase.OFF: VmOff}
-            error = errors.get(self._phase, ClusterError)
-            raise error(f"VM {self._vm} is {self._phase}: {self._why}")
-        with self._exclusively(VmPhase.RUNNING):
-            yield
-
-    def _subject(self, ports: dict[str, Port], run_state: RunState) -> Subject:
-        main = ports[self._hosts[0]].call(Presence.describe)
+    def _subject(self, run_state: RunState) -> Subject:
+        hosts = self._vm.hosts
+        main = hosts.ports[hosts.main].call(Presence.describe)
         return Subject(
-            vm=self._vm,
+            vm=self._vm.name,
             generation=main.generation,
-            spec=_spec_of(main),
+            spec=spec_of(main),
             accel=main.accel,
             qemu_version=main.qemu_version,
             machine=main.machine,
-            hosts=self._hosts,
-            ports=ports,
-            alive=self._fleet.alive,
+            hosts=hosts.names,
+            ports=hosts.ports,
+            alive=self._vm.fleet.alive,
             run_state=run_state,
         )
 
@@ -263,25 +268,26 @@ class Coordinator(Coordination):
         manifest = loads(manifest_text, Path("manifest.json"))
         spec = spec_for(manifest, layout)
         restoring = Restoring(manifest, lazy)
-        with self._exclusively(VmPhase.RESTORING):
+        with self._turn.taken(VmPhase.RESTORING):
             laps = self._bring_up(spec, hosts, take_over, driver, by, restoring)
-            shares = dict(zip(self._hosts, spec.layout.shares, strict=True))
+            found = self._vm.hosts
+            shares = dict(zip(found.names, spec.layout.shares, strict=True))
+            ends = partial(restoring.end, self._vm.fleet)
             if lazy:
-                ends = partial(restoring.end, self._fleet)
-                self._follow(self._main(), restoring.server_ports, ends)
+                self._vm.follow(restoring.server_ports, ends)
             else:
-                restoring.end(self._fleet)
-            self._roll.call(self._ports())  # what they are is known then, even if they are lost
-        behind_s = (datetime.now(UTC) - manifest.stopped_at).total_seconds()
+                ends()
+            self._vm.roll.call(found.ports)  # what they are is known then, even if they are lost
+        behind_s = (self._concurrency.utc() - manifest.stopped_at).total_seconds()
         return {
-            "vm": self._vm,
+            "vm": self._vm.name,
             "checkpoint": manifest.checkpoint,
             "run_state": "running" if runs_restored(manifest.run_state) else manifest.run_state,
             "guest_clock_behind_seconds": round(max(behind_s, 0.0), 1),
             "seconds": sum(laps.values()),
             "parts_seconds": laps,
             "lazy": lazy,
-            **restoring.facts(self._hosts[0], shares),
+            **restoring.facts(found.main, shares),
         }
 
     def choose(self, manifest_text: str, wish: Wish) -> Choice:
@@ -290,14 +296,15 @@ class Coordinator(Coordination):
         Raises Conflict when the VM is there, ConfigError, NoRoom and NotFound as `decide` does.
         """
         manifest = loads(manifest_text, Path("manifest.json"))
-        return choose_hosts(self._fleet, manifest, wish, lambda: _phase_in(self.status()))
+        fleet = self._vm.fleet
+        return choose_hosts(fleet, manifest, wish, lambda: _phase_in(self.status()))
 
     def plan_restore(
         self, manifest_text: str, wish: Wish, lazy: bool, take_over: bool
     ) -> ForeseenRestore:
         """What a restore with this wish would do as things are now. Changes nothing."""
         manifest, phase = loads(manifest_text, Path("manifest.json")), _phase_in(self.status())
-        return foresee(self._fleet, manifest, wish, phase, lazy=lazy, take_over=take_over)
+        return foresee(self._vm.fleet, manifest, wish, phase, lazy=lazy, take_over=take_over)
 
     def resize(
         self, main_bytes: int | None = None, subs_bytes: Sequence[int] | None = None
@@ -307,11 +314,7 @@ class Coordinator(Coordination):
         More sub hosts than there are join on hosts with room; with fewer the last ones are
         emptied and leave. Raises ConfigError, NoRoom.
         """
-        with self._exclusively(VmPhase.RESIZING):
-            self._settle_shares()
-            spec = self._running_spec()
-            self._reshape(spec, Shares.of(spec.layout, main_bytes, subs_bytes))
-        return self.status()
+        return self._reshape("resize", lambda spec: Shares.of(spec.layout, main_bytes, subs_bytes))
 
     def plan_resize(
         self, main_bytes: int | None = None, subs_bytes: Sequence[int] | None = None
@@ -320,83 +323,62 @@ class Coordinator(Coordination):
 
         Raises Conflict where `resize` does, and NotFound.
         """
-        self._require_settled()
-        spec = self._running_spec()
-        return self._replacing(spec, Shares.of(spec.layout, main_bytes, subs_bytes)).foresee()
+        self._turn.require_idle()
+        return self._shares.foresee(lambda spec: Shares.of(spec.layout, main_bytes, subs_bytes))
 
     def drain(self, host: str) -> VmFacts:
         """Empty one sub host while the VM runs, then leave it. Raises NotFound, NoRoom."""
-        with self._exclusively(VmPhase.RESIZING):
-            self._settle_shares()
-            spec = self._running_spec()
-            self._reshape(spec, self._without(host, spec))
-        return self.status()
+        return self._reshape(f"drain {host}", partial(self._shares.without, host))
 
     def plan_drain(self, host: str) -> Foreseen:
         """What `drain` would do as things are now, or its refusal. Changes nothing.
 
         Raises Conflict where `drain` does, and NotFound.
         """
-        self._require_settled()
-        spec = self._running_spec()
-        return self._replacing(spec, self._without(host, spec)).foresee()
+        self._turn.require_idle()
+        return self._shares.foresee(partial(self._shares.without, host))
 
-    def _without(self, host: str, spec: VmSpec) -> Shares:
-        """As they are, but none for the sub host `host`. Raises NotFound."""
-        shares = dict(zip(self._hosts[1:], spec.layout.subs, strict=True))
-        if host not in shares:
-            raise NotFound(
-                f"{host} is no sub host of VM {self._vm}; it has {', '.join(shares) or 'none'}"
-            )
-        return Shares(spec.layout.main, tuple({**shares, host: 0}.values()))
+    def _reshape(self, name: str, wanted: Wanted) -> VmFacts:
+        with self._turn.taken(VmPhase.RESIZING):
+            self._shares.run(wanted, self._turn.executor(name))
+            self._become(VmPhase.RUNNING)
+        return self.status()
 
-    def _require_settled(self) -> None:
-        """Conflict where something is done to the VM, or a change of shares was left half-done."""
-        self._require_idle()
-        if not self._is_settled(describe(self._main())):
-            raise Conflict(
-                f"the last change of shares of VM {self._vm} was not brought to an end; "
-                "the next resize or drain begins with that"
-            )
+    def status(self) -> VmFacts:
+        """The VM as its hosts see it: what is proven of it, and who does not answer."""
+        return self._telling.status(self._last or None)
 
-    def _running_spec(self) -> VmSpec:
-        description = self._main().call(Presence.describe)
-        if description.moving:
-            raise Conflict(f"VM {self._vm} is still being restored; wait until its pages are there")
-        return _spec_of(description)
+    def placement(self, buckets: int) -> Picture:
+        """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
+        return self._telling.placement(buckets)
 
-    def _replacing(self, spec: VmSpec, shares: Shares) -> Replacing:
-        return Replacing(self._vm, self._fleet, spec, self._hosts, shares)
+    def progress(self) -> dict[str, Any]:
+        """How far the operation under way is: its phase, and bytes, rate and rest per host."""
+        return self._telling.progress(self._checkpointing)
 
-    def _reshape(self, spec: VmSpec, shares: Shares) -> None:
-        stopped = self._moves_unwanted = threading.Event()
+    def cancel(self) -> bool:
+        """Give up the checkpoint, start, restore or change of shares under way, if there is one.
 
-        def require_wanted() -> None:
-            if stopped.is_set():
-                raise Conflict(f"moving the pages of VM {self._vm} was cancelled; it runs on")
+        A start's hosts are told to end what they have, so that long loading ends at once.
+        """
+        return self._turn.cancel(_CANCELLED)
 
-        replacing = replace(self._replacing(spec, shares), require_wanted=require_wanted)
-        try:
-            self._replace(replacing, replacing.check())
-        finally:
-            self._moves_unwanted = None
-        self._phase = VmPhase.RUNNING
+    def stop(self, by: str = "") -> None:
+        """End the VM and give back all it used; its checkpoints stay. Repeatable.
 
-    def _replace(self, replacing: Replacing, checked: Checked) -> None:
-        try:
-            self._hosts = replacing.run(checked)
-        except BaseException:
-            self._hosts = settle_shape(self._vm, self._fleet)
-            raise
+        First of all it is put on record that `by` wants it stopped, so that nobody brings it back.
+        Raises StoreFull where that cannot be; the VM runs on then.
+        """
+        self.cancel()
+        with self._turn.taken(VmPhase.STOPPING, _CANCEL_TIMEOUT_S):
+            record_stopped(self._vm.name, self._vm.fleet, self._vm.names, by)
+            self._vm.take_down(self._turn.journal("stop"))
+            self._become(VmPhase.ABSENT)
+
+    def retire(self) -> bool:
+        """Take no more orders if there is no VM, and whoever asked ends this actor. Repeatable."""
+        return self._turn.retire(lambda: bool(self._vm.fleet.find(self._vm.name)))
 
 
 def _phase_in(facts: VmFacts) -> VmPhase:
     return VmPhase(facts["phase"])
-
-
-def _spec_of(main: Description) -> VmSpec:
-    if main.spec is None:
-        raise NotFound(
-            f"host {main.host} knows nothing of the VM; start it or restore a checkpoint"
-        )
-    return main.spec

@@ -74,12 +74,17 @@ class Order(Generic[R]):
     port: Port
     give: Callable[[Port], Pending[R]]
     told: Callable[[R], object]
+    after_s: float = 0.0
     within_s: float | None = None
     patience: Patience | None = None
 
     def then(self, told: Callable[[R], object]) -> Order[R]:
         """The same, with what makes an event of the answer."""
         return replace(self, told=told)
+
+    def after(self, seconds: float) -> Order[R]:
+        """The same, given so much later."""
+        return replace(self, after_s=seconds)
 
     def within(self, seconds: float) -> Order[R]:
         """The same, whose answer may take so long."""
@@ -107,8 +112,6 @@ class Errand:
     """Something else that takes time, as a call of the fleet: `run`, which makes an event."""
 
     run: Callable[[], object]
-    host: str = ""
-    after_s: float = 0.0
 
 
 Doing = Order[Any] | Errand
@@ -204,14 +207,15 @@ class Executor:
 
     def _done(self, doing: Doing, given: Signal) -> object:
         match doing:
-            case Errand(run=run, after_s=after_s):
+            case Errand(run=run):
                 given.set()
-                self._concurrency.sleep(after_s)
                 return run()
             case Order(patience=Patience() as patience):
                 given.set()
                 return doing.told(self._persist(doing, patience))
             case Order():
+                if doing.after_s:
+                    self._concurrency.sleep(doing.after_s)
                 pending = doing.give(_timed(doing))
                 given.set()
                 return doing.told(pending.result())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 
+from dcres.actors.control.concurrency import Concurrency
 from dcres.actors.ports import Port
 from dcres.actors.protocol import Machine, Paging, Parts
 from dcres.errors import ActorGone, ClusterError, DcresError, VmLost
@@ -17,20 +17,24 @@ _ASK_TIMEOUT_S = 10.0
 
 
 class Follower:
-    """A thread that waits for the main host's moves and then calls `done`."""
+    """A task that waits for the main host's moves and then calls `done`."""
 
     def __init__(
-        self, vm: str, main: Port, servers: Mapping[str, Port], done: Callable[[], None]
+        self,
+        vm: str,
+        main: Port,
+        servers: Mapping[str, Port],
+        done: Callable[[], None],
+        concurrency: Concurrency,
     ) -> None:
         self._vm = vm
         self._main = main
         self._done = done
         self._servers = servers
         self.trouble = ""  # what keeps pages from coming
-        self._over = threading.Event()
-        self._ending = threading.Lock()
-        self._thread = threading.Thread(target=self._follow, name=f"follow-{vm}", daemon=True)
-        self._thread.start()
+        self._over = concurrency.signal()
+        self._ending = concurrency.lock()
+        concurrency.spawn(self._follow, f"follow-{vm}")
 
     def stop(self) -> None:
         """Wait no longer: the VM ends. `done` is not called after this. Repeatable."""

@@ -7,22 +7,26 @@ of errors; no page of a guest is in them, and no secret.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
 from dcres.actors.control.concurrency import Concurrency
 
-MOST_ENTRIES = 500
+MOST_ENTRIES = 400
 _MOST_VALUES = 16
 _MOST_CHARACTERS = 500
 
-Entry = Mapping[str, Any]
+_TIMES = ("at_s", "times", "last_at_s")
+
+Entry = dict[str, Any]
 
 
 class Journal:
-    """Of one operation, which has a `name`; entries beyond `MOST_ENTRIES` push out the first."""
+    """Of one operation, which has a `name`; entries beyond `MOST_ENTRIES` push out the first.
+
+    What is asked again and again, and answered alike, is one entry that counts the `times`.
+    """
 
     def __init__(self, name: str, concurrency: Concurrency) -> None:
         self.name = name
@@ -43,15 +47,20 @@ class Journal:
 
     def _enter(self, kind: str, what: object) -> None:
         at_s = round(self._concurrency.now_s() - self._began_s, 6)
+        said = {kind: type(what).__name__, **_values_of(what)}
         with self._lock:
+            for before in list(self._entries)[-2:]:
+                if {key: before[key] for key in before if key not in _TIMES} == said:
+                    before.update(times=before.get("times", 1) + 1, last_at_s=at_s)
+                    return
             self._count += 1
-            self._entries.append({"at_s": at_s, kind: type(what).__name__, **_values_of(what)})
+            self._entries.append({**said, "at_s": at_s})
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """The latest ones, in order."""
         with self._lock:
-            return tuple(self._entries)
+            return tuple(dict(each) for each in self._entries)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``dcres status --json`` prints it."""

@@ -1,64 +1,131 @@
-"""What a coordinator does about a VM that one before it left: with its checkpoint, its servers."""
+"""What a coordinator does about a VM that another left: see `dcres.model.operations.recovery`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+from typing import assert_never
 
+from dcres.actors.control.asking import describe
 from dcres.actors.control.checkpointing import HALT_TIMEOUT_S
-from dcres.actors.ports import Fleet, Port
-from dcres.actors.protocol import Machine, Parts, Saving
-from dcres.errors import ClusterError, DcresError
+from dcres.actors.control.executor import Doing, Errand, Executor, order
+from dcres.actors.control.hosts import hosts_known, ports_by_index
+from dcres.actors.control.recording import catch_up
+from dcres.actors.control.vm_handle import VmHandle
+from dcres.actors.protocol import Machine, MainStatus, Parts, Saving
+from dcres.errors import DcresError
+from dcres.model.operations import recovery as steps
+from dcres.model.operations.events import Done
+from dcres.model.operations.recovery import Recovery
+from dcres.model.phase import VmPhase
+from dcres.model.situation import Situation
 
 log = logging.getLogger("dcres.coordinator")
 
 _RESUME_TIMEOUT_S = 180.0  # it waits for a stop that is under way
 
 
-def let_go(vm: str, main: Port, checkpoint: str | None) -> None:
-    """Give up what `checkpoint` does to the VM, or what an earlier one has left of that.
-
-    The VM is as it was found then: it runs if a checkpoint had stopped it, and stands if it stood.
-    As `Checkpointing` does it: the VM waits for a host that saves, so that ends first.
-    """
-    if checkpoint is not None:
-        log.warning("VM %s: giving up checkpoint %s", vm, checkpoint)
-        with suppress(ClusterError):  # its disk hangs: the guest goes on first
-            main.within(HALT_TIMEOUT_S).call(Saving.halt, checkpoint)
-        main.within(_RESUME_TIMEOUT_S).call(Machine.resume, checkpoint)
-        return
-    status = main.call(Machine.status)
-    if status["held"] or status["state"] in ("quiet", "frozen"):
-        log.warning("VM %s stands still for a checkpoint that is over; it is let go", vm)
-        main.within(_RESUME_TIMEOUT_S).call(Machine.resume, "")
+def recover(vm: VmHandle, executor: Executor) -> Situation:
+    """Bring to an end what is left of an operation; where the VM stands then."""
+    hands = Recovering(vm, executor)
+    outcome = hands.run().outcome
+    assert outcome is not None, "it has ended"
+    if outcome.phase is VmPhase.RUNNING:
+        catch_up(vm.name, vm.main, describe(vm.main), vm.fleet.cluster())
+    if outcome.moving:
+        vm.follow(vm.hosts.ports, hands.end_serving)
+    return Situation(outcome.phase, outcome.why, settled=outcome.settled)
 
 
-def discard(checkpoint: str, ports: Sequence[Port]) -> None:
-    """What is left of a checkpoint, unless it was published. `ports` begin with the main host's.
+class Recovering:
+    """One recovery."""
 
-    Which is certain once the main host has halted it: a publishing under way ends first.
-    """
-    main, *subs = ports
-    main.within(_RESUME_TIMEOUT_S).call(Saving.halt, checkpoint)
-    if main.call(Machine.published, checkpoint):
-        return
-    for port in subs:
-        port.call(Saving.halt, checkpoint)
-    for port in ports:
-        port.call(Saving.abandon, checkpoint)
+    def __init__(self, vm: VmHandle, executor: Executor) -> None:
+        self._handle, self._vm, self._fleet = vm, vm.name, vm.fleet
+        self._executor = executor
+        self._ports = ports_by_index(vm.name, vm.fleet)
+        if not vm.names:
+            vm.know(hosts_known(vm.name, vm.fleet).names)
+
+    def run(self) -> Recovery:
+        """Bring it to its end."""
+        begun = Recovery.begin(self._vm, tuple(self._ports))
+        return self._executor.run(self, begun, lambda state: self._handle.know(state.hosts))
+
+    def doing(self, instruction: steps.Instruction) -> Doing:
+        """How `instruction` is carried out."""
+        match instruction:
+            case steps.Release() | steps.TakeDown() | steps.Settle() | steps.EndServing():
+                return Errand(lambda: self._call(instruction))
+            case _:
+                return self._to_host(instruction)
+
+    def _call(self, instruction: steps.Calling) -> steps.Event:
+        match instruction:
+            case steps.Release():
+                self._fleet.release(self._vm)
+            case steps.TakeDown():
+                log.warning("VM %s: taking down a start that was not finished", self._vm)
+                self._handle.take_down(self._executor.journal)
+            case steps.Settle():
+                log.warning("VM %s: giving up a change of shares", self._vm)
+                self._handle.settle_shares(self._executor.journal)
+                self._ports = ports_by_index(self._vm, self._fleet)
+                return steps.Settled(tuple(self._ports))
+            case steps.EndServing():
+                self.end_serving()
+            case _:
+                assert_never(instruction)
+        return Done(instruction)
+
+    def end_serving(self) -> None:
+        """As `Restoring.end`, when nobody remembers which hosts serve parts."""
+        for port in self._ports.values():
+            with suppress(DcresError):
+                port.call(Parts.end_serving_parts)
+        self._fleet.leave(self._vm)
+
+    def _to_host(self, instruction: steps.ToHost) -> Doing:
+        main = "", self._ports[min(self._ports)]
+        match instruction:
+            case steps.Describe(index):
+                return Errand(partial(self._described, index))
+            case steps.Halt(index, checkpoint, briefly):
+                if briefly:
+                    log.warning("VM %s: giving up checkpoint %s", self._vm, checkpoint)
+                made = order("", self._ports[index], Saving.halt, checkpoint)
+                made = made.within(HALT_TIMEOUT_S if briefly else _RESUME_TIMEOUT_S)
+            case steps.Resume(checkpoint):
+                resume = order(*main, Machine.resume, checkpoint).within(_RESUME_TIMEOUT_S)
+                return resume.then(lambda _: Done(instruction))
+            case steps.LookAtGuest():
+                return order(*main, Machine.status).then(_held)
+            case steps.LookForManifest(checkpoint):
+                return order(*main, Machine.published, checkpoint).then(steps.Looked)
+            case steps.Discard(index, checkpoint):
+                made = order("", self._ports[index], Saving.abandon, checkpoint)
+            case _:
+                assert_never(instruction)
+        return made.then(lambda _: Done(instruction))
+
+    def _described(self, index: int) -> steps.Event:
+        known = describe(self._ports[index])
+        if index != min(self._ports):
+            return steps.SubIs(index, known.host, known.present)
+        return steps.MainIs(
+            known.host,
+            known.present,
+            known.running,
+            known.reshaping,
+            known.moving,
+            known.checkpoint,
+            known.hosts,
+        )
 
 
-def end_servers(vm: str, fleet: Fleet, ports: Sequence[Port]) -> None:
-    """As `Restoring.end`, when nobody remembers which hosts serve parts."""
-    for port in ports:
-        with suppress(DcresError):
-            port.call(Parts.end_serving_parts)
-    fleet.leave(vm)
-
-
-def hosts_known(vm: str, fleet: Fleet) -> tuple[str, ...]:
-    """The VM's hosts by where its reservation is; one that is on no live host has no name."""
-    return tuple(
-        next(iter(fleet.hosts_of(vm, [index])), f"(host {index})") for index in fleet.indices(vm)
-    )
+def _held(status: MainStatus) -> steps.GuestIs:
+    held = status["held"] or status["state"] in ("quiet", "frozen")
+    if held:
+        log.warning("a VM stands still for a checkpoint that is over; it is let go")
+    return steps.GuestIs(held)

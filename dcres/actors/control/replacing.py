@@ -1,32 +1,31 @@
-"""Other shares for a running VM: hosts that keep more or less, sub hosts that join, or leave.
+"""Other shares for a running VM: what is checked first, and how a change is carried out.
 
-::
-
-    grow and add ──▶ tell the pager ──▶ move pages ──▶ those that leave are empty ──▶ end them
-    reserve, serve    new capacities     hottest first   the pager forgets them
-
-Until the last step every host still serves, so that a failure in the middle leaves a VM that
-runs over the hosts it has. `settle_shape` then gives everybody the share that it had.
-Whatever can be known before the first step is asked before it, and a dry run asks the same.
+`dcres.model.operations.shares` says what is done in which order. Whatever can be known before the
+first step is asked before it, and a dry run asks the same.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
-from dcres.actors.control.asking import describe
+from dcres.actors.control.concurrency import Concurrency
+from dcres.actors.control.executor import Doing, Errand, Executor, order
+from dcres.actors.control.hosts import VmHosts
+from dcres.actors.control.settling import settle_shape
 from dcres.actors.messages import Foreseen, PageFlow, ServeOrder
 from dcres.actors.ports import Fleet, Port
 from dcres.actors.protocol import Machine, Paging, Presence, Serving
 from dcres.config import Layout, VmSpec, layout_of
-from dcres.errors import DcresError, PagingError, VmLost
-from dcres.model.pages import PAGE_SIZE, pages_of
+from dcres.errors import Conflict, DcresError, VmLost
+from dcres.model.operations import shares as steps
+from dcres.model.operations.events import Done
+from dcres.model.operations.shares import Change, ChangeOfShares
+from dcres.model.pages import pages_of
 from dcres.paging.settings import SubAddress
 
 _POLL_S = 0.05
-_TRIES = 20
 _SERVE_TIMEOUT_S = 60.0
 
 
@@ -61,170 +60,168 @@ class Shares:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What `Replacing.check` has found out."""
-
-    growth: Mapping[int, int]  # bytes to be set aside beyond the first reservation, by index
-    joining: tuple[str, ...]
-    flows: tuple[PageFlow, ...]
-
-
-@dataclass(slots=True)
 class Replacing:
-    """One change of shares. `require_wanted` raises once it was cancelled."""
+    """A change of shares before it begins. `hosts` are found ones."""
 
     vm: str
     fleet: Fleet
     spec: VmSpec
-    hosts: tuple[str, ...]
+    hosts: VmHosts
     shares: Shares
-    require_wanted: Callable[[], None] = lambda: None
 
     def foresee(self) -> Foreseen:
-        """What `run` would do, or why it would not begin; changes and reserves nothing."""
+        """What it would do, or why it would not begin; changes and reserves nothing."""
         try:
-            checked = self.check()
+            change, flows = self.check()
         except DcresError as error:
             nobody = ("",) * len(self.shares.added)
             return Foreseen(self._before_and_after(nobody), problem=str(error))
-        return Foreseen(self._before_and_after(checked.joining), checked.flows)
+        return Foreseen(self._before_and_after([host for host, _ in change.joining]), flows)
 
-    def _before_and_after(self, joining: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+    def _before_and_after(self, joining: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
         before = self.spec.layout.shares + (0,) * len(joining)
         after = (self.shares.main, *self.shares.subs)
-        return tuple(zip(self.hosts + joining, before, after, strict=True))
+        return tuple(zip((*self.hosts.names, *joining), before, after, strict=True))
 
-    def check(self) -> Checked:
-        """Whether all is as `run` needs it, as far as that can be known without reserving.
+    def check(self) -> tuple[Change, tuple[PageFlow, ...]]:
+        """The change, if all is as it needs it as far as that can be known without reserving.
 
         Raises ConfigError for shares that do not hold the VM's memory, VmLost, NoRoom.
         """
         self.shares.layout.require_room_for(self.spec.memory)
-        for host in self.hosts:
+        for host in self.hosts.names:
             if not self.fleet.alive(host):
                 raise VmLost(f"host {host} of VM {self.vm} is gone; restore a checkpoint")
         growth = self._growth()
-        joining = tuple(self.fleet.room_for(self.vm, growth, self.shares.added))
-        capacities = self._capacities(self.hosts + joining)
-        order = (capacities, pages_of(self.shares.main), self._replaces)
-        flows = self.fleet.find(self.vm)[0].call(Paging.plan_moves, *order)
-        return Checked(growth, joining, flows)
+        joining = self.fleet.room_for(self.vm, growth, self.shares.added)
+        change = Change(
+            main=self.hosts.main,
+            subs=self.hosts.subs,
+            before=self.spec.layout.shares,
+            main_share=self.shares.main,
+            wanted=self.shares.wanted,
+            joining=tuple(zip(joining, self.shares.added, strict=True)),
+            growth=tuple(growth.items()),
+        )
+        return change, self._flows(change)
 
-    def run(self, checked: Checked) -> tuple[str, ...]:
-        """Do it; the VM's hosts afterwards.
-
-        Raises NoRoom, VmLost, Conflict when it was cancelled; `settle_shape` ends what is
-        half-done.
-        """
-        ports = self.fleet.find(self.vm)
-        main = ports[0]
-        main.call(Paging.begin_reshape)
-        for index, extra in checked.growth.items():
-            self.fleet.extend(self.vm, index, extra)
-        if self.shares.main > self.spec.layout.main:
-            main.call(Paging.limit, pages_of(self.shares.main))
-        hosts = self._replace(ports, checked.joining) if self._replaces else self.hosts
-        if self.shares.main < self.spec.layout.main:
-            main.call(Paging.limit, pages_of(self.shares.main))
-        main.call(Paging.set_layout, self.shares.layout)
-        return hosts
-
-    @property
-    def _replaces(self) -> bool:
-        return self.shares.subs != self.spec.layout.subs
+    def _flows(self, change: Change) -> tuple[PageFlow, ...]:
+        capacities = {host: pages_of(share) for host, share in change.shares}
+        replaced = self.shares.subs != self.spec.layout.subs
+        main = self.hosts.ports[self.hosts.main]
+        return main.call(Paging.plan_moves, capacities, pages_of(self.shares.main), replaced)
 
     def _growth(self) -> dict[int, int]:
         """Bytes by index, beyond what was set aside when the host became one of the VM's."""
         before, after = self.spec.layout.shares, (self.shares.main, *self.shares.wanted)
-        indices, ports = self.fleet.indices(self.vm), self.fleet.find(self.vm)
         growth = {}
-        for index, port, now, share in zip(indices, ports, before, after, strict=True):
+        for host, now, share in zip(self.hosts.names, before, after, strict=True):
             if share > now:
-                growth[index] = max(0, share - port.call(Presence.describe).reserved)
+                reserved = self.hosts.ports[host].call(Presence.describe).reserved
+                growth[self.hosts.indices[host]] = max(0, share - reserved)
         return growth
 
-    def _capacities(self, hosts: Sequence[str]) -> dict[str, int]:
-        """Pages by sub host."""
-        return dict(zip(hosts[1:], map(pages_of, self.shares.subs), strict=True))
 
-    def _replace(self, ports: Sequence[Port], joining: Sequence[str]) -> tuple[str, ...]:
-        subs = [
-            self._resized(port, share)
-            for port, share in zip(ports[1:], self.shares.wanted, strict=True)
-        ]
-        for host, share in zip(joining, self.shares.added, strict=True):
-            port = self.fleet.add(self.vm, share, host)
-            subs.append(self._served(ports[0], port, share))
-        hosts = (*self.hosts, *joining)
-        ports[0].call(Paging.reshape, hosts, tuple(subs))
-        self._move(ports[0], self._capacities(hosts))
-        return self._without_leavers(ports[0], hosts, tuple(subs))
+class Reshaping:
+    """One change of shares, carried out."""
 
-    def _resized(self, port: Port, share: int) -> SubAddress:
-        return port.call(Serving.resize, pages_of(share))
+    def __init__(
+        self, replacing: Replacing, change: Change, executor: Executor, concurrency: Concurrency
+    ) -> None:
+        self._vm, self._fleet = replacing.vm, replacing.fleet
+        self._spec, self._layout = replacing.spec, replacing.shares.layout
+        self._change = change
+        self._executor, self._concurrency = executor, concurrency
+        self._ports: dict[str, Port] = dict(replacing.hosts.ports)
+        self._addresses: dict[str, SubAddress] = {}
+        self._indices: Mapping[str, int] = {}
 
-    def _served(self, main: Port, port: Port, share: int) -> SubAddress:
-        incarnation = main.call(Machine.incarnation)
-        order = ServeOrder(incarnation, pages_of(self.spec.memory), pages_of(share))
-        return port.within(_SERVE_TIMEOUT_S).call(Serving.serve, order)
+    def run(self) -> tuple[tuple[str, ...], DcresError | None]:
+        """The VM's hosts afterwards, none if nobody knows; why their shares are as they were."""
+        outcome = self._executor.run(self, ChangeOfShares.begin(self._vm, self._change)).outcome
+        assert outcome is not None, "it has ended"
+        if outcome.failure is not None:
+            return outcome.hosts, outcome.failure.error
+        if outcome.cancelled:
+            why = f"moving the pages of VM {self._vm} was cancelled; it runs on"
+            return outcome.hosts, Conflict(why)
+        return outcome.hosts, None
 
-    def _move(self, main: Port, capacities: dict[str, int]) -> None:
-        """Move until nobody holds too much; the guest pages out meanwhile, so ask again."""
-        for _ in range(_TRIES):
-            if not main.call(Paging.move_into, capacities):
-                return
-            while main.call(Machine.status)["moving"]:
-                self.require_wanted()
-                time.sleep(_POLL_S)
-        raise PagingError(f"the pages of VM {self.vm} do not come to rest; try again")
+    def doing(self, instruction: steps.Instruction) -> Doing:
+        """How `instruction` is carried out."""
+        match instruction:
+            case steps.Extend() | steps.Join() | steps.Dismiss() | steps.Settle():
+                return Errand(lambda: self._call(instruction))
+            case steps.Resize() | steps.Serve() | steps.Destroy():
+                return self._to_sub(instruction)
+            case _:
+                return self._to_main(instruction)
 
-    def _without_leavers(
-        self, main: Port, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]
-    ) -> tuple[str, ...]:
-        shares = self.shares.subs
-        staying = [index for index, share in enumerate(shares) if share]
-        left = (hosts[0], *(hosts[1 + index] for index in staying))
-        if len(left) == len(hosts):
-            return left
-        main.call(Paging.reshape, left, tuple(subs[index] for index in staying))
-        ports, indices = self.fleet.find(self.vm), self.fleet.indices(self.vm)
-        for position, share in enumerate(shares):
-            if not share:
-                ports[1 + position].call(Presence.destroy)
-                self.fleet.dismiss(self.vm, indices[1 + position])
-        return left
+    def _call(self, instruction: steps.Calling) -> steps.Event:
+        match instruction:
+            case steps.Extend(index, extra_bytes):
+                self._fleet.extend(self._vm, index, extra_bytes)
+            case steps.Join(host, share_bytes):
+                self._ports[host] = self._fleet.add(self._vm, share_bytes, host)
+            case steps.Dismiss(host):
+                self._fleet.dismiss(self._vm, self._index_of(host))
+            case steps.Settle():
+                settled = settle_shape(
+                    self._vm, self._fleet, self._executor.journal, self._concurrency
+                )
+                return steps.Settled(settled.names)
+            case _:
+                assert_never(instruction)
+        return Done(instruction)
 
+    def _index_of(self, host: str) -> int:
+        """As it was before the first has left."""
+        if not self._indices:
+            every = (self._change.main, *(name for name, _ in self._change.shares))
+            self._indices = VmHosts.named(every).found(self._vm, self._fleet).indices
+        return self._indices[host]
 
-def settle_shape(vm: str, fleet: Fleet) -> tuple[str, ...]:
-    """After a change of shares that was not finished: the VM's hosts, with their shares in full.
+    def _to_main(self, instruction: steps.ToMain) -> Doing:
+        to = self._change.main, self._ports[self._change.main]
+        match instruction:
+            case steps.BeginReshape():
+                made = order(*to, Paging.begin_reshape)
+            case steps.Limit(pages=pages):
+                made = order(*to, Paging.limit, pages)
+            case steps.Reshape(main, subs):
+                addresses = tuple(self._addresses[host] for host in subs)
+                made = order(*to, Paging.reshape, (main, *subs), addresses)
+            case steps.MoveInto(capacities=capacities):
+                return order(*to, Paging.move_into, dict(capacities)).then(steps.Moving)
+            case steps.LookAtMoves():
+                look = order(*to, Machine.status).after(_POLL_S if instruction.again else 0.0)
+                return look.then(lambda status: steps.LookedAtMoves(bool(status["moving"])))
+            case steps.SetLayout():
+                made = order(*to, Paging.set_layout, self._layout)
+            case _:
+                assert_never(instruction)
+        return made.then(lambda _: Done(instruction))
 
-    Only hosts that the main host knows are the VM's; others were about to join, and end. Nothing
-    moves any more. A host that has joined keeps what it was given, since pages may be there.
-    """
-    ports = fleet.find(vm)
-    main = ports[0].call(Presence.describe)
-    hosts = main.hosts
-    for index, port in zip(fleet.indices(vm), ports, strict=True):
-        if describe(port).host not in hosts:
-            port.call(Presence.destroy)
-            fleet.dismiss(vm, index)
-    if main.reshaping and main.spec is not None:
-        _give_shares_back(fleet.find(vm), hosts, main.spec, main.shares)
-    return hosts
+    def _to_sub(self, instruction: steps.ToSub) -> Doing:
+        host = instruction.host
+        to = host, self._ports[host]
+        match instruction:
+            case steps.Resize(pages=pages):
+                resize = order(*to, Serving.resize, pages)
+                return resize.then(lambda address: self._serves(instruction, address))
+            case steps.Serve(pages=pages):
+                # Who the VM is in this life, only its main host knows.
+                incarnation = self._ports[self._change.main].call(Machine.incarnation)
+                make = ServeOrder(incarnation, pages_of(self._spec.memory), pages)
+                serve = order(*to, Serving.serve, make).within(_SERVE_TIMEOUT_S)
+                return serve.then(lambda address: self._serves(instruction, address))
+            case steps.Destroy():
+                return order(*to, Presence.destroy).then(lambda _: Done(instruction))
+            case _:
+                assert_never(instruction)
 
-
-def _give_shares_back(
-    ports: Sequence[Port], hosts: tuple[str, ...], spec: VmSpec, shares_bytes: Mapping[str, int]
-) -> None:
-    main = ports[0]
-    subs: list[SubAddress] = []
-    for host, port in zip(hosts[1:], ports[1:], strict=True):
-        given = port.call(Serving.status)["capacity_pages"]
-        share = pages_of(shares_bytes[host]) if host in shares_bytes else given
-        subs.append(port.call(Serving.resize, share))
-    main_bytes = spec.layout.main
-    main.call(Paging.stop_moves)
-    main.call(Paging.reshape, hosts, tuple(subs))
-    main.call(Paging.limit, pages_of(main_bytes))
-    given_bytes = tuple(sub.capacity_pages * PAGE_SIZE for sub in subs)
-    main.call(Paging.set_layout, Layout.model_construct(main=main_bytes, subs=given_bytes))
+    def _serves(
+        self, instruction: steps.Resize | steps.Serve, address: SubAddress
+    ) -> Done[steps.Resize | steps.Serve]:
+        self._addresses[instruction.host] = address
+        return Done(instruction)

@@ -21,18 +21,11 @@ _READY_TIMEOUT_S = 30.0  # an actor that was just started again adopts what runs
 _DESTROY_TIMEOUT_S = 60.0
 
 
-def take_down(
-    vm: str, fleet: Fleet, hosts: Sequence[str], journal: Journal, concurrency: Concurrency
-) -> None:
-    """End everything of `vm` on every host that is there, and release the hosts. Repeatable.
+class TakingDown:
+    """One end of everything of a VM on every host that is there. Repeatable.
 
     `hosts` are the VM's by name, as far as they are known: nobody waits for one that is dead.
     """
-    TakingDown(vm, fleet, hosts).run(journal, concurrency)
-
-
-class TakingDown:
-    """Hands for one end of a VM."""
 
     def __init__(self, vm: str, fleet: Fleet, hosts: Sequence[str]) -> None:
         self._vm, self._fleet = vm, fleet

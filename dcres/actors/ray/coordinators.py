@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ports import Port
 from dcres.actors.ray import gateway
+from dcres.actors.ray.coordinator import RayCoordinator
 from dcres.actors.ray.fleet import coordinator_name
 from dcres.errors import Conflict, DcresError
 from dcres.linux.interrupt import uninterrupted
@@ -46,7 +47,7 @@ class Coordinators:
         port: Port | None = self.peek(vm)
         if port is None:
             try:
-                port = gateway.spawn(Coordinator, coordinator_name(vm), (vm,))
+                port = gateway.spawn(RayCoordinator, coordinator_name(vm), (vm,))
             except Conflict:
                 # Another caller was faster; the coordinator lets one of us begin.
                 port = self.port(vm)

@@ -117,7 +117,7 @@ class Staged(OfHost):
 class Resumed(OfHost):
     """The VM is as it was found, since then by the main host's clock."""
 
-    at_s: float
+    since_s: float
 
 
 class Saved(OfHost):
