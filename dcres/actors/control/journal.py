@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from dcres.actors.control.concurrency import Concurrency
+from dcres.model.operations.events import Done, Failed
 
 MOST_ENTRIES = 400
 _MOST_VALUES = 16
@@ -74,9 +75,16 @@ class Journal:
 
 
 def _values_of(value: object) -> dict[str, Any]:
-    if not is_dataclass(value):
-        return {}
-    return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    match value:
+        case Done(instruction):
+            return {"of": type(instruction).__name__, **_values_of(instruction)}
+        case Failed(instruction, failure):
+            of = {"of": type(instruction).__name__, **_values_of(instruction)}
+            return {**of, "failure": {key: _plain(at) for key, at in failure.to_dict().items()}}
+        case _ if is_dataclass(value):
+            return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        case _:
+            return {}
 
 
 def _plain(value: object) -> object:
@@ -92,6 +100,6 @@ def _plain(value: object) -> object:
         case tuple():
             return f"{len(value)} values"
         case _ if is_dataclass(value):
-            return {type(value).__name__: _values_of(value)}
+            return _values_of(value)
         case _:
             return type(value).__name__
