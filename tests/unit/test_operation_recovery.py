@@ -154,3 +154,11 @@ def test_what_a_failure_says_of_the_vm(kind: str, phase: VmPhase) -> None:
     state, _ = state.step(Failed(said[0], HostFailure("", kind, "why")))
     assert state.outcome is not None
     assert (state.outcome.phase, state.outcome.why) == (phase, "why")
+
+
+@pytest.mark.parametrize(("kind", "goes_on"), [("ClusterError", True), ("VmLost", False)])
+def test_the_guest_goes_on_though_the_disk_of_its_host_hangs(kind: str, goes_on: bool) -> None:
+    state, said = Recovery.begin("vm", (0, 1, 2))
+    state, said = state.step(MAINS["a checkpoint was under way"])
+    _, said = state.step(Failed(said[0], HostFailure("", kind, "no answer in 20 s")))
+    assert said == ([steps.Resume("vm-1")] if goes_on else [])

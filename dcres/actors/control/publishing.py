@@ -48,6 +48,11 @@ class Subject:
         """The main host's name."""
         return self.hosts[0]
 
+    @property
+    def subs(self) -> tuple[str, ...]:
+        """The sub hosts, in the order of the main host's page table."""
+        return tuple(host for host in self.hosts if host != self.main)
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -107,7 +112,7 @@ def manifest_of(subject: Subject, taken: Taken) -> Manifest:
 def _require_agreement(subject: Subject, taken: Taken) -> None:
     """Existence on every sub host and placement on the main host name the same pages."""
     placed = taken.saved[subject.main].placed
-    for host, expected in zip(subject.hosts[1:], placed, strict=True):
+    for host, expected in zip(subject.subs, placed, strict=True):
         saved = taken.saved[host]
         if (saved.pages, saved.digest) != (expected.pages, expected.digest):
             raise OperationFailed(
