@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dcres.actors.control.concurrency import THREADS
+from dcres.actors.control.concurrency import THREADS, Task, Threads
 from dcres.actors.control.executor import Doing, Errand, Executor, Order, Patience, order
 from dcres.actors.control.journal import MOST_ENTRIES, Journal
 from dcres.actors.protocol import Presence
@@ -146,20 +146,28 @@ def test_an_actor_that_does_not_come_back_is_gone() -> None:
     assert failed.failure.message == "h1 does not answer any more (it has died)"
 
 
+class AtOnce(Threads):
+    """What is begun is done before anything else."""
+
+    def spawn(self, work: Callable[[], None], name: str) -> Task:
+        work()
+        return super().spawn(lambda: None, name)
+
+
 def test_a_cancel_overtakes_what_was_not_acted_on_yet() -> None:
     """Whoever cancelled may be gone by now, and would not stop what came of it."""
-    executors: list[Executor] = []
+    executor = Executor(Journal("a test", THREADS), AtOnce())
 
-    def cancel() -> object:
-        assert executors[0].cancel("^C")
-        assert executors[0].cancel("^C"), "repeatable"
-        return Done(ONE)
+    def do(step: Step) -> object:
+        if step.host == "h2":  # the answer of h1 has come before
+            assert executor.cancel("^C")
+            assert executor.cancel("^C"), "repeatable"
+        return Done(step)
 
-    executors.append(Executor(Journal("a test", THREADS), THREADS))
-    line = Line((ONE,))
-    ended = executors[0].run(Hands(lambda _: Errand(cancel)), (line, line.left))
+    line = Line((ONE, Step("h2")))
+    ended = executor.run(Hands(lambda step: Errand(lambda: do(step))), (line, line.left))
     assert ended.heard == (Cancelled("^C"),)
-    assert not executors[0].cancel("^C"), "it is over"
+    assert not executor.cancel("^C"), "it is over"
 
 
 def test_a_machine_that_goes_on_is_told_once_that_it_was_cancelled() -> None:
