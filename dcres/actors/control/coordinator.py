@@ -23,7 +23,6 @@ from dcres.actors.control.changing_shares import ChangingShares, Wanted, spec_of
 from dcres.actors.control.checkpointing import Checkpointing
 from dcres.actors.control.choosing import Choice, Wish
 from dcres.actors.control.concurrency import THREADS, Concurrency
-from dcres.actors.control.journal import Journal
 from dcres.actors.control.placing_restores import choose_hosts, foresee
 from dcres.actors.control.publishing import Subject, checkpoint_facts
 from dcres.actors.control.recording import catch_up, record_running, record_stopped
@@ -110,19 +109,14 @@ class Coordinator:
             self._become(VmPhase.ABSENT)
         if error is not None:
             raise error
-        self._put_on_record(executor.journal, by)
-        self._become(VmPhase.RUNNING)
-        return bringing_up.laps.seconds
-
-    def _put_on_record(self, journal: Journal, by: str) -> None:
-        """That the VM is to run; one of which that cannot be said is taken down again."""
-        main = self._vm.main
         try:
-            record_running(main, describe(main), self._vm.fleet.cluster(), by)
+            _put_on_record(self._vm, by)
         except BaseException:
-            self._vm.take_down(journal)
+            self._vm.take_down(executor.journal)
             self._become(VmPhase.ABSENT)
             raise
+        self._become(VmPhase.RUNNING)
+        return bringing_up.laps.seconds
 
     def _become(self, phase: VmPhase) -> None:
         self._turn.become(self._turn.situation.ended(phase))
@@ -143,7 +137,7 @@ class Coordinator:
         """
         with self._turn.taken(VmPhase.CHECKPOINTING):
             _ = self._vm.main  # NotFound without one
-            run_state = self._savable_state()
+            run_state = _savable_state(self._vm)
             began_s = self._concurrency.now_s()
             now = self._latest = self._next_time()
             name = checkpoint or checkpoint_id(self._vm.name, now, f"{now.microsecond // 16:04x}")
@@ -164,7 +158,8 @@ class Coordinator:
             self._last = checkpoint_facts(manifest, seconds)
             self._last["downtime_parts_seconds"] = running.downtime_parts_s
             if running.judgement is not None:
-                self._learn(running.judgement, manifest.downtime_seconds)
+                stopped_s = manifest.downtime_seconds
+                self._fixed_s = _learned(self._fixed_s, running.judgement, stopped_s)
                 self._last["verdict"] = str(running.judgement.verdict)
             return self._last
 
@@ -189,23 +184,6 @@ class Coordinator:
             )
         self._become(VmPhase.RUNNING)
         return manifest
-
-    def _learn(self, judgement: Judgement, downtime_s: float) -> None:
-        """The fixed part of the next downtime is what this one had beyond its staging."""
-        staging_s = judgement.estimated_downtime_s - self._fixed_s
-        self._fixed_s = max(0.5 * (self._fixed_s + downtime_s - staging_s), 0.005)
-
-    def _savable_state(self) -> RunState:
-        """The VM's run state. Raises Conflict if it cannot be saved in that, VmLost, VmOff."""
-        try:
-            state = RunState(self._vm.main.call(Machine.status)["run_state"])
-        except VmLost:
-            raise
-        except DcresError:  # the checkpoint itself meets that again, and tells it host by host
-            return RunState.RUNNING
-        if why := no_save(self._vm.name, state):
-            raise Conflict(why)
-        return state
 
     def pause(self) -> VmFacts:
         """Stop the guest until `resume`; all else goes on. Repeatable. Raises Conflict, VmLost."""
@@ -382,3 +360,28 @@ class Coordinator:
 
 def _phase_in(facts: VmFacts) -> VmPhase:
     return VmPhase(facts["phase"])
+
+
+def _put_on_record(vm: VmHandle, by: str) -> None:
+    """That the VM is to run. Raises what the host that keeps the record raises."""
+    main = vm.main
+    record_running(main, describe(main), vm.fleet.cluster(), by)
+
+
+def _learned(fixed_s: float, judgement: Judgement, downtime_s: float) -> float:
+    """The fixed part of the next downtime is what this one had beyond its staging."""
+    staging_s = judgement.estimated_downtime_s - fixed_s
+    return max(0.5 * (fixed_s + downtime_s - staging_s), 0.005)
+
+
+def _savable_state(vm: VmHandle) -> RunState:
+    """The VM's run state. Raises Conflict if it cannot be saved in that, VmLost, VmOff."""
+    try:
+        state = RunState(vm.main.call(Machine.status)["run_state"])
+    except VmLost:
+        raise
+    except DcresError:  # the checkpoint itself meets that again, and tells it host by host
+        return RunState.RUNNING
+    if why := no_save(vm.name, state):
+        raise Conflict(why)
+    return state
