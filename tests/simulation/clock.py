@@ -50,7 +50,8 @@ class _Worker:
         self.baton = threading.Lock()
         self.baton.acquire()
         self.work: Callable[[], None] = lambda: None
-        threading.Thread(target=self._serve, name="simulated", daemon=True).start()
+        self.thread = threading.Thread(target=self._serve, name="simulated", daemon=True)
+        self.thread.start()
 
     @classmethod
     def take(cls, work: Callable[[], None]) -> _Worker:
@@ -136,8 +137,14 @@ class Simulated:
     @property
     def current(self) -> _Task:
         """The task that runs."""
-        assert self._current is not None, "only tasks of the simulation wait"
-        return self._current
+        task = self._current
+        if (
+            task is None
+            or task.worker is None
+            or task.worker.thread is not threading.current_thread()
+        ):
+            raise Stuck(f"{threading.current_thread().name} is no thread of the simulation")
+        return task
 
     def note(self, what: str) -> None:
         """A line of the trace, with the time."""

@@ -173,3 +173,21 @@ def test_nothing_runs_after_the_run() -> None:
             lambda clock: require(not clock.spawn(lambda: clock.sleep(HOUR_S), "x").join(0.1)), seed
         )
     assert threading.active_count() <= before + 5, "threads are used again"
+
+
+def test_a_thread_that_is_none_of_its_own_is_found() -> None:
+    def work(clock: Simulated) -> None:
+        found: list[str] = []
+
+        def intrude() -> None:
+            try:
+                clock.sleep(1.0)
+            except Stuck as error:
+                found.append(str(error))
+
+        intruder = threading.Thread(target=intrude, name="intruder")
+        intruder.start()
+        intruder.join()
+        assert found == ["intruder is no thread of the simulation"]
+
+    ran(work)

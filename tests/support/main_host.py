@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Protocol
 
 from dcres.actors.messages import (
@@ -30,6 +29,7 @@ from dcres.actors.protocol import (
 from dcres.config import Layout, VmSpec
 from dcres.errors import ClusterError, Conflict, NotFound, PagingError, StorageError, VmLost
 from dcres.model.formats import MemoryFormat
+from dcres.model.live import HostRound
 from dcres.model.picture import Picture
 from dcres.model.record import Record, refusal
 from dcres.model.run_state import RunState, is_held, kept, no_run, no_save, told
@@ -162,7 +162,7 @@ class FakeMain(SavingHost):
                 page: hosts[to] for page, to in enumerate(resumption.targets) if to != NOT_ON_A_HOST
             }
         self.world.resume_guest(checkpoint)
-        self.world.qemus[self.host] = RunState.PAUSED
+        self.world.qemus[self.host] = self.world.meant = RunState.PAUSED
 
     def go(self, paused: bool = False) -> None:
         self.world.note(self.host, "go")
@@ -170,14 +170,14 @@ class FakeMain(SavingHost):
         if not paused:
             if why := no_run(self.vm, now):
                 raise Conflict(why)
-            self.world.qemus[self.host] = RunState.RUNNING
+            self.world.qemus[self.host] = self.world.meant = RunState.RUNNING
             self.world.states[self.host]["found"] = None
         self.world.states[self.host]["running"] = True
 
     def pause(self) -> None:
         self.world.note(self.host, "pause")
         if self._require_qemu() is RunState.RUNNING:
-            self.world.qemus[self.host] = RunState.PAUSED
+            self.world.qemus[self.host] = self.world.meant = RunState.PAUSED
 
     def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
         def require() -> None:
@@ -188,6 +188,22 @@ class FakeMain(SavingHost):
 
         self._prepare(checkpoint, require, whole_parts=True)
         return PagingCounters()
+
+    def copy(self, checkpoint: str) -> HostRound:
+        done = super().copy(checkpoint)
+        self._await_moves(checkpoint)
+        return done
+
+    def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
+        self._await_moves(checkpoint)
+        return super().synchronise(checkpoint, once_more, most_pages)
+
+    def _await_moves(self, checkpoint: str) -> None:
+        """Until a lazy restore has brought all pages: a checkpoint holds what its hosts have."""
+        while self._state.get("sources") and self.world.coming:
+            self._require_wanted(checkpoint)
+            self.world.spend(self.host, "moves")
+            self._require_qemu()
 
     def finish(self, checkpoint: str) -> Finished:
         self.world.spend(self.host, "finish")
@@ -204,8 +220,8 @@ class FakeMain(SavingHost):
         subs = self.world.states[self.host]["hosts"][1:]
         self._frozen = tuple(Placed(*self.world.placed(host)) for host in subs)
         self.world.cuts[checkpoint] = dict(self.world.guest)
-        now = datetime.now(UTC)
-        return Finished(1, 0, 0, 0, stopped_at=1.0, stopped=now, run_state=found)
+        stopped = self.world.utc()
+        return Finished(1, 0, 0, 0, stopped_at=1.0, stopped=stopped, run_state=found)
 
     def stage(self, checkpoint: str, most_pages: int) -> None:
         super().stage(checkpoint, most_pages)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class World:
 
     # The guest
     guest: Memory = field(default_factory=dict)  # what it would read
+    meant: RunState = RunState.RUNNING  # what somebody has told it to be last
     coming: dict[int, str] = field(default_factory=dict)  # pages under way, and to which host
     cuts: dict[str, Memory] = field(default_factory=dict)  # what it had, by checkpoint
 
@@ -95,6 +97,10 @@ class World:
 
     def reach(self, host: str, what: str) -> None:
         """Half of an order has been done, durably; its actor may die here."""
+
+    def utc(self) -> datetime:
+        """The time of day."""
+        return datetime.now(UTC)
 
     def pass_time(self) -> None:
         """The guest has run since the last look, and pages have moved: here, they all come."""
