@@ -451,7 +451,7 @@ def refused_start(world: World, **values: Any) -> str:
 def test_what_qemu_could_not_save_is_refused_at_the_start(world: World) -> None:
     said = refused_start(world, extra_args=["-device", "nvme,serial=n1"])
     assert "QEMU cannot save this VM (non-migratable device: " in said
-    assert "/nvme); leave out what it names" in said
+    assert "/nvme); remove what it names from the VM" in said
 
 
 def test_a_relative_path_is_refused_at_the_start(world: World) -> None:
