@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from dcres.actors.control import coordinator as control
 from dcres.actors.control.coordinator import Coordinator
+from dcres.actors.control.journal import Journal
+from dcres.actors.control.vm_handle import VmHandle
 from dcres.model.record import Record
 from tests.support.vm import Rig, await_checks, rig, spec_of
 
@@ -46,10 +48,14 @@ def killed(vm: Rig, monkeypatch: pytest.MonkeyPatch, name: str, order: Callable[
 
     with monkeypatch.context() as patch:
         patch.setattr(control, name, die)
-        patch.setattr(Coordinator, "_take_down", lambda self: None)  # nobody is there to do it
+        patch.setattr(VmHandle, "take_down", lambda self, journal: None)  # nobody is there to do it
         with pytest.raises(Killed):
             order()
     vm.coordinator = Coordinator("vm", vm.fleet)
+
+
+def end_by_kill(journal: Journal) -> NoReturn:
+    raise Killed
 
 
 def test_through_a_life(vm: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +69,7 @@ def test_through_a_life(vm: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
 
     manifest = vm.checkpoint()
     with monkeypatch.context() as patch:
-        patch.setattr(vm.coordinator, "_take_down", lambda: (_ for _ in ()).throw(Killed()))
+        patch.setattr(vm.coordinator._vm, "take_down", end_by_kill)
         with pytest.raises(Killed):
             vm.coordinator.stop("bob")
     vm.coordinator = Coordinator("vm", vm.fleet)
