@@ -218,7 +218,7 @@ def test_how_a_vm_came_to_its_end_is_told_apart(
             vm.fleet.actor("vm", 1).die()
             unknown = vm.coordinator.status()
             assert (unknown["phase"], unknown["hosts"][1]["host_state"]) == ("unknown", "silent")
-            with pytest.raises(Conflict, match="a host of VM vm does not answer"):
+            with pytest.raises(Conflict, match="no answer from a host of VM vm"):
                 vm.coordinator.start(booting(path))
             vm.fleet.actor("vm", 1).restart()
             assert vm.coordinator.status()["phase"] == "running"

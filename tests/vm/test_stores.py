@@ -116,13 +116,13 @@ def test_what_lost_a_file_after_the_votes_is_not_published(vm: Rig, lost: str) -
 def test_a_name_is_one_cluster_s(vm: Rig, taken: Manifest) -> None:
     """As long as its QEMU runs, whatever becomes of the actors."""
     with another_cluster(vm, vm.store.root) as (fleet, other):
-        with pytest.raises(NameTaken, match=r"another cluster .* runs on host h0"):
+        with pytest.raises(NameTaken, match=r"another cluster, which runs on host h0"):
             other.restore(dumps(taken), take_over=True)
         assert fleet.reserved == {}
         restart_main(vm)
         # A new VM does without the name, and says so, until the other has ended.
         (main, *_) = other.start(SPEC, take_over=True)["hosts"]
-        assert re.search(r"no checkpoint: .*another cluster .* runs on host h0", main["unclaimed"])
+        assert re.search(r"no checkpoint: .*another cluster, which runs on host h0", main["unclaimed"])
         with pytest.raises(OperationFailed, match="another cluster"):
             other.checkpoint()
         assert vm.store.verify(vm.checkpoint().checkpoint).ok
