@@ -382,7 +382,7 @@ class TestDeaths:
         with pytest.raises(ActorGone):
             under_way.result(patience(10))
         until(lambda: lost not in _alive(), 10, "Ray to notice the loss of a host")
-        with pytest.raises(NotFound, match="on no live host"):
+        with pytest.raises(NotFound, match="no live host has part 0"):
             until(lambda: gateway.Reservation(unique).host_of(0) != lost, 5)
         gateway.release(unique)
         assert gateway.list_actors(unique) == []

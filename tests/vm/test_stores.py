@@ -122,7 +122,8 @@ def test_a_name_is_one_cluster_s(vm: Rig, taken: Manifest) -> None:
         restart_main(vm)
         # A new VM does without the name, and says so, until the other has ended.
         (main, *_) = other.start(SPEC, take_over=True)["hosts"]
-        assert re.search(r"no checkpoint: .*another cluster, which runs on host h0", main["unclaimed"])
+        words = r"no checkpoint: .*another cluster, which runs on host h0"
+        assert re.search(words, main["unclaimed"])
         with pytest.raises(OperationFailed, match="another cluster"):
             other.checkpoint()
         assert vm.store.verify(vm.checkpoint().checkpoint).ok
