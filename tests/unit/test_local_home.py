@@ -141,7 +141,7 @@ class TestLooking:
         monkeypatch.setattr("ray.is_initialized", lambda: False)
         with a_node_of(home):
             assert main(["list"]) == 2
-        assert "on another machine (far) and lives there" in capsys.readouterr().err
+        assert "on another machine (far); end it there" in capsys.readouterr().err
 
     def test_a_dead_one_is_not(self, home: Path) -> None:
         left_by_a_cluster(home)
@@ -150,7 +150,7 @@ class TestLooking:
 
     def test_one_that_may_live_elsewhere_is_named(self, home: Path) -> None:
         left_by_a_cluster(home, **ANOTHER_MACHINE)
-        words = r"cluster.json tells of .* another machine \(far\).* run `dcres down` there"
+        words = r"cluster.json is of .* another machine \(far\).*Run `dcres down` there"
         with pytest.raises(NotFound, match=words):
             LocalCluster.load(home)
 
@@ -199,10 +199,10 @@ class TestClearing:
         ("place", "lives", "words"),
         [
             ({}, True, "runs in .* already; `dcres down` ends it"),
-            (ANOTHER_CONTAINER, True, "another container or on another machine .* lives there"),
+            (ANOTHER_CONTAINER, True, "in another container or on another machine"),
             (ANOTHER_MACHINE, True, r"another machine \(far\); end it there"),
             (ANOTHER_MACHINE, False, r"another machine \(far\).* cannot be seen from here"),
-            (EARLIER_DCRES, False, "by an earlier dcres, and whether that has ended cannot"),
+            (EARLIER_DCRES, False, "by an earlier dcres; whether it has ended cannot"),
         ],
     )
     def test_what_is_not_proved_dead_is_refused(

@@ -79,7 +79,7 @@ def test_the_name_of_a_vm_that_runs_is_not_had_by_whoever_cannot_claim_it(
     with to_read_only(folder):
         mine = of(folder)
         if needs_name:
-            with pytest.raises(NameTaken, match=r"another cluster .* runs on host h0"):
+            with pytest.raises(NameTaken, match=r"another cluster, which runs on host h0"):
                 mine.claim(order())
         else:
             assert mine.claim(order(needs_name=False)) == 2

@@ -73,7 +73,7 @@ def test_a_host_that_leaves_gives_its_pages_to_one_that_joins() -> None:
     flow = foresee(owners, never(owners), 1024, shape)
     assert sum(pages for (source, _), pages in flow.items() if source == ONE) == 600
     assert {source for source, _ in flow} == {ONE}
-    with pytest.raises(NoRoom, match="give them"):
+    with pytest.raises(NoRoom, match="give the hosts"):
         foresee(owners, never(owners), 1024, Shape({ONE: 0, TWO: 600, THREE: 400}, 1024))
 
 

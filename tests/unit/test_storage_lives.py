@@ -91,7 +91,7 @@ def test_generations_are_given_out_once(lives: Lives, held: Held) -> None:
 def test_the_name_is_another_cluster_s_while_its_qemu_runs(lives: Lives, held: Held) -> None:
     first = held.begin(lives)
     for take_over in (False, True):
-        assert "and runs on host h0" in lives.trouble(OTHER, take_over=take_over)
+        assert "which runs on host h0" in lives.trouble(OTHER, take_over=take_over)
         with pytest.raises(Conflict, match="another cluster has this name"):
             held.begin(lives, OTHER, take_over=take_over)
     assert lives.counter() == first, "nothing was changed"

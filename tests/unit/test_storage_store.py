@@ -641,5 +641,5 @@ def test_a_store_that_is_a_copy_of_another_is_told_from_one_that_is_shared(
     assert root.list() == []
     (tmp_path / "h1").rename(folder(root, taken) / "h1")
     (folder(root, taken) / "h1" / layout.SUMS).rename(tmp_path / "sums")
-    with pytest.raises(StorageError, match="published; find out who else changes files"):
+    with pytest.raises(StorageError, match="published; find out what else changes files"):
         root.publish(taken)

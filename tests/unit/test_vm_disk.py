@@ -275,7 +275,9 @@ def test_a_start_that_finds_an_interrupted_restore(disks: Disks, dropped: list[i
         assert disks.are(disks.then)
         assert [disk.snapshots(path) for path in disks.paths] == [[CHECKPOINT]] * 2
         return
-    with pytest.raises(ConfigError, match="a restore was interrupted, and every disk") as caught:
+    with pytest.raises(
+        ConfigError, match="a restore was interrupted; to take every disk"
+    ) as caught:
         require_settled(require_usable(disks.paths))
     assert disks.are(disks.then)
     commands = str(caught.value).partition("by: ")[2].partition(" (then")[0].split("; ")
