@@ -92,7 +92,7 @@ def test_the_name_is_another_cluster_s_while_its_qemu_runs(lives: Lives, held: H
     first = held.begin(lives)
     for take_over in (False, True):
         assert "which runs on host h0" in lives.trouble(OTHER, take_over=take_over)
-        with pytest.raises(Conflict, match="another cluster has this name"):
+        with pytest.raises(Conflict, match="of another cluster, which runs"):
             held.begin(lives, OTHER, take_over=take_over)
     assert lives.counter() == first, "nothing was changed"
     held.end(first)
