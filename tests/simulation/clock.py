@@ -21,7 +21,7 @@ from typing import ClassVar, Generic, TypeVar
 T = TypeVar("T")
 
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
-_MOST_EVENTS = 400_000  # of one run; more means that something goes round and round
+_MOST_EVENTS = 400_000  # more means that something goes round and round
 
 
 class Killed(BaseException):
@@ -90,7 +90,8 @@ class _Task:
 class Simulated:
     """A `Concurrency` on a virtual clock; see the module."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, most_events: int = _MOST_EVENTS) -> None:
+        self._most_events = most_events
         self.random = random.Random(seed)
         self.trace: list[str] = []
         self.errors: list[BaseException] = []
@@ -145,6 +146,11 @@ class Simulated:
         ):
             raise Stuck(f"{threading.current_thread().name} is no thread of the simulation")
         return task
+
+    @property
+    def events(self) -> int:
+        """How many there have been."""
+        return self._count
 
     def note(self, what: str) -> None:
         """A line of the trace, with the time."""
@@ -255,7 +261,7 @@ class Simulated:
             if not self._events:
                 break
             at_s, _, count, what, wait, woken = heapq.heappop(self._events)
-            if count > _MOST_EVENTS and not self._closing:
+            if count > self._most_events and not self._closing:
                 self._close(f"{count} events in {self._now_s:.0f} s")
             self._now_s = max(self._now_s, at_s)
             if not isinstance(what, _Task):

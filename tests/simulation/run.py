@@ -22,6 +22,7 @@ from tests.support.main_host import FakeMain
 MIB = 1 << 20
 _REST_S = 120.0
 _LOOKS = 20
+_MOST_EVENTS = 400_000  # for each VM
 
 # What clients want, and how often: of a VM whose QEMU is there, and of one whose is not.
 _WHEN_THERE = {"checkpoint": 16, "restore": 10, "start": 1, "resize": 3, "drain": 2, "pause": 2,
@@ -128,7 +129,7 @@ class Run:
 
     def __init__(self, seed: int, plan: Plan) -> None:
         self.seed, self.plan = seed, plan
-        self.clock = Simulated(seed)
+        self.clock = Simulated(seed, _MOST_EVENTS * plan.vms)
         hosts = {f"h{number}": Host(f"h{number}", plan.room) for number in range(plan.hosts)}
         self.cluster = Cluster(
             self.clock, hosts, replace(plan.small), make_vm=plan.world, left_out=plan.left_out
@@ -168,8 +169,14 @@ class Run:
             task.join()
         self.cluster.mend()
         self.clock.sleep(_REST_S)
+        broken = []
         for driver in self.drivers:
-            Ending(self, driver).judge()
+            try:
+                Ending(self, driver).judge()
+            except Broken as error:
+                broken.append(str(error))
+        if broken:
+            raise Broken("; ".join(broken))
 
     # What goes wrong
 

@@ -144,15 +144,14 @@ def test_what_waits_for_ever_is_found() -> None:
         ran(lambda clock: require(clock.signal().wait()))
 
 
-def test_what_goes_round_and_round_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.simulation.clock._MOST_EVENTS", 1000)
-
+def test_what_goes_round_and_round_is_found() -> None:
     def work(clock: Simulated) -> None:
         while True:
             clock.sleep(0.0)
 
+    clock = Simulated(1, most_events=1000)
     with pytest.raises(Stuck, match="1001 events"):
-        ran(work)
+        clock.run(lambda: work(clock))
 
 
 def test_what_a_task_raises_fails_the_run() -> None:
