@@ -9,7 +9,7 @@ import pytest
 
 from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.messages import Role
-from dcres.errors import CheckpointCorrupt, Conflict, DcresError, StoreFull
+from dcres.errors import CheckpointCorrupt, ClusterError, Conflict, StoreFull
 from dcres.storage.format.manifest import dumps
 from tests.support.fleet import LocalFleet
 from tests.support.hosts import FakeHost, FakeSub, FakeVisitor
@@ -77,15 +77,52 @@ def test_a_restore_is_on_record(started: Coordinator, world: World) -> None:
     assert said(world)[1:] == [(2, "stopped", 1, ""), (3, "running", 2, "ann")]
 
 
-@pytest.mark.parametrize("error", [StoreFull("no room"), Conflict("another life has begun")])
-def test_a_start_that_cannot_be_recorded_is_none(
-    coordinator: Coordinator, fleet: LocalFleet, world: World, error: DcresError
+def test_a_life_that_another_has_followed_is_none(
+    coordinator: Coordinator, fleet: LocalFleet, world: World
 ) -> None:
-    world.fail["h0.record"] = error
-    with pytest.raises(type(error), match=str(error)):
+    world.fail["h0.record"] = Conflict("another life has begun")
+    with pytest.raises(Conflict, match="another life has begun"):
         coordinator.start(SPEC)
     require_nothing(world, fleet)
     assert coordinator.status()["phase"] == "absent"
+
+
+def test_a_guest_that_runs_is_not_ended_for_want_of_a_record(
+    coordinator: Coordinator, fleet: LocalFleet, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.fail["h0.record"] = StoreFull("no room")
+    coordinator.start(SPEC)
+    assert world.runs
+    assert "VM vm is not on record as running: no room" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["h0.describe", "h0.recorded", "h0.record"])
+def test_an_answer_that_is_lost_is_asked_for_again(
+    coordinator: Coordinator, fleet: LocalFleet, world: World, order: str
+) -> None:
+    """When the guest runs, and when a checkpoint was published."""
+
+    def once() -> None:
+        del world.hooks[order]
+        raise ClusterError("it did not answer")
+
+    world.hooks[order] = once
+    coordinator.start(SPEC)
+    assert said(world) == [(1, "running", 1, "")]
+    if order == "h0.recorded":  # after it was published
+        world.hooks[order] = once
+        assert coordinator.checkpoint("stop")["checkpoint"] in world.published
+
+
+def test_a_coordinator_begins_though_the_main_host_does_not_answer(
+    started: Coordinator, fleet: LocalFleet, world: World
+) -> None:
+    world.records.clear()
+    for order in ("h0.recorded", "h0.record", "h0.describe"):
+        world.fail[order] = ClusterError("it did not answer")
+        after = Coordinator("vm", fleet)
+        del world.fail[order]
+        assert after.status()["phase"] == "running"
 
 
 def test_a_stop_that_cannot_be_recorded_leaves_the_vm(started: Coordinator, world: World) -> None:

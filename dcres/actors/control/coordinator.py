@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dcres.actors.control.asking import describe
 from dcres.actors.control.bringing_up import BringingUp
 from dcres.actors.control.changing_shares import ChangingShares, Wanted, spec_of
 from dcres.actors.control.checkpointing import Checkpointing
@@ -110,8 +109,8 @@ class Coordinator:
         if error is not None:
             raise error
         try:
-            _put_on_record(self._vm, by)
-        except BaseException:
+            record_running(self._vm, by)
+        except Conflict:  # its name went to a later life
             self._vm.take_down(executor.journal)
             self._become(VmPhase.ABSENT)
             raise
@@ -152,8 +151,7 @@ class Coordinator:
                 self._concurrency,
             )
             manifest = self._run(running)
-            main = self._vm.main  # whose store may have been there to read only until now
-            catch_up(self._vm.name, main, describe(main), self._vm.fleet.cluster())
+            catch_up(self._vm)  # its store may have been there to read only until now
             seconds = self._concurrency.now_s() - began_s
             self._last = checkpoint_facts(manifest, seconds)
             self._last["downtime_parts_seconds"] = running.downtime_parts_s
@@ -349,7 +347,7 @@ class Coordinator:
         """
         self.cancel()
         with self._turn.taken(VmPhase.STOPPING, _CANCEL_TIMEOUT_S):
-            record_stopped(self._vm.name, self._vm.fleet, self._vm.names, by)
+            record_stopped(self._vm, by)
             self._vm.take_down(self._turn.journal("stop"))
             self._become(VmPhase.ABSENT)
 
@@ -360,12 +358,6 @@ class Coordinator:
 
 def _phase_in(facts: VmFacts) -> VmPhase:
     return VmPhase(facts["phase"])
-
-
-def _put_on_record(vm: VmHandle, by: str) -> None:
-    """That the VM is to run. Raises what the host that keeps the record raises."""
-    main = vm.main
-    record_running(main, describe(main), vm.fleet.cluster(), by)
 
 
 def _learned(fixed_s: float, judgement: Judgement, downtime_s: float) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from dcres.actors.ports import Fleet, Port
 from dcres.errors import NotFound
 
+_MAIN = 0  # the main host's index
+
 
 @dataclass(frozen=True, slots=True)
 class VmHosts:
@@ -44,9 +46,9 @@ def ports_by_index(vm: str, fleet: Fleet) -> dict[int, Port]:
 def main_port(vm: str, fleet: Fleet) -> Port:
     """The main host's, whatever its name is. Raises NotFound."""
     ports = ports_by_index(vm, fleet)
-    if not ports:
+    if _MAIN not in ports:
         raise NotFound(f"VM {vm} does not run; start it or restore a checkpoint")
-    return ports[min(ports)]
+    return ports[_MAIN]
 
 
 def hosts_known(vm: str, fleet: Fleet) -> VmHosts:

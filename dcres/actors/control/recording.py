@@ -2,18 +2,17 @@
 
 A life is recorded as running once: before its start or restore is told as done, or by the
 coordinator that finds it running where the one before could not. What was said of it later stays,
-so that a stop is never undone.
+so that a stop is never undone. A VM whose guest may run by now is not ended for want of a record.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from functools import partial
 
-from dcres.actors.control.asking import await_ready
-from dcres.actors.messages import Description
-from dcres.actors.ports import Fleet, Port
+from dcres.actors.control.asking import await_ready, describe
+from dcres.actors.control.concurrency import Concurrency
+from dcres.actors.control.vm_handle import VmHandle
 from dcres.actors.protocol import Machine
 from dcres.errors import CheckpointCorrupt, ClusterError, Conflict, DcresError, NotFound
 from dcres.model.record import Desired, Record
@@ -24,12 +23,62 @@ _READY_TIMEOUT_S = 30.0  # an actor that was just started again adopts what runs
 _TRIES = 5
 
 
-def record_running(main: Port, life: Description, cluster: str, by: str = "") -> None:
-    """Have the record say that this life of the VM is to run, unless it tells of it already.
+def record_running(vm: VmHandle, by: str = "") -> None:
+    """Have the record say that the VM, which runs, is to run.
 
-    Raises Conflict where it tells of a later life, StoreFull, CheckpointCorrupt, ClusterError,
-    and NotFound for a host that knows of no life.
+    Where that cannot be it runs on, and `catch_up` comes later. Raises Conflict where the record
+    tells of a later life.
     """
+    try:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                _await_main(vm)
+                _record_running(vm, by)
+                return
+            except ClusterError:
+                if not tries_left or not vm.fleet.alive(vm.hosts.main):
+                    raise
+    except Conflict:
+        raise
+    except DcresError as error:
+        _warn(vm, Desired.RUNNING, error)
+
+
+def catch_up(vm: VmHandle) -> None:
+    """The same for a life that was found running, unless it is recorded; at most once."""
+    try:
+        _record_running(vm, by="")
+    except DcresError as error:
+        _warn(vm, Desired.RUNNING, error)
+
+
+def record_stopped(vm: VmHandle, by: str = "") -> None:
+    """Before the VM is ended: have the record say so.
+
+    Neither a main host that does not answer nor a record that says nothing keeps the VM from being
+    ended. Raises StoreFull.
+    """
+    if not vm.hosts.ports:
+        return
+    try:
+        _await_main(vm)
+        _record_stopped(vm, by)
+    except (ClusterError, CheckpointCorrupt, NotFound) as error:
+        _warn(vm, Desired.STOPPED, error)
+
+
+def _await_main(vm: VmHandle) -> None:
+    alive = partial(vm.fleet.alive, vm.hosts.main)
+    await_ready(vm.main, alive, _READY_TIMEOUT_S, vm.concurrency)
+
+
+def _warn(vm: VmHandle, desired: Desired, error: DcresError) -> None:
+    log.warning("VM %s is not on record as %s: %s", vm.name, desired, error)
+
+
+def _record_running(vm: VmHandle, by: str) -> None:
+    main = vm.main
+    life, cluster = describe(main), vm.fleet.cluster()
     if life.spec is None:
         raise NotFound(f"host {life.host} knows nothing of the VM, so it is not on record")
     before = main.call(Machine.recorded)
@@ -41,48 +90,25 @@ def record_running(main: Port, life: Description, cluster: str, by: str = "") ->
         cluster=cluster,
         desired=Desired.RUNNING,
         spec=life.spec.model_dump(mode="json", by_alias=True),
-        since=_now(),
+        since=_now(vm.concurrency),
         by=by,
     )
     main.call(Machine.record, record)
 
 
-def catch_up(vm: str, main: Port, life: Description, cluster: str) -> None:
-    """The same for a life that was found running; where that cannot be, it runs on."""
-    try:
-        record_running(main, life, cluster)
-    except DcresError as error:
-        log.warning("VM %s is not on record as running: %s", vm, error)
-
-
-def record_stopped(vm: str, fleet: Fleet, hosts: Sequence[str], by: str = "") -> None:
-    """Before the VM on `hosts` is ended: have the record say so.
-
-    Neither a main host that does not answer nor a record that says nothing keeps the VM from being
-    ended. Raises StoreFull.
-    """
-    ports = fleet.find(vm)
-    if not ports or 0 not in fleet.indices(vm):
-        return
-    try:
-        await_ready(ports[0], lambda: all(map(fleet.alive, hosts[:1])), _READY_TIMEOUT_S)
-        _record_stopped(ports[0], fleet.cluster(), by)
-    except (ClusterError, CheckpointCorrupt) as error:
-        log.warning("VM %s is not on record as stopped: %s", vm, error)
-
-
-def _record_stopped(main: Port, cluster: str, by: str) -> None:
+def _record_stopped(vm: VmHandle, by: str) -> None:
+    main, cluster = vm.main, vm.fleet.cluster()
     for tries_left in reversed(range(_TRIES)):
         before = main.call(Machine.recorded)
         if before is None or before.cluster != cluster or before.desired is Desired.STOPPED:
             return
         try:
-            main.call(Machine.record, before.stopped(_now(), by))
+            main.call(Machine.record, before.stopped(_now(vm.concurrency), by))
             return
         except Conflict:  # another was faster; a stop comes after whatever that was
             if not tries_left:
                 raise
 
 
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _now(concurrency: Concurrency) -> str:
+    return concurrency.utc().strftime("%Y-%m-%dT%H:%M:%SZ")

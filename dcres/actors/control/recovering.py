@@ -32,7 +32,7 @@ def recover(vm: VmHandle, executor: Executor) -> Situation:
     outcome = hands.run().outcome
     assert outcome is not None, "it has ended"
     if outcome.phase is VmPhase.RUNNING:
-        catch_up(vm.name, vm.main, describe(vm.main), vm.fleet.cluster())
+        catch_up(vm)
     if outcome.moving:
         vm.follow(vm.hosts.ports, hands.end_serving)
     return Situation(outcome.phase, outcome.why, settled=outcome.settled)

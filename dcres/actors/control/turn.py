@@ -43,10 +43,14 @@ class Turn:
         self._situation = situation
 
     def recover(self) -> None:
-        """Once more, by whoever has the turn."""
+        """Once more, by whoever has the turn. What cannot be asked for now is not known yet."""
         journal = Journal("recovery", self._concurrency)
         self._latest = self._latest or journal
-        self.become(self._recover_now(Executor(journal, self._concurrency)))
+        try:
+            found = self._recover_now(Executor(journal, self._concurrency))
+        except DcresError as error:
+            found = Situation(VmPhase.UNKNOWN, str(error))
+        self.become(found)
 
     def recover_if_due(self) -> None:
         """Unless it is somebody's turn."""

@@ -51,9 +51,11 @@ class MainMachine:
     def claim(self, order: ClaimOrder) -> int:
         """After `clear`: begin a life, whose name in the store it is from now on; its generation.
 
-        `destroy` releases it. Raises Conflict, see `NameInStore.claim`.
+        `destroy` releases it. Raises Conflict, see `NameInStore.claim`, and CheckpointCorrupt for a
+        record of what is to run that says nothing: it could not be written anew.
         """
         with self._site.life.beginning():
+            self.recorded()
             return self._name.claim(order)
 
     def boot(self, order: RunOrder) -> None:
