@@ -21,6 +21,7 @@ from dcres.errors import HostError, UnsupportedHost
 from dcres.linux.files import open_own
 
 _PROC = Path("/proc")
+_KILLED_S = 30.0  # until memory is given back and files are closed
 # The shell tells us its own pid and start time, which exec keeps; then it becomes the program.
 #
 # Ray runs its workers at nice 15, and what they start would inherit that: the guest would then
@@ -80,8 +81,11 @@ class ProcessId:
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             return None
-        # The pidfd pins whichever process it names, so checking after opening leaves no gap.
-        if self.alive:
+        # The pidfd pins whichever process it names, so checking after opening leaves no gap. Its
+        # state says nothing: that is its first thread's, which may be a zombie while the last one
+        # still gives back memory, and holds files and their locks.
+        stat = _read_stat(self.pid)
+        if stat is not None and stat[0] == self.start_time:
             return fd
         os.close(fd)
         return None
@@ -92,6 +96,8 @@ class ProcessId:
         if fd is None:
             return False
         try:
+            if _has_ended(fd, 0.0):
+                return False
             signal.pidfd_send_signal(fd, sig)
         except ProcessLookupError:
             return False
@@ -100,22 +106,33 @@ class ProcessId:
         return True
 
     def wait_gone(self, timeout_s: float) -> bool:
-        """Wait until it has ended (reaped or not); False when `timeout_s` passed before."""
+        """Wait until it has ended (reaped or not), with all its threads and open files.
+
+        False when `timeout_s` passed before.
+        """
         fd = self._open()
         if fd is None:
             return True
         try:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            return bool(poll.poll(int(timeout_s * 1000)))
+            return _has_ended(fd, timeout_s)
         finally:
             os.close(fd)
 
-    def end(self, grace_s: float = 5.0) -> None:
-        """SIGTERM, and SIGKILL when it has not ended after `grace_s`; returns when it is gone."""
+    def end(self, grace_s: float = 5.0) -> bool:
+        """SIGTERM, and SIGKILL when it has not ended after `grace_s`; whether it is gone.
+
+        That may take a while after SIGKILL: much memory, or a disk that hangs.
+        """
         if self.kill(signal.SIGTERM) and not self.wait_gone(grace_s):
             self.kill(signal.SIGKILL)
-            self.wait_gone(grace_s)
+        return self.wait_gone(_KILLED_S)
+
+
+def _has_ended(pidfd: int, timeout_s: float) -> bool:
+    """Whether it has within that time: pidfd_open(2), ready once all threads have."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(int(timeout_s * 1000)))
 
 
 def _stdin_of(data: bytes | int | None) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dcres.errors import UnsupportedHost
+from dcres.linux.holding import hold, is_held
 from dcres.linux.process import ProcessId, find_marked, spawn_detached
 from tests.support.speed import patience
 from tests.support.wait import until
@@ -153,3 +154,36 @@ def test_a_name_with_parentheses_and_spaces(tmp_path: Path, mark: str) -> None:
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedHost, match="no-such-program is not installed"):
         spawn_detached(["no-such-program"], tmp_path / "log")
+
+
+_BIG = """
+import mmap, sys, threading, time
+memory = mmap.mmap(-1, 256 << 20)
+for at in range(0, len(memory), 4096):
+    memory[at] = 1
+for _ in range(4):
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_has_ended_holds_no_lock_any_more(tmp_path: Path) -> None:
+    """Its first thread may be a zombie while the last one still gives back memory."""
+    path = tmp_path / "lock"
+    path.touch()
+    for _ in range(8):
+        fd = os.open(path, os.O_RDWR)
+        assert hold(fd)
+        with subprocess.Popen(
+            [sys.executable, "-c", _BIG], stdout=subprocess.PIPE, pass_fds=[fd]
+        ) as child:
+            os.close(fd)
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            process = ProcessId.of(child.pid)
+            assert process is not None
+            assert process.kill()
+            assert process.end(0.0)
+            assert not is_held(path)
+            assert not process.kill(), "it has ended"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dcres.actors.host.agent import HostAgent
+from dcres.actors.host.folder_claim import FolderClaim
 from dcres.actors.host.presence import MainPresence, SubPresence
 from dcres.actors.host.vm_folder import VmFolder, marker
 from dcres.actors.messages import Role
@@ -221,3 +224,47 @@ def test_the_folder_that_is_held_is_the_one_that_is_there(settings: HostSettings
     folder.release()
     assert other.trouble(take_over=False) == ""
     assert other.owner == "ours"
+
+
+def test_two_who_make_it_at_once_both_hold_it_whole(settings: HostSettings) -> None:
+    """As a boot and a part server of one restore do; 500 of them left 77 that nobody could use."""
+    folder = VmFolder.of(settings, "vm", "ours")
+    for _ in range(200):
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: folder.make(), range(3)))
+        for path in (folder.run, folder.ram):
+            assert Mark.of(path) == Mark("files", "VM vm")
+        assert (folder.owner, folder.is_ours, len(folder.held)) == ("ours", True, 2)
+        folder.remove()
+        shutil.rmtree(folder.run)
+        folder.release()
+
+
+def test_a_mark_whose_writer_was_killed_is_nobodys_until_it_is_made(settings: HostSettings) -> None:
+    """An actor that begins looks there, and leaves it to be filled."""
+    folder = VmFolder.of(settings, "vm", "ours")
+    folder.run.mkdir(parents=True)
+    (folder.run / MARK).touch()
+    assert folder.resume()
+    assert (folder.run / MARK).read_text() == ""
+    folder.make()
+    assert (folder.owner, len(folder.held)) == ("ours", 2)
+
+
+def test_a_folder_that_goes_while_it_is_made_is_made_again(
+    settings: HostSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sweep does, which the cluster had ordered before."""
+    folder = VmFolder.of(settings, "vm", "ours")
+    gone: list[bool] = []
+    take = FolderClaim.take
+
+    def late(claim: FolderClaim, **how: bool) -> bool:
+        if not gone:
+            gone.append(True)
+            shutil.rmtree(folder.run)
+        return take(claim, **how)
+
+    monkeypatch.setattr(FolderClaim, "take", late)
+    folder.make()
+    assert (folder.owner, len(folder.held)) == ("ours", 2)

@@ -46,9 +46,20 @@ class FolderClaim:
 
     @property
     def is_ours(self) -> bool:
-        """Whether what is there may be touched: it is our cluster's, or tells of none."""
+        """Whether what is there may be touched: it is our cluster's, or tells of none.
+
+        What is held was ours when it was taken, and nobody takes it from a holder.
+        """
+        if self.holds:
+            return True
         life = self._life(seen=False)
         return life is None or judge_files(life, self._me) is Standing.OURS
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is held, and still there."""
+        fd = self._fd
+        return fd is not None and _is_at(fd, self._folder / MARK)
 
     @property
     def fd(self) -> int | None:
@@ -91,7 +102,9 @@ class FolderClaim:
                 fd = _opened(self._folder, os.O_RDWR)
                 if fd is None:
                     return False
-                if self._fd is not None and os.path.sameopenfile(fd, self._fd):
+                if not _is_mark(fd) or (
+                    self._fd is not None and os.path.sameopenfile(fd, self._fd)
+                ):
                     os.close(fd)
                     return False
                 try:
@@ -149,6 +162,11 @@ def _is_at(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), path.stat(follow_symlinks=False))
     except FileNotFoundError:
         return False
+
+
+def _is_mark(fd: int) -> bool:
+    """Not so while it is empty: whoever was to write it was killed."""
+    return "what" in _values(fd)
 
 
 def _values(fd: int) -> dict[str, Any]:

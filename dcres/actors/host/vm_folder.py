@@ -55,15 +55,22 @@ class VmFolder:
         Conflict where it is another cluster's.
         """
         for folder, claim in self._claims.items():
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                own = OwnFolder.made(folder, _mark(folder), earlier=_of_a_vm)
-            except NotOurs as error:
-                raise NotOurs(f"{error} by DCRES_RUN or DCRES_RAM") from None
-            require_own(folder.parent)
-            require_own(folder)
-            if claim.take(seen=self._seen(folder)):
-                own.clear(keep=_is_log)
+            while True:
+                own = self._made(folder)
+                if claim.take(seen=self._seen(folder)):
+                    own.clear(keep=_is_log)
+                if claim.holds:  # else it was removed in between, as a sweep does
+                    break
+
+    def _made(self, folder: Path) -> OwnFolder:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            own = OwnFolder.made(folder, _mark(folder), earlier=_of_a_vm)
+        except NotOurs as error:
+            raise NotOurs(f"{error} by DCRES_RUN or DCRES_RAM") from None
+        require_own(folder.parent)
+        require_own(folder)
+        return own
 
     @property
     def owner(self) -> str:
