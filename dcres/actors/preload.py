@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_ACTORS = ("control.coordinator", "host.agent")
+_ACTORS = ("ray.coordinator", "host.agent")
 
 
 def import_actors() -> None:

@@ -342,3 +342,33 @@ def test_the_rule_catches(line: str) -> None:
 )
 def test_the_rule_allows(line: str) -> None:
     assert not list(writes(line))
+
+
+def test_what_the_hot_path_put_is_counted_and_marked_once_it_is_heard(tmp_path: Path) -> None:
+    book, marks = book_in(tmp_path, "host"), Marks()
+    book.changes = marks
+    before = book.resident
+    book.for_hot_path[PAGE] = MAIN
+    book.heard_page_in(PAGE, PAGE + 1)
+    assert state_of(book, PAGE) == STATES["main"][0]
+    assert (book.resident, marks.pages) == (before + 1, [PAGE])
+    check_counts(book)
+
+
+@pytest.mark.parametrize("first", ["heard_page_in", "fetched"])
+def test_what_the_hot_path_put_while_a_host_fetches_it_is_recalled(
+    tmp_path: Path, first: str
+) -> None:
+    """Whichever is heard first: the host's copy is older than what the guest writes here."""
+    book = book_in(tmp_path, "fetched")
+    book.for_hot_path[PAGE] = MAIN
+    with pytest.raises(PagingError, match="handed over is not possible"):
+        book.hand_over(np.array([PAGE]), THERE)
+    TRANSITIONS[first](book, np.array([PAGE]))
+    if first == "heard_page_in":
+        assert state_of(book, PAGE) == STATES["recalled from a fetch"][0]
+        book.fetched(np.array([PAGE]))
+    else:
+        book.heard_page_in(PAGE, PAGE + 1)
+    assert state_of(book, PAGE) == STATES["main"][0]
+    check_counts(book)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -302,3 +304,39 @@ def test_the_kernel_watches_the_peer_of_every_connection() -> None:
         assert asked_s == network.PEER_TIMEOUT_S == option["TCP_USER_TIMEOUT"] / 1000
         stream.close(ConnectionAbortedError("done"))
     loop.close()
+
+
+class Closing:
+    """Who is told of one connection."""
+
+    why = ""  # not the error, whose traceback has the frames that met it
+
+    def connected(self, connection: connection_module.Connection) -> None:
+        raise AssertionError("nobody listens there")
+
+    answered = fetched = put = connected
+
+    def closed(self, connection: connection_module.Connection, why: PagingError | OSError) -> None:
+        self.why = str(why)
+
+
+def test_a_connection_that_has_ended_leaves_nothing_to_the_collector() -> None:
+    """Its buffers are megabytes, and a host that is away is tried ten times a second."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    loop, user = Loop(), Closing()
+    address = SubAddress("h1", "127.0.0.1", port, PAGES, 16)
+    made = connection_module.Connection(loop, ME, PAGES, address, Role.PAGER)
+    left = weakref.ref(made)
+    gc.disable()
+    try:
+        made.greet(user)  # type: ignore[arg-type]
+        deadline = time.monotonic() + patience(20)
+        while not user.why:
+            assert time.monotonic() < deadline
+            loop.turn(0.005)
+        del made
+        assert left() is None
+    finally:
+        gc.enable()
+        loop.close()

@@ -68,8 +68,8 @@ class PageBook:
 
     def _count(self) -> None:
         # `resident` pages are in the RAM file as far as Python has heard, `leaving` in the outbox.
-        self.resident = int((self._owners == MAIN).sum())
-        self.leaving = int((self._owners == LEAVING).sum())
+        self.resident = int(np.count_nonzero(self._owners == MAIN))
+        self.leaving = int(np.count_nonzero(self._owners == LEAVING))
 
     @property
     def recalled(self) -> Mask:
@@ -144,8 +144,8 @@ class PageBook:
     def resume_page_out(self, pages: Pages) -> None:
         """The same of a batch of a killed pager, which may have written this or not."""
         mains = (self._owners[pages] == MAIN) | (self._owners[pages] == LEAVING)
-        under_way = self._in_flight | self._recalled | self._fetching
-        self._require(mains & ~under_way[pages], "a page-out resumed", pages)
+        under_way = self._in_flight[pages] | self._recalled[pages] | self._fetching[pages]
+        self._require(mains & ~under_way, "a page-out resumed", pages)
         self._owners[pages] = LEAVING
         self._count()
 

@@ -63,7 +63,7 @@ class Connection:
         self._loop, self._sub, self._page_count, self._role = loop, sub, page_count, role
         self._handshake = ClientHandshake(identity, secrets.token_bytes(NONCE_BYTES), role)
         self._silence = Silence(ANSWER_TIMEOUT_S)
-        self._scratch = mmap(-1, wire.MAX_PAGES * PAGE_SIZE)
+        self._scratch: mmap | None = None  # for answers with zeros in them, which most have not
 
     def greet(self, user: ConnectionUser) -> None:
         """Connect and say HELLO; `user` is told what comes of it, maybe at once."""
@@ -145,6 +145,8 @@ class Connection:
         """Where `data` is: behind what else the frame holds, or, with zeros put in, copied."""
         if data.obj is frame.payload.obj:
             return self._buffer_address + frame.offset + len(frame.payload) - len(data)
+        if self._scratch is None:
+            self._scratch = mmap(-1, wire.MAX_PAGES * PAGE_SIZE)
         self._scratch[: len(data)] = bytes(data)
         return address_of(self._scratch)
 

@@ -18,6 +18,10 @@ _BUFFER_BYTES = 2 << 20
 _MAX_PARTS = 256  # below IOV_MAX
 
 
+def _nobody(*_: object) -> None:
+    """Who is told of a stream that has ended."""
+
+
 class FrameStream:
     """Frames in and out. `on_frame` is called per frame, `on_close` once, with the reason.
 
@@ -38,9 +42,9 @@ class FrameStream:
         watch_peer(sock)
         self._loop = loop
         self._sock = sock
-        self._on_frame = on_frame
-        self._on_close = on_close
-        self._on_put = on_put
+        self._on_frame: Callable[[wire.Frame], object] = on_frame
+        self._on_close: Callable[[PagingError | OSError], object] = on_close
+        self._on_put: Callable[[int, int, int, int], object] | None = on_put
         self.buffer = mmap.mmap(-1, _BUFFER_BYTES)
         self._decoder = wire.Decoder(memoryview(self.buffer))
         self.shared = self._decoder.shared
@@ -88,7 +92,13 @@ class FrameStream:
         self._loop.remove(self._sock.fileno())
         self._sock.close()
         self._unsent.clear()
-        self._on_close(why)
+        self._tell(why)
+
+    def _tell(self, why: PagingError | OSError) -> None:
+        """For the last time: whoever is told may go with its buffers, and no cycle keeps them."""
+        told, self._on_close = self._on_close, _nobody
+        self._on_frame = self._on_put = _nobody
+        told(why)
 
     def end(self, why: PagingError | OSError) -> None:
         """Close the connection when the peer has taken what was sent; `on_close` is told now.
@@ -102,7 +112,7 @@ class FrameStream:
         self.open, self.ending = False, True
         self._loop.remove(self._sock.fileno())
         self._loop.add(self._sock.fileno(), self._drain, READ | WRITE)
-        self._on_close(why)
+        self._tell(why)
 
     def drop(self) -> None:
         """Wait no longer for the peer of a connection that is `ending`."""
