@@ -210,10 +210,10 @@ class Simulated:
         self._next(None)
         self._over.acquire()
         self._over.release()
+        if self.errors:  # which may be why nothing came to an end
+            raise self.errors[0]
         if self._stuck is not None:
             raise self._stuck
-        if self.errors:
-            raise self.errors[0]
 
     def _close(self, stuck: str = "") -> None:
         """Nothing more happens but that tasks end."""

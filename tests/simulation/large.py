@@ -7,7 +7,15 @@ import time
 
 from tests.simulation.run import Broken, Plan, Run
 
-PLAN = Plan(vms=1000, hosts=64, room=50, operations=3, faults=200, apart_s=0.5)
+PLAN = Plan(
+    vms=1000,
+    hosts=64,
+    room=50,
+    operations=3,
+    faults=200,
+    apart_s=0.5,
+    repeat="python -m tests.simulation.large {seed}",
+)
 
 
 def main(seed: int) -> int:

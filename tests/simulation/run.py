@@ -50,6 +50,10 @@ class Plan:
     sub: Make = FakeSub
     world: type[SimulatedVm] = SimulatedVm
     left_out: Mapping[str, object] = field(default_factory=dict)  # orders, and what is answered
+    repeat: str = ""  # the command for a seed; only the suite's own plan has one by itself
+
+
+REPEAT = "DCRES_SEEDS={seed} python -m pytest tests/simulation/test_seeds.py"
 
 
 class Broken(AssertionError):
@@ -154,8 +158,9 @@ class Run:
     @property
     def how_to_repeat(self) -> str:
         """What happened, and how to see it again."""
-        command = f"DCRES_SEEDS={self.seed} python -m pytest tests/simulation/test_seeds.py"
-        return "\n".join([*self.clock.trace, f"again: {command}"])
+        command = self.plan.repeat or (REPEAT if self.plan == Plan() else "")
+        again = [f"again: {command.format(seed=self.seed)}"] if command else []
+        return "\n".join([*self.clock.trace, *again])
 
     def _main(self) -> None:
         self.drivers = [Driver(self, f"vm{number}") for number in range(self.plan.vms)]

@@ -12,13 +12,9 @@ from tests.simulation.run import Broken, Plan, Run
 
 _BATCH = 50
 _FEW = 4  # traces that are shown
-# Faults that were found and are not mended yet, by the seed that shows each. Take out what is
-# mended; put in nothing that is not understood as far as is said here.
-KNOWN = {
-    474: "what a lazy restore served is served on after its end",
-    848: "an answer that does not come in time reaches a client without its VM's state",
-    991: "somebody asks for ever: 400,000 events",
-}
+# Faults that are not mended yet: the seed that shows each, and what it says. Take out what is
+# mended, and look again after each change of the coordinator: other seeds then show them.
+KNOWN: dict[int, str] = {}
 
 
 def _seeds() -> list[range]:
@@ -31,7 +27,8 @@ def _seeds() -> list[range]:
 @pytest.mark.parametrize("seeds", _seeds(), ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
 def test_what_must_hold_holds_after_every_seed(seeds: range) -> None:
     broken: list[str] = []
-    for seed in (seed for seed in seeds if seed not in KNOWN):
+    named = "DCRES_SEEDS" in os.environ
+    for seed in (seed for seed in seeds if named or seed not in KNOWN):
         run = Run(seed, Plan())
         try:
             run.go()
@@ -42,7 +39,7 @@ def test_what_must_hold_holds_after_every_seed(seeds: range) -> None:
 
 @pytest.mark.parametrize("seed", KNOWN)
 def test_a_known_fault_is_there_still(seed: int) -> None:
-    with pytest.raises((Broken, Stuck, DcresError)):
+    with pytest.raises((Broken, Stuck, DcresError), match=KNOWN[seed]):
         Run(seed, Plan()).go()
 
 

@@ -289,6 +289,8 @@ def test_a_sub_host_that_dies_in_a_restore(
     thread.start()
     if lazy:
         thread.join(patience(60))
+        assert not thread.is_alive()
+        assert failures == []
         power_off(vm, "h3", 1)
         until(lambda: vm.coordinator.status()["phase"] == "lost", 30, "the VM is lost")
         assert "h3" in vm.coordinator.status()["why"]

@@ -33,7 +33,12 @@ class PageMoves:
         self._pager.control.resize(limit_pages)
 
     def settle_moves(self) -> None:
-        """The pages of a lazy restore are all here: the part servers are not needed any more."""
+        """The pages of a lazy restore are all here: the part servers are not needed any more.
+
+        Once that is so, it does nothing: pages may move for a change of shares by then.
+        """
+        if not self._state.require().sources:
+            return
         self._pager.leave_sources()
         self._state.change(lambda now: replace(now, sources=()))
 
