@@ -22,6 +22,7 @@ HOME_MARK = ".dcres-home"
 STORE_MARK = ".dcres-store"  # made by dcres.storage
 
 _LONGEST_MARK_BYTES = 4096
+_MARK_BYTES = 1024
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)  # open(2): NFS, for one
 _BUSY_S = 10.0
 _POLL_S = 0.01
@@ -63,7 +64,8 @@ class Mark:
         values = {"note": "dcres made this folder and removes it", **asdict(self)}
         above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _put_whole(above, json.dumps(values).encode())
+            # With blanks: it keeps its length when its owner is written to it.
+            _put_whole(above, json.dumps(values).encode().ljust(_MARK_BYTES))
             os.fsync(above)
         finally:
             os.close(above)

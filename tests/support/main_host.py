@@ -95,8 +95,9 @@ class FakeMain(SavingHost):
             checkpoint=self.world.states[self.host]["checkpoint"], restarts=0,
             bringing_in=bool(self.world.states[self.host]["sources"]), unclaimed="", unrecorded="",
             state="frozen" if self.world.frozen else "running", lost_why="", pid=1, adopted=False,
-            tracking=self.host in self.world.marks, native=False, limit_pages=8192, pages=[],
-            leaving=0, moving=moving, pages_to_move=len(self.world.coming),
+            tracking=self.host in self.world.marks, native=False,
+            limit_pages=self.world.states[self.host].get("limit", 8192), pages=[], leaving=0,
+            moving=moving, pages_to_move=len(self.world.coming),
             page_in_median_us=0.0, page_in_p99_us=0.0, links={}, pages_in=0, pages_out=0,
             zero_pages=0, taken_back=0, faults=0,
         )  # fmt: skip
@@ -305,6 +306,7 @@ class FakeMain(SavingHost):
     def limit(self, limit_pages: int) -> None:
         self.world.note(self.host, f"limit {limit_pages}")
         self._require_qemu()
+        self.world.states[self.host]["limit"] = limit_pages
 
     def begin_reshape(self) -> None:
         self._require_qemu()

@@ -280,7 +280,7 @@ def test_a_start_that_finds_an_interrupted_restore(disks: Disks, dropped: list[i
     ) as caught:
         require_settled(require_usable(disks.paths))
     assert disks.are(disks.then)
-    commands = str(caught.value).partition("by: ")[2].partition(" (then")[0].split("; ")
+    commands = str(caught.value).partition(", run: ")[2].partition("; then delete")[0].split("; ")
     assert len(commands) == 2
     for command in commands:
         subprocess.run(command.split(), check=True)

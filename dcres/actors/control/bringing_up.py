@@ -108,7 +108,8 @@ class BringingUp:
         self.laps.enter(self._lap(state))
         if self._restoring is not None:
             self._restoring.where = state.where
-        self._handle.know(state.hosts)
+        if state.phase not in (Phase.TAKING_DOWN, Phase.DOWN):  # they are let go of
+            self._handle.know(state.hosts)
 
     def _lap(self, state: Start) -> str:
         if state.phase in _RESERVING:

@@ -19,8 +19,8 @@ Wanted = Callable[[VmSpec], Shares]  # what shares are to become, by what they a
 class ChangingShares:
     """Changes of the shares of one VM."""
 
-    def __init__(self, vm: VmHandle) -> None:
-        self._vm = vm
+    def __init__(self, vm: VmHandle, unsettle: Callable[[], None]) -> None:
+        self._vm, self._unsettle = vm, unsettle
 
     def run(self, wanted: Wanted, executor: Executor) -> None:
         """Change them; first, end what a change before could not undo. Raises what went wrong."""
@@ -29,6 +29,8 @@ class ChangingShares:
         replacing = self._replacing(wanted)
         change, _ = replacing.check()
         hosts, error = Reshaping(replacing, change, executor, self._vm.concurrency).run()
+        if not hosts:  # nobody knows which of them are the VM's
+            self._unsettle()
         self._vm.know(hosts)
         if error is not None:
             raise error

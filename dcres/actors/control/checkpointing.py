@@ -82,6 +82,12 @@ class Checkpointing:
         return self._state.guest is Guest.STANDS
 
     @property
+    def settled(self) -> bool:
+        """Whether nothing of it is left to be ended."""
+        outcome = self._state.outcome
+        return outcome is not None and outcome.settled
+
+    @property
     def downtime_parts_s(self) -> dict[str, float]:
         """What the stop was spent on."""
         if self._finished is None or self._state.guest is not Guest.RESUMED:

@@ -60,7 +60,7 @@ class Coordinator:
         self._vm = VmHandle(vm, fleet, concurrency)
         self._turn = Turn(vm, concurrency, partial(recover, self._vm))
         self._telling = Telling(self._vm, self._turn)
-        self._shares = ChangingShares(self._vm)
+        self._shares = ChangingShares(self._vm, self._turn.unsettle)
         self._checkpointing: Checkpointing | None = None
         self._last: dict[str, Any] = {}
         self._latest = datetime.fromtimestamp(0, UTC)  # when the last checkpoint was begun
@@ -172,11 +172,12 @@ class Coordinator:
             manifest = running.run()
         finally:
             self._checkpointing = None
+            if not running.settled:
+                self._turn.unsettle()
             if running.vm_stands:
-                self._turn.become(self._turn.situation.unsettled())
                 self._turn.recover()
         now = self._turn.situation
-        if not now.settled:
+        if running.vm_stands and not now.settled:
             raise VmLost(
                 f"checkpoint {running.checkpoint} was taken, but the VM stands still: {now.why}"
             )
@@ -248,11 +249,8 @@ class Coordinator:
             laps = self._bring_up(spec, hosts, take_over, driver, by, restoring)
             found = self._vm.hosts
             shares = dict(zip(found.names, spec.layout.shares, strict=True))
-            ends = partial(restoring.end, self._vm.fleet)
-            if lazy:
-                self._vm.follow(restoring.server_ports, ends)
-            else:
-                ends()
+            if lazy or not self._vm.end_serving():
+                self._vm.follow(restoring.server_ports, moving=lazy)
             self._vm.roll.call(found.ports)  # what they are is known then, even if they are lost
         behind_s = (self._concurrency.utc() - manifest.stopped_at).total_seconds()
         return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from functools import partial
 from typing import assert_never
 
@@ -13,8 +12,7 @@ from dcres.actors.control.executor import Doing, Errand, Executor, order
 from dcres.actors.control.hosts import hosts_known, ports_by_index
 from dcres.actors.control.recording import catch_up
 from dcres.actors.control.vm_handle import VmHandle
-from dcres.actors.protocol import Machine, MainStatus, Parts, Saving
-from dcres.errors import DcresError
+from dcres.actors.protocol import Machine, MainStatus, Saving
 from dcres.model.operations import recovery as steps
 from dcres.model.operations.events import Done
 from dcres.model.operations.recovery import Recovery
@@ -34,7 +32,7 @@ def recover(vm: VmHandle, executor: Executor) -> Situation:
     if outcome.phase is VmPhase.RUNNING:
         catch_up(vm)
     if outcome.moving:
-        vm.follow(vm.hosts.ports, hands.end_serving)
+        vm.follow(vm.hosts.ports, moving=True)
     return Situation(outcome.phase, outcome.why, settled=outcome.settled)
 
 
@@ -74,17 +72,11 @@ class Recovering:
                 self._ports = ports_by_index(self._vm, self._fleet)
                 return steps.Settled(tuple(self._ports))
             case steps.EndServing():
-                self.end_serving()
+                if not self._handle.end_serving():
+                    self._handle.follow(self._handle.hosts.ports, moving=False)
             case _:
                 assert_never(instruction)
         return Done(instruction)
-
-    def end_serving(self) -> None:
-        """As `Restoring.end`, when nobody remembers which hosts serve parts."""
-        for port in self._ports.values():
-            with suppress(DcresError):
-                port.call(Parts.end_serving_parts)
-        self._fleet.leave(self._vm)
 
     def _to_host(self, instruction: steps.ToHost) -> Doing:
         main = "", self._ports[min(self._ports)]

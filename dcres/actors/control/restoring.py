@@ -8,7 +8,6 @@ the plan before they start what they run.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,18 +20,14 @@ from dcres.actors.messages import (
     Reading,
     Resumption,
 )
-from dcres.actors.ports import Fleet, Port
-from dcres.actors.protocol import Parts
+from dcres.actors.ports import Port
 from dcres.config import Layout, VmSpec
-from dcres.errors import DcresError
 from dcres.model.operations.start import Restore
 from dcres.model.pages import PAGE_SIZE, pages_of
 from dcres.model.parts import Where
 from dcres.paging.pager.share import headroom_pages
 from dcres.paging.settings import SubAddress
 from dcres.storage.format.manifest import Manifest, dumps
-
-log = logging.getLogger("dcres.coordinator")
 
 
 def spec_for(manifest: Manifest, layout: Layout | None) -> VmSpec:
@@ -137,12 +132,3 @@ class Restoring:
             for host, share in shares_bytes.items()
         ]
         return {"layout": layout, "pages_moved": moved, "bytes_moved": moved * PAGE_SIZE}
-
-    def end(self, fleet: Fleet) -> None:
-        """End the part servers and unpin; the pages are where they belong. Repeatable."""
-        for host in self.where.here:
-            try:
-                self.ports[host].call(Parts.end_serving_parts)
-            except DcresError as error:
-                log.warning("%s keeps the checkpoint or its part server: %s", host, error)
-        fleet.leave(self.manifest.vm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import assert_never
 
 from dcres.actors.control.asking import describe
@@ -10,7 +11,7 @@ from dcres.actors.control.executor import Doing, Errand, Executor, order
 from dcres.actors.control.hosts import VmHosts, main_port, ports_by_index
 from dcres.actors.control.journal import Journal
 from dcres.actors.ports import Fleet, Port
-from dcres.actors.protocol import Paging, Presence, Serving
+from dcres.actors.protocol import Machine, Paging, Presence, Serving
 from dcres.config import Layout
 from dcres.model.operations import settle as steps
 from dcres.model.operations.events import Done
@@ -63,7 +64,11 @@ class _Hands:
         hosts = VmHosts.named(main.hosts)
         changing = main.reshaping and main.spec is not None
         share = main.spec.layout.main if changing and main.spec is not None else None
-        return steps.Described(hosts.main, hosts.subs, share, tuple(main.shares.items()))
+        known = steps.Described(hosts.main, hosts.subs, share, tuple(main.shares.items()))
+        if share is None or not known.has_left:
+            return known
+        pages = self._main.call(Machine.status)["limit_pages"]
+        return replace(known, limit=pages * PAGE_SIZE)
 
     def _dismissed(self, instruction: steps.Dismiss) -> Done[steps.Dismiss]:
         self._fleet.dismiss(self._vm, instruction.index)

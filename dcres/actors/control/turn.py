@@ -42,6 +42,10 @@ class Turn:
         """The VM stands there from now on: the only place that says so."""
         self._situation = situation
 
+    def unsettle(self) -> None:
+        """An operation has left something; `recover` ends it before the next one begins."""
+        self.become(self._situation.unsettled())
+
     def recover(self) -> None:
         """Once more, by whoever has the turn. What cannot be asked for now is not known yet."""
         journal = Journal("recovery", self._concurrency)

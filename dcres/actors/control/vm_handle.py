@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from dcres.actors.control.asking import Roll
 from dcres.actors.control.concurrency import Concurrency
-from dcres.actors.control.following import Follower
+from dcres.actors.control.following import Follower, end_serving
 from dcres.actors.control.hosts import VmHosts, main_port
 from dcres.actors.control.journal import Journal
 from dcres.actors.control.settling import settle_shape
@@ -49,16 +49,26 @@ class VmHandle:
 
     def take_down(self, journal: Journal) -> None:
         """End everything of the VM on every host that is still there; release the hosts."""
-        if self._follower is not None:
-            self._follower.stop()
-            self._follower = None
+        self._leave_off()
         TakingDown(self.name, self.fleet, self.names).run(journal, self.concurrency)
         self.roll.forget()
         self._hosts = VmHosts()
 
-    def follow(self, servers: Mapping[str, Port], done: Callable[[], None]) -> None:
-        """Watch a lazy restore until all pages are there, then be `done`."""
-        self._follower = Follower(self.name, self.main, servers, done, self.concurrency)
+    def follow(self, servers: Mapping[str, Port], *, moving: bool) -> None:
+        """Watch a restore until all pages are there and nobody serves parts any more."""
+        self._leave_off()
+        self._follower = Follower(
+            self.name, self.main, servers, self.end_serving, moving, self.concurrency
+        )
+
+    def end_serving(self) -> bool:
+        """See `following.end_serving`."""
+        return end_serving(self.name, self.fleet, self.hosts.ports)
+
+    def _leave_off(self) -> None:
+        if self._follower is not None:
+            self._follower.stop()
+            self._follower = None
 
     @property
     def trouble(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ class VmFolder:
     cluster: str = ""
     host: str = ""
     _claims: dict[Path, FolderClaim] = field(init=False, repr=False, compare=False)
+    _making: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         me = Claimant(self.cluster, self.host, machine_id(), boot_id())
@@ -54,13 +58,14 @@ class VmFolder:
         Raises NotOurs where there is something else, HostError where somebody else could reach it,
         Conflict where it is another cluster's.
         """
-        for folder, claim in self._claims.items():
-            while True:
-                own = self._made(folder)
-                if claim.take(seen=self._seen(folder)):
-                    own.clear(keep=_is_log)
-                if claim.holds:  # else it was removed in between, as a sweep does
-                    break
+        with self._making:  # a boot and a part server make it at the same time
+            for folder, claim in self._claims.items():
+                while True:
+                    own = self._made(folder)
+                    if claim.take(seen=self._seen(folder)):
+                        own.clear(keep=_is_log)
+                    if claim.holds:  # else it was removed in between, as a sweep does
+                        break
 
     def _made(self, folder: Path) -> OwnFolder:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

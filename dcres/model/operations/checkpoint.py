@@ -143,6 +143,7 @@ class Outcome:
     lost: str
     gone: frozenset[str]
     unsure: bool
+    settled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,7 @@ class Checkpoint:
     stuck: str = ""
     lost: str = ""
     gone: frozenset[str] = frozenset()
+    left: frozenset[str] = frozenset()  # hosts that may still have something of it
     unsure: bool = False
 
     @classmethod
@@ -185,7 +187,8 @@ class Checkpoint:
             return None
         published = self.phase is Phase.PUBLISHED
         why = self.failures, self.cancelled, self.stuck, self.lost, self.gone
-        return Outcome(published, *why, self.unsure)
+        settled = published or not (self.unsure or self.main in self.left)
+        return Outcome(published, *why, self.unsure, settled)
 
     @property
     def latest(self) -> dict[str, HostRound]:
@@ -331,7 +334,9 @@ class Checkpoint:
             case Halt() | Discard():
                 # What it keeps is not listed, and swept before the next checkpoint.
                 gone = {instruction.host} if failure.is_a(ActorGone) else set()
-                return replace(self, gone=self.gone | gone)._without(instruction.host)
+                left = {instruction.host} if isinstance(instruction, Discard) else set()
+                after = replace(self, gone=self.gone | gone, left=self.left | left)
+                return after._without(instruction.host)
             case _:
                 return replace(after, failures=(failure,))._give_up()
 
@@ -353,9 +358,10 @@ class Checkpoint:
         # that is gone saves nothing any more.
         keeping = {*self.gone, *({self.main} if self.guest is Guest.STANDS else ())}
         hosts = [host for host in self.hosts if host not in keeping]
+        left = replace(self, left=self.left | keeping)
         if not hosts:
-            return replace(self, phase=Phase.ABANDONED, waiting=frozenset()), []
-        after = replace(self, phase=Phase.DISCARDING, waiting=frozenset(hosts))
+            return replace(left, phase=Phase.ABANDONED, waiting=frozenset()), []
+        after = replace(left, phase=Phase.DISCARDING, waiting=frozenset(hosts))
         return after, [Discard(host, self.checkpoint) for host in hosts]
 
 

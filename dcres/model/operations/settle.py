@@ -85,12 +85,21 @@ class SetLayout:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """The VM's hosts and shares, in bytes; `main_share` is None unless they are being changed."""
+    """The VM's hosts and shares, in bytes; `main_share` is None unless they are being changed.
+
+    `limit` is what the main host keeps now.
+    """
 
     main: str
     subs: tuple[str, ...]
     main_share: int | None
     shares: tuple[tuple[str, int], ...]
+    limit: int = 0
+
+    @property
+    def has_left(self) -> bool:
+        """Whether a host that had a share is none of the VM's any more."""
+        return not {host for host, _ in self.shares} <= {*self.subs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +180,13 @@ class Settling:
 def _giving_back(known: Described) -> tuple[Instruction, ...]:
     if known.main_share is None:
         return ()
-    shares = dict(known.shares)
+    # Once a host has left there is no way back: others could not hold what they were given for it.
+    shares = {} if known.has_left else dict(known.shares)
+    main_share = known.limit if known.has_left else known.main_share
     resizes = [
         Resize(host, pages_of(shares[host]) if host in shares else None) for host in known.subs
     ]
-    limit, layout = Limit(pages_of(known.main_share)), SetLayout(known.main_share, known.subs)
+    limit, layout = Limit(pages_of(main_share)), SetLayout(main_share, known.subs)
     return (*resizes, StopMoves(), Reshape(known.subs), limit, layout)
 
 

@@ -296,7 +296,10 @@ class ChangeOfShares:
 
     def _failed(self, failure: HostFailure) -> Step:
         if self.now == Settle():  # it is brought to an end before the next change
-            return self._end(Outcome((), failure))
+            first = self.failure or failure
+            if first != failure:
+                first = replace(first, message=f"{first.message}; {failure.message}")
+            return self._end(Outcome((), first, self.cancelled))
         return replace(self, failure=failure)._do(Settle())
 
 

@@ -171,7 +171,7 @@ class Start:
             case _ if (answered := _answered(event)) not in self.waiting:
                 return self, []
             case Failed(failure=failure):
-                return self._failed(failure)
+                return replace(self, waiting=self.waiting - {answered})._failed(failure)
             case Looked(states):
                 return self._looked(states)
             case Reserved(main, subs):
@@ -200,7 +200,7 @@ class Start:
             return self._booted()
         if self.waiting:
             return self, []
-        if self.cancelled and self.phase in _NOT_BROKEN_OFF:
+        if (self.cancelled or self.failure) and self.phase in _NOT_BROKEN_OFF:
             way = self.phase is Phase.MAKING_WAY
             return (replace(self, phase=Phase.DOWN), []) if way else self._take_down()
         return self._entered_next()
@@ -311,7 +311,8 @@ class Start:
             return replace(self, phase=Phase.STUCK, failure=failure, waiting=frozenset()), []
         if self.phase in (Phase.LOOKING, Phase.MAKING_ROOM, Phase.MAKING_WAY):
             return self._refuse(failure)
-        return replace(self, failure=failure)._take_down()
+        after = replace(self, failure=self.failure or failure)
+        return (after, []) if self.phase is Phase.VISITING and self.waiting else after._take_down()
 
     def _refuse(self, failure: HostFailure | None) -> Step:
         return replace(self, phase=Phase.REFUSED, failure=failure, waiting=frozenset()), []
