@@ -57,8 +57,13 @@ class HostFailure:
 
     @classmethod
     def of(cls, host: str, error: BaseException) -> HostFailure:
-        """What `error` says of `host`. One that is not of dcres counts as a ClusterError."""
+        """What `error` says of `host`, or of the one host that it names itself if that is empty.
+
+        One that is not of dcres counts as a ClusterError.
+        """
         if isinstance(error, DcresError):
+            if not host and len(error.failed_on) == 1 and not isinstance(error, OperationFailed):
+                return error.failed_on[0]
             return cls(host, type(error).__name__, str(error))
         return cls(host, ClusterError.__name__, f"{type(error).__name__}: {error}")
 

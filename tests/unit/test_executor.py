@@ -143,7 +143,7 @@ def test_an_actor_that_does_not_come_back_is_gone() -> None:
     (failed,) = ended.heard
     assert isinstance(failed, Failed)
     assert (failed.failure.kind, failed.failure.host) == ("ActorGone", "h1")
-    assert failed.failure.message == "h1 does not answer any more (it has died)"
+    assert failed.failure.message == "it does not answer any more (it has died)"
 
 
 class AtOnce(Threads):

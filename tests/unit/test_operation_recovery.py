@@ -141,6 +141,16 @@ def test_a_host_that_has_nothing_of_the_vm_is_a_loss() -> None:
     assert not state.outcome.settled
 
 
+def test_a_vm_of_which_nothing_is_left_has_no_hosts() -> None:
+    state, said = Recovery.begin("vm", (0, 1, 2))
+    while said:
+        (instruction, *said) = said
+        state, more = state.step(answers_of(MAINS["its start was not finished"])(instruction)[0])
+        said += more
+    assert state.outcome == steps.Outcome(VmPhase.ABSENT)
+    assert state.hosts == ()
+
+
 def test_a_bare_reservation_is_given_back() -> None:
     assert usual(Recovery.begin("vm", ()), answers_of(RUNNING)) == [steps.Release()]
 

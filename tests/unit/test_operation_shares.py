@@ -150,6 +150,22 @@ def test_shares_that_are_not_being_changed_are_left_alone() -> None:
     assert told == [settle.Destroy(3), settle.Dismiss(3)]
 
 
+def test_once_a_host_has_left_there_is_no_way_back() -> None:
+    """The others could not hold what they were given in its place."""
+    shares = (("s", 16 * MIB), ("x", 16 * MIB))
+    told = told_to_settle(Described("m", ("s", "t"), 32 * MIB, shares, limit=48 * MIB))
+    assert told == [
+        settle.Destroy(3),
+        settle.Dismiss(3),
+        settle.Resize("s", None),
+        settle.Resize("t", None),
+        settle.StopMoves(),
+        settle.Reshape(("s", "t")),
+        settle.Limit(12288),
+        settle.SetLayout(48 * MIB, ("s", "t")),
+    ]
+
+
 def quiet(
     seen: Seen, event: object, state: Settling, said: Sequence[settle.Instruction]
 ) -> Iterator[str]:

@@ -112,7 +112,9 @@ def require_right_end(way: Way[Start]) -> None:
     assert outcome.up == (way.operation.phase is Phase.UP)
     assert outcome.up != bool(outcome.failure or outcome.cancelled)
     assert ("told TakeDown " in seen) == (began and not outcome.up), "told to begin, not to end"
+    assert outcome.settled == (way.operation.phase is not Phase.STUCK)
     if way.operation.phase is Phase.REFUSED:
+        assert "told MakeWay " not in seen or outcome.cancelled, "half an earlier life may be left"
         assert not began
         assert not outcome.torn_down
     if outcome.torn_down:

@@ -93,14 +93,21 @@ class BringingUp:
         outcome = self._state.outcome
         return outcome is not None and outcome.torn_down
 
+    @property
+    def settled(self) -> bool:
+        """Whether nobody has to look what is left of the VM."""
+        outcome = self._state.outcome
+        return outcome is not None and outcome.settled
+
     def _error(self, ended: Start) -> DcresError | None:
         if ended.phase is Phase.UP:
             return None
         failure = ended.failure
+        what = f"the {'start' if self._restoring is None else 'restore'} of VM {self._vm}"
         if failure is None or ended.cancelled:
-            return Conflict(f"the start of VM {self._vm} was cancelled")
+            return Conflict(f"{what} was cancelled")
         if failure.host and failure.is_a(ClusterError):
-            return OperationFailed.of(f"the start of VM {self._vm} was given up", [failure])
+            return OperationFailed.of(f"{what} was given up", [failure])
         return failure.error
 
     def _watch(self, state: Start) -> None:

@@ -104,6 +104,8 @@ class Coordinator:
         gone = self._vm.fleet.driver_is_gone
         with while_it_lives(driver, gone, self.cancel, self._concurrency):
             error = bringing_up.run()
+        if not bringing_up.settled:
+            self._turn.unsettle()
         if bringing_up.torn_down:
             self._become(VmPhase.ABSENT)
         if error is not None:
@@ -134,7 +136,7 @@ class Coordinator:
         VM is stopped all the same, and ``verdict`` says why. Raises OperationFailed when it was
         given up. A VM that ran runs on in either case, and one that stood still stands as it did.
         """
-        with self._turn.taken(VmPhase.CHECKPOINTING):
+        with self._turn.taken(VmPhase.CHECKPOINTING, settled=True):
             _ = self._vm.main  # NotFound without one
             run_state = _savable_state(self._vm)
             began_s = self._concurrency.now_s()
@@ -186,7 +188,7 @@ class Coordinator:
 
     def pause(self) -> VmFacts:
         """Stop the guest until `resume`; all else goes on. Repeatable. Raises Conflict, VmLost."""
-        with self._turn.at_rest():
+        with self._turn.taken(VmPhase.RUNNING, settled=True):
             self._tell_main(Machine.pause)
         return self.status()
 
@@ -195,7 +197,7 @@ class Coordinator:
 
         Raises Conflict where it cannot run any more, VmLost.
         """
-        with self._turn.at_rest():
+        with self._turn.taken(VmPhase.RUNNING, settled=True):
             self._tell_main(Machine.go)
         return self.status()
 
@@ -313,7 +315,7 @@ class Coordinator:
         return self._shares.foresee(partial(self._shares.without, host))
 
     def _reshape(self, name: str, wanted: Wanted) -> VmFacts:
-        with self._turn.taken(VmPhase.RESIZING):
+        with self._turn.taken(VmPhase.RESIZING, settled=True):
             self._shares.run(wanted, self._turn.executor(name))
             self._become(VmPhase.RUNNING)
         return self.status()
@@ -323,7 +325,7 @@ class Coordinator:
         return self._telling.status(self._last or None)
 
     def placement(self, buckets: int) -> Picture:
-        """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
+        """Where memory is, as `Machine.picture` has it. Raises NotFound, Conflict, VmLost."""
         return self._telling.placement(buckets)
 
     def progress(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Operation(Protocol[I_co]):
         """What `event` changes, and what is to be done about it."""
 
 
-O = TypeVar("O", bound=Operation[Any])  # noqa: E741 - an operation
+Op = TypeVar("Op", bound=Operation[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +147,9 @@ class Executor:
     def run(
         self,
         hands: Hands[Any],
-        begun: tuple[O, Sequence[object]],
-        watch: Callable[[O], None] = lambda _: None,
-    ) -> O:
+        begun: tuple[Op, Sequence[object]],
+        watch: Callable[[Op], None] = lambda _: None,
+    ) -> Op:
         """Bring the operation to its end. `watch` is told every state before it is acted on."""
         operation, instructions = begun
         while True:
@@ -160,7 +160,7 @@ class Executor:
                 return operation
             operation, instructions = self._after(operation, self._mailbox.get())
 
-    def _after(self, operation: O, event: object) -> tuple[O, list[object]]:
+    def _after(self, operation: Op, event: object) -> tuple[Op, list[object]]:
         said: list[object] = []
         with self._lock:
             for each in self._heard(event):
@@ -192,7 +192,9 @@ class Executor:
         def work() -> None:
             host = str(getattr(instruction, "host", ""))
             try:
-                event = self._done(hands.doing(instruction), given)
+                doing = hands.doing(instruction)
+                host = doing.host if isinstance(doing, Order) else host
+                event = self._done(doing, given)
             except DcresError as error:
                 event = Failed(instruction, HostFailure.of(host, error))
             except Exception as error:
@@ -226,11 +228,13 @@ class Executor:
             try:
                 await_ready(order.port, patience.alive, patience.ready_s, self._concurrency)
             except ClusterError as error:
-                raise ActorGone(f"{order.host} does not answer any more ({error})") from None
+                raise ActorGone(f"it does not answer any more ({error})") from None
+            if self._cancelled and not patience.outlasts_cancel:
+                raise ActorGone("it was not told any more, as the operation was cancelled")
             try:
                 return order.give(_timed(order)).result()
             except ActorGone:
-                if not tries_left or (self._cancelled and not patience.outlasts_cancel):
+                if not tries_left:
                     raise
         raise AssertionError("unreachable")
 

@@ -20,24 +20,28 @@ from dcres.model.record import Desired, Record
 log = logging.getLogger("dcres.coordinator")
 
 _READY_TIMEOUT_S = 30.0  # an actor that was just started again adopts what runs before it answers
+_ANSWER_TIMEOUT_S = 10.0
+_PAUSE_S = 0.2
 _TRIES = 5
 
 
 def record_running(vm: VmHandle, by: str = "") -> None:
     """Have the record say that the VM, which runs, is to run.
 
-    Where that cannot be it runs on, and `catch_up` comes later. Raises Conflict where the record
-    tells of a later life.
+    Where that cannot be within half a minute it runs on, and `catch_up` comes later. Raises
+    Conflict where the record tells of a later life.
     """
+    deadline_s = vm.concurrency.now_s() + _READY_TIMEOUT_S
     try:
-        for tries_left in reversed(range(_TRIES)):
+        while True:
             try:
-                _await_main(vm)
+                _await_main(vm, deadline_s - vm.concurrency.now_s())
                 _record_running(vm, by)
                 return
             except ClusterError:
-                if not tries_left or not vm.fleet.alive(vm.hosts.main):
+                if vm.concurrency.now_s() >= deadline_s or not vm.fleet.alive(vm.hosts.main):
                     raise
+                vm.concurrency.sleep(_PAUSE_S)
     except Conflict:
         raise
     except DcresError as error:
@@ -61,15 +65,15 @@ def record_stopped(vm: VmHandle, by: str = "") -> None:
     if not vm.hosts.ports:
         return
     try:
-        _await_main(vm)
+        _await_main(vm, _READY_TIMEOUT_S)
         _record_stopped(vm, by)
     except (ClusterError, CheckpointCorrupt, NotFound) as error:
         _warn(vm, Desired.STOPPED, error)
 
 
-def _await_main(vm: VmHandle) -> None:
+def _await_main(vm: VmHandle, timeout_s: float) -> None:
     alive = partial(vm.fleet.alive, vm.hosts.main)
-    await_ready(vm.main, alive, _READY_TIMEOUT_S, vm.concurrency)
+    await_ready(vm.main, alive, timeout_s, vm.concurrency)
 
 
 def _warn(vm: VmHandle, desired: Desired, error: DcresError) -> None:
@@ -77,7 +81,7 @@ def _warn(vm: VmHandle, desired: Desired, error: DcresError) -> None:
 
 
 def _record_running(vm: VmHandle, by: str) -> None:
-    main = vm.main
+    main = vm.main.within(_ANSWER_TIMEOUT_S)
     life, cluster = describe(main), vm.fleet.cluster()
     if life.spec is None:
         raise NotFound(f"host {life.host} knows nothing of the VM, so it is not on record")
@@ -97,7 +101,7 @@ def _record_running(vm: VmHandle, by: str) -> None:
 
 
 def _record_stopped(vm: VmHandle, by: str) -> None:
-    main, cluster = vm.main, vm.fleet.cluster()
+    main, cluster = vm.main.within(_ANSWER_TIMEOUT_S), vm.fleet.cluster()
     for tries_left in reversed(range(_TRIES)):
         before = main.call(Machine.recorded)
         if before is None or before.cluster != cluster or before.desired is Desired.STOPPED:

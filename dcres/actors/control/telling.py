@@ -74,7 +74,7 @@ class Telling:
                 return before.phase, before.why
 
     def placement(self, buckets: int) -> Picture:
-        """Where memory is, as `MainHost.picture` has it. Raises NotFound, Conflict, VmLost."""
+        """Where memory is, as `Machine.picture` has it. Raises NotFound, Conflict, VmLost."""
         if self._turn.situation.phase in _CHANGING:
             raise self._turn.busy()
         return self._vm.main.call(Machine.picture, buckets)

@@ -65,10 +65,13 @@ class Turn:
                 self._lock.release()
 
     @contextmanager
-    def taken(self, phase: VmPhase, wait_s: float = 0.0) -> Iterator[None]:
+    def taken(
+        self, phase: VmPhase, wait_s: float = 0.0, *, settled: bool = False
+    ) -> Iterator[None]:
         """An operation, which takes the VM to `phase`. Raises Conflict while there is another.
 
-        An error that ends it gets its journal.
+        With `settled` it raises VmLost, VmOff or ClusterError where something is left of what was
+        done before. An error that ends the operation gets its journal.
         """
         if not self._lock.acquire(wait_s):
             raise self.busy()
@@ -76,6 +79,8 @@ class Turn:
             if not self._situation.settled:
                 self.recover()
             before = self._situation
+            if settled:
+                self._require_settled()
             self.become(before.begun(phase))
             try:
                 yield
@@ -90,18 +95,13 @@ class Turn:
             self._journal = self._executor = None
             self._lock.release()
 
-    @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Nothing else is done to the VM meanwhile, and nothing is left of what was done before."""
-        self.recover_if_due()
+    def _require_settled(self) -> None:
         found = self._situation
         if not found.settled:
             errors: dict[VmPhase, type[DcresError]] = {VmPhase.LOST: VmLost, VmPhase.OFF: VmOff}
             raise errors.get(found.phase, ClusterError)(
                 f"VM {self._vm} is {found.phase}: {found.why}"
             )
-        with self.taken(VmPhase.RUNNING):
-            yield
 
     def journal(self, name: str) -> Journal:
         """Of the operation that has the turn."""

@@ -190,6 +190,7 @@ class RayFleet:
     def add(self, vm: str, share: int, host: str, role: Role = Role.SUB) -> Port:
         """In a placement group of its own."""
         index = max(self.indices(vm)) + 1
+        gateway.release(_own_name(vm, index))  # of one that was to join, and whose answer came late
         reservation = gateway.reserve(_own_name(vm, index), [share], [host])
         try:
             port = self._spawn(vm, index, host, role, reservation, 0)

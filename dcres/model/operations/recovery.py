@@ -186,7 +186,7 @@ class Recovery:
     @property
     def hosts(self) -> tuple[str, ...]:
         """The VM's hosts, as far as they are known for sure; the main host first."""
-        if self.main is None:
+        if self.main is None or self.outcome == Outcome(VmPhase.ABSENT):
             return ()
         if len(self.subs) == len(self.indices) - 1:
             return (self.main.host, *(each.host for each in self.subs))

@@ -81,7 +81,7 @@ class Phase(StrEnum):
     UP = "up"
     REFUSED = "refused"
     DOWN = "down"
-    STUCK = "stuck"  # what was begun could not be taken down
+    STUCK = "stuck"  # what was begun, or was left of an earlier life, could not be taken down
 
 
 _ENDED = (Phase.UP, Phase.REFUSED, Phase.DOWN, Phase.STUCK)
@@ -101,12 +101,16 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it: the VM is `up`, or why not. `torn_down`: nothing of it is left."""
+    """What came of it: the VM is `up`, or why not.
+
+    `torn_down`: nothing of it is left. `settled`: nobody has to look what is.
+    """
 
     up: bool
     failure: HostFailure | None = None
     cancelled: str = ""
     torn_down: bool = False
+    settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ class Start:
         if not self.ended:
             return None
         up, down = self.phase is Phase.UP, self.phase is Phase.DOWN
-        return Outcome(up, self.failure, self.cancelled, down)
+        return Outcome(up, self.failure, self.cancelled, down, self.phase is not Phase.STUCK)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -307,9 +311,9 @@ class Start:
         return (after, []) if self.phase in _NOT_BROKEN_OFF else after._take_down()
 
     def _failed(self, failure: HostFailure) -> Step:
-        if self.phase is Phase.TAKING_DOWN:
+        if self.phase in (Phase.MAKING_WAY, Phase.TAKING_DOWN):
             return replace(self, phase=Phase.STUCK, failure=failure, waiting=frozenset()), []
-        if self.phase in (Phase.LOOKING, Phase.MAKING_ROOM, Phase.MAKING_WAY):
+        if self.phase in (Phase.LOOKING, Phase.MAKING_ROOM):
             return self._refuse(failure)
         after = replace(self, failure=self.failure or failure)
         return (after, []) if self.phase is Phase.VISITING and self.waiting else after._take_down()
