@@ -103,6 +103,7 @@ def test_pages_may_have_moved_when_another_pager_came_before_all_was_read(
     Attack.moment = moment
     with pytest.raises(OperationFailed, match="the VM goes on"):
         vm.coordinator.checkpoint("stop")
+    assert not Attack.moment, "it never came"
     assert vm.listed() == before
 
 
@@ -112,6 +113,7 @@ def test_the_vm_goes_on_when_its_pager_dies_while_it_is_paused(vm: Rig, moment: 
     Attack.moment = moment
     with suppress(OperationFailed):
         vm.coordinator.checkpoint("stop")
+    assert not Attack.moment, "it never came"
     for checkpoint in set(vm.listed()) - set(before):
         assert vm.store.verify(checkpoint).ok
 
