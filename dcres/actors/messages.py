@@ -108,8 +108,25 @@ class Description:
     running: bool = False  # its start or restore has come to its end
     moving: bool = False  # a lazy restore is bringing in pages
     reshaping: bool = False
+    change: int = 0  # of shares, whose orders it took last
     hosts: tuple[str, ...] = ()
     shares: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def next_change(self) -> ChangeId:
+        """Of a change of shares that begins, or that ends another."""
+        return ChangeId(self.generation, self.change + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeId:
+    """Which change of shares an order belongs to: a life of the VM, and a number in it.
+
+    A host that took orders of one takes no more of those before it.
+    """
+
+    generation: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias, TypeVar
 
 from dcres.actors.messages import (
+    ChangeId,
     ClaimOrder,
     Description,
     Finished,
@@ -269,18 +270,24 @@ class Machine(Protocol):
 
 
 class Paging(Protocol):
-    """Which hosts the main host pages with, how much it keeps, and pages that move."""
+    """Which hosts the main host pages with, how much it keeps, and pages that move.
 
-    def limit(self, limit_pages: int) -> None:
-        """Change how much the main host keeps; pages move while the guest runs."""
+    Orders name the change of shares that they belong to: one that comes late, when another change
+    has begun or this one was undone, is refused with Conflict.
+    """
 
-    def begin_reshape(self) -> None:
+    def begin_reshape(self, change: ChangeId) -> None:
         """Shares are being changed until `set_layout`; a later coordinator will see that."""
 
-    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
+    def limit(self, change: ChangeId, limit_pages: int) -> None:
+        """Change how much the main host keeps; pages move while the guest runs."""
+
+    def reshape(
+        self, change: ChangeId, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]
+    ) -> None:
         """Page with these sub hosts from now on. Raises PagingError for pages without a host."""
 
-    def set_layout(self, layout: Layout) -> None:
+    def set_layout(self, change: ChangeId, layout: Layout) -> None:
         """Remember what the hosts may keep from now on."""
 
     def plan_moves(
@@ -288,10 +295,10 @@ class Paging(Protocol):
     ) -> tuple[PageFlow, ...]:
         """Which pages would go where if shares became these. Changes nothing. Raises NoRoom."""
 
-    def move_into(self, capacities: Mapping[str, int]) -> int:
+    def move_into(self, change: ChangeId, capacities: Mapping[str, int]) -> int:
         """Begin to move pages so that no sub host has more than this; how many move."""
 
-    def stop_moves(self) -> None:
+    def stop_moves(self, change: ChangeId) -> None:
         """Leave every page where it is."""
 
     def settle_moves(self) -> None:
@@ -311,5 +318,8 @@ class Serving(Protocol):
     def status(self) -> SubStatus:
         """The memory server as it is now. Raises NotFound."""
 
-    def resize(self, capacity_pages: int) -> SubAddress:
-        """Change how much this host may hold; what is there already stays."""
+    def resize(self, change: ChangeId, capacity_pages: int) -> SubAddress:
+        """Change how much this host may hold; what is there already stays.
+
+        Raises Conflict for a change of shares that has been overtaken.
+        """

@@ -21,6 +21,7 @@ import pytest
 
 from dcres.actors import messages
 from dcres.actors.messages import (
+    ChangeId,
     ClaimOrder,
     Finished,
     Incarnation,
@@ -403,14 +404,45 @@ def test_a_resume_is_safe_at_any_time(started: Site, name: str) -> None:
 
 def test_shares_are_being_changed_until_the_layout_is_set(started: Site) -> None:
     layout = started.spec.layout
-    started.main.call(Paging.begin_reshape)
+    change = started.main.call(Presence.describe).next_change
+    started.main.call(Paging.begin_reshape, change)
     assert started.main.call(Presence.describe).reshaping
-    started.main.call(Paging.set_layout, layout)
+    started.main.call(Paging.set_layout, change, layout)
     assert not started.main.call(Presence.describe).reshaping
     sub = started.subs[0]
     for pages in (pages_of(layout.subs[0]) * 2, pages_of(layout.subs[0])):
-        assert sub.call(Serving.resize, pages).capacity_pages == pages
+        assert sub.call(Serving.resize, change, pages).capacity_pages == pages
         assert sub.call(Serving.status)["capacity_pages"] == pages
+
+
+def test_a_change_of_shares_that_was_overtaken_is_obeyed_no_more(started: Site) -> None:
+    main, sub, layout = started.main, started.subs[0], started.spec.layout
+    before = main.call(Presence.describe).next_change
+    main.call(Paging.begin_reshape, before)
+    after = main.call(Presence.describe).next_change
+    main.call(Paging.stop_moves, after)
+    address = sub.call(Serving.resize, after, pages_of(layout.subs[0]))
+    host = main.call(Presence.describe).host
+    too_late: list[Callable[[ChangeId], object]] = [
+        lambda change: main.call(Paging.begin_reshape, change),
+        lambda change: main.call(Paging.limit, change, 1),
+        lambda change: main.call(Paging.reshape, change, (host,), ()),
+        lambda change: main.call(Paging.move_into, change, {address.host: 1}),
+        lambda change: main.call(Paging.stop_moves, change),
+        lambda change: main.call(Paging.set_layout, change, layout),
+        lambda change: sub.call(Serving.resize, change, 1),
+    ]
+    for change in (before, replace(after, generation=after.generation - 1)):
+        for order in too_late:
+            with pytest.raises(Conflict, match="has been overtaken"):
+                order(change)
+    found = main.call(Presence.describe)
+    assert found.reshaping
+    assert len(found.hosts) == len(started.subs) + 1
+    assert sub.call(Serving.status)["capacity_pages"] == address.capacity_pages
+    with pytest.raises(Conflict, match="has been overtaken"):
+        main.call(Paging.begin_reshape, after)
+    main.call(Paging.set_layout, after, layout)
 
 
 # A checkpoint
@@ -561,6 +593,18 @@ def test_what_is_given_up_leaves_nothing(anywhere: Site, name: str) -> None:
         give_up(anywhere, name)
         assert not anywhere.exists(name)
         require_running(anywhere)
+
+
+def test_what_nobody_has_halted_leaves_nothing_either(
+    anywhere: Site, name: str, other: str
+) -> None:
+    """The orders of a coordinator that has ended reached these hosts late."""
+    for port in reversed(anywhere.ports):
+        port.call(Saving.prepare, name, DEFAULT_FORMAT)
+    prepare(anywhere, other)
+    assert not anywhere.exists(name)
+    give_up(anywhere, other)
+    require_running(anywhere)
 
 
 def test_nothing_is_given_up_that_never_began(started: Site, name: str) -> None:

@@ -7,14 +7,14 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pytest
 
 from dcres.actors.host.agent import HostAgent
-from dcres.actors.messages import Role
+from dcres.actors.messages import PlanOrder, Role
 from dcres.actors.ports import Port
-from dcres.actors.protocol import Machine, Presence, Serving
+from dcres.actors.protocol import Machine, Parts, Presence
 from dcres.actors.ray import gateway
 from dcres.config import HostSettings
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError
@@ -117,8 +117,8 @@ def test_a_host_takes_the_orders_of_its_role(world: World) -> None:
     host.call(Presence.require_free, take_over=True)
     with pytest.raises(Conflict, match=r"a sub host of .* does not take the order machine\.pause"):
         host.call(Machine.pause)
-    with pytest.raises(ClusterError, match=r"contract\.resize failed: FileNotFoundError"):
-        host.call(Serving.resize, 1)
+    with pytest.raises(ClusterError, match=r"contract\.plan failed: AttributeError"):
+        host.call(Parts.plan, cast(PlanOrder, None))
 
 
 def test_values_are_copies(port: Port) -> None:

@@ -67,6 +67,7 @@ class SimulatedVm(World):
         if self.memory.get(host) and self.qemus.keys() - {host}:
             if any(host in state["hosts"] for state in self.states.values()):
                 self.maimed = True
+                self.torn[host] = self.memory[host]
             else:
                 self.wrong.append(f"{host} has left {self.vm} with pages")
         super().end(host)

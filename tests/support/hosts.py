@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dcres.actors.messages import (
+    ChangeId,
     Description,
     LoadOrder,
     MainPart,
@@ -201,6 +202,7 @@ class SavingHost(FakeHost):
         self.world.spend(self.host, "prepare")
         self._require_wanted(checkpoint)
         require()
+        self.world.keeping.pop(self.host, None)
         self.world.sweep(checkpoint, whole_parts=whole_parts)
         self.world.parts[checkpoint, self.host] = Part()
         self.world.note(self.host, "prepare")
@@ -303,15 +305,17 @@ class FakeSub(SavingHost):
             pages_peeked=0, pages_fetched=0, refused=0, connected=True, readers=0, digest=digest,
         )  # fmt: skip
 
-    def resize(self, capacity_pages: int) -> SubAddress:
+    def resize(self, change: ChangeId, capacity_pages: int) -> SubAddress:
         self.world.note(self.host, f"resize {capacity_pages}")
         self._require_serving()
+        self.world.obey(self.host, change)
         self.world.capacities[self.host] = capacity_pages
         return SubAddress(self.host, "127.0.0.1", 1, capacity_pages)
 
     def serve(self, order: ServeOrder) -> SubAddress:
         with self._beginning("serve"):
             self.world.memory[self.host] = {}
+            self.world.changes.pop(self.host, None)
             self._load(order.load)
             self.world.serving.add(self.host)
             self.world.capacities[self.host] = order.capacity_pages

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from dcres.actors.messages import (
+    ChangeId,
     ClaimOrder,
     Description,
     Finished,
@@ -82,6 +83,7 @@ class FakeMain(SavingHost):
             running=state["running"], spec=VmSpec.model_validate(state["spec"]),
             moving=self.world.moving or bool(state["sources"]), reshaping=state["reshaping"],
             hosts=tuple(state["hosts"]), shares=state["shares"],
+            change=self.world.changes.get(self.host, 0),
         )  # fmt: skip
 
     def status(self) -> MainStatus:
@@ -126,6 +128,7 @@ class FakeMain(SavingHost):
             self.world.sweep(checkpoint, whole_parts=False)
             self.world.start_qemu(self.host)
             self.world.memory[self.host] = {}
+            self.world.changes.pop(self.host, None)
             self._load(order.load)
             self.world.states[self.host] = {
                 "spec": order.spec.model_dump(mode="json", by_alias=True),
@@ -303,27 +306,33 @@ class FakeMain(SavingHost):
     def picture(self, buckets: int) -> Picture:
         raise NotImplementedError("no test of the control looks at memory")
 
-    def limit(self, limit_pages: int) -> None:
+    def limit(self, change: ChangeId, limit_pages: int) -> None:
         self.world.note(self.host, f"limit {limit_pages}")
         self._require_qemu()
+        self.world.obey(self.host, change)
         self.world.states[self.host]["limit"] = limit_pages
 
-    def begin_reshape(self) -> None:
+    def begin_reshape(self, change: ChangeId) -> None:
         self._require_qemu()
+        self.world.obey(self.host, change, begins=True)
         self.world.states[self.host]["reshaping"] = True
 
-    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
+    def reshape(
+        self, change: ChangeId, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]
+    ) -> None:
         shares = [sub.capacity_pages for sub in subs]
         self.world.note(self.host, f"reshape {' '.join(hosts[1:])} {shares}")
         self._require_qemu()
+        self.world.obey(self.host, change)
         state = self.world.states[self.host]
         for left in set(state["hosts"]) - set(hosts):
-            if self.world.memory.get(left):
+            if self.world.pages_on(left):
                 raise PagingError(f"{left} still has pages")
         state["hosts"] = list(hosts)
 
-    def set_layout(self, layout: Layout) -> None:
+    def set_layout(self, change: ChangeId, layout: Layout) -> None:
         self.world.note(self.host, "set_layout")
+        self.world.obey(self.host, change)
         state = self.world.states[self.host]
         state["spec"]["layout"] = layout.model_dump(mode="json")
         state["shares"] = dict(zip(state["hosts"][1:], layout.subs, strict=True))
@@ -336,19 +345,21 @@ class FakeMain(SavingHost):
         self._require_qemu()
         return tuple(PageFlow(self.host, each, PAGES) for each, most in capacities.items() if most)
 
-    def move_into(self, capacities: Mapping[str, int]) -> int:
+    def move_into(self, change: ChangeId, capacities: Mapping[str, int]) -> int:
         self.world.note(self.host, f"move_into {list(capacities.values())}")
         self._require_qemu()
+        self.world.obey(self.host, change)
         room = [host for host, pages in capacities.items() if pages] or [self.host]
         leaving = [page for host, pages in capacities.items() if not pages
-                   for page in self.world.memory.get(host, {})]  # fmt: skip
+                   for page in self.world.pages_on(host)]  # fmt: skip
         self.world.coming = {page: room[page % len(room)] for page in leaving}
         self.world.pass_time()
         return self.world.to_move.pop() if self.world.to_move else len(self.world.coming)
 
-    def stop_moves(self) -> None:
+    def stop_moves(self, change: ChangeId) -> None:
         self.world.note(self.host, "stop_moves")
         self._require_qemu()
+        self.world.obey(self.host, change)
         self.world.moving = False
         self.world.coming.clear()
 

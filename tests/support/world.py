@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dcres.actors.messages import ChangeId
+from dcres.errors import Conflict
 from dcres.model.record import Record
 from dcres.model.run_state import RunState
 from dcres.storage.format.manifest import loads
@@ -52,6 +54,8 @@ class World:
     serving: set[str] = field(default_factory=set)  # hosts with a memory server
     capacities: dict[str, int] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)  # of shares, that hosts obeyed last
+    torn: dict[str, Memory] = field(default_factory=dict)  # pages whose host is gone, by host
     marks: dict[str, set[int]] = field(default_factory=dict)  # pages that have changed, by host
     serving_parts: set[str] = field(default_factory=set)
     pinning: set[str] = field(default_factory=set)  # hosts that keep the checkpoint of a restore
@@ -84,6 +88,13 @@ class World:
         """An order is carried out; it fails here if it is to."""
         self.done.append(f"{host}.{what}")
         self.met(f"{host}.{what}")
+
+    def obey(self, host: str, change: ChangeId, *, begins: bool = False) -> None:
+        """An order of a change of shares is carried out, unless another has overtaken it."""
+        least = self.changes.get(host, 0) + begins
+        if change.generation != self.generation or change.number < least:
+            raise Conflict(f"{host} was told too late: that change has been overtaken")
+        self.changes[host] = change.number
 
     def met(self, what: str) -> None:
         """Something that leaves no trace in `done`."""
@@ -161,6 +172,7 @@ class World:
         if self.qemus:
             self.wrong.append(f"a QEMU on {host} beside one on {', '.join(self.qemus)}")
         self.qemus[host] = RunState.PRELAUNCH
+        self.torn.clear()
 
     # Memory
 
@@ -169,6 +181,10 @@ class World:
         for index, host in enumerate(hosts):
             self.memory[host] = dict.fromkeys(range(PAGES * index, PAGES * (index + 1)), 0)
         self.guest = {page: 0 for pages in self.memory.values() for page in pages}
+
+    def pages_on(self, host: str) -> Memory:
+        """What the page table places there, though the host may be gone."""
+        return {**self.torn.get(host, {}), **self.memory.get(host, {})}
 
     def load(self, host: str, checkpoint: str, part: str, pages: Iterable[int]) -> None:
         """Pages of a part come to a host's memory."""

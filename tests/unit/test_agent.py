@@ -119,8 +119,9 @@ def test_a_vm_that_an_earlier_dcres_started_is_adopted(
     state = host.site.state.require()
     assert state.stood == datetime(2026, 1, 1, tzinfo=UTC)
     assert state.sources == (SubAddress("h2", "::1", 5, 0, 3),)
-    host.composed.paging.begin_reshape()
-    host.composed.paging.set_layout(Layout(main=48 << 20, subs=(16 << 20,)))
+    change = found.next_change
+    host.composed.paging.begin_reshape(change)
+    host.composed.paging.set_layout(change, Layout(main=48 << 20, subs=(16 << 20,)))
     written = json.loads((settings.run / "vm" / "state.json").read_text())
     before = earlier_state(settings)
     layout = {"main": 48 << 20, "subs": [16 << 20]}
@@ -131,6 +132,7 @@ def test_a_vm_that_an_earlier_dcres_started_is_adopted(
         "spec": {**before["spec"], "layout": layout},
         "shares": {"h1": 16 << 20},
         "reshaping": False,
+        "change": 1,
     }
     assert written == expected
 

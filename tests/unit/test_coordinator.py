@@ -1242,6 +1242,22 @@ def test_a_drain_can_be_cancelled(started: Coordinator, world: World) -> None:
     assert world.count("h1.destroy") == 0
 
 
+def test_nobody_waits_for_pages_of_a_host_that_is_gone(
+    started: Coordinator, world: World, fleet: LocalFleet
+) -> None:
+    started.resize(48 * MIB)
+
+    def lose() -> None:
+        world.moving = True
+        fleet.dead.add("h2")
+
+    world.to_move = [100]
+    world.hooks["h0.move_into [0, 4096]"] = lose
+    with pytest.raises(VmLost, match="host h2 of VM vm is gone; restore a checkpoint"):
+        started.drain("h1")
+    assert world.count("h1.destroy") == 0
+
+
 # The coordinator's own death: a new one finds the hosts as the old one left them
 
 

@@ -55,6 +55,7 @@ def test_an_agent_is_told_its_role(
     monkeypatch: pytest.MonkeyPatch, roles: tuple[Role, ...], expected: list[Role]
 ) -> None:
     spawned: list[tuple[Any, ...]] = []
+    released: list[str] = []
 
     def spawn(cls: type[Any], name: str, args: tuple[Any, ...], **_: object) -> ScriptedPort:
         spawned.append((cls, name, *args))
@@ -62,11 +63,13 @@ def test_an_agent_is_told_its_role(
 
     monkeypatch.setattr(gateway, "spawn", spawn)
     monkeypatch.setattr(gateway, "reserve", lambda *_: SimpleNamespace(hosts=["h0", "h1"]))
+    monkeypatch.setattr(gateway, "release", released.append)
     monkeypatch.setattr(gateway, "hosts", lambda: [info(host) for host in ("h0", "h1", "h2")])
     monkeypatch.setattr(gateway, "list_actors", lambda prefix: [f"{prefix}0", f"{prefix}1"])
     monkeypatch.setattr(RayFleet, "cluster", lambda fleet: "ours")
     assert RayFleet().reserve("box", [MIB, MIB], None, roles) == ["h0", "h1"]
     RayFleet().add("box", MIB, "h2")
+    assert released == ["dcres-more/box/2"]
     RayFleet().visit("box", "h2")
     names = ["dcres-host/box/0", "dcres-host/box/1", "dcres-host/box/2", "dcres-parts/box/h2"]
     assert spawned == [

@@ -15,7 +15,7 @@ from dcres.actors.host.roles import MainRole
 from dcres.actors.host.shape import kept_pages
 from dcres.actors.host.state import write_json
 from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.messages import PageFlow, Role
+from dcres.actors.messages import ChangeId, PageFlow, Role
 from dcres.config import HostSettings
 from dcres.errors import NoRoom, VmLost
 from dcres.linux.process import ProcessId
@@ -93,5 +93,5 @@ def test_nothing_is_planned_or_begun_without_qemu(settings: HostSettings) -> Non
     with pytest.raises(VmLost, match="QEMU of VM vm has ended"):
         host.plan_moves({"h1": 1024}, 512, replaced=True)
     with pytest.raises(VmLost, match="QEMU of VM vm has ended"):
-        host.begin_reshape()
+        host.begin_reshape(ChangeId(1, 1))
     assert files(settings) == before

@@ -64,7 +64,8 @@ class ChangingShares:
                 f"VM {self._vm.name} is still being restored; wait until its pages are there"
             )
         spec = spec_of(main)
-        return Replacing(self._vm.name, self._vm.fleet, spec, self._vm.hosts, wanted(spec))
+        vm, shares = self._vm, wanted(spec)
+        return Replacing(vm.name, vm.fleet, spec, vm.hosts, shares, main.next_change)
 
 
 def spec_of(main: Description) -> VmSpec:

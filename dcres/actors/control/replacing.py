@@ -14,9 +14,9 @@ from dcres.actors.control.concurrency import Concurrency
 from dcres.actors.control.executor import Doing, Errand, Executor, order
 from dcres.actors.control.hosts import VmHosts
 from dcres.actors.control.settling import settle_shape
-from dcres.actors.messages import Foreseen, PageFlow, ServeOrder
+from dcres.actors.messages import ChangeId, Foreseen, PageFlow, ServeOrder
 from dcres.actors.ports import Fleet, Port
-from dcres.actors.protocol import Machine, Paging, Presence, Serving
+from dcres.actors.protocol import Machine, MainStatus, Paging, Presence, Serving
 from dcres.config import Layout, VmSpec, layout_of
 from dcres.errors import Conflict, DcresError, VmLost
 from dcres.model.operations import shares as steps
@@ -26,6 +26,7 @@ from dcres.model.pages import pages_of
 from dcres.paging.settings import SubAddress
 
 _POLL_S = 0.05
+_LOOK_EVERY_S = 1.0
 _SERVE_TIMEOUT_S = 60.0
 
 
@@ -68,6 +69,7 @@ class Replacing:
     spec: VmSpec
     hosts: VmHosts
     shares: Shares
+    id: ChangeId
 
     def foresee(self) -> Foreseen:
         """What it would do, or why it would not begin; changes and reserves nothing."""
@@ -89,9 +91,7 @@ class Replacing:
         Raises ConfigError for shares that do not hold the VM's memory, VmLost, NoRoom.
         """
         self.shares.layout.require_room_for(self.spec.memory)
-        for host in self.hosts.names:
-            if not self.fleet.alive(host):
-                raise VmLost(f"host {host} of VM {self.vm} is gone; restore a checkpoint")
+        self.require_hosts()
         growth = self._growth()
         joining = self.fleet.room_for(self.vm, growth, self.shares.added)
         change = Change(
@@ -104,6 +104,12 @@ class Replacing:
             growth=tuple(growth.items()),
         )
         return change, self._flows(change)
+
+    def require_hosts(self) -> None:
+        """Raises VmLost where one of the VM's hosts is gone."""
+        for host in self.hosts.names:
+            if not self.fleet.alive(host):
+                raise VmLost(f"host {host} of VM {self.vm} is gone; restore a checkpoint")
 
     def _flows(self, change: Change) -> tuple[PageFlow, ...]:
         capacities = {host: pages_of(share) for host, share in change.shares}
@@ -129,8 +135,9 @@ class Reshaping:
         self, replacing: Replacing, change: Change, executor: Executor, concurrency: Concurrency
     ) -> None:
         self._vm, self._fleet = replacing.vm, replacing.fleet
+        self._require_hosts, self._looked_s = replacing.require_hosts, 0.0
         self._spec, self._layout = replacing.spec, replacing.shares.layout
-        self._change = change
+        self._change, self._id = change, replacing.id
         self._executor, self._concurrency = executor, concurrency
         self._ports: dict[str, Port] = dict(replacing.hosts.ports)
         self._addresses: dict[str, SubAddress] = {}
@@ -185,29 +192,38 @@ class Reshaping:
         to = self._change.main, self._ports[self._change.main]
         match instruction:
             case steps.BeginReshape():
-                made = order(*to, Paging.begin_reshape)
+                made = order(*to, Paging.begin_reshape, self._id)
             case steps.Limit(pages=pages):
-                made = order(*to, Paging.limit, pages)
+                made = order(*to, Paging.limit, self._id, pages)
             case steps.Reshape(main, subs):
                 addresses = tuple(self._addresses[host] for host in subs)
-                made = order(*to, Paging.reshape, (main, *subs), addresses)
+                made = order(*to, Paging.reshape, self._id, (main, *subs), addresses)
             case steps.MoveInto(capacities=capacities):
-                return order(*to, Paging.move_into, dict(capacities)).then(steps.Moving)
+                move = order(*to, Paging.move_into, self._id, dict(capacities))
+                return move.then(steps.Moving)
             case steps.LookAtMoves():
                 look = order(*to, Machine.status).after(_POLL_S if instruction.again else 0.0)
-                return look.then(lambda status: steps.LookedAtMoves(bool(status["moving"])))
+                return look.then(self._looked)
             case steps.SetLayout():
-                made = order(*to, Paging.set_layout, self._layout)
+                made = order(*to, Paging.set_layout, self._id, self._layout)
             case _:
                 assert_never(instruction)
         return made.then(lambda _: Done(instruction))
+
+    def _looked(self, status: MainStatus) -> steps.LookedAtMoves:
+        """Pages of a host that is gone would move for ever."""
+        now_s = self._concurrency.now_s()
+        if status["moving"] and now_s > self._looked_s + _LOOK_EVERY_S:
+            self._require_hosts()
+            self._looked_s = now_s
+        return steps.LookedAtMoves(bool(status["moving"]))
 
     def _to_sub(self, instruction: steps.ToSub) -> Doing:
         host = instruction.host
         to = host, self._ports[host]
         match instruction:
             case steps.Resize(pages=pages):
-                resize = order(*to, Serving.resize, pages)
+                resize = order(*to, Serving.resize, self._id, pages)
                 return resize.then(lambda address: self._serves(instruction, address))
             case steps.Serve(pages=pages):
                 # Who the VM is in this life, only its main host knows.

@@ -10,6 +10,7 @@ from dcres.actors.control.concurrency import Concurrency
 from dcres.actors.control.executor import Doing, Errand, Executor, order
 from dcres.actors.control.hosts import VmHosts, main_port, ports_by_index
 from dcres.actors.control.journal import Journal
+from dcres.actors.messages import ChangeId
 from dcres.actors.ports import Fleet, Port
 from dcres.actors.protocol import Machine, Paging, Presence, Serving
 from dcres.config import Layout
@@ -36,6 +37,7 @@ class _Hands:
         self.ports = ports_by_index(vm, fleet)
         self._main = main_port(vm, fleet)
         self._addresses: dict[str, SubAddress] = {}
+        self._id = ChangeId(0, 0)
         self._state, _ = Settling.begin(())
 
     def watch(self, state: Settling) -> None:
@@ -61,6 +63,7 @@ class _Hands:
 
     def _described(self) -> steps.Described:
         main = self._main.call(Presence.describe)
+        self._id = main.next_change
         hosts = VmHosts.named(main.hosts)
         changing = main.reshaping and main.spec is not None
         share = main.spec.layout.main if changing and main.spec is not None else None
@@ -78,7 +81,7 @@ class _Hands:
         port, pages = self._port_of(instruction.host), instruction.pages
         if pages is None:
             pages = port.call(Serving.status)["capacity_pages"]
-        self._addresses[instruction.host] = port.call(Serving.resize, pages)
+        self._addresses[instruction.host] = port.call(Serving.resize, self._id, pages)
         return Done(instruction)
 
     def _port_of(self, host: str) -> Port:
@@ -92,16 +95,16 @@ class _Hands:
         to = self._state.main, self._main
         match instruction:
             case steps.StopMoves():
-                made = order(*to, Paging.stop_moves)
+                made = order(*to, Paging.stop_moves, self._id)
             case steps.Reshape(subs):
                 addresses = tuple(self._addresses[host] for host in subs)
-                made = order(*to, Paging.reshape, hosts, addresses)
+                made = order(*to, Paging.reshape, self._id, hosts, addresses)
             case steps.Limit(pages):
-                made = order(*to, Paging.limit, pages)
+                made = order(*to, Paging.limit, self._id, pages)
             case steps.SetLayout(main_share, subs):
                 given = tuple(self._addresses[host].capacity_pages * PAGE_SIZE for host in subs)
                 layout = Layout.model_construct(main=main_share, subs=given)
-                made = order(*to, Paging.set_layout, layout)
+                made = order(*to, Paging.set_layout, self._id, layout)
             case _:
                 assert_never(instruction)
         return made.then(lambda _: Done(instruction))

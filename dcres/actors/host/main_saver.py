@@ -71,6 +71,7 @@ class MainSaver:
             self._standing.require_savable(RunState(status["run_state"]))
             self._qemu.require_saveable()
             self._keep_name()
+            self._saver.end()  # what nobody has halted must not keep its own part
             # Sub hosts that share this store may have begun their part already.
             site.store.sweep(site.vm, keep=frozenset({checkpoint}))
             require_store_room(site.settings.store, status["pages"][0] * PAGE_SIZE)

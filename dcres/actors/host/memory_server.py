@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 from dcres.actors.host.daemon import Daemon
@@ -9,7 +10,7 @@ from dcres.actors.host.page_loader import identity_of, load_pages
 from dcres.actors.host.room import require_ram
 from dcres.actors.host.site import Site
 from dcres.actors.host.state import VmState
-from dcres.actors.messages import Role, ServeOrder
+from dcres.actors.messages import ChangeId, Role, ServeOrder
 from dcres.actors.protocol import SubStatus
 from dcres.errors import NotFound
 from dcres.model.pages import PAGE_SIZE
@@ -32,6 +33,7 @@ class MemoryServer:
         self.control = ServerControl(self.daemon.call)
         self.patient = ServerControl(self.daemon.call_patiently)
         self._settings_path = site.folder.run / "server.json"
+        self._resizing = threading.Lock()
 
     def serve(self, order: ServeOrder) -> SubAddress:
         """Load this host's part, if ordered, and start the memory server; where it listens.
@@ -68,13 +70,18 @@ class MemoryServer:
         site.state.begin(VmState(generation=generation, reserved=reserved))
         return self._address(settings)
 
-    def resize(self, capacity_pages: int) -> SubAddress:
-        """Change how much this host may hold; what is there already stays. Where it listens."""
-        settings = paging_settings.load(ServerSettings, self._settings_path)
-        settings = replace(settings, capacity_pages=capacity_pages)
-        paging_settings.save(settings, self._settings_path)
-        self.patient.resize(capacity_pages)
-        return self._address(settings)
+    def resize(self, change: ChangeId, capacity_pages: int) -> SubAddress:
+        """Change how much this host may hold; what is there already stays. Where it listens.
+
+        Raises Conflict for a change of shares that has been overtaken.
+        """
+        with self._resizing:
+            self._site.state.obey(change)
+            settings = paging_settings.load(ServerSettings, self._settings_path)
+            settings = replace(settings, capacity_pages=capacity_pages)
+            paging_settings.save(settings, self._settings_path)
+            self.patient.resize(capacity_pages)
+            return self._address(settings)
 
     def _address(self, settings: ServerSettings) -> SubAddress:
         return SubAddress(self._site.host, settings.address, settings.port, settings.capacity_pages)

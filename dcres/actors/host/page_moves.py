@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from dcres.actors.host.pager import Pager
@@ -10,7 +12,7 @@ from dcres.actors.host.qemu import Qemu
 from dcres.actors.host.shape import Shape, foresee, moves_into
 from dcres.actors.host.site import Site
 from dcres.actors.host.vm_picture import owners_in
-from dcres.actors.messages import PageFlow
+from dcres.actors.messages import ChangeId, PageFlow
 from dcres.config import Layout
 from dcres.model.moves import NO_MOVES
 from dcres.model.pages import pages_of
@@ -27,45 +29,64 @@ class PageMoves:
         self._state = site.state
         self._qemu = qemu
         self._pager = pager
+        self._lock = threading.Lock()
 
-    def limit(self, limit_pages: int) -> None:
+    @contextmanager
+    def _obeying(self, change: ChangeId, *, begins: bool = False) -> Iterator[None]:
+        """One order at a time, and none of a change that has been overtaken. Raises Conflict."""
+        with self._lock:
+            self._state.obey(change, begins=begins)
+            yield
+
+    def limit(self, change: ChangeId, limit_pages: int) -> None:
         """Change how much the main host keeps; pages move while the guest runs."""
-        self._pager.control.resize(limit_pages)
+        with self._obeying(change):
+            self._pager.control.resize(limit_pages)
 
     def settle_moves(self) -> None:
         """The pages of a lazy restore are all here: the part servers are not needed any more.
 
         Once that is so, it does nothing: pages may move for a change of shares by then.
         """
-        if not self._state.require().sources:
-            return
-        self._pager.leave_sources()
-        self._state.change(lambda now: replace(now, sources=()))
+        with self._lock:
+            if not self._state.require().sources:
+                return
+            self._pager.leave_sources()
+            self._state.change(lambda now: replace(now, sources=()))
 
-    def stop_moves(self) -> None:
+    def stop_moves(self, change: ChangeId) -> None:
         """Leave every page where it is."""
-        self._pager.move(NO_MOVES)
+        with self._obeying(change):
+            self._pager.move(NO_MOVES)
 
-    def begin_reshape(self) -> None:
+    def begin_reshape(self, change: ChangeId) -> None:
         """Shares are being changed until `set_layout` is called; a later coordinator will see.
 
         Raises VmLost when QEMU has ended.
         """
         self._qemu.require_running()
-        self._state.change(lambda now: replace(now, reshaping=True))
+        with self._obeying(change, begins=True):
+            self._state.change(lambda now: replace(now, reshaping=True))
 
-    def set_layout(self, layout: Layout) -> None:
+    def set_layout(self, change: ChangeId, layout: Layout) -> None:
         """Remember what the hosts may keep from now on."""
-        spec = self._qemu.spec.model_copy(update={"layout": layout})
-        shares = dict(zip(self._state.require().hosts[1:], layout.subs, strict=True))
-        self._state.change(lambda now: replace(now, spec=spec, shares=shares, reshaping=False))
+        with self._obeying(change):
+            spec = self._qemu.spec.model_copy(update={"layout": layout})
+            shares = dict(zip(self._state.require().hosts[1:], layout.subs, strict=True))
+            self._state.change(lambda now: replace(now, spec=spec, shares=shares, reshaping=False))
 
-    def reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
+    def reshape(
+        self, change: ChangeId, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]
+    ) -> None:
         """Page with these sub hosts from now on.
 
         A sub host that was there keeps its code. Raises PagingError if one that is left out
         still has pages.
         """
+        with self._obeying(change):
+            self._reshape(hosts, subs)
+
+    def _reshape(self, hosts: tuple[str, ...], subs: tuple[SubAddress, ...]) -> None:
         known, codes = self._state.require().hosts[1:], tuple(self._codes_of(hosts[1:]))
         coded = tuple(replace(sub, code=code) for sub, code in zip(subs, codes, strict=True))
         # A host that may have pages is always in the state file: what is not there is ended.
@@ -104,13 +125,14 @@ class PageMoves:
         flow = foresee(owners, table.ticks, table.limit_pages, shape)
         return tuple(PageFlow(hosts[a], hosts[b], pages) for (a, b), pages in flow.items())
 
-    def move_into(self, capacities: Mapping[str, int]) -> int:
+    def move_into(self, change: ChangeId, capacities: Mapping[str, int]) -> int:
         """Begin to move pages so that no sub host has more than this many; how many move.
 
         `capacities` are pages by sub host, all of them. Raises NoRoom.
         """
-        table, by_code = self._table(), self._by_code(capacities)
-        now = int(table.ticks.max(initial=0))
-        rows = moves_into(table.owners.copy(), table.ticks, now, by_code, table.limit_pages)
-        self._pager.move(rows)
+        with self._obeying(change):
+            table, by_code = self._table(), self._by_code(capacities)
+            now = int(table.ticks.max(initial=0))
+            rows = moves_into(table.owners.copy(), table.ticks, now, by_code, table.limit_pages)
+            self._pager.move(rows)
         return int((rows[:, 1] - rows[:, 0]).sum())

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.messages import Role
+from dcres.actors.messages import ChangeId, Role
 from dcres.config import VmSpec
-from dcres.errors import NotFound
+from dcres.errors import Conflict, NotFound
 from dcres.linux.files import open_own
 from dcres.model.run_state import RunState
 from dcres.paging.settings import SubAddress
@@ -92,6 +92,7 @@ class VmState:
     found: RunState | None = None  # in which a checkpoint found it
     stood: datetime | None = None  # since when the guest is paused
     reshaping: bool = False  # its shares are being changed
+    change: int = 0  # of shares, whose orders it took last
     reverting: BegunRevert | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -185,6 +186,21 @@ class StateFile:
         """Durably, and one change at a time. Raises NotFound when nothing is here."""
         with self._changing:
             self._write(how(self.require()))
+
+    def obey(self, change: ChangeId, *, begins: bool = False) -> None:
+        """Take orders of that change of shares from now on, and of none before it.
+
+        Raises Conflict for one that another has overtaken, or that `begins` a second time.
+        """
+        with self._changing:
+            now = self.require()
+            if change.generation != now.generation or change.number < now.change + begins:
+                raise Conflict(
+                    f"host {self._folder.host} was told too late: that change of shares of VM "
+                    f"{self._folder.run.name} has been overtaken"
+                )
+            if change.number > now.change:
+                self._write(replace(now, change=change.number))
 
     def become(self, role: Role) -> None:
         """Have another role from now on, also for an actor that is started again."""

@@ -33,6 +33,7 @@ class SubSaver:
         with self._saver.saving:
             self._saver.require_wanted(checkpoint)
             held = self._server.counters()["held_pages"]
+            self._saver.end()  # what nobody has halted must not keep its own part
             # The main host removes the rest, if that is in this store as well.
             site.store.sweep(site.vm, keep=frozenset({checkpoint}), whole_parts=False)
             require_store_room(site.settings.store, held * PAGE_SIZE)

@@ -47,6 +47,7 @@ class VmView:
             hosts=state.hosts,
             shares=state.shares,
             reshaping=state.reshaping,
+            change=state.change,
         )
 
     def status(self) -> MainStatus:
