@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dcres.errors import ConfigError
 from dcres.model.pages import PAGE_SIZE
+from dcres.model.retention import Keep
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -110,6 +111,12 @@ class Layout(_Model):
             )
 
 
+class Protect(_Model):
+    """How a VM's checkpoints are looked after. `keep` says which of them `dcres prune` leaves."""
+
+    keep: Annotated[Keep, BeforeValidator(Keep.of)] | None = None
+
+
 class VmSpec(_Model):
     """A VM file; docs/operators.md has every key."""
 
@@ -123,6 +130,7 @@ class VmSpec(_Model):
     accel: Accel = Accel.AUTO
     layout: Layout
     extra_args: tuple[str, ...] = ()
+    protect: Protect | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

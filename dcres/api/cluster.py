@@ -13,6 +13,7 @@ from dcres.actors.ray import gateway
 from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster, purge
 from dcres.api.operation import ProgressOption
+from dcres.api.pruning import Pruning, plan_pruning, prune
 from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
@@ -20,6 +21,7 @@ from dcres.config import Layout, VmSpec, load_vm_spec, named_folder, parse_size,
 from dcres.errors import ConfigError, Conflict
 from dcres.linux.interrupt import Terminated, ended_by_sigterm, uninterrupted
 from dcres.linux.removal import remove_if_empty
+from dcres.model.retention import Keep
 from dcres.storage.store.protocols import Listing
 
 _STATUS_TIMEOUT_S = 60.0
@@ -127,6 +129,16 @@ class Cluster:
     def delete(self, checkpoint: str) -> None:
         """Remove a checkpoint for good, readable or not. Raises as `Checkpoint.delete` does."""
         self._session.catalogue.delete(checkpoint)
+
+    def prune(self, vm: str, keep: Keep | str | None = None, *, dry_run: bool = False) -> Pruning:
+        """Remove a VM's checkpoints that its rules do not keep; what became of each.
+
+        `keep` is such as ``"last=3,hourly=24"``; without it the VM file's ``protect.keep`` counts.
+        What is being read stays, and is among the problems. With `dry_run` nothing is removed.
+        Raises NotFound for a VM without checkpoints, ConfigError without rules.
+        """
+        planned = plan_pruning(self._session.catalogue, vm, keep)
+        return planned if dry_run else prune(self._session.catalogue, planned)
 
     def restore(
         self,

@@ -3,7 +3,7 @@
 Three ways, in each round one after the other, on hosts with disks and links of their own
 (`dcres.bench.hosts`):
 
-* ``dcres``: every host saves and loads what it holds, the VM stands still (``--mode stop``);
+* ``dcres``: every host saves and loads what it holds, the VM is stopped (``--mode stop``);
 * ``traditional``: QEMU's own migration of the same split VM into one file on the main host
   (`dcres.bench.traditional`). Everything the sub host holds comes in through remote paging, and
   for each page that comes another has to leave. Its restore starts QEMU under a pager with the
@@ -148,7 +148,7 @@ class Split:
 
 
 class Ordinary:
-    """The same guest in a plain QEMU on the first host; it stands still while others are timed."""
+    """The same guest in a plain QEMU on the first host; it is paused while others are timed."""
 
     def __init__(self, folder: Path, hosts: Hosts) -> None:
         self._image = Image(folder / "ordinary.image", hosts.argv("h0"))
@@ -192,14 +192,14 @@ class Ordinary:
         await_word(self._console, "WROTE")
 
     def save(self, at: int, suffix: str = "") -> Row:
-        """It stands still in the end."""
+        """It is paused in the end."""
         self._monitor.cont()
         seconds = self._image.save(self._monitor, _LEAST_BYTES)
         details = {"image_bytes": self._image.length_bytes}
         return Row(f"checkpoint_ordinary{suffix}", at, seconds, "s", details)
 
     def restore(self, at: int) -> Row:
-        """In a QEMU in place of the one before; it stands still in the end."""
+        """In a QEMU in place of the one before; it is paused in the end."""
         began = time.monotonic()
         self._monitor = self._start(incoming=True)
         ready = time.monotonic() - began

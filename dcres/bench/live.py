@@ -8,7 +8,7 @@ random for every page that it writes, as fast as it can, and ``flat_out`` does n
 word of one page after the other, which dirties all its pages again within 50 ms.
 
 QEMU's own ways save the same guest on one host, without dcres: ``migrate`` of the stopped VM to a
-file, and ``savevm`` into a QCOW2 disk; the VM stands still for all of it. What the first write to
+file, and ``savevm`` into a QCOW2 disk; the VM is stopped for all of it. What the first write to
 a protected page costs is measured with the native writer.
 """
 
@@ -247,7 +247,7 @@ BENCH = Bench(
         Aim("first_write", Direction.AT_MOST, 2.0, "µs"),
     ),
     figures=(
-        Figure("the VM stands still", "s", tuple(f"downtime_{name}" for name in NAMES)),
+        Figure("downtime", "s", tuple(f"downtime_{name}" for name in NAMES)),
         Figure(
             "QEMU's own ways", "s", ("downtime_qemu_migrate", "downtime_qemu_savevm"), "tab:orange"
         ),

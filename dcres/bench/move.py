@@ -1,6 +1,6 @@
 """Moving memory at a restore: from a memory file on one host into RAM on another, over TCP.
 
-A slice server reads the memory file, verifies every page and sends it; the puller writes it into
+A part server reads the memory file, verifies every page and sends it; the puller writes it into
 a file on tmpfs. Both over loopback, where the processors are the limit, and between two network
 namespaces with 1 Gbit between them, where the link is. Beside each a plain TCP copy.
 """
@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dcres.actors.host.slice_server import SliceSettings
+from dcres.actors.host.part_server import PartServerSettings
 from dcres.bench.result import Aim, Direction, Ratio, Row, Setup
 from dcres.bench.rig import wait_for
 from dcres.errors import PagingError, UnsupportedHost
@@ -225,23 +225,23 @@ def _move(source: Source, left: Place, right: Place, what: str, at: int) -> Row:
 
 @contextlib.contextmanager
 def _serving(source: Source, place: Place) -> Iterator[SubAddress]:
-    """A slice server at `place`."""
+    """A part server at `place`."""
     with tempfile.TemporaryDirectory(prefix="dcres-bench-") as name:
         folder, store = Path(name), Store(source.store)
-        chosen = SliceSettings(
+        chosen = PartServerSettings(
             vm=source.identity.vm.hex(),
             generation=source.identity.generation,
             secret=source.identity.secret.hex(),
             address=place.address,
             port=0,
-            control=str(folder / "slices.sock"),
+            control=str(folder / "parts.sock"),
             parts=(store.memory_part(source.manifest, _HOST),),
         )
-        settings.save(chosen, folder / "slices.json")
-        argv = [sys.executable, "-m", "dcres.actors.host.slice_server", str(folder / "slices.json")]
+        settings.save(chosen, folder / "parts.json")
+        argv = [sys.executable, "-m", "dcres.actors.host.part_server", str(folder / "parts.json")]
         process = subprocess.Popen([*place.prefix, *argv], stderr=subprocess.DEVNULL)
         try:
-            yield SubAddress(_HOST, place.address, _port(process, folder / "slices.sock"), 0)
+            yield SubAddress(_HOST, place.address, _port(process, folder / "parts.sock"), 0)
         finally:
             process.kill()
             process.wait()
@@ -252,12 +252,12 @@ def _port(process: subprocess.Popen[bytes], control_path: Path) -> int:
 
     def answers() -> bool:
         if process.poll() is not None:
-            raise PagingError(f"the slice server ended with {process.returncode}")
+            raise PagingError(f"the part server ended with {process.returncode}")
         with contextlib.suppress(PagingError):
             ports.append(control.call(control_path, "status")["port"])
         return bool(ports)
 
-    wait_for(answers, _START_TIMEOUT_S, "the slice server answers")
+    wait_for(answers, _START_TIMEOUT_S, "the part server answers")
     return ports[0]
 
 

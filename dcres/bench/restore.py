@@ -8,7 +8,7 @@ checkpoint is restored, every time read from the disk:
   cross, and leaves where it is what nobody has touched since it was filled. ``…_one_host``: on
   the one that was the sub host, so that half of memory has to cross.
 * ``whole``: until the lazily restored guest had all its memory, every page of which its pager
-  had from a slice server; the guest works a little meanwhile.
+  had from a part server; the guest works a little meanwhile.
 * ``qemu_incoming``: the same guest, saved by a plain QEMU into one file, in a plain QEMU on one
   host; ``qemu_start``: that QEMU's start alone, until its monitor answers.
 

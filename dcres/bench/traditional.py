@@ -45,7 +45,7 @@ class Image:
     def save(self, monitor: Monitor, least_bytes: int) -> float:
         """Seconds to stop the VM and write all of it, anew, until it is durable.
 
-        The VM stands still afterwards. Raises MonitorError when QEMU or dd fails, or when there
+        The VM is stopped afterwards. Raises MonitorError when QEMU or dd fails, or when there
         are less than `least_bytes`, so that memory cannot be in it.
         """
         self.path.unlink(missing_ok=True)
@@ -70,7 +70,7 @@ class Image:
     def load(self, monitor: Monitor) -> None:
         """Load it into a QEMU that waits, and let the guest run.
 
-        The stream says that the VM stood still when it was saved, so it does afterwards.
+        The stream says that the VM was stopped when it was saved, so it is afterwards.
         """
         _prepare(monitor)
         spread = [*self.launcher, *_DD]

@@ -11,7 +11,7 @@ every word and stops at the first that is wrong. Work is records a second.
 * *half swapped*: the local guest again, in a memory cgroup with half of its memory and what QEMU
   has for itself, and a swap file on the disk.
 
-A change of what fits happens while the guest stands still, and a while passes before its work is
+A change of what fits happens while the guest is paused, and a while passes before its work is
 counted, so that whatever chooses pages has learned something.
 """
 
@@ -56,7 +56,7 @@ _AT_REST_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """One of the two guests; it stands still but while it is `measured`."""
+    """One of the two guests; it is paused but while it is `measured`."""
 
     qemu: process.QemuProcess
     monitor: Monitor
@@ -73,7 +73,7 @@ class Guest:
         return int(lines[-1].split()[1]) if lines else 0
 
     def ready(self) -> None:
-        """Let it fill its memory, and then stand still."""
+        """Let it fill its memory, and then pause it."""
         self.monitor.cont()
         wait_for(lambda: self.worked() > 0, _TIMEOUT_S, "the guest has filled its memory")
         self.monitor.stop()

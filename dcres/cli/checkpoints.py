@@ -16,7 +16,13 @@ from dcres.api.defaults import (
     require_kind,
 )
 from dcres.cli.clusters import app
-from dcres.cli.commands import TakeOverOption, VmArgument, open_catalogue, open_cluster
+from dcres.cli.commands import (
+    DryRunOption,
+    TakeOverOption,
+    VmArgument,
+    open_catalogue,
+    open_cluster,
+)
 from dcres.cli.frame import CHECKPOINTS, Answer, Options, YesOption, add_command, confirm
 
 CheckpointArgument = Annotated[
@@ -127,9 +133,7 @@ def restore(
     lazy: Annotated[
         bool, typer.Option("--lazy", help="The guest runs at once; its memory follows.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would happen, and change nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
     take_over: TakeOverOption = False,
 ) -> Answer:
     """Restore a VM from a checkpoint, on hosts that you name or that dcres finds."""
@@ -160,3 +164,32 @@ def delete(
     with open_catalogue(options) as catalogue:
         catalogue.delete(ckpt)
     return Answer({"checkpoint": ckpt, "deleted": True}, f"deleted: {ckpt}")
+
+
+@add_command(app, "prune", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+def prune(
+    options: Options,
+    vm: VmArgument,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULES",
+            help="Such as last=3,hourly=24,daily=7; without it the VM file's protect.keep.",
+        ),
+    ] = None,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+) -> Answer:
+    """Remove a VM's checkpoints but the newest, and those of so many hours, days or weeks."""
+    from dcres.api import pruning
+    from dcres.cli.tables import pruning_view
+
+    with open_catalogue(options) as catalogue:
+        planned = pruning.plan_pruning(catalogue, vm, keep)
+        if dry_run:
+            return Answer(planned.to_dict(), pruning_view(planned, dry_run=True))
+        if count := len(planned.going):
+            question = f"remove {count} of {len(planned.fates)} checkpoints of {vm} for good?"
+            confirm(options, f"pruning {vm}", question, yes=yes)
+        done = pruning.prune(catalogue, planned)
+    return Answer(done.to_dict(), pruning_view(done), 1 if done.problems else 0)

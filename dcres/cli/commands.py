@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 VmArgument = Annotated[str, typer.Argument(metavar="VM", help="The VM's name.")]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would move where, and change nothing.")
+    bool, typer.Option("--dry-run", help="Show what would happen, and change nothing.")
 ]
 TakeOverOption = Annotated[
     bool,

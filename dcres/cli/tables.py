@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dcres.api.placement import Placement
 from dcres.api.plan import RestorePlan, plan_cells, verdict
+from dcres.api.pruning import Pruning
 from dcres.api.resizing import ChangePlan, DrainPlan, ResizePlan
 from dcres.api.status import Host, HostStatus, VmStatus
 from dcres.cli.memory_map import MemoryMap
@@ -33,6 +34,7 @@ _PHASE_STYLES = {
     "internal-error": "bold red",
     "guest-panicked": "bold red",
 }
+_UNCHANGED = "nothing was changed"
 _CHECK_STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 
 
@@ -260,6 +262,21 @@ def plan_view(plan: RestorePlan) -> RenderableType:
         lines.insert(0, Text(plan.chosen, "dim"))
     head = f"{plan.checkpoint} would be restored as VM {plan.vm}; nothing was changed"
     return Group(head, table, *lines)
+
+
+def pruning_view(pruning: Pruning, *, dry_run: bool = False) -> RenderableType:
+    """Which checkpoints of a VM stay, and why; which go."""
+    table = _table("checkpoint", "begun", "size", "", right=("size",))
+    gone = "would be removed" if dry_run else "removed"
+    for each in pruning.fates:
+        stays = each.problem or ", ".join(each.reasons)
+        what = Text(stays) if stays else Text(gone, "yellow")
+        begun = (each.created or "").replace("T", " ").removesuffix("Z")
+        table.add_row(each.checkpoint, begun, format_size(each.size_bytes), what)
+    left = [each for each in pruning.going if dry_run or each.removed]
+    size = format_size(sum(each.size_bytes for each in left))
+    tail = f"{len(left)} of {len(pruning.fates)} {gone}, {size}; kept: {pruning.keep}"
+    return Group(table, Text(tail, "dim"), *([_UNCHANGED] if dry_run else []))
 
 
 def drain_view(plan: DrainPlan) -> RenderableType:

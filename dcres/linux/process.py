@@ -26,7 +26,7 @@ _KILLED_S = 30.0  # until memory is given back and files are closed
 #
 # Ray runs its workers at nice 15, and what they start would inherit that: the guest would then
 # have no precedence over the threads that save it (a client of the guest waited 244 ms in a
-# checkpoint whose VM stood still for 23). Who may not raise a priority keeps the one it has.
+# checkpoint whose VM was paused for 23). Who may not raise a priority keeps the one it has.
 _LAUNCHER = (
     'renice -n 0 -p "$$" >/dev/null 2>&1; '
     'read -r stat <"/proc/$$/stat"; echo "$stat"; exec "$@" >&2'

@@ -1,6 +1,6 @@
 """Which hosts to restore on when nobody names them, and how much of the VM each is given.
 
-Hosts that hold slices of the checkpoint come before those that hold none, because their pages
+Hosts that hold parts of the checkpoint come before those that hold none, because their pages
 need no network; among each kind, those with the most room, because few hosts are better than
 many. The main host is the one with the most room of those chosen.
 
@@ -61,7 +61,7 @@ def choose(memory_pages: int, candidates: Sequence[Candidate]) -> list[Share]:
 def choose_evenly(memory_pages: int, candidates: Sequence[Candidate], count: int) -> list[Share]:
     """Exactly `count` hosts, with shares as even as their room allows; the main host first.
 
-    Shares are whole MiB, and together at least `memory_pages`. A host that holds slices gives
+    Shares are whole MiB, and together at least `memory_pages`. A host that holds parts gives
     way to one that holds none only if the memory would not fit otherwise. Raises NoRoom.
     """
     holders, others = _by_preference(candidates)
@@ -84,7 +84,7 @@ def choose_evenly(memory_pages: int, candidates: Sequence[Candidate], count: int
 def choose_for(shares: Sequence[int], candidates: Sequence[Candidate]) -> list[str]:
     """A host of its own for every share of a layout, in their order, the main host's first.
 
-    Hosts that hold slices come first, and for the main host's share the one that holds its part;
+    Hosts that hold parts come first, and for the main host's share the one that holds its part;
     among equals the one with the least room. Raises NoRoom.
     """
     places: dict[int, str] = {}
@@ -117,7 +117,7 @@ def _fitness(candidate: Candidate, main: bool) -> tuple[bool, bool, int, str]:
 
 
 def _by_preference(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-    """Those with room that hold slices, and those that hold none; the most room first."""
+    """Those with room that hold parts, and those that hold none; the most room first."""
     fit = [each for each in candidates if each.room_mib > 0]
     fit.sort(key=lambda each: (-each.room_mib, -each.held_pages, each.name))
     return [each for each in fit if each.held_pages], [each for each in fit if not each.held_pages]

@@ -70,7 +70,7 @@ def estimates_s(hosts: Mapping[str, HostRound], fixed_s: float) -> dict[str, flo
 
 
 def estimate_downtime_s(hosts: Mapping[str, HostRound], fixed_s: float) -> float:
-    """The VM stands still for as long as its slowest host needs."""
+    """The VM is paused for as long as its slowest host needs."""
     return max(estimates_s(hosts, fixed_s).values(), default=fixed_s)
 
 

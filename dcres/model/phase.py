@@ -12,7 +12,7 @@ class VmPhase(StrEnum):
 
     ABSENT = "absent"
     STARTING = "starting"
-    RUNNING = "running"  # its guest may stand still all the same: see its run state
+    RUNNING = "running"  # its guest may be paused all the same: see its run state
     CHECKPOINTING = "checkpointing"
     RESTORING = "restoring"
     RESIZING = "resizing"

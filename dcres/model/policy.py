@@ -19,7 +19,7 @@ from dcres.model.pages import Mask, Pages
 
 STANDBY_SHARE = 0.25
 PATIENCE_TICKS = 100
-TRIALS_PER_LEAVER = 4
+AGAIN_PER_LEAVER = 4
 ENOUGH_PAGES = 64
 
 
@@ -52,21 +52,21 @@ class Policy(Protocol):
 
 
 class SegmentedFifo:
-    """Queues in a row: who comes is on trial, and who is touched again stays.
+    """Queues in a row: what comes is probationary, what is touched again is protected.
 
     ::
 
-                            ┌──────── proven ────────┐
+                            ┌────── protected ───────┐
                     touched │                        │ oldest
                             │                        ▼
         arrival ──▶ new ──▶ standby ──oldest, untouched──▶ leaves
 
-    Whoever arrives was wanted once, or is only a neighbour of such a page; the second touch
-    proves it, and shows on standby alone. So memory that is walked through once does not drive
+    What arrives was wanted once, or is only a neighbour of such a page; the second touch
+    protects it, and shows on standby alone. So memory that is walked through once does not drive
     out what is used again and again (R. Karedla et al., Caching strategies to improve disk
-    system performance, 1994: SLRU). Proven pages get their next trial when pages leave and less
-    than `STANDBY_SHARE` of all is on standby, or `PATIENCE_TICKS` after they were last known to be
-    touched: the access history then also knows who is read while nobody has to leave.
+    system performance, 1994: SLRU). Protected pages are put on standby again when pages leave and
+    less than `STANDBY_SHARE` of all is on standby, or `PATIENCE_TICKS` after they were last known
+    to be touched: the access history then also knows what is read while nothing has to leave.
 
     `ticks`, the access history, is written here and may be written by others.
     """
@@ -74,62 +74,62 @@ class SegmentedFifo:
     def __init__(self, ticks: Ticks) -> None:
         self._ticks = ticks
         self._entered = np.zeros(ticks.size, dtype=np.uint32)  # the tick, of those on standby
-        self._proven: Mask = np.zeros(ticks.size, dtype=np.bool_)
+        self._protected: Mask = np.zeros(ticks.size, dtype=np.bool_)
         self.on_standby: Mask = np.zeros(ticks.size, dtype=np.bool_)
         self._left_pages = 0  # since the last choice of suspects
 
     def arrived(self, first: int, stop: int, tick: int) -> None:
-        """They are new: on trial from the next tick on."""
+        """They are new: they may be put on standby from the next tick on."""
         self._ticks[first:stop] = tick
 
     def left(self, pages: Pages) -> None:
-        """What they have proven is forgotten."""
+        """They are protected no more."""
         self.on_standby[pages] = False
-        self._proven[pages] = False
+        self._protected[pages] = False
         self._left_pages += pages.size
 
     def touched(self, pages: Pages, tick: int) -> None:
-        """Those on standby have proven that they are used."""
+        """Those on standby are protected from now on."""
         self._ticks[pages] = tick
         # A write that was not on standby may be the touch that brought the page.
-        self._proven[pages] |= self.on_standby[pages]
+        self._protected[pages] |= self.on_standby[pages]
         self.on_standby[pages] = False
 
     def suspects(self, here: Mask, tick: int, most: int) -> Pages:
-        """New pages, and proven ones whose next trial is due; half of each if there are many."""
+        """New pages, and protected ones to be watched again; half of each if there are many."""
         waiting = here & ~self.on_standby
         # Not in the tick of their arrival: what touched them then may not be done with them.
-        new = waiting & ~self._proven & (self._ticks < tick)
-        wanted = self._trials_wanted(here, waiting, new, tick)
+        new = waiting & ~self._protected & (self._ticks < tick)
+        wanted = self._again_wanted(here, waiting, new, tick)
         self._left_pages = 0
         first = coldest(self._ticks, new, max(most - wanted, most // 2))
-        again = coldest(self._ticks, waiting & self._proven, min(most - first.size, wanted))
+        again = coldest(self._ticks, waiting & self._protected, min(most - first.size, wanted))
         return np.sort(np.concatenate((first, again)))
 
-    def _trials_wanted(self, here: Mask, waiting: Mask, new: Mask, tick: int) -> int:
-        """How many proven pages should be on standby once more."""
+    def _again_wanted(self, here: Mask, waiting: Mask, new: Mask, tick: int) -> int:
+        """How many protected pages should be on standby once more."""
         everybody = int(np.count_nonzero(here))
         soon = everybody - int(np.count_nonzero(waiting)) + int(np.count_nonzero(new))
         long_ago = self._ticks < max(tick - PATIENCE_TICKS, 0)
-        doubtful = int(np.count_nonzero(waiting & self._proven & long_ago))
-        lacking = min(int(STANDBY_SHARE * everybody) - soon, TRIALS_PER_LEAVER * self._left_pages)
+        doubtful = int(np.count_nonzero(waiting & self._protected & long_ago))
+        lacking = min(int(STANDBY_SHARE * everybody) - soon, AGAIN_PER_LEAVER * self._left_pages)
         return max(lacking, doubtful)
 
     def standby(self, pages: Pages, tick: int) -> None:
-        """Their trial begins."""
+        """They are watched from now on."""
         self._entered[pages] = tick
         self.on_standby[pages] = True
 
     def victims(self, here: Mask, most: int) -> Pages:
-        """Whoever was longest on standby; without enough of them, the unproven by age."""
+        """What was longest on standby; without enough of it, what is not protected, by age."""
         enough = min(ENOUGH_PAGES, most)
         watched = here & self.on_standby
         if np.count_nonzero(watched) >= enough:
             return coldest(self._entered, watched, most)
-        # More leave than can be watched: the best guess is who was not proven.
-        unproven = here & ~self._proven
-        if np.count_nonzero(unproven) >= enough:
-            return coldest(self._ticks, unproven, most)
+        # More leave than can be watched: the best guess is what was not protected.
+        probationary = here & ~self._protected
+        if np.count_nonzero(probationary) >= enough:
+            return coldest(self._ticks, probationary, most)
         return coldest(self._ticks, here, most)
 
 

@@ -70,14 +70,14 @@ def kept(now: RunState, found: RunState | None) -> RunState | None:
 def runs_restored(saved: RunState) -> bool:
     """Whether a VM that was saved in this state runs once it is restored.
 
-    A disk that failed is tried again. What stood still because somebody wanted it to, or
-    because the guest is at its end, stands still.
+    A disk that failed is tried again. What was paused because somebody wanted it to be, or
+    because the guest is at its end, stays paused.
     """
     return saved in (RunState.RUNNING, RunState.IO_ERROR)
 
 
 def is_trouble(state: RunState) -> bool:
-    """Whether the guest stands still although nobody wanted it to, and needs somebody's help."""
+    """Whether the guest is stopped although nobody wanted it to be, and needs somebody's help."""
     return state in (
         RunState.GUEST_PANICKED,
         RunState.INTERNAL_ERROR,

@@ -44,7 +44,7 @@ class _NobodyLooks:
 NOBODY_LOOKS = _NobodyLooks()
 
 
-class ChangeMap:
+class DirtyBitmap:
     """The marks of one host, in a file that both sides map."""
 
     def __init__(self, path: Path, page_count: int) -> None:

@@ -84,7 +84,7 @@ class PagerControl:
         self._ask(Reload(), Done)
 
     def track(self, changes: Path) -> None:
-        """Changes are marked in this change map from now on."""
+        """Changes are marked in this dirty bitmap from now on."""
         self._ask(Track(str(changes)), Done)
 
     def scan(self, changes: Path) -> int:
@@ -114,7 +114,7 @@ class ServerControl:
         self._ask(ResizeServer(capacity_pages), Done)
 
     def track(self, changes: Path) -> None:
-        """Changes are marked in this change map from now on."""
+        """Changes are marked in this dirty bitmap from now on."""
         self._ask(Track(str(changes)), Done)
 
     def scan(self, changes: Path) -> int:

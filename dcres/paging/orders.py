@@ -51,13 +51,13 @@ class ResizeServer(NamedTuple):
 
 
 class Track(NamedTuple):
-    """Mark in this change map what comes, goes and is written."""
+    """Mark in this dirty bitmap what comes, goes and is written."""
 
     changes: str
 
 
 class Scan(NamedTuple):
-    """Bring this change map up to date."""
+    """Bring this dirty bitmap up to date."""
 
     changes: str
 

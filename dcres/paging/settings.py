@@ -24,7 +24,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SubAddress:
-    """Where a memory server or slice server listens, and what it may hold.
+    """Where a memory server or part server listens, and what it may hold.
 
     `code` is its owner code in the network page table; 0 until the main host gave it one.
     """
@@ -72,7 +72,7 @@ class PagerSettings:
     control: str
     subs: tuple[SubAddress, ...]
     moves: str  # where the mover's orders are, if there are any
-    sources: tuple[SubAddress, ...] = ()  # slice servers of a lazy restore
+    sources: tuple[SubAddress, ...] = ()  # part servers of a lazy restore
 
     @property
     def identity(self) -> Identity:

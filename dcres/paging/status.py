@@ -61,7 +61,7 @@ class ServerStatus(TypedDict):
 
 
 class PartServerStatus(TypedDict):
-    """A slice server's counters, and what is wrong with its files."""
+    """A part server's counters, and what is wrong with its files."""
 
     port: int
     pid: int

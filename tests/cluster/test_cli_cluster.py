@@ -114,7 +114,7 @@ def box(cli: Cli, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def saved(cli: Cli, box: str, folder: Path) -> dict[str, Any]:
-    """A checkpoint of it, taken while it stood still, from where another store is read."""
+    """A checkpoint of it, taken while it was paused, from where another store is read."""
     other = replace(cli, environ={**cli.environ, "DCRES_STORE": str(folder / "elsewhere")})
     taken = other.json("checkpoint", box, "--mode", "stop")
     assert other.json("checkpoints")["checkpoints"] == []

@@ -522,7 +522,7 @@ def test_what_was_told_to_go_on_is_not_stopped_any_more(started: Site, name: str
 
 
 def test_steps_have_an_order(started: Site, name: str) -> None:
-    """The main host votes only for what stood still, and takes the rest only then."""
+    """The main host votes only for what was paused, and takes the rest only then."""
     prepare(started, name)
     refused(Conflict, lambda: started.main.call(Saving.save, name, 1))
     refused(PagingError, lambda: started.main.call(Saving.stage, name, STAGE_PAGES))

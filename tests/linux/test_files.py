@@ -17,7 +17,7 @@ from dcres.linux import files
 from dcres.linux.marks import Mark
 from dcres.linux.removal import OwnFolder
 from dcres.model.pages import PAGE_SIZE, Mask, extents_of_mask, mask_of_extents
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import DirtyBitmap
 from dcres.storage.atomic import write_durably
 from dcres.storage.engine.memory_file import MemoryFileWriter, load
 from dcres.storage.format import tables
@@ -259,10 +259,10 @@ def test_a_folder_where_others_could_put_files_is_refused(tmp_path: Path) -> Non
 
 def test_marks_are_allocated_before_anybody_sets_one(small: Path) -> None:
     """A hole of a full tmpfs that is touched in a mapping ends the process (SIGBUS)."""
-    ChangeMap.fresh(small / "changes", 1 << 20)
+    DirtyBitmap.fresh(small / "changes", 1 << 20)
     assert (small / "changes").stat().st_blocks * 512 >= 1 << 20
     with pytest.raises(NoRoom, match="no room to mark what changes"):
-        ChangeMap.fresh(small / "more", 1 << 24)
+        DirtyBitmap.fresh(small / "more", 1 << 24)
 
 
 def test_what_is_mounted_below_a_folder_of_ours_stays(small: Path, tmp_path: Path) -> None:

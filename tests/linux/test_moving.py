@@ -19,7 +19,7 @@ from dcres.model import wire
 from dcres.model.handshake import Role
 from dcres.model.pages import PAGE_SIZE, Extents
 from dcres.model.wire import Endpoint, Kind
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import DirtyBitmap
 from dcres.paging.server import fetcher, service
 from dcres.paging.server.fetcher import FetchingTable
 from dcres.paging.server.service import PageService
@@ -544,7 +544,7 @@ def test_fetched_pages_are_marked_for_a_live_checkpoint(
     two.order("track", changes=str(tmp_path / "changes"))
     with Client(two) as pager:
         assert pager.fetched(pager.fetch(one.endpoint, extents(1, 2, 30))) == [1, 2, 30]
-    assert ChangeMap(tmp_path / "changes", PAGES).take().tolist() == [[1, 3], [30, 31]]
+    assert DirtyBitmap(tmp_path / "changes", PAGES).take().tolist() == [[1, 3], [30, 31]]
 
 
 # Pulls

@@ -112,7 +112,7 @@ def with_deadline(predicate: Callable[[], bool], timeout_s: float) -> None:
 
 
 def test_nothing_is_frozen_while_a_sub_host_is_away(paged: Rig) -> None:
-    """What it holds is not known to agree with the table; the VM stands still, so not for long."""
+    """What it holds is not known to agree with the table; the VM is paused, so not for long."""
     paged.writer.ask("fill")
     until(lambda: paged.status()["leaving"] == 0, 30, "page-out has come to rest")
     paged.kill("sub0")

@@ -1,4 +1,4 @@
-"""Memory servers and slice servers as processes, and somebody who speaks the protocol to them."""
+"""Memory servers and part servers as processes, and somebody who speaks the protocol to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcres.actors.host.slice_server import SliceSettings
+from dcres.actors.host.part_server import PartServerSettings
 from dcres.errors import PagingError
 from dcres.model import wire
 from dcres.model.handshake import NONCE_BYTES, ClientHandshake, Identity, Role, ServerHandshake
@@ -130,9 +130,9 @@ def memory_server(
 
 def slice_settings(
     folder: Path, name: str, store: Store, manifest: Manifest, parts: tuple[str, ...]
-) -> SliceSettings:
-    """Of a slice server for `ME`."""
-    return SliceSettings(
+) -> PartServerSettings:
+    """Of a part server for `ME`."""
+    return PartServerSettings(
         vm=VM,
         generation=ME.generation,
         secret=SECRET,
@@ -144,10 +144,10 @@ def slice_settings(
 
 
 @contextmanager
-def slice_server(folder: Path, name: str, chosen: SliceSettings) -> Iterator[Server]:
-    """A slice server."""
+def part_server(folder: Path, name: str, chosen: PartServerSettings) -> Iterator[Server]:
+    """A part server."""
     settings.save(replace(chosen, control=str(folder / f"{name}.sock")), folder / f"{name}.json")
-    with _running("dcres.actors.host.slice_server", folder, name) as server:
+    with _running("dcres.actors.host.part_server", folder, name) as server:
         yield server
 
 

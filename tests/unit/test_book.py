@@ -104,7 +104,7 @@ ALLOWED: dict[tuple[str, str], str] = {
 
 
 class Marks:
-    """A change map that remembers."""
+    """A dirty bitmap that remembers."""
 
     def __init__(self) -> None:
         self.pages: list[int] = []

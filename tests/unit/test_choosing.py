@@ -218,6 +218,8 @@ class TestChoosingHosts:
         choice = choose_hosts(fleet, manifest, Wish(), lambda: VmPhase.ABSENT)
         assert choice.hosts == ("b",)
         assert choice.left_out == ("host a is left out: its disk is gone",)
+        with pytest.raises(NoRoom, match=r"; host a is left out: its disk is gone$"):
+            choose_hosts(fleet, manifest, Wish(count=2), lambda: VmPhase.ABSENT)
 
 
 def gone_from_a(host: str, manifest: str, take_over: bool) -> Look:
@@ -319,7 +321,7 @@ class TestRestorePlan:
         assert plan.seconds == plan.whole_seconds
 
     def test_lazily(self, store: Store, manifest: Manifest) -> None:
-        """One slice server for each part; the guest does not wait for them."""
+        """One part server for each part; the guest does not wait for them."""
         hosts = [seen(name, 1, ALL) for name in ("a", "b")]
         layout = Layout(main=HALF, subs=(HALF,))
         plan = self.plan(store, manifest, Wish(layout, 2, ("a", "b")), hosts, lazy=True)

@@ -637,7 +637,7 @@ class TestOptions:
             assert main([command, "--help"]) == 0
             return "--store" in capsys.readouterr().out
 
-        reading = {"status", "checkpoints", "inspect", "verify", "restore", "delete"}
+        reading = {"status", "checkpoints", "inspect", "verify", "restore", "delete", "prune"}
         others = {"start", "list", "resize", "drain", "stop", "console", "checkpoint", "cancel"}
         assert {each for each in reading | others if takes_store(each)} == reading
 

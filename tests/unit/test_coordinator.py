@@ -20,7 +20,6 @@ from dcres.actors.messages import (
     Foreseen,
     PageFlow,
     Progress,
-    Role,
 )
 from dcres.config import Layout
 from dcres.errors import (
@@ -41,9 +40,8 @@ from dcres.errors import (
 )
 from dcres.paging.settings import SubAddress
 from dcres.storage.format.manifest import Manifest, dumps, loads
+from tests.support.fake_fleet import fake_fleet
 from tests.support.fleet import LocalFleet
-from tests.support.hosts import FakeHost, FakeSub, FakeVisitor
-from tests.support.main_host import FakeMain
 from tests.support.speed import patience
 from tests.support.wait import until
 from tests.support.world import PAGES, World
@@ -64,18 +62,8 @@ def world() -> World:
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[LocalFleet]:
-    def make(vm: str, role: Role, host: str) -> FakeHost:
-        return (FakeMain if role is Role.MAIN else FakeSub)(world, vm, host)
-
-    made = LocalFleet(
-        ["h0", "h1", "h2", "h3"],
-        make,
-        holding=world.parts_at,
-        make_visitor=lambda vm, host: FakeVisitor(world, vm, host),
-    )
-    yield made
-    made.release("vm")
-    assert world.wrong == []
+    with fake_fleet(world) as made:
+        yield made
 
 
 @pytest.fixture
@@ -366,7 +354,7 @@ def test_a_checkpoint_whose_vm_stands_still_is_no_success(
     started: Coordinator, world: World
 ) -> None:
     world.fail["h0.resume"] = VmLost("QEMU does not answer")
-    with pytest.raises(VmLost, match="was taken, but the VM stands still: QEMU does not answer"):
+    with pytest.raises(VmLost, match="was taken, but the VM is stopped: QEMU does not answer"):
         started.checkpoint("stop")
     assert started.status()["phase"] == "lost"
     world.fail.clear()
@@ -878,9 +866,9 @@ def test_a_lazy_restore_serves_parts_until_every_page_is_there(
         coordinator.resize(16 << 20)
     world.trouble = "h0/memory.img: page 7 was altered"
     until(lambda: "page 7" in coordinator.status()["why"], 30, "the trouble is told")
-    assert world.pinning == {"h0", "h1", "h2"}, "actors keep it if a slice server dies"
+    assert world.pinning == {"h0", "h1", "h2"}, "actors keep it if a part server dies"
     world.moving = False
-    until(lambda: not world.serving_parts, 30, "the slice server is ended")
+    until(lambda: not world.serving_parts, 30, "the part server is ended")
     until(lambda: not world.pinning, 30, "the checkpoint may be deleted")
     assert "h0.settle_moves" in world.done
 
@@ -1344,7 +1332,7 @@ def test_it_reports_a_vm_whose_host_does_not_answer(
 def test_it_tries_again_when_the_host_answers(
     started: Coordinator, fleet: LocalFleet, world: World
 ) -> None:
-    """A VM that stood still for a checkpoint goes on, although the first look failed."""
+    """A VM that was paused for a checkpoint goes on, although the first look failed."""
     found: list[Coordinator] = []
 
     def take_over() -> None:
@@ -1357,7 +1345,7 @@ def test_it_tries_again_when_the_host_answers(
     with pytest.raises(DcresError):
         started.checkpoint("stop")
     assert world.frozen
-    assert "h0.abandon" not in world.done, "the main host remembers why the VM stands still"
+    assert "h0.abandon" not in world.done, "the main host remembers why the VM is paused"
     assert found[0].status()["phase"] == "unknown"
     world.fail.clear()
     assert found[0].status()["phase"] == "running"

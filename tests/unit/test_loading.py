@@ -84,12 +84,12 @@ def test_a_checkpoint_that_is_asked_for_is_kept_to_the_end(
 def test_an_actor_that_is_started_again_keeps_the_checkpoint(
     settings: HostSettings, stored: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its slice server may be dead, and the guest still needs what it will serve."""
+    """Its part server may be dead, and the guest still needs what it will serve."""
     monkeypatch.setattr(Daemon, "adopt", lambda daemon: None)
     store, folder = Store(settings.store), VmFolder.of(settings, "vm.parts")
     folder.make()
-    chosen = slice_settings(folder.run, "slices", store, stored, ("h0",))
-    paging_settings.save(chosen, folder.run / "slices.json")
+    chosen = slice_settings(folder.run, "parts", store, stored, ("h0",))
+    paging_settings.save(chosen, folder.run / "parts.json")
     host = HostAgent("vm", Role.PARTS, environ=settings.environ()).parts
     until(lambda: is_kept(store, stored), 10, "it is pinned")
     host.end_serving_parts()

@@ -18,7 +18,7 @@ from dcres.linux.process import spawn_detached
 from dcres.model.moves import NO_MOVES
 from dcres.paging import moves, settings
 from dcres.paging.alone import alone
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import DirtyBitmap
 from dcres.paging.pager.table import PageTable
 from dcres.paging.server.subtable import SubTable
 from dcres.paging.settings import SubAddress
@@ -51,7 +51,7 @@ def append_a_log(path: Path) -> None:
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a RAM file": ("file", lambda path: open_own(path, os.O_RDWR | os.O_CREAT)),
     "a sub host's store file": ("file", lambda path: SubTable(path, PAGES, PAGES)),
-    "marks": ("file", lambda path: ChangeMap(path, PAGES)),
+    "marks": ("file", lambda path: DirtyBitmap(path, PAGES)),
     "a page table": ("file", lambda path: PageTable(path, PAGES)),
     "a new page table": ("file.new", lambda path: PageTable.create(path, NOWHERE, PAGES)),
     "moves": ("file.new", lambda path: moves.save(path, NO_MOVES)),

@@ -175,7 +175,7 @@ def test_who_was_longest_on_standby_leaves_first() -> None:
     assert policy.victims(everybody(256), 100).tolist() == list(range(128, 228))
 
 
-def test_when_nobody_could_be_watched_the_proven_leave_last() -> None:
+def test_when_nobody_could_be_watched_the_protected_leave_last() -> None:
     policy = segmented(256)
     proven(policy, 0, 128, 1)
     policy.arrived(128, 256, 2)
@@ -184,7 +184,7 @@ def test_when_nobody_could_be_watched_the_proven_leave_last() -> None:
     assert policy.victims(np.arange(256) < 128, 100).tolist() == list(range(100))
 
 
-def test_when_pages_leave_a_share_of_the_proven_is_on_trial_the_oldest_first() -> None:
+def test_when_pages_leave_a_share_of_the_protected_is_watched_the_oldest_first() -> None:
     policy, here = segmented(110), np.arange(110) < 100
     proven(policy, 50, 100, 1)
     proven(policy, 0, 50, 2)
@@ -206,7 +206,7 @@ def test_after_a_while_everybody_is_on_trial_again() -> None:
     assert late.tolist() == list(range(50, 100))
 
 
-def test_new_pages_and_proven_ones_share_what_can_be_watched() -> None:
+def test_new_pages_and_protected_ones_share_what_can_be_watched() -> None:
     policy = segmented(200)
     proven(policy, 0, 100, 1)
     policy.arrived(100, 200, PATIENCE_TICKS)

@@ -8,12 +8,10 @@ from dataclasses import replace
 import pytest
 
 from dcres.actors.control.coordinator import Coordinator
-from dcres.actors.messages import Role
 from dcres.errors import CheckpointCorrupt, ClusterError, Conflict, StoreFull
 from dcres.storage.format.manifest import dumps
+from tests.support.fake_fleet import fake_fleet
 from tests.support.fleet import LocalFleet
-from tests.support.hosts import FakeHost, FakeSub, FakeVisitor
-from tests.support.main_host import FakeMain
 from tests.support.world import World
 from tests.unit.test_coordinator import SPEC, manifest_of, require_nothing
 
@@ -25,17 +23,8 @@ def world() -> World:
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[LocalFleet]:
-    def make(vm: str, role: Role, host: str) -> FakeHost:
-        return (FakeMain if role is Role.MAIN else FakeSub)(world, vm, host)
-
-    made = LocalFleet(
-        ["h0", "h1", "h2", "h3"],
-        make,
-        holding=world.parts_at,
-        make_visitor=lambda vm, host: FakeVisitor(world, vm, host),
-    )
-    yield made
-    made.release("vm")
+    with fake_fleet(world) as made:
+        yield made
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_pages_on_their_way_out_are_waited_for(pager: Pager, what: str) -> None:
 
 
 def test_what_a_broken_link_owes_is_not_waited_for(pager: Pager) -> None:
-    """The freeze says then that it is broken, and the VM stands still no longer than for that."""
+    """The freeze says then that it is broken, and the VM is paused no longer than for that."""
     pager.faults.fetching, pager.link.state = True, LinkState.DOWN
     pager.standstill.quiesce(pager.answers.append)
     assert quiesced(pager)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dcres.errors import NoRoom, PagesLost
 from dcres.linux.files import data_extents, opened
 from dcres.model.pages import PAGE_SIZE, Extents, extents_of_pages, pages_of_extents
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import DirtyBitmap
 from dcres.paging.server.subtable import SubTable
 
 PAGES = 40
@@ -108,11 +108,11 @@ def test_what_comes_and_goes_is_marked(path: Path, tmp_path: Path) -> None:
     path.unlink(missing_ok=True)
     with SubTable(path, PAGES, CAPACITY) as table:
         table.write(extents({1, 2}), data_of({1, 2}, 1))
-        table.changes = ChangeMap(tmp_path / "changes", PAGES)
+        table.changes = DirtyBitmap(tmp_path / "changes", PAGES)
         table.write(extents({2, 6}), data_of({2, 6}, 2))
         table.release([(1, 2)])
         table.release([(20, 30)])  # nothing there: nothing has changed
-        marks = ChangeMap(tmp_path / "changes", PAGES)
+        marks = DirtyBitmap(tmp_path / "changes", PAGES)
         assert pages_of_extents(marks.take()).tolist() == [1, 2, 6]
         assert marks.count() == 0
 
@@ -137,7 +137,7 @@ def test_a_write_cut_short_is_no_room_and_leaves_nothing_behind(path: Path, tmp_
     path.unlink(missing_ok=True)
     with SubTable(path, PAGES, CAPACITY) as table:
         table.write(extents({10}), data_of({10}, 1))
-        table.changes = ChangeMap(tmp_path / "changes", PAGES)
+        table.changes = DirtyBitmap(tmp_path / "changes", PAGES)
         run = set(range(8, 16))
         with room_for(12), pytest.raises(NoRoom, match="tmpfs"):
             table.write(extents({2} | run), data_of({2} | run, 2))

@@ -115,7 +115,7 @@ def test_what_a_lazy_restore_reads_from_cannot_be_deleted(saved: tuple[Rig, Mani
     assert manifest.checkpoint in vm.listed()
 
 
-@pytest.mark.parametrize("victim", ["slice server", "pager"])
+@pytest.mark.parametrize("victim", ["part server", "pager"])
 def test_what_dies_while_pages_come_is_started_again(
     saved: tuple[Rig, Manifest], victim: str
 ) -> None:
@@ -124,16 +124,16 @@ def test_what_dies_while_pages_come_is_started_again(
     layout = layout_of("64MiB", "64MiB", "64MiB")
     vm.restore(manifest, layout=layout, hosts=["h3", "h1", "h0"], lazy=True)
     pager = vm.coordinator.status()["hosts"][0]["pid"]
-    for process in [pager] if victim == "pager" else slice_servers(vm):
+    for process in [pager] if victim == "pager" else part_servers(vm):
         os.kill(process, signal.SIGKILL)
     until(lambda: whole(vm), 60, "every page is with its host")
     require_shares_kept(vm, layout)
     keeps_checking(vm.console, 1)
 
 
-def slice_servers(vm: Rig) -> list[int]:
+def part_servers(vm: Rig) -> list[int]:
     """Processes that serve parts, on any host."""
-    return [pid for pid, command in vm.running().items() if "slice_server" in command]
+    return [pid for pid, command in vm.running().items() if "part_server" in command]
 
 
 def shape(vm: Rig) -> object:

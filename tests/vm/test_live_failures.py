@@ -28,7 +28,7 @@ pytestmark = pytest.mark.vm
 
 
 class Held:
-    """A host that stands still in the middle of a round of copying, until it is let go.
+    """A host that is paused in the middle of a round of copying, until it is let go.
 
     When its work is cancelled it goes on by itself, as one that is busy with the disk would.
     """
@@ -52,7 +52,7 @@ class Held:
             # A round may be shorter than it takes until a page comes or changes here.
             until(self._has_work, 60, "there are pages for another round")
         elif self._rounds == self._round and not self.reached.is_set():
-            # All that changed had left the host again: nothing to copy, so it stands still here.
+            # All that changed had left the host again: nothing to copy, so it is paused here.
             self._stand_still()
         return done
 
@@ -138,7 +138,7 @@ def test_a_cancel_in_the_middle_of_a_round(
 def test_the_vm_does_not_wait_for_a_disk_that_hangs(
     vm: Rig, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The main host's disk answers nothing while the VM stands still for it."""
+    """The main host's disk answers nothing while the VM is paused for it."""
     main = vm.main()
     hangs, answers, stage = threading.Event(), threading.Event(), PartSaver.stage
 
@@ -151,7 +151,7 @@ def test_the_vm_does_not_wait_for_a_disk_that_hangs(
     monkeypatch.setattr(PartSaver, "stage", hanging)
     monkeypatch.setattr(checkpointing, "HALT_TIMEOUT_S", 0.5)
     pending = pool.submit(vm.coordinator.checkpoint, "stop")
-    until(hangs.is_set, 60, "the VM stands still")
+    until(hangs.is_set, 60, "the VM is paused")
     assert vm.coordinator.cancel()
     await_checks(vm.console, 2)
     assert not pending.done()

@@ -71,7 +71,7 @@ CLIENTS = 2
 KEYS_OF_A_CLIENT = 5000  # of 8000 bytes each: 78 MiB in all, and the main host has 80
 CHECKPOINTS = 4
 RESTORED = 3
-MAY_BE_HELD_UP = 1  # of the checkpoints: a virtual machine stands still at times, disks as well
+MAY_BE_HELD_UP = 1  # of the checkpoints: a virtual machine stops at times, disks as well
 ON_THE_WAY = re.compile(r"qemu-system|dcres\.paging\.")
 REQUESTS_BETWEEN = 1500  # of every client: about 2 s
 

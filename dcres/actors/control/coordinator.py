@@ -134,7 +134,7 @@ class Coordinator:
 
         `downtime_s` is what a live checkpoint aims at, in at most `max_rounds` rounds; then the
         VM is stopped all the same, and ``verdict`` says why. Raises OperationFailed when it was
-        given up. A VM that ran runs on in either case, and one that stood still stands as it did.
+        given up. A VM that ran runs on in either case, and one that was paused stays paused.
         """
         with self._turn.taken(VmPhase.CHECKPOINTING, settled=True):
             _ = self._vm.main  # NotFound without one
@@ -181,7 +181,7 @@ class Coordinator:
         now = self._turn.situation
         if running.vm_stands and not now.settled:
             raise VmLost(
-                f"checkpoint {running.checkpoint} was taken, but the VM stands still: {now.why}"
+                f"checkpoint {running.checkpoint} was taken, but the VM is stopped: {now.why}"
             )
         self._become(VmPhase.RUNNING)
         return manifest

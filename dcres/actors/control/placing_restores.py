@@ -38,9 +38,9 @@ def choose_hosts(
     around = fleet.look_around(manifest.vm, dumps(manifest), take_over=False)
     try:
         return replace(decide(manifest, wish, around.seen), left_out=around.left_out)
-    except NoRoom:
+    except NoRoom as error:
         _require_absent(manifest.vm, phase_now())  # another caller may have the room by now
-        raise
+        raise NoRoom("; ".join((str(error), *around.left_out))) from None
 
 
 def _require_absent(vm: str, phase: VmPhase) -> None:

@@ -119,5 +119,5 @@ class Recovering:
 def _held(status: MainStatus) -> steps.GuestIs:
     held = status["held"] or status["state"] in ("quiet", "frozen")
     if held:
-        log.warning("a VM stands still for a checkpoint that is over; it is let go")
+        log.warning("a VM is paused for a checkpoint that is over; it goes on")
     return steps.GuestIs(held)

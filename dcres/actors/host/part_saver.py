@@ -45,7 +45,7 @@ from dcres.model.pages import (
     split_pages,
 )
 from dcres.model.placement import digest
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import DirtyBitmap
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import (
     SAVING_THREADS,
@@ -129,7 +129,7 @@ class PartSaver:
             CheckpointFolder(folder.parent).remove_file(path)
             writer = MemoryFileWriter(path, self._pages, meter.done, memory_format=memory_format)
             self._writer = stack.enter_context(writer)
-            self._changes = ChangeMap.fresh(changes, self._pages)
+            self._changes = DirtyBitmap.fresh(changes, self._pages)
             stack.callback(remove_own_file, changes)
             tracker.track(changes)
             stack.callback(self._untrack)

@@ -15,8 +15,8 @@ from dataclasses import replace
 from dcres.actors.host import page_loader
 from dcres.actors.host.daemon import Daemon
 from dcres.actors.host.page_loader import parse
+from dcres.actors.host.part_server import PartServerSettings
 from dcres.actors.host.site import Site
-from dcres.actors.host.slice_server import SliceSettings
 from dcres.actors.messages import MainPart, PartsOrder, Planned, PlanOrder
 from dcres.errors import Conflict, DcresError
 from dcres.paging import settings as paging_settings
@@ -36,10 +36,10 @@ class PartService:
         self._settings = site.settings
         self._folder = site.folder
         self._store = site.store
-        self._server = Daemon("dcres.actors.host.slice_server", site.folder, "slices")
+        self._server = Daemon("dcres.actors.host.part_server", site.folder, "parts")
         self._control = PartServerControl(self._server.call)
         self._patient = PartServerControl(self._server.call_patiently)
-        self._settings_path = site.folder.run / "slices.json"
+        self._settings_path = site.folder.run / "parts.json"
         self._starting = threading.Lock()
         self._over = False
         self._hold = Hold()
@@ -73,7 +73,7 @@ class PartService:
     def _pin_again(self) -> None:
         """What an actor before this one had pinned, unless a deletion was faster."""
         try:
-            checkpoint = paging_settings.load(SliceSettings, self._settings_path).checkpoint
+            checkpoint = paging_settings.load(PartServerSettings, self._settings_path).checkpoint
             while not self._over:
                 # What only looks whether it may be deleted is in the way for a moment.
                 with suppress(Conflict):
@@ -107,7 +107,7 @@ class PartService:
         incarnation, manifest = order.incarnation, parse(order.manifest)
         self._pin(manifest.checkpoint)
         self._folder.make()
-        settings = SliceSettings(
+        settings = PartServerSettings(
             vm=incarnation.identity,
             generation=incarnation.generation,
             secret=incarnation.secret,

@@ -23,7 +23,7 @@ VM_MARK = "DCRES_VM_RUN"
 FILES_MARK = "files"
 
 _FILE_OF_VM = re.compile(
-    r"(state|pager|server|slices)\.(json|new|pid|log|sock)|qmp\.sock|(console|qemu)\.log"
+    r"(state|pager|server|parts|slices)\.(json|new|pid|log|sock)|qmp\.sock|(console|qemu)\.log"
     r"|(guest|store|outbox)\.ram|(table|moves)(\.new|\.lock)?|changes|incoming|vmcore"
 )
 

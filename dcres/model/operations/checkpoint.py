@@ -19,7 +19,7 @@
     all hosts have halted, since they may share a store.
 
 A live checkpoint is judged twice: when all hosts have copied, and once more when they have
-synchronised, since a guest may begin to write in between, and would stand still for it.
+synchronised, since a guest may begin to write in between, and would be paused for it.
 
 A vote (Saved) is a promise: the host's part is durable, whatever becomes of the host. So a
 host that fails after its vote changes nothing, and once every vote is in there is no way back
@@ -354,7 +354,7 @@ class Checkpoint:
             return replace(self, guest=Guest.RESUMING), [Resume(self.main, self.checkpoint)]
         if self.waiting or self.guest is Guest.RESUMING:
             return self, []
-        # A main host whose VM stands still keeps in mind why, for whoever asks it next. A host
+        # A main host whose VM is paused keeps in mind why, for whoever asks it next. A host
         # that is gone saves nothing any more.
         keeping = {*self.gone, *({self.main} if self.guest is Guest.STANDS else ())}
         hosts = [host for host in self.hosts if host not in keeping]

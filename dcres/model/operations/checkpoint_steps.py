@@ -110,7 +110,7 @@ class Finished(OfHost):
 
 
 class Staged(OfHost):
-    """A host does not need the VM to stand still any more."""
+    """A host does not need the VM to be paused any more."""
 
 
 @dataclass(frozen=True, slots=True)

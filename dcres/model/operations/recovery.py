@@ -59,7 +59,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class LookAtGuest:
-    """The main host: does the VM stand still for a checkpoint that is over?"""
+    """The main host: is the VM paused for a checkpoint that is over?"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where a pager may have pages: sub hosts and, during a lazy restore, slice servers."""
+"""Where a pager may have pages: sub hosts and, during a lazy restore, part servers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Links:
 
     @property
     def all(self) -> list[Link]:
-        """Sub hosts, then slice servers."""
+        """Sub hosts, then part servers."""
         return [*self.subs, *self.sources]
 
     def require_none_needed(self, settings: PagerSettings, owners: Owners) -> None:

@@ -1,6 +1,6 @@
 """The mover: brings pages of a running VM where they are wanted, a few at a time.
 
-It serves lazy restore (pages come from slice servers) and re-placement (from sub hosts). The
+It serves lazy restore (pages come from part servers) and re-placement (from sub hosts). The
 main host's pages are paged in; a sub host fetches its own, directly from where they are, and
 the page table changes once it has them. The guest does not wait for any of it: a page that it
 misses comes at once from wherever it is, and is left alone by the mover from then on.
@@ -61,7 +61,7 @@ class Mover:
         self.pages_left = 0  # at most; what the guest brings by itself is found out later
 
     def set_links(self, links: Sequence[Link]) -> None:
-        """Sub hosts and slice servers as they are from now on."""
+        """Sub hosts and part servers as they are from now on."""
         self._links = {link.code: link for link in links}
 
     def order(self, rows: Moves) -> None:

@@ -15,7 +15,7 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import pages_by_host
 from dcres.paging import moves as moves_
 from dcres.paging import settings as settings_
-from dcres.paging.changes import NOBODY_LOOKS, ChangeMap
+from dcres.paging.changes import NOBODY_LOOKS, DirtyBitmap
 from dcres.paging.orders import (
     Done,
     Freeze,
@@ -109,7 +109,7 @@ class Orders:
     def _track(self, changes: Path) -> None:
         """From now on mark in `changes` what comes, goes and is written. Repeatable."""
         self._parts.standstill.require_alive()
-        marks = ChangeMap.shared(changes, self._parts.book.table.page_count)
+        marks = DirtyBitmap.shared(changes, self._parts.book.table.page_count)
         self._parts.evictor.note_writes()  # what was written before is not news
         self._parts.book.changes = marks
         self._tracking = str(changes)
@@ -121,7 +121,7 @@ class Orders:
         """
         self._parts.standstill.require_alive()
         marks = self._parts.book.changes
-        if changes != self._tracking or not isinstance(marks, ChangeMap):
+        if changes != self._tracking or not isinstance(marks, DirtyBitmap):
             raise PagingError("the pager was started again and does not track this checkpoint")
         self._parts.evictor.note_writes()
         return marks.count()
@@ -132,7 +132,7 @@ class Orders:
         self._parts.evictor.share.limit(limit_pages)
 
     def _reload(self) -> None:
-        """Take sub hosts, slice servers and moves as the settings file has them by now.
+        """Take sub hosts, part servers and moves as the settings file has them by now.
 
         Raises PagingError, and changes nothing, if pages are still with a host that is to go.
         """
@@ -175,7 +175,7 @@ class Orders:
             page_in_median_us=float(np.median(samples)),
             page_in_p99_us=float(np.percentile(samples, 99)),
             links={
-                # One host may have both a memory server and a slice server of this VM.
+                # One host may have both a memory server and a part server of this VM.
                 link.sub.host + (" (parts)" if link.source else ""): LinkStatus(
                     state=str(link.state), trouble=link.trouble, express=link.express
                 )

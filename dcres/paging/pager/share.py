@@ -59,7 +59,7 @@ class Share:
         """Whether faults must wait until pages have left.
 
         After the limit was lowered by much that cannot mean until all of them have left: the
-        guest would stand still for as long as it takes.
+        guest would be paused for as long as it takes.
         """
         allowed = max(self._allowed, self._table.limit_pages)
         return self._book.resident + self._book.leaving >= allowed + self.slack_pages

@@ -7,7 +7,7 @@
        └── a page is gone ──▶ LOST: serves nothing; the guest waits and never reads zeros
 
 QUIET sends no page out and has none on the way, but answers faults: saving the VM core can
-touch guest memory. FROZEN answers none, so that placement stands still.
+touch guest memory. FROZEN answers none, so that placement does not change.
 
 Both steps take a while, so their answers are *promises*: each is kept in the pager's loop once
 what it waits for has come about.
@@ -28,7 +28,7 @@ from dcres.paging.pager.mover import Mover
 from dcres.paging.status import Counts
 from dcres.paging.transport.link import Link, LinkState
 
-LINK_PATIENCE_S = 2.0  # for a link that broke; the VM stands still meanwhile
+LINK_PATIENCE_S = 2.0  # for a link that broke; the VM is paused meanwhile
 
 
 class PagerState(StrEnum):

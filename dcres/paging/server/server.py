@@ -20,7 +20,7 @@ from dcres.model.placement import digest
 from dcres.model.wire import Endpoint
 from dcres.paging import settings as settings_
 from dcres.paging.alone import alone
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import DirtyBitmap
 from dcres.paging.orders import (
     SERVER_ORDERS,
     Done,
@@ -77,7 +77,7 @@ class MemoryServer:
             case Status():
                 reply(self.status())
             case Track(changes):
-                self._pages.changes = ChangeMap.shared(Path(changes), self._pages.page_count)
+                self._pages.changes = DirtyBitmap.shared(Path(changes), self._pages.page_count)
                 self._tracking = changes
                 reply(Done())
             case Scan(changes):

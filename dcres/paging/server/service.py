@@ -1,6 +1,6 @@
 """A table of pages behind a TCP port: who may connect, and the answers to requests.
 
-Memory servers and slice servers are this with a table of their own. Everything runs in one
+Memory servers and part servers are this with a table of their own. Everything runs in one
 `Loop`. A pager's requests are answered as they come. A reader's wait for each other: one is
 answered per turn, and only when the reader has taken the answer before, so that somebody who
 moves gigabytes neither keeps the pager waiting nor fills this process's memory.

@@ -24,7 +24,7 @@ from dcres.model.pages import (
     extents_within,
     mask_of_extents,
 )
-from dcres.paging.changes import ChangeMap
+from dcres.paging.changes import DirtyBitmap
 
 ATTEND_EVERY = 2  # runs: some 20 µs
 
@@ -41,7 +41,7 @@ class SubTable:
         os.ftruncate(self._fd, page_count * PAGE_SIZE)
         self.page_count = page_count
         self.capacity_pages = capacity_pages
-        self.changes: ChangeMap | None = None  # who wants to know what comes and goes
+        self.changes: DirtyBitmap | None = None  # who wants to know what comes and goes
         self.attend: Callable[[], None] = _nobody_waits  # called now and then in the middle of work
         here = files.data_extents(self._fd, page_count)
         self._here: Mask = mask_of_extents(here, page_count)

@@ -82,9 +82,9 @@ class LinkUser(Protocol):
 
 
 class Link:
-    """One sub host as the pager sees it, or, as a `source`, one slice server.
+    """One sub host as the pager sees it, or, as a `source`, one part server.
 
-    A slice server keeps its pages whatever becomes of them here, so it is told of no release.
+    A part server keeps its pages whatever becomes of them here, so it is told of no release.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class Link:
         if stop == self._page_count:
             self.state, self.trouble = LinkState.READY, ""
             main.use_hot_path()
-            if not self.source:  # a slice server is asked for all on the one connection it has
+            if not self.source:  # a part server is asked for all on the one connection it has
                 self._express = self._new(self.sub, Role.EXPRESS)
                 self._express.greet(self)
             if self.state is LinkState.READY:  # else the other could not be made: all is down

@@ -1,6 +1,6 @@
 """What a save reads: a RAM file, or pages of one that were *staged*, read into memory before.
 
-Pages are staged while the VM stands still, so nothing may be slow then: their memory is got
+Pages are staged while the VM is paused, so nothing may be slow then: their memory is got
 before.
 """
 

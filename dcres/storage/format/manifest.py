@@ -174,7 +174,7 @@ class Manifest(_Model):
 
     @property
     def stopped_at(self) -> datetime:
-        """When its guest stood still for it, or nearly: when it was begun, if that is not kept."""
+        """When its guest was paused for it, or nearly: when it was begun, if that is not kept."""
         return datetime.fromisoformat(self.machine.get(STOPPED, self.created))
 
     @property

@@ -1,4 +1,4 @@
-"""The part server: ``python -m dcres.actors.host.slice_server SETTINGS``.
+"""The part server: ``python -m dcres.actors.host.part_server SETTINGS``.
 
 A process on a host that sees parts of a checkpoint. It serves their pages straight from the
 memory files, each verified before it is sent, over the paging protocol: to the pager of a VM
@@ -37,13 +37,13 @@ from dcres.storage.engine.page_reader import PageReader
 from dcres.storage.format.memory_part import MemoryPart
 from dcres.storage.store.pins import pinned
 
-log = logging.getLogger("dcres.slices")
+log = logging.getLogger("dcres.parts")
 
 _NOT_HERE = 0xFF
 
 
 @dataclass(frozen=True, slots=True)
-class SliceSettings:
+class PartServerSettings:
     """A part server's settings. Port 0 lets the kernel choose at the first start.
 
     `parts`, one or more, are all of one checkpoint. No manifest is read here: that would take a
@@ -74,7 +74,7 @@ class SliceSettings:
         return Identity(bytes.fromhex(self.vm), self.generation, bytes.fromhex(self.secret))
 
 
-class SliceTable:
+class PartTable:
     """The pages of some parts of a checkpoint, as a table that never changes."""
 
     def __init__(self, readers: Sequence[PageReader], page_count: int) -> None:
@@ -137,10 +137,10 @@ class SliceTable:
         ]
 
 
-class SliceServer:
+class PartServer:
     """Parts of a checkpoint, behind a TCP port and a control socket."""
 
-    def __init__(self, settings: SliceSettings, held: ExitStack) -> None:
+    def __init__(self, settings: PartServerSettings, held: ExitStack) -> None:
         loop = Loop()
         self._table = _open_table(settings, held)
         at = Endpoint(settings.address, settings.port)
@@ -177,13 +177,13 @@ class SliceServer:
         )
 
 
-def _open_table(settings: SliceSettings, held: ExitStack) -> SliceTable:
+def _open_table(settings: PartServerSettings, held: ExitStack) -> PartTable:
     """Pin the checkpoint and open its parts; `held` lets go of them."""
     if len(settings.parts) >= _NOT_HERE:
         raise ConfigError(f"{len(settings.parts)} parts are too many for one process")
     held.enter_context(pinned(settings.parts[0].folder.parent))
     readers = [held.enter_context(PageReader(part.read())) for part in settings.parts]
-    return SliceTable(readers, settings.page_count)
+    return PartTable(readers, settings.page_count)
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     with ExitStack() as held:
         try:
-            server = SliceServer(settings_.load(SliceSettings, Path(arguments[0])), held)
+            server = PartServer(settings_.load(PartServerSettings, Path(arguments[0])), held)
         except (OSError, DcresError) as error:
             log.error("cannot start: %s", error)
             sys.exit(1)

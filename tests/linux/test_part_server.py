@@ -1,4 +1,4 @@
-"""Slice servers: the pages of a checkpoint, verified, and nothing else."""
+"""Part servers: the pages of a checkpoint, verified, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.servers import (
     ended,
     extents,
     memory_server,
-    slice_server,
+    part_server,
     slice_settings,
 )
 from tests.support.speed import patience
@@ -54,12 +54,12 @@ def stored(tmp_path: Path) -> tuple[Store, Manifest, bytes]:
 
 
 @pytest.fixture
-def slices(tmp_path: Path, stored: tuple[Store, Manifest, bytes]) -> Iterator[Server]:
-    """A slice server of the main host's part and of one more."""
+def serving(tmp_path: Path, stored: tuple[Store, Manifest, bytes]) -> Iterator[Server]:
+    """A part server of the main host's part and of one more."""
     store, manifest, _ = stored
     parts = ("h0", "h2")
-    chosen = slice_settings(tmp_path, "slices", store, manifest, parts)
-    with slice_server(tmp_path, "slices", chosen) as server:
+    chosen = slice_settings(tmp_path, "parts", store, manifest, parts)
+    with part_server(tmp_path, "parts", chosen) as server:
         yield server
 
 
@@ -71,10 +71,14 @@ def at(memory: bytes, which: Extents) -> bytes:
 
 
 def test_the_parts_of_a_checkpoint_are_served(
-    slices: Server, stored: tuple[Store, Manifest, bytes]
+    serving: Server, stored: tuple[Store, Manifest, bytes]
 ) -> None:
     ram, which = stored[2], extents_of_mask(SERVED)
-    with Client(slices) as pager, Client(slices) as second, Client(slices, Role.READER) as reader:
+    with (
+        Client(serving) as pager,
+        Client(serving) as second,
+        Client(serving, Role.READER) as reader,
+    ):
         assert extents(*pager.here()).tolist() == which.tolist()
         assert pager.page_in(which[:3]) == at(ram, which[:3])
         found, data = reader.peek(np.array([[0, PAGE_COUNT]]))
@@ -82,18 +86,18 @@ def test_the_parts_of_a_checkpoint_are_served(
         assert data == at(ram, which)
         pager.release(which)
         assert second.page_in(which[:1]) == at(ram, which[:1])
-        assert slices.status()["pagers"] == 2
+        assert serving.status()["pagers"] == 2
     target = Target(PAGE_COUNT)
-    pull(slices.address, ME, PAGE_COUNT, which, target.write)
+    pull(serving.address, ME, PAGE_COUNT, which, target.write)
     assert at(bytes(target.data), which) == at(ram, which)
 
 
 def test_a_memory_server_fetches_from_it(
-    slices: Server, tmp_path: Path, stored: tuple[Store, Manifest, bytes]
+    serving: Server, tmp_path: Path, stored: tuple[Store, Manifest, bytes]
 ) -> None:
     which = extents_of_mask(SERVED)
     with memory_server(tmp_path, "sub", PAGE_COUNT) as sub, Client(sub) as pager:
-        stored_ = pager.fetched(pager.fetch(slices.endpoint, np.array([[0, PAGE_COUNT]])))
+        stored_ = pager.fetched(pager.fetch(serving.endpoint, np.array([[0, PAGE_COUNT]])))
         assert extents(*stored_).tolist() == which.tolist()
         assert pager.page_in(which) == at(stored[2], which)
 
@@ -105,22 +109,22 @@ def test_a_memory_server_fetches_from_it(
         (Kind.FETCH, wire.pack_fetch(Endpoint("::1", 1), extents(1)), b"fetches no pages"),
     ],
 )
-def test_it_takes_nothing(slices: Server, kind: Kind, payload: bytes, text: bytes) -> None:
-    with Client(slices) as pager:
+def test_it_takes_nothing(serving: Server, kind: Kind, payload: bytes, text: bytes) -> None:
+    with Client(serving) as pager:
         pager.tell(kind, payload)
         assert b"ProtocolError: a part server " + text == ended(pager)
 
 
-def test_pages_of_other_parts_are_not_here(slices: Server) -> None:
+def test_pages_of_other_parts_are_not_here(serving: Server) -> None:
     which = extents_of_mask(placement() == 1)
-    with Client(slices) as pager:
+    with Client(serving) as pager:
         pager.tell(Kind.PAGE_IN, wire.pack_extents(which[:1]))
         assert ended(pager).startswith(b"PagesLost: ")
-    assert slices.status()["trouble"] == ""
+    assert serving.status()["trouble"] == ""
 
 
 def test_a_flipped_bit_is_named_and_not_sent(
-    slices: Server, tmp_path: Path, stored: tuple[Store, Manifest, bytes]
+    serving: Server, tmp_path: Path, stored: tuple[Store, Manifest, bytes]
 ) -> None:
     store, manifest, _ = stored
     page = int(np.flatnonzero(placement() == 2)[5])
@@ -130,37 +134,37 @@ def test_a_flipped_bit_is_named_and_not_sent(
         os.pwrite(fd, bytes([byte[0] ^ 16]), page * PAGE_SIZE + 99)
     sentence = f"{path}: page {page} was altered: its checksum differs"
     target = Target(PAGE_COUNT)
-    with pytest.raises(CheckpointCorrupt, match=f"slices reports: {sentence}"):
-        pull(slices.address, ME, PAGE_COUNT, extents_of_mask(SERVED), target.write)
+    with pytest.raises(CheckpointCorrupt, match=f"parts reports: {sentence}"):
+        pull(serving.address, ME, PAGE_COUNT, extents_of_mask(SERVED), target.write)
     assert target.pages == []
-    assert sentence in slices.status()["trouble"]
+    assert sentence in serving.status()["trouble"]
     with memory_server(tmp_path, "sub", PAGE_COUNT) as sub, Client(sub) as pager:
-        assert pager.fetched(pager.fetch(slices.endpoint, extents_of_mask(SERVED))) == []
+        assert pager.fetched(pager.fetch(serving.endpoint, extents_of_mask(SERVED))) == []
         good = extents_of_mask(placement() == 0)
-        assert len(pager.fetched(pager.fetch(slices.endpoint, good))) == manifest.main.pages
+        assert len(pager.fetched(pager.fetch(serving.endpoint, good))) == manifest.main.pages
 
 
 def test_a_served_checkpoint_cannot_be_deleted(
-    slices: Server, stored: tuple[Store, Manifest, bytes]
+    serving: Server, stored: tuple[Store, Manifest, bytes]
 ) -> None:
     store, manifest, _ = stored
     with pytest.raises(Conflict, match="is in use"):
         store.delete(manifest.checkpoint)
     assert store.verify(manifest.checkpoint).ok
-    slices.process.terminate()
-    slices.process.wait(patience(10))
+    serving.process.terminate()
+    serving.process.wait(patience(10))
     store.delete(manifest.checkpoint)
 
 
-def test_a_slice_server_is_found_where_it_was(
+def test_a_part_server_is_found_where_it_was(
     tmp_path: Path, stored: tuple[Store, Manifest, bytes]
 ) -> None:
     store, manifest, ram = stored
     folder = VmFolder(tmp_path / "run", tmp_path / "mem")
     folder.make()
-    daemon = Daemon("dcres.actors.host.slice_server", folder, "slices")
-    chosen = slice_settings(folder.run, "slices", store, manifest, ("h0", "h1", "h2"))
-    path = folder.run / "slices.json"
+    daemon = Daemon("dcres.actors.host.part_server", folder, "parts")
+    chosen = slice_settings(folder.run, "parts", store, manifest, ("h0", "h1", "h2"))
+    path = folder.run / "parts.json"
     settings.save(chosen, path)
     daemon.start()
     try:
@@ -185,7 +189,7 @@ def test_a_page_is_not_served_from_two_files(
     store, manifest, _ = stored
     chosen = slice_settings(tmp_path, "bad", store, manifest, ("h0", "h0"))
     text = "is in another memory file as well"
-    with pytest.raises(AssertionError, match=text), slice_server(tmp_path, "bad", chosen):
+    with pytest.raises(AssertionError, match=text), part_server(tmp_path, "bad", chosen):
         pass
     store.delete(manifest.checkpoint)
     with pytest.raises(NotFound), store.pin(manifest.checkpoint):
