@@ -91,6 +91,9 @@ class FakeHost:
         self.world.spend(self.host, what)
         self._require_not_over()
         yield
+        if self._over:  # meanwhile
+            self.world.end(self.host)
+        self._require_not_over()
 
     def _require_not_over(self) -> None:
         if self._over:

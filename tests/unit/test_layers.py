@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # What a part may import besides itself, dcres.errors and dcres.model.pages.
 MAY_IMPORT = {
     "errors": set[str](),
-    "config": set[str](),
+    "config": {"model"},
     "model": set[str](),
     "linux": set[str](),
     "storage": {"model", "linux"},
