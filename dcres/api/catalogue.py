@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +37,9 @@ class Catalogue(Protocol):
     def get(self, checkpoint: str) -> Manifest:
         """A checkpoint's manifest. Raises NotFound, CheckpointCorrupt."""
 
+    def lacking(self, manifest: Manifest) -> Names:
+        """The hosts whose parts of a checkpoint are not to be found: it cannot be restored now."""
+
     def verify(self, checkpoint: str, done: Callable[[int], None] | None = None) -> VerifyReport:
         """Read every byte and compare; `done` gets pages done since its last call."""
 
@@ -60,6 +63,10 @@ class StoreHere:
     def get(self, checkpoint: str) -> Manifest:
         """See `Catalogue`."""
         return self._store.get(checkpoint)
+
+    def lacking(self, manifest: Manifest) -> Names:
+        """See `Catalogue`."""
+        return _without(manifest, self._store.parts_here(manifest))
 
     def verify(self, checkpoint: str, done: Callable[[int], None] | None = None) -> VerifyReport:
         """See `Catalogue`."""
@@ -88,6 +95,10 @@ class StoresOfHosts:
     def get(self, checkpoint: str) -> Manifest:
         """See `Catalogue`."""
         return self._find(checkpoint)[1]
+
+    def lacking(self, manifest: Manifest) -> Names:
+        """See `Catalogue`."""
+        return _without(manifest, _parts_anywhere(manifest))
 
     def verify(self, checkpoint: str, done: Callable[[int], None] | None = None) -> VerifyReport:
         """See `Catalogue`; the hosts read at the same time, and `done` is called at the end."""
@@ -132,9 +143,7 @@ class StoresOfHosts:
         """
         with suppress(CheckpointCorrupt):
             manifest = gateway.run_on(first, _get, checkpoint, timeout_s=_LOOK_TIMEOUT_S)
-            found = {part for here in _on_all(_parts_here, manifest) for part in here}
-            there = found.union(_alive())
-            return [part.host for part in manifest.hosts if part.host not in there]
+            return _without(manifest, _parts_anywhere(manifest).union(_alive()))
         return []
 
     def _publisher(self, checkpoint: str) -> str:
@@ -166,6 +175,14 @@ class StoresOfHosts:
 
 def _alive() -> list[str]:
     return [host.name for host in gateway.hosts() if host.alive]
+
+
+def _parts_anywhere(manifest: Manifest) -> set[str]:
+    return {part for here in _on_all(_parts_here, manifest) for part in here}
+
+
+def _without(manifest: Manifest, there: Collection[str]) -> Names:
+    return [part.host for part in manifest.hosts if part.host not in there]
 
 
 def _at_once(work: Callable[[str], _T], hosts: Sequence[str]) -> list[_T]:

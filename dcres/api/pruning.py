@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from dcres.api.catalogue import Catalogue
-from dcres.errors import ConfigError, Conflict, DcresError, NotFound
+from dcres.errors import ConfigError, DcresError, NotFound, OperationFailed
 from dcres.model.retention import Keep, reasons_to_keep
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.store.protocols import Listed
@@ -51,11 +51,6 @@ class Pruning:
         return tuple(each for each in self.fates if each.goes)
 
     @property
-    def freed_bytes(self) -> int:
-        """What those that go take on disks."""
-        return sum(each.size_bytes for each in self.going)
-
-    @property
     def problems(self) -> tuple[str, ...]:
         """Why some are there still."""
         return tuple(f"{each.checkpoint}: {each.problem}" for each in self.fates if each.problem)
@@ -75,16 +70,22 @@ class Pruning:
 def plan_pruning(catalogue: Catalogue, vm: str, keep: Keep | str | None = None) -> Pruning:
     """What would stay by `keep`, or by the VM file of the newest checkpoint; changes nothing.
 
-    A checkpoint whose manifest cannot be read counts for no rule, and stays. Raises NotFound for
-    a VM without checkpoints, ConfigError without rules.
+    A checkpoint whose manifest cannot be read, or that lacks a part, counts for no rule and stays:
+    none that can be restored is to go for its sake. Raises NotFound for a VM without checkpoints,
+    ConfigError without rules.
     """
     listing = catalogue.list(vm)
     if not listing:
         raise NotFound(f"VM {vm} has no checkpoint here; `dcres checkpoints` lists all there are")
     read = [each.manifest for each in listing if each.manifest is not None]
     rules = _rules_of(vm, read) if keep is None else _checked(keep)
-    taken = [(each.checkpoint, datetime.fromisoformat(each.created)) for each in read]
+    lacking = {each.checkpoint: catalogue.lacking(each) for each in read}
+    whole = [each for each in read if not lacking[each.checkpoint]]
+    taken = [(each.checkpoint, datetime.fromisoformat(each.created)) for each in whole]
     reasons = reasons_to_keep(rules, taken)
+    for checkpoint, hosts in lacking.items():
+        if hosts:
+            reasons[checkpoint] = (f"its part on {', '.join(hosts)} is not to be found",)
     fates = [_fate(each, reasons) for each in reversed(listing)]
     return Pruning(vm, rules, tuple(fates))
 
@@ -115,19 +116,14 @@ def _fate(entry: Listed, reasons: dict[str, tuple[str, ...]]) -> Fate:
     return Fate(entry.checkpoint, manifest.created, size, reasons[entry.checkpoint])
 
 
-def prune(
-    catalogue: Catalogue, planned: Pruning, removed: Callable[[str], None] | None = None
-) -> Pruning:
+def prune(catalogue: Catalogue, planned: Pruning) -> Pruning:
     """Remove those that go, the oldest first, as `plan_pruning` has them; what became of each.
 
-    One that is being read stays, and one that fails does not keep the others. `removed` is told
-    of each that went.
+    One that is being read stays, and one that fails does not keep the others.
     """
     fates = {each.checkpoint: each for each in planned.fates}
     for fate in reversed(planned.going):
-        fates[fate.checkpoint] = after = _remove(catalogue, fate)
-        if after.removed and removed is not None:
-            removed(after.checkpoint)
+        fates[fate.checkpoint] = _remove(catalogue, fate)
     return replace(planned, fates=tuple(fates.values()))
 
 
@@ -136,19 +132,8 @@ def _remove(catalogue: Catalogue, fate: Fate) -> Fate:
         catalogue.delete(fate.checkpoint)
     except NotFound:
         return replace(fate, removed=True)  # somebody else was quicker
-    except Conflict as error:
-        return replace(fate, problem=str(error))
+    except OperationFailed as error:  # of files that are left
+        return replace(fate, removed=True, problem=str(error))
     except DcresError as error:
-        gone = not _is_listed(catalogue, fate.checkpoint)
-        return replace(fate, removed=gone, problem=str(error))
+        return replace(fate, problem=str(error))
     return replace(fate, removed=True)
-
-
-def _is_listed(catalogue: Catalogue, checkpoint: str) -> bool:
-    try:
-        catalogue.get(checkpoint)
-    except NotFound:
-        return False
-    except DcresError:
-        return True
-    return True

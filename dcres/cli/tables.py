@@ -34,7 +34,6 @@ _PHASE_STYLES = {
     "internal-error": "bold red",
     "guest-panicked": "bold red",
 }
-_UNCHANGED = "nothing was changed"
 _CHECK_STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 
 
@@ -276,7 +275,7 @@ def pruning_view(pruning: Pruning, *, dry_run: bool = False) -> RenderableType:
     left = [each for each in pruning.going if dry_run or each.removed]
     size = format_size(sum(each.size_bytes for each in left))
     tail = f"{len(left)} of {len(pruning.fates)} {gone}, {size}; kept: {pruning.keep}"
-    return Group(table, Text(tail, "dim"), *([_UNCHANGED] if dry_run else []))
+    return Group(table, Text(tail, "dim"), *(["nothing was changed"] if dry_run else []))
 
 
 def drain_view(plan: DrainPlan) -> RenderableType:

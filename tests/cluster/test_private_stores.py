@@ -157,6 +157,8 @@ def test_eagerly_and_checkpointed_anew(cli: Cli, saved: dict[str, Any], folder: 
     assert single["pages_moved"] == again["pages"]
     require_checks(folder, "h0", 1)
     cli.json("stop", "box")
-    for checkpoint in (saved["checkpoint"], again["checkpoint"]):
-        assert cli.json("delete", checkpoint, "--yes")["deleted"] is True
+    pruned = cli.json("prune", "box", "--keep", "last=1", "--yes")
+    assert pruned["removed"] == [saved["checkpoint"]]
+    assert pruned["checkpoints"][0]["reasons"] == ["last"], "all of its parts were found"
+    assert cli.json("delete", again["checkpoint"], "--yes")["deleted"] is True
     assert cli.json("checkpoints") == {"checkpoints": []}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from dcres.api.catalogue import StoreHere
 from dcres.api.pruning import plan_pruning, prune
 from dcres.cli import main
 from dcres.config import vm_spec
-from dcres.errors import ConfigError, NotFound, StorageError
+from dcres.errors import ConfigError, NotFound, OperationFailed, StorageError
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.store.pins import Hold, pinned
 from dcres.storage.store.store import Store
@@ -47,15 +48,25 @@ def listed(store: Store, vm: str = "demo") -> list[str]:
     return [each.checkpoint for each in reversed(store.list(vm))]
 
 
-def test_what_no_rule_keeps_is_removed_the_oldest_first(store: Store, five: list[str]) -> None:
+def test_what_no_rule_keeps_is_removed_the_oldest_first(
+    store: Store, five: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = StoreHere(store.root)
     planned = plan_pruning(here, "demo", "last=2")
     assert [each.checkpoint for each in planned.fates] == five == listed(store)
     assert [each.reasons for each in planned.fates] == [("last",), ("last",), (), (), ()]
-    assert planned.freed_bytes == sum(each.size_bytes for each in planned.going) > 0
     order: list[str] = []
-    done = prune(here, planned, order.append)
+    delete = StoreHere.delete
+
+    def noted(here: StoreHere, checkpoint: str) -> None:
+        order.append(checkpoint)
+        delete(here, checkpoint)
+
+    monkeypatch.setattr(StoreHere, "delete", noted)
+    done = prune(here, planned)
     assert order == five[:1:-1]
+    freed = sum(each.size_bytes for each in planned.going)
+    assert done.to_dict()["freed_bytes"] == freed > 0
     assert listed(store) == five[:2]
     assert len(listed(store, "other")) == 1
     assert (done.problems, done.to_dict()["removed"]) == ((), five[2:])
@@ -99,6 +110,19 @@ def test_what_cannot_be_read_counts_for_no_rule_and_stays(store: Store, five: li
     assert listed(store) == five[:2]
 
 
+def test_what_cannot_be_restored_counts_for_no_rule_and_stays(
+    store: Store, five: list[str]
+) -> None:
+    """The disk of one of its hosts is gone: no reason to remove the last one that is whole."""
+    shutil.rmtree(store.root / "demo" / five[0] / "h1")
+    here = StoreHere(store.root)
+    planned = plan_pruning(here, "demo", "last=1")
+    assert planned.fates[0].reasons == ("its part on h1 is not to be found",)
+    assert planned.fates[1].reasons == ("last",)
+    prune(here, planned)
+    assert listed(store) == five[:2]
+
+
 def test_one_that_fails_does_not_keep_the_others(
     store: Store, five: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,14 +133,17 @@ def test_one_that_fails_does_not_keep_the_others(
             raise StorageError("the disk is broken")
         delete(here, checkpoint)
         if checkpoint == five[3]:
-            raise StorageError("a file is left")
+            raise OperationFailed("not all of its files", {"h1": "it does not answer"})
 
     monkeypatch.setattr(StoreHere, "delete", fail)
     here = StoreHere(store.root)
     done = prune(here, plan_pruning(here, "demo", "last=1"))
     assert listed(store) == [five[0], five[4]]
     assert done.to_dict()["removed"] == five[1:4]
-    assert done.problems == (f"{five[3]}: a file is left", f"{five[4]}: the disk is broken")
+    assert done.problems == (
+        f"{five[3]}: not all of its files (h1: it does not answer)",
+        f"{five[4]}: the disk is broken",
+    )
 
 
 def test_what_somebody_else_removes_meanwhile_is_gone(store: Store, five: list[str]) -> None:
