@@ -31,6 +31,7 @@ class World(Protocol):
     def spawn(self, *args: Any) -> Port: ...
     def host(self, vm: str, role: Role) -> Port: ...
     def kill(self, port: Port) -> None: ...
+    def has(self, port: Port) -> bool: ...
     def missing(self) -> Port: ...
 
 
@@ -56,6 +57,9 @@ class LocalWorld:
         assert isinstance(port, LocalPort)
         self.actors[port.name].restart()
 
+    def has(self, port: Port) -> bool:
+        return False  # it fails as it is spawned
+
     def missing(self) -> Port:
         return LocalPort("nobody", self.actors)
 
@@ -80,6 +84,10 @@ class RayWorld:
     def kill(self, port: Port) -> None:
         assert isinstance(port, gateway.ActorPort)
         os.kill(port.pid(), signal.SIGKILL)
+
+    def has(self, port: Port) -> bool:
+        assert isinstance(port, gateway.ActorPort)
+        return gateway.find(port.name) is not None
 
     def missing(self) -> Port:
         return gateway.ActorPort(f"{self.name}-nobody")
@@ -176,6 +184,14 @@ def test_an_actor_that_is_not_there(world: World, use: Callable[[Port], object])
 
 def test_a_constructor_that_fails_says_why(world: World) -> None:
     broken = world.spawn(None, "no room at all")
+    with pytest.raises(DcresError, match="no room at all"):
+        broken.wait_ready(patience(30))
+
+
+def test_a_constructor_that_failed_long_ago_says_why(world: World) -> None:
+    """Ray frees its name, so nobody finds it; who spawned it is told."""
+    broken = world.spawn(None, "no room at all")
+    until(lambda: not world.has(broken), 30, "its name is free")
     with pytest.raises(DcresError, match="no room at all"):
         broken.wait_ready(patience(30))
 

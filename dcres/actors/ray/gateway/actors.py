@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -27,11 +27,17 @@ R = TypeVar("R")
 class ActorPort:
     """An actor by name: callable from any process of the cluster, and picklable.
 
-    `timeout_s` is how long an answer may take; None: as long as its order says.
+    `timeout_s` is how long an answer may take; None: as long as its order says. `_spawned` is
+    Ray's handle in the process that spawned the actor: when the constructor fails, Ray frees
+    the name at once, and tells the reason to holders of the handle alone.
     """
 
     name: str
     timeout_s: float | None = None
+    _spawned: Any = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[ActorPort], tuple[str, float | None]]:
+        return ActorPort, (self.name, self.timeout_s)
 
     def within(self, timeout_s: float) -> ActorPort:
         """The same actor, whose answers may take `timeout_s`."""
@@ -64,6 +70,10 @@ class ActorPort:
         reference = getattr(self._handle(), method).remote(*args, **kwargs)
         return Pending(f"{self.name}.{method}", reference, timeout_s)
 
+    def _begun(self, timeout_s: float) -> Pending[Any]:
+        handle = self._spawned or self._handle()
+        return Pending(f"{self.name}.__ray_ready__", handle.__ray_ready__.remote(), timeout_s)
+
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the actor answers, through a restart if need be. Raises ActorGone.
 
@@ -73,7 +83,7 @@ class ActorPort:
         while True:
             try:
                 left_s = max(deadline - time.monotonic(), 0.01)
-                self._submit("__ray_ready__", left_s).result()
+                self._begun(left_s).result()
             except ActorGone:
                 if time.monotonic() > deadline or find(self.name) is None:
                     raise

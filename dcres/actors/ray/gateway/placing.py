@@ -59,7 +59,7 @@ def spawn(
         actor.__ray_call__.remote(spares.order_from, node_id)
     else:
         spares.order_soon(node_id)
-    return ActorPort(actor_name)
+    return ActorPort(actor_name, _spawned=actor)
 
 
 def _place(
