@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from dcres.linux import abi
-from dcres.model.pages import PAGE_SIZE, Extents, Mask, Pages, join
+from dcres.model.pages import PAGE_SIZE, Extents, Mask, Pages, join, mask_of_extents
 
 _REGIONS_AT_ONCE = 16384
 _GAP_PAGES = 64  # reading over so many entries takes as long as another read
@@ -48,7 +48,7 @@ class WriteTracker:
             _present(os.pread(self._fd, 8 * int(run[-1] - run[0] + 1), self._entry(int(run[0]))))[
                 run - run[0]
             ]
-            for run in np.split(pages, np.flatnonzero(np.diff(pages) > _GAP_PAGES) + 1)
+            for run in _close_by(pages)
         ]
         return np.concatenate(found)
 
@@ -62,11 +62,31 @@ class WriteTracker:
         Raises OSError (EPERM when the mapping is not registered with WP_ASYNC).
         """
         flags = abi.PM_SCAN_CHECK_WPASYNC | (abi.PM_SCAN_WP_MATCHING if protect else 0)
+        return join(self._scan(flags, self._start, self._end))
+
+    def written(self, pages: Pages) -> Pages:
+        """Which of the ascending `pages` were written since they were last protected.
+
+        Protects nothing. A page whose hole was just punched keeps that record as a marker, and
+        nobody can write it any more; so right after the punch the answer is final.
+        """
+        if not pages.size:
+            return pages
+        found = [np.zeros(0, dtype=np.int64)]
+        for run in _close_by(pages):
+            first, stop = int(run[0]), int(run[-1]) + 1
+            begin, end = (self._start + at * PAGE_SIZE for at in (first, stop))
+            extents = self._scan(abi.PM_SCAN_CHECK_WPASYNC, begin, end)
+            found.append(run[mask_of_extents(extents - first, stop - first)[run - first]])
+        return np.concatenate(found)
+
+    def _scan(self, flags: int, start: int, end: int) -> Extents:
+        """Extents of written pages in a stretch of the process's memory, maybe overlapping."""
         call = abi.PmScanArg(
             size=ctypes.sizeof(abi.PmScanArg),
             flags=flags,
-            start=self._start,
-            end=self._end,
+            start=start,
+            end=end,
             vec=self._regions.ctypes.data,
             vec_len=_REGIONS_AT_ONCE,
             category_mask=abi.PAGE_IS_WRITTEN,
@@ -74,7 +94,7 @@ class WriteTracker:
         )
         parts = []
         full = True
-        while full and call.start < self._end:
+        while full and call.start < end:
             found = fcntl.ioctl(self._fd, abi.PAGEMAP_SCAN, call)
             parts.append(self._regions[:found, :2].astype(np.int64))
             # With room left everything was looked at, but `walk_end` does not say so: it is
@@ -82,8 +102,13 @@ class WriteTracker:
             # on there would find a second time, and longer, what was written meanwhile.
             full = found == len(self._regions)
             call.start = call.walk_end
-        pages = (np.concatenate(parts) - self._start) // PAGE_SIZE
-        return join(pages)
+        pages: Extents = (np.concatenate(parts) - self._start) // PAGE_SIZE
+        return pages
+
+
+def _close_by(pages: Pages) -> list[Pages]:
+    """Ascending pages in groups that are worth one look."""
+    return np.split(pages, np.flatnonzero(np.diff(pages) > _GAP_PAGES) + 1)
 
 
 def _present(entries: bytes) -> Mask:

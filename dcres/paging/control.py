@@ -21,12 +21,14 @@ from dcres import errors
 from dcres.paging.orders import (
     AnswerT,
     Counters,
+    Cut,
     Done,
     Freeze,
     Frozen,
     Json,
     PagerOrder,
     Quiesce,
+    Rebase,
     Reload,
     ResizePager,
     ResizeServer,
@@ -94,6 +96,17 @@ class PagerControl:
     def untrack(self) -> None:
         """Nothing is marked any more."""
         self._ask(Untrack(), Done)
+
+    def cut(self, checkpoint: str) -> None:
+        """What changes after this is not in `checkpoint`. Raises PagingError unless frozen."""
+        self._ask(Cut(checkpoint), Done)
+
+    def rebase(self, checkpoint: str) -> None:
+        """It keeps account of what changed since `checkpoint`, whose cut was the last one.
+
+        Raises PagingError for another one; then there is no base.
+        """
+        self._ask(Rebase(checkpoint), Done)
 
 
 class ServerControl:

@@ -66,8 +66,20 @@ class Untrack(NamedTuple):
     """Stop marking."""
 
 
+class Cut(NamedTuple):
+    """The guest is stopped for this checkpoint: contents that change from now on are not in it."""
+
+    checkpoint: str
+
+
+class Rebase(NamedTuple):
+    """This checkpoint is published: keep account of what changed since it."""
+
+    checkpoint: str
+
+
 PagerOrder: TypeAlias = (
-    Status | Quiesce | Freeze | Thaw | Reload | ResizePager | Track | Scan | Untrack
+    Status | Quiesce | Freeze | Thaw | Reload | ResizePager | Track | Scan | Untrack | Cut | Rebase
 )
 ServerOrder: TypeAlias = Status | ResizeServer | Track | Scan | Untrack
 
@@ -81,6 +93,8 @@ PAGER_ORDERS: Mapping[str, type[PagerOrder]] = {
     "track": Track,
     "scan": Scan,
     "untrack": Untrack,
+    "cut": Cut,
+    "rebase": Rebase,
 }
 SERVER_ORDERS: Mapping[str, type[ServerOrder]] = {
     "status": Status,

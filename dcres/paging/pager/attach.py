@@ -20,6 +20,7 @@ from dcres.linux.pipe import access_mode
 from dcres.linux.userfaultfd import Userfaultfd
 from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
 from dcres.model.placement import LEAVING, MAIN, NOWHERE
+from dcres.paging.content import ContentChanges
 from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.outbox import Outbox
 from dcres.paging.pager.table import PageTable
@@ -59,6 +60,16 @@ def open_table(settings: PagerSettings) -> PageTable:
     table = PageTable(path, settings.page_count)
     _require_known(table, settings)
     return table
+
+
+def open_content(table: PageTable, path: Path) -> ContentChanges:
+    """The account of what changed; a new one, without a base, for a QEMU that ran nothing yet.
+
+    Raises NoRoom, PagingError for one of another VM.
+    """
+    if table.pipe_inode and path.exists():
+        return ContentChanges(path, table.page_count)
+    return ContentChanges.fresh(path, table.page_count)
 
 
 def _require_known(table: PageTable, settings: PagerSettings) -> None:

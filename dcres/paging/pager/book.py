@@ -28,7 +28,8 @@ not looked through for one that comes twice. What is under way is known here alo
 the pager; owners are in the table file, where `dcres/paging/hot.c` makes one transition by
 itself: *page-in* of a run that it has asked for. Python hears of it (`heard_page_in`).
 
-Who tracks changes is told of every page that comes or goes, after it has (`changes`).
+Who tracks changes is told of every page that comes or goes, after it has (`changes`). What its
+content is, only a first touch decides here; of writes the kernel knows (`content`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from dcres.errors import PagesLost, PagingError
 from dcres.model.pages import Mask, Pages
 from dcres.model.placement import FIRST_SUB, LEAVING, MAIN, NOWHERE, Owners, recover
 from dcres.paging.changes import NOBODY_LOOKS, Changes
+from dcres.paging.content import NO_ACCOUNT, Content
 from dcres.paging.pager.table import PageTable
 
 
@@ -64,6 +66,7 @@ class PageBook:
         self._fetching: Mask = np.zeros(table.page_count, dtype=np.bool_)
         self.in_flight_pages = self.fetching_pages = 0
         self.changes: Changes = NOBODY_LOOKS
+        self.content: Content = NO_ACCOUNT
         self._count()
 
     def _count(self) -> None:
@@ -100,6 +103,7 @@ class PageBook:
         if self._bytes[page] != NOWHERE:
             raise self._refusal("a first touch", page)
         self._bytes[page] = MAIN
+        self.content.mark(np.array([page]))
         self._came(page, page + 1)
 
     def page_in(self, first: int, stop: int, code: int) -> None:
@@ -217,6 +221,8 @@ class PageBook:
         if found.lost.any():
             raise PagesLost(f"{int(found.lost.sum())} pages of the main host are gone")
         self._owners[:] = found.owners
+        # Its predecessor may have asked the kernel what was written, and not have kept the answer.
+        self.content.distrust((self._owners == MAIN) | (self._owners == LEAVING))
         self._count()
         return found.stale_outbox
 
@@ -225,6 +231,7 @@ class PageBook:
         leaving = ~in_ram & (self._owners == LEAVING)  # of sub hosts that there were before
         self._require(self._owners < FIRST_SUB, "owners kept from now on", slice(None))
         self._owners[:] = np.select([in_ram, leaving], [MAIN, LEAVING], NOWHERE)
+        self.content.distrust(in_ram)
         self._count()
 
     # What is refused

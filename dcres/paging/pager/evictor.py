@@ -105,6 +105,7 @@ class Evictor:
         if pages.size == 0:  # a link went down over its releases
             return False
         self._outbox.take(pages)
+        self._note_last_writes(pages)
         self._policy.left(pages)
         self._taken = (link, pages)
         return True
@@ -152,6 +153,15 @@ class Evictor:
         for at in range(0, pages.size, STEP_PAGES):
             self._candidates.append(pages[at : at + STEP_PAGES])
 
+    def _note_last_writes(self, pages: Pages) -> None:
+        """These have just left the RAM file: what was written since the last scan.
+
+        Now, since the kernel's record of a page is erased when it comes back.
+        """
+        content = self._book.content
+        if content.kept:
+            content.mark(self._tracker.written(content.unmarked(pages)))
+
     def keep_history(self) -> None:
         """Before a guest runs that was restored: what was loaded was not written by it.
 
@@ -167,6 +177,7 @@ class Evictor:
             written &= self._book.owners == MAIN
         # Else a hole may be reported as written, and whoever saves finds out.
         pages = np.flatnonzero(written)
+        self._book.content.mark(pages)
         self._book.changes.mark_pages(pages)
         # A page on standby is reported once more for what was written before it came there.
         watched = self._policy.on_standby[pages]

@@ -16,11 +16,14 @@ from dcres.model.placement import pages_by_host
 from dcres.paging import moves as moves_
 from dcres.paging import settings as settings_
 from dcres.paging.changes import NOBODY_LOOKS, DirtyBitmap
+from dcres.paging.content import ContentChanges
 from dcres.paging.orders import (
+    Cut,
     Done,
     Freeze,
     PagerOrder,
     Quiesce,
+    Rebase,
     Reload,
     Reply,
     ResizePager,
@@ -55,6 +58,7 @@ class Parts:
     mover: Mover
     filler: Filler
     standstill: Standstill
+    content: ContentChanges
     native: bool
     """Whether the hot path is in C."""
 
@@ -103,6 +107,12 @@ class Orders:
                 parts.book.changes = NOBODY_LOOKS
                 self._tracking = ""
                 reply(Done())
+            case Cut(checkpoint):
+                self._cut(checkpoint)
+                reply(Done())
+            case Rebase(checkpoint):
+                parts.content.rebase(checkpoint)
+                reply(Done())
             case _:
                 assert_never(order)
 
@@ -125,6 +135,11 @@ class Orders:
             raise PagingError("the pager was started again and does not track this checkpoint")
         self._parts.evictor.note_writes()
         return marks.count()
+
+    def _cut(self, checkpoint: str) -> None:
+        """The freeze has asked the kernel what was written; until the thaw nothing is."""
+        self._parts.standstill.require_frozen()
+        self._parts.content.cut(checkpoint)
 
     def _resize(self, limit_pages: int) -> None:
         self._parts.standstill.require_alive()

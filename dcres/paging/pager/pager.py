@@ -22,8 +22,9 @@ from dcres.model.wire import Kind
 from dcres.paging import moves as moves_
 from dcres.paging import settings as settings_
 from dcres.paging.alone import alone
+from dcres.paging.content import content_file
 from dcres.paging.orders import PAGER_ORDERS
-from dcres.paging.pager.attach import Attached, attach, lock_of, open_table
+from dcres.paging.pager.attach import Attached, attach, lock_of, open_content, open_table
 from dcres.paging.pager.book import PageBook
 from dcres.paging.pager.evictor import Evictor
 from dcres.paging.pager.faults import FaultHandler, HotFault
@@ -52,6 +53,7 @@ class Pager:
         stack.enter_context(alone(lock_of(settings), "a pager of this VM"))
         table = open_table(settings)
         self._book = PageBook(table)
+        content = self._book.content = open_content(table, content_file(Path(settings.table)))
         attached = attach(settings, self._book, stack)
         self._uffd = attached.uffd
         self._started = time.monotonic()
@@ -88,6 +90,7 @@ class Pager:
             self._mover,
             self._filler,
             self._standstill,
+            content,
             native=self._loop.hot is not None,
         )
         parts.links_changed()

@@ -81,6 +81,11 @@ class Standstill:
         if self.state is PagerState.LOST:
             raise PagesLost(self.lost_why)
 
+    def require_frozen(self) -> None:
+        """Raises PagingError unless nothing moves and no fault is answered."""
+        if self.state is not PagerState.FROZEN:
+            raise PagingError(f"the pager is {self.state}, not frozen")
+
     def lose(self, why: str) -> None:
         """A page is gone: for good."""
         self.state = PagerState.LOST

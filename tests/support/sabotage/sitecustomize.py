@@ -54,6 +54,47 @@ def writes_are_looked_for_only_before_the_stop() -> None:
     Evictor.note_writes = note_writes  # type: ignore[method-assign]
 
 
+def last_writes_are_not_asked_for() -> None:
+    from dcres.paging.pager.evictor import Evictor
+
+    Evictor._note_last_writes = lambda self, pages: None  # type: ignore[method-assign]
+
+
+def pages_come_back_clean() -> None:
+    from dcres.paging.pager.book import PageBook
+
+    honest = PageBook._came
+
+    def came(self: Any, first: int, stop: int) -> None:
+        honest(self, first, stop)
+        self.content._marks[first:stop] = 0
+
+    PageBook._came = came  # type: ignore[method-assign]
+
+
+def a_pager_dies_in_a_scan() -> None:
+    """Between the scan, which protects pages again, and the marks of what it found."""
+    from dcres.paging.pager.evictor import Evictor
+
+    honest = Evictor.note_writes
+    scans = iter(range(1 << 30))
+
+    def note_writes(self: Any) -> None:
+        if self.enabled and self._book.content.kept and next(scans) == 9:
+            self._tracker.scan(protect=True)
+            os._exit(9)
+        honest(self)
+
+    Evictor.note_writes = note_writes  # type: ignore[method-assign]
+
+
+def a_pager_trusts_one_that_died_in_a_scan() -> None:
+    from dcres.paging.content import ContentChanges
+
+    a_pager_dies_in_a_scan()
+    ContentChanges.distrust = lambda self, pages: None  # type: ignore[method-assign]
+
+
 def linux_6_1() -> None:
     """The kernel's answers to UFFDIO_API before WP_UNPOPULATED (6.4) and WP_ASYNC (6.7)."""
     import errno
@@ -91,6 +132,10 @@ _KNOWN = {
     "last scan": writes_are_looked_for_only_before_the_stop,
     "arrivals": arrivals_are_not_recorded,
     "departures": departures_are_not_recorded,
+    "last writes": last_writes_are_not_asked_for,
+    "kept at page-in": pages_come_back_clean,
+    "dies in a scan": a_pager_dies_in_a_scan,
+    "trusts one that died": a_pager_trusts_one_that_died_in_a_scan,
 }
 
 if "DCRES_TEST_SABOTAGE" in os.environ:
