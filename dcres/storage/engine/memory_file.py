@@ -35,14 +35,13 @@ from dcres.model.pages import (
     split_pages,
 )
 from dcres.storage.atomic import store_written, sync_folder
-from dcres.storage.damage import unreadable
 from dcres.storage.digest import Sums
 from dcres.storage.engine.bulk import write_scattered
 from dcres.storage.engine.expected import (
     SUM_OF_ZEROS,
     MemoryFile,
-    read_piece,
-    require_length,
+    Opened,
+    is_live,
     require_pages,
     require_sums,
     with_place,
@@ -298,17 +297,13 @@ def _read_pages(
         require_sums(memory, batch.pages, batch.sums)
         write(batch.data, batch.pages, batch.slots)
 
-    with _opened(memory) as fd:
-
-        def read_at(buffer: memoryview, offset_bytes: int) -> None:
-            read_piece(memory, fd, buffer, offset_bytes)
-
-        read = spanning(read_at)
+    with _opened(memory) as files:
+        read = spanning(files.read)
         if memory.order is None:
             Transfer(read, put).run(extents_of_mask(mask), threads, progress)
         else:
             order = memory.order
-            places = extents_of_mask(mask[order])
+            places = extents_of_mask(mask[order] & is_live(order))
             Transfer(read, put, lambda at: order[at]).run(places, threads, progress)
             _write_zeros(memory, mask, write, progress)
     return int(np.count_nonzero(mask))
@@ -329,22 +324,15 @@ def _write_zeros(
 
 
 @contextlib.contextmanager
-def _opened(memory: MemoryFile) -> Iterator[int]:
-    """A descriptor of a memory file, once its length and what lies where were checked."""
-    try:
-        fd, _ = open_direct(memory.path, os.O_RDONLY)
-    except OSError as error:
-        raise unreadable(memory.path, error) from None
-    try:
-        require_length(memory, fd)
+def _opened(memory: MemoryFile) -> Iterator[Opened]:
+    """The files of a memory file, once their lengths and what lies where were checked."""
+    with Opened(memory, lambda path: open_direct(path, os.O_RDONLY)[0]) as files:
         if memory.order is None:
-            here = data_extents(fd, len(memory.mask))
+            here = data_extents(files.first_fd, len(memory.mask))
             require_pages(memory, mask_of_extents(here, len(memory.mask)))
         else:
             require_pages(memory, with_place(memory))
-        yield fd
-    finally:
-        os.close(fd)
+        yield files
 
 
 def _write_target(fd: int, data: memoryview, pages: Pages, slots: Pages) -> None:

@@ -7,52 +7,44 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from dcres.model.pages import PAGE_SIZE, Mask, Pages
-from dcres.storage.damage import unreadable
 from dcres.storage.engine.bulk import page_sums, stretches
 from dcres.storage.engine.expected import (
     MemoryFile,
-    read_piece,
-    require_length,
+    Opened,
+    is_live,
     require_pages,
     require_sums,
     with_place,
 )
-from dcres.storage.engine.page_places import NO_PLACE, Places
+from dcres.storage.engine.page_places import NO_PLACE
 
 
 class PageReader:
     """A memory file, opened to read any of the pages in `mask`.
 
-    Opening looks at nothing but the file's length, so it takes no time however long the file
-    is: a page that is a hole, or was altered, is found when it is read. Reads go through the page
+    Opening looks at nothing but the length of each file, so it takes no time however long they
+    are: a page that is a hole, or was altered, is found when it is read. Reads go through the page
     cache, because neighbours of a page that somebody wants are wanted soon. Raises
-    CheckpointCorrupt if the file is missing or has another length than its tables say.
+    CheckpointCorrupt if a file is missing or has another length than its tables say.
     """
 
     def __init__(self, memory: MemoryFile) -> None:
         self._memory = memory
         self._places = _places(memory)
-        try:
-            self._fd = os.open(memory.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise unreadable(memory.path, error) from None
-        try:
-            require_length(memory, self._fd)
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._files = Opened(memory, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        self._files.close()
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The file, or the newest of several."""
         return self._memory.path
 
     @property
@@ -68,7 +60,7 @@ class PageReader:
         data = memoryview(bytearray((stop - first) * PAGE_SIZE))
         for low, high, place in self._runs(first, stop):
             piece = data[low * PAGE_SIZE : high * PAGE_SIZE]
-            read_piece(self._memory, self._fd, piece, place * PAGE_SIZE)
+            self._files.read(piece, place * PAGE_SIZE)
         found = page_sums(data, np.arange(stop - first))
         require_sums(self._memory, np.arange(first, stop), found)
         return data
@@ -78,18 +70,22 @@ class PageReader:
         if self._places is None:
             return [(0, stop - first, first)]
         places: Pages = self._places[first:stop].astype(np.int64)
+        nowhere = np.iinfo(self._places.dtype).max
         return [
             (low, high, int(places[low]))
             for low, high in stretches(places)
-            if places[low] != NO_PLACE  # zeros, which the data has already
+            if places[low] != nowhere  # zeros, which the data has already
         ]
 
 
-def _places(memory: MemoryFile) -> Places | None:
+def _places(memory: MemoryFile) -> npt.NDArray[np.uint32 | np.int64] | None:
     """The place of every page in a packed file. Raises CheckpointCorrupt."""
     if memory.order is None:
         return None
     require_pages(memory, with_place(memory))
-    places: Places = np.full(len(memory.mask), NO_PLACE, dtype=np.uint32)
-    places[memory.order] = np.arange(len(memory.order))
+    # Several files may have more places than a VM has pages, and more than 32 bits can name.
+    kind: type[np.uint32 | np.int64] = np.uint32 if len(memory.order) < NO_PLACE else np.int64
+    places = np.full(len(memory.mask), np.iinfo(kind).max, dtype=kind)
+    live = np.flatnonzero(is_live(memory.order))
+    places[memory.order[live]] = live
     return places
