@@ -31,7 +31,7 @@ import numpy as np
 from dcres.bench import plain
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.linux.files import opened
-from dcres.model.formats import MemoryFormat
+from dcres.model.formats import WHOLE_FORMATS, MemoryFormat
 from dcres.model.pages import PAGE_SIZE, Extents, Mask, extents_of_mask, split
 from dcres.storage import layout
 from dcres.storage.engine.expected import MemoryFile
@@ -40,7 +40,7 @@ from dcres.storage.format import tables
 from dcres.storage.format.host_part import write_memory_tables
 
 PLACEMENTS = ("contiguous", "random", "alternating")
-FORMATS = tuple(map(str, MemoryFormat))
+FORMATS = tuple(map(str, WHOLE_FORMATS))
 _PLAIN = "plain"
 _MEMORY_BYTES, _QUICK_MEMORY_BYTES = 1 << 30, 1 << 29
 _NOISE_PAGES = 1 << 14

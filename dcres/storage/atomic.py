@@ -17,7 +17,7 @@ from dcres.errors import StoreFull, StoreReadOnly
 from dcres.linux.files import fs_free_bytes, opened
 from dcres.linux.removal import create
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -32,7 +32,7 @@ def store_written(path: Path) -> Iterator[None]:
                 f"{error.filename or path} cannot be written ({os.strerror(error.errno)}); "
                 "make the store writable"
             ) from None
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         free = fs_free_bytes(path.parent)
         raise StoreFull(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from typing import assert_never
 
 from dcres.errors import NotFound
 from dcres.model.formats import MemoryFormat
@@ -21,6 +22,9 @@ INDEX = "index.arrow"
 HISTORY = "history.arrow"
 VMCORE = "vmcore"
 MEMORY_FILES = {MemoryFormat.SPARSE: MEMORY, MemoryFormat.PACKED: PACK}
+SEGMENT_PACK = "pack"  # this and the next, PAGES and HISTORY are called by their checkpoint
+SEGMENT = "segment.arrow"
+MOST_SEGMENTS = 16  # of a host; after as many checkpoints the next is a full one
 GENERATION = "generation"
 GENERATION_LOCK = ".generation.lock"
 RECORD = "record.json"
@@ -47,6 +51,22 @@ def vm_of(checkpoint: str) -> str:
 def stamp_of(checkpoint: str) -> str:
     """``YYYYmmdd-HHMMSS`` of a checkpoint's id; sorts by age."""
     return checked_checkpoint(checkpoint)[1 - _TAIL_LENGTH : -len("-xxxx")]
+
+
+def by_origin(checkpoint: str, name: str) -> str:
+    """``YYYYmmdd-HHMMSS-xxxx.NAME``: a file that later checkpoints share with `checkpoint`."""
+    return f"{checked_checkpoint(checkpoint)[1 - _TAIL_LENGTH :]}.{name}"
+
+
+def memory_file(memory_format: MemoryFormat, checkpoint: str) -> str:
+    """The memory file that each host writes for `checkpoint`."""
+    match memory_format:
+        case MemoryFormat.SPARSE | MemoryFormat.PACKED:
+            return MEMORY_FILES[memory_format]
+        case MemoryFormat.SEGMENTED:
+            return by_origin(checkpoint, SEGMENT_PACK)
+        case _:
+            assert_never(memory_format)
 
 
 def is_checkpoint_of(vm: str, name: str) -> bool:

@@ -93,7 +93,8 @@ def begun(store: CheckpointStore, hold: Hold, token: str = "0001", vm: str = "de
 def alter(store: CheckpointStore, manifest: Manifest, host: str) -> None:
     """Change a byte that `host` saved of a page."""
     part = store.memory_part(manifest, host)
-    page = int(np.flatnonzero(part.read_sums()[0])[0]) if part.index is None else 0
+    sparse = manifest.memory_format is MemoryFormat.SPARSE
+    page = int(np.flatnonzero(part.read_sums()[0])[0]) if sparse else 0
     with opened(part.folder / part.memory_file, os.O_RDWR) as fd:
         old = os.pread(fd, 1, page * PAGE_SIZE)
         os.pwrite(fd, bytes([old[0] ^ 1]), page * PAGE_SIZE)

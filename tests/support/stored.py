@@ -17,8 +17,15 @@ from dcres.storage import layout
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import MemoryFileWriter, SavedMemory
 from dcres.storage.format import tables
-from dcres.storage.format.host_part import write_main_files, write_memory_tables
-from dcres.storage.format.manifest import DiskSnapshot, HostPart, Manifest, Mode, Role
+from dcres.storage.format.host_part import (
+    segment_of,
+    write_main_changes,
+    write_main_files,
+    write_memory_tables,
+    write_segment,
+)
+from dcres.storage.format.main_tables import MainTables
+from dcres.storage.format.manifest import DiskSnapshot, HostPart, Manifest, Mode, Role, Segment
 from dcres.storage.store.pins import Hold
 from dcres.storage.store.protocols import CheckpointStore
 from dcres.storage.store.store import Store
@@ -90,6 +97,7 @@ def take(
         tick=7,
         hosts=parts,
         vmcore=vmcore,
+        chain=(checkpoint,) if memory_format is MemoryFormat.SEGMENTED else (),
         disks=(DiskSnapshot(path="/d.qcow2", format="qcow2", snapshot=checkpoint),),
         seconds=1.23456,
         downtime_seconds=0.00001,
@@ -152,13 +160,18 @@ def _slice(
     index: int,
     memory_format: MemoryFormat,
 ) -> HostPart:
-    name = layout.MEMORY_FILES[memory_format]
+    checkpoint = folder.parent.name
+    name = layout.memory_file(memory_format, checkpoint)
     saved = save(folder / name, ram, where == index, memory_format)
-    files = [*write_memory_tables(folder, saved)]
-    if index == 0:
-        files += _main_files(folder, where)
+    files, segments = list[FileSum](), None
+    if memory_format is MemoryFormat.SEGMENTED:
+        files, segments = _segment_files(folder, saved, where, index)
     else:
-        files.append(tables.write_existence(folder / layout.PAGES, where == index))
+        files += write_memory_tables(folder, saved)
+        if index == 0:
+            files += _main_files(folder, where)
+        else:
+            files.append(tables.write_existence(folder / layout.PAGES, where == index))
     return HostPart(
         host=HOSTS[index],
         role=Role.MAIN if index == 0 else Role.SUB,
@@ -168,11 +181,27 @@ def _slice(
         file_bytes_allocated=saved.allocated_bytes,
         seconds=saved.seconds,
         memory_file=name,
+        segments=segments,
         files=tuple(files),
     )
 
 
+CORE = np.random.default_rng(3).bytes(10_000)
+TICKS = np.arange(PAGE_COUNT, dtype=np.uint32)
+
+
 def _main_files(folder: Path, where: tables.Placement) -> list[FileSum]:
-    core = np.random.default_rng(3).bytes(10_000)
-    history = np.arange(PAGE_COUNT, dtype=np.uint32)
-    return [*write_main_files(folder, core, (history, 7), where, HOSTS)]
+    return [*write_main_files(folder, CORE, (TICKS, 7), where, HOSTS)]
+
+
+def _segment_files(
+    folder: Path, saved: SavedMemory, where: tables.Placement, index: int
+) -> tuple[list[FileSum], tuple[Segment, ...]]:
+    """Those of a full checkpoint: there is nothing before it."""
+    checkpoint, gone = folder.parent.name, np.zeros(PAGE_COUNT, dtype=np.bool_)
+    files = list[FileSum]()
+    if index == 0:
+        now = MainTables(where, HOSTS, TICKS)
+        files += write_main_changes(folder, checkpoint, CORE, now, 7, PAGE_COUNT, None)
+    files.append(write_segment(folder, checkpoint, saved, gone, PAGE_COUNT))
+    return files, (segment_of(checkpoint, saved, gone),)

@@ -124,7 +124,7 @@ def test_every_truncation_is_found() -> None:
         ("[" * 100_000, "not JSON"),
         ('{"seconds": NaN}', "not JSON"),
         (changed(colour="red"), "colour: Extra inputs"),
-        (changed(format_version=3), "use a dcres that reads version 3"),
+        (changed(format_version=4), "use a dcres that reads version 4"),
         (changed(machine={"run_state": "asleep"}), "run state is not known"),
         (changed(machine={"stopped": "yesterday"}), "when the VM was paused is missing"),
         (changed(format_version=2), "sparse memory files are not of this format version"),

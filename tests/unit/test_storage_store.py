@@ -27,7 +27,7 @@ from dcres.errors import (
 from dcres.linux import removal
 from dcres.linux.files import opened
 from dcres.linux.removal import CheckpointFolder
-from dcres.model.formats import MemoryFormat
+from dcres.model.formats import WHOLE_FORMATS, MemoryFormat
 from dcres.model.ownership import Claimant
 from dcres.model.pages import PAGE_SIZE, extents_of_mask
 from dcres.storage import layout
@@ -66,6 +66,14 @@ def root(tmp_path: Path) -> Store:
 
 @pytest.fixture(params=list(MemoryFormat))
 def published(root: Store, ram: Path, request: pytest.FixtureRequest) -> Manifest:
+    manifest = take(root, ram, memory_format=request.param)
+    root.publish(manifest)
+    return manifest
+
+
+@pytest.fixture(params=WHOLE_FORMATS)
+def whole(root: Store, ram: Path, request: pytest.FixtureRequest) -> Manifest:
+    """The same, with one table for all pages of everything that is known of them."""
     manifest = take(root, ram, memory_format=request.param)
     root.publish(manifest)
     return manifest
@@ -446,25 +454,25 @@ def problems(root: Store, manifest: Manifest) -> list[str]:
     return [file.problem for file in report.files if file.problem]
 
 
-def test_existence_must_agree_with_the_memory_file(root: Store, published: Manifest) -> None:
+def test_existence_must_agree_with_the_memory_file(root: Store, whole: Manifest) -> None:
     here = placement() == 1
     page = int(np.flatnonzero(here)[4])
     here[page] = False
     forged = rewritten(
-        root, published, 1, **{layout.PAGES: lambda path: tables.write_existence(path, here)}
+        root, whole, 1, **{layout.PAGES: lambda path: tables.write_existence(path, here)}
     )
     assert f"page {page} was saved by h1 and does not belong to it" in problems(root, forged)[0]
     with pytest.raises(CheckpointCorrupt, match=f"page {page}"):
         root.read_part(forged, "h1")
 
 
-def test_placement_must_agree_with_every_host(root: Store, published: Manifest) -> None:
+def test_placement_must_agree_with_every_host(root: Store, whole: Manifest) -> None:
     where = placement()
     page = int(np.flatnonzero(where == 1)[0])
     where[page] = 2
     forged = rewritten(
         root,
-        published,
+        whole,
         0,
         **{layout.PAGES: lambda path: tables.write_placement(path, where, HOSTS)},
     )
@@ -480,11 +488,11 @@ def test_placement_must_agree_with_every_host(root: Store, published: Manifest) 
     assert f"page {lost} belongs to h2 and was not saved there" in problem
 
 
-def test_placement_must_name_the_manifests_hosts(root: Store, published: Manifest) -> None:
+def test_placement_must_name_the_manifests_hosts(root: Store, whole: Manifest) -> None:
     others = ("h0", "h2", "h1")
     forged = rewritten(
         root,
-        published,
+        whole,
         0,
         **{layout.PAGES: lambda path: tables.write_placement(path, placement(), others)},
     )
@@ -499,7 +507,7 @@ def test_a_table_that_the_manifest_does_not_list(root: Store, published: Manifes
 
 
 def test_a_history_that_the_manifest_does_not_list(root: Store, published: Manifest) -> None:
-    files = tuple(file for file in published.main.files if file.name != layout.HISTORY)
+    files = tuple(file for file in published.main.files if layout.HISTORY not in file.name)
     main = published.main.model_copy(update={"files": files})
     forged = published.model_copy(update={"hosts": (main, *published.hosts[1:])})
     assert "does not list it" in problems(root, forged)[0]

@@ -148,10 +148,11 @@ def u64(*values: int) -> Any:
         (
             "placement",
             {"host": pa.array(PLACEMENT)},
-            {"format_version": "2"},
+            {"format_version": "3"},
             "a newer dcres wrote",
         ),
-        ("index", {"page": u64(1)}, {"format_version": "2"}, "use a dcres that reads version 2"),
+        ("index", {"page": u64(1)}, {"format_version": "3"}, "use a dcres that reads version 3"),
+        ("index", {"page": u64(1)}, {"format_version": "2"}, "version 2 of the tables has none"),
         ("index", {"page": u64(1)}, {"format_version": "0"}, "'0', which no dcres wrote"),
         ("index", {"page": u64(1)}, {"format_version": "1.5"}, "'1.5', which no dcres wrote"),
     ],

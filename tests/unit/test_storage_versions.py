@@ -33,7 +33,7 @@ class LaterPart(HostPart):
 class Later(Manifest):
     """A manifest with keys that no version of today has; all have defaults."""
 
-    base: str | None = None
+    parent: str | None = None
     hosts: tuple[LaterPart, ...]
 
 
@@ -61,7 +61,7 @@ def version_99(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that has the keys of `Later`."""
     first = VERSIONS[1].keys
     host = {"__all__": {**first["hosts"]["__all__"], "pages_skipped": True}}
-    keys = {**first, "base": True, "hosts": host}
+    keys = {**first, "parent": True, "hosts": host}
     monkeypatch.setitem(VERSIONS, 99, Version(keys, frozenset(MemoryFormat)))
 
 
@@ -105,6 +105,10 @@ def test_every_flipped_byte_is_found(text: str, manifest_class: type) -> None:
     [
         lambda values: values.update(base=None),
         lambda values: values.update(base="kept-20260101-000000-0000"),
+        lambda values: values.update(parent=None),
+        lambda values: values.update(chain=[]),
+        lambda values: values.update(pages_saved=0),
+        lambda values: values["hosts"][1].update(segments=None),
         lambda values: values["hosts"][1].update(pages_skipped=0),
         lambda values: values.pop("rounds"),
         lambda values: values["hosts"][1].pop("memory_file"),
@@ -178,16 +182,16 @@ def test_a_later_version_has_its_own_keys(
 ) -> None:
     monkeypatch.setattr(manifests, "Manifest", Later)
     values = without_sum(text)
-    values.update(format_version=99, base="kept-20260101-000000-0000")
+    values.update(format_version=99, parent="kept-20260101-000000-0000")
     for number, host in enumerate(values["hosts"]):
         host["pages_skipped"] = number
     newest = framed(values)
     read = loads(newest, PATH)
     assert isinstance(read, Later)
-    assert (read.base, read.hosts[2].pages_skipped) == ("kept-20260101-000000-0000", 2)
+    assert (read.parent, read.hosts[2].pages_skipped) == ("kept-20260101-000000-0000", 2)
     assert dumps(read) == newest
     assert dumps(loads(text, PATH)) == text, "and the earlier ones theirs"
-    for key in ("base", "rounds"):
+    for key in ("parent", "rounds"):
         short = {name: value for name, value in values.items() if name != key}
         with pytest.raises(CheckpointCorrupt, match="encoded differently"):
             loads(framed(short), PATH)
@@ -195,7 +199,7 @@ def test_a_later_version_has_its_own_keys(
 
 def test_what_a_newer_dcres_wrote_is_told_from_what_is_damaged(text: str) -> None:
     values = {**without_sum(text), "format_version": 99, "hosts": "of another shape"}
-    with pytest.raises(CheckpointCorrupt, match=r"99: a newer dcres wrote it.* up to 2; use a"):
+    with pytest.raises(CheckpointCorrupt, match=r"99: a newer dcres wrote it.* up to 3; use a"):
         loads(framed(values), PATH)
     with pytest.raises(CheckpointCorrupt, match="checksum differs"):
         loads(framed(values).replace("another", "anothen"), PATH)

@@ -29,7 +29,7 @@ from dcres.errors import (
     UnsafeDevice,
     UnsupportedHost,
 )
-from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
+from dcres.model.formats import DEFAULT_FORMAT, WHOLE_FORMATS, MemoryFormat
 from dcres.storage.format.manifest import Manifest, dumps
 from tests.support import sabotage
 from tests.support.fleet import real_hosts
@@ -183,7 +183,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def both(hosts: Rig) -> dict[MemoryFormat, Manifest]:
     """A checkpoint in each format of a VM that is gone."""
     hosts.boot(spec_of(main="96MiB", fill=16))
-    manifests = {each: hosts.checkpoint(each) for each in MemoryFormat}
+    manifests = {each: hosts.checkpoint(each) for each in WHOLE_FORMATS}
     hosts.coordinator.stop()
     return manifests
 

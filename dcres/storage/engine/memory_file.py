@@ -64,6 +64,7 @@ SAVING_THREADS, LOADING_THREADS = 8, 4
 _PLACES: dict[MemoryFormat, Callable[[PageFile, int], PagePlaces]] = {
     MemoryFormat.SPARSE: SparsePlaces,
     MemoryFormat.PACKED: PackedPlaces,
+    MemoryFormat.SEGMENTED: PackedPlaces,
 }
 
 

@@ -1,4 +1,4 @@
-"""Where a memory file that is being written has its pages: the two formats, behind one face.
+"""Where a memory file that is being written has its pages: the two ways, behind one face.
 
 *Sparse*: a page lies at its page number, and what is not here is a hole. *Packed*: pages lie
 close together in the order in which they came; a page saved again overwrites its place, and the

@@ -11,13 +11,15 @@ from typing import Self, TypeVar
 import numpy as np
 
 from dcres.errors import CheckpointCorrupt
+from dcres.model.formats import MemoryFormat
 from dcres.model.pages import Mask
 from dcres.storage import layout
 from dcres.storage.digest import FileSum, Sums, check_file
 from dcres.storage.engine import memory_file
+from dcres.storage.engine.expected import MemoryFile
 from dcres.storage.engine.transfer import Progress
 from dcres.storage.format import host_part, tables
-from dcres.storage.format.manifest import HostPart, Manifest, Role
+from dcres.storage.format.manifest import HostPart, Manifest, Role, listed
 
 T = TypeVar("T")
 
@@ -87,6 +89,8 @@ class Verifier:
     def part(self, folder: Path, host: str) -> Mask | None:
         """Check all files of `host`; the mask of its pages, or None where that is unknown."""
         part = host_part.find_part(self.manifest, host)
+        if self.manifest.memory_format is MemoryFormat.SEGMENTED:
+            return self._segments(folder, part)
         sums = self._try(host, layout.SUMS, partial(self._read_sums, folder, part))
         mask = sums[0] if sums is not None else None
         self._try(host, layout.PAGES, partial(self._check_here, folder, part, mask))
@@ -94,11 +98,28 @@ class Verifier:
             if file.name not in (layout.SUMS, layout.PAGES):
                 self._try(host, file.name, partial(self._check_other, folder / file.name, file))
         if part.role is Role.MAIN:  # a restore would miss it, and only then
-            listed = partial(host_part.listed, self.manifest, part, layout.HISTORY)
-            self._try(host, layout.HISTORY, listed)
+            self._try(host, layout.HISTORY, partial(listed, self.manifest, part, layout.HISTORY))
         if sums is not None and not self._problems.get((host, layout.INDEX)):
             self._try(host, part.memory_file, partial(self._check_memory, folder, part))
         return mask
+
+    def _segments(self, folder: Path, part: HostPart) -> Mask | None:
+        """The same for a part that has segments."""
+        for file in part.files:
+            self._try(part.host, file.name, partial(check_file, folder / file.name, file))
+        if part.role is Role.MAIN:
+            for name, read in (
+                (layout.PAGES, host_part.read_placement),
+                (layout.HISTORY, host_part.read_history),
+            ):
+                self._try_last(part.host, name, partial(read, folder, self.manifest))
+        read_memory = partial(self._read_memory, folder, part)
+        memory = self._try_last(part.host, layout.SEGMENT, read_memory)
+        if memory is None:
+            return None
+        for file_ in memory.each():
+            self._try(part.host, file_.path.name, partial(self._verify, file_))
+        return memory.mask
 
     def include(self, part: VerifiedPart) -> None:
         """What another verifier found in a part."""
@@ -113,7 +134,7 @@ class Verifier:
         memory file that the placement names.
         """
         check = partial(self._check_agreement, folder, masks)
-        self._try(self.manifest.main.host, layout.PAGES, check)
+        self._try(self.manifest.main.host, host_part.placement_file(self.manifest), check)
 
     def report(self) -> VerifyReport:
         """What was found so far."""
@@ -130,6 +151,16 @@ class Verifier:
                 raise
             self._problems[key] = self._problems[key] or str(error)
             return None
+
+    def _try_last(self, host: str, name: str, check: Callable[[], T]) -> T | None:
+        """Check the chain's files of one kind together, under the last one's name.
+
+        None where one of them has been found wrong already.
+        """
+        names = [layout.by_origin(checkpoint, name) for checkpoint in self.manifest.chain]
+        if any(self._problems.get((host, each)) for each in names):
+            return None
+        return self._try(host, names[-1], check)
 
     def _read_sums(self, folder: Path, part: HostPart) -> tuple[Mask, Sums]:
         return host_part.memory_part(folder, self.manifest, part).read_sums()
@@ -148,13 +179,18 @@ class Verifier:
             case _:
                 check_file(path, expected)
 
+    def _read_memory(self, folder: Path, part: HostPart) -> MemoryFile:
+        return host_part.memory_part(folder, self.manifest, part).read()
+
     def _check_memory(self, folder: Path, part: HostPart) -> None:
-        memory = host_part.memory_part(folder, self.manifest, part).read()
+        self._verify(self._read_memory(folder, part))
+
+    def _verify(self, memory: MemoryFile) -> None:
         self._pages += memory_file.verify(memory, self.progress)
 
     def _check_agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
         placement = host_part.read_placement(folder, self.manifest)
         for index, part in enumerate(self.manifest.hosts):
             if part.host in masks:
-                path = folder / layout.PAGES
+                path = folder / host_part.placement_file(self.manifest)
                 host_part.require_same(path, placement == index, masks[part.host], part.host)

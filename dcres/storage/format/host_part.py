@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 
@@ -15,12 +16,14 @@ from dcres.model.pages import PAGE_SIZE, Mask
 from dcres.storage import layout
 from dcres.storage.atomic import sync_folder, write_durably
 from dcres.storage.damage import corrupt
-from dcres.storage.digest import FileSum, bytes_sum
+from dcres.storage.digest import FileSum, bytes_sum, check_file
 from dcres.storage.engine.expected import MemoryFile
 from dcres.storage.engine.memory_file import SavedMemory
-from dcres.storage.format import tables
-from dcres.storage.format.manifest import HostPart, Manifest, Role
-from dcres.storage.format.memory_part import MemoryPart
+from dcres.storage.format import main_tables, tables
+from dcres.storage.format.links import Links
+from dcres.storage.format.main_tables import MainTables, write_changes
+from dcres.storage.format.manifest import HostPart, Manifest, Role, Segment, listed
+from dcres.storage.format.memory_part import MemoryPart, SegmentPart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,26 +44,24 @@ def find_part(manifest: Manifest, host: str) -> HostPart:
     raise NotFound(f"checkpoint {manifest.checkpoint} has no host {host!r}; its hosts are {names}")
 
 
-def listed(manifest: Manifest, part: HostPart, name: str) -> FileSum:
-    """The checksum of file `name`. Raises CheckpointCorrupt if the manifest does not list it."""
-    found = part.file(name)
-    if found is None:
-        what = f"the manifest of {manifest.checkpoint} does not list it"
-        raise corrupt(Path(part.host, name), what)
-    return found
-
-
 def memory_part(folder: Path, manifest: Manifest, part: HostPart) -> MemoryPart:
-    """What the manifest says of the memory file of `part`. Raises CheckpointCorrupt."""
-    packed = manifest.memory_format is MemoryFormat.PACKED
-    return MemoryPart(
-        folder=folder,
-        memory_file=part.memory_file,
-        page_count=manifest.page_count,
-        pages=part.pages,
-        sums=listed(manifest, part, layout.SUMS),
-        index=listed(manifest, part, layout.INDEX) if packed else None,
-    )
+    """What the manifest says of the memory files of `part`. Raises CheckpointCorrupt."""
+    found = MemoryPart(folder, part.memory_file, manifest.page_count, part.pages)
+    match manifest.memory_format:
+        case MemoryFormat.SPARSE:
+            return replace(found, sums=listed(manifest, part, layout.SUMS))
+        case MemoryFormat.PACKED:
+            index = listed(manifest, part, layout.INDEX)
+            return replace(found, sums=listed(manifest, part, layout.SUMS), index=index)
+        case MemoryFormat.SEGMENTED:
+            segments = (
+                SegmentPart(each.pack, each.pages, each.gone, each.places, sum_)
+                for each in part.segments or ()
+                for sum_ in (listed(manifest, part, each.table),)
+            )
+            return replace(found, segments=tuple(segments))
+        case _:
+            assert_never(manifest.memory_format)
 
 
 def require_files(folder: Path, manifest: Manifest, part: HostPart) -> None:
@@ -75,10 +76,15 @@ def require_files(folder: Path, manifest: Manifest, part: HostPart) -> None:
     sync_folder(folder)
     match manifest.memory_format:
         case MemoryFormat.SPARSE:
-            wanted = manifest.memory_bytes
+            lengths = {part.memory_file: manifest.memory_bytes}
         case MemoryFormat.PACKED:
-            wanted = tables.count_index(folder / layout.INDEX) * PAGE_SIZE
-    _require_length(folder, part.memory_file, wanted)
+            lengths = {part.memory_file: tables.count_index(folder / layout.INDEX) * PAGE_SIZE}
+        case MemoryFormat.SEGMENTED:
+            lengths = {each.pack: each.places * PAGE_SIZE for each in part.segments or ()}
+        case _:
+            assert_never(manifest.memory_format)
+    for name, length_bytes in lengths.items():
+        _require_length(folder, name, length_bytes)
 
 
 def _require_length(folder: Path, name: str, length_bytes: int) -> None:
@@ -130,20 +136,103 @@ def write_main_files(
     )
 
 
+def write_segment(
+    folder: Path, checkpoint: str, saved: SavedMemory, gone: Mask, page_count: int
+) -> FileSum:
+    """Write the table of what a host saved, the last of all its files: durable on return.
+
+    With it the part is whole (`Store.sweep`), so `link_base` and `write_main_changes` come before.
+    `gone` are pages that the host's part of the base has and this one has not, since they were
+    saved elsewhere or are nowhere; what was saved cannot be among them (ValueError). Raises
+    StoreFull.
+    """
+    file = saved.file
+    if (saved.mask & gone).any() or file.order is None or len(file.mask) != page_count:
+        raise ValueError("what was saved is gone as well, is not packed, or is of another VM")
+    pages = np.flatnonzero(saved.mask | gone)
+    places = np.full(len(pages), tables.ZEROS, dtype=np.uint32)
+    places[np.searchsorted(pages, file.order)] = np.arange(len(file.order))
+    places[gone[pages]] = tables.GONE
+    sums = np.where(gone[pages], np.uint64(0), file.sums[pages])
+    path = folder / layout.by_origin(checkpoint, layout.SEGMENT)
+    return tables.write_segment(path, tables.SegmentRows(pages, places, sums), page_count)
+
+
+def segment_of(checkpoint: str, saved: SavedMemory, gone: Mask) -> Segment:
+    """What a manifest says of the segment that `write_segment` writes."""
+    order = saved.file.order
+    return Segment(
+        checkpoint=checkpoint,
+        pages=saved.pages,
+        gone=int(np.count_nonzero(gone)),
+        places=0 if order is None else len(order),
+    )
+
+
+def write_main_changes(
+    folder: Path,
+    checkpoint: str,
+    core: bytes,
+    now: MainTables,
+    tick: int,
+    saved: int,
+    base: MainTables | None,
+) -> tuple[FileSum, ...]:
+    """As `write_main_files` for a segmented checkpoint: see `main_tables.write_changes`.
+
+    `base` are the tables of the checkpoint that `link_base` has linked, if it was called.
+    """
+    write_durably(folder / layout.VMCORE, core)
+    changes = write_changes(folder, checkpoint, now, tick, saved, base)
+    return (bytes_sum(layout.VMCORE, core), *changes)
+
+
+def link_base(
+    base_folder: Path, folder: Path, base: Manifest, host: str, checkpoint: str
+) -> tuple[FileSum, ...]:
+    """Give the part of `host` in `checkpoint`, at `folder`, the files of its part of `base`.
+
+    That one's segments, and the main host's tables: by hard links, each with the length and
+    checksum that `base` says, durable on return. To be repeated is harmless, and where it fails it
+    leaves no link that it made. Somebody keeps the base from being removed meanwhile. Returns the
+    sums of the small files. Raises NotFound if `host` has no part of it; StorageError, which says
+    why, where only a full checkpoint can be taken.
+    """
+    part = find_part(base, host)
+    if part.segments is None:
+        raise StorageError(
+            f"checkpoint {checkpoint} cannot continue {base.checkpoint}, whose memory files are "
+            f"{base.memory_format}; take a full one"
+        )
+    small = tuple(file for file in part.files if file != base.vmcore)
+    packs = {each.pack: each.places * PAGE_SIZE for each in part.segments}
+    with Links(base_folder, folder) as links:
+        for file in small:
+            check_file(base_folder / file.name, file)
+            links.add(file.name, file.length_bytes)
+        for name, length_bytes in packs.items():
+            links.add(name, length_bytes)
+        sync_folder(folder)
+        links.keep()
+    return small
+
+
 def read_here(folder: Path, manifest: Manifest, part: HostPart) -> Mask:
     """The pages here according to the page placement or page existence file."""
+    if part.role is Role.MAIN:
+        here: Mask = read_placement(folder, manifest) == 0
+        return here
     expected = listed(manifest, part, layout.PAGES)
-    path = folder / layout.PAGES
-    match part.role:
-        case Role.MAIN:
-            here: Mask = read_placement(folder, manifest) == 0
-            return here
-        case Role.SUB:
-            return tables.read_existence(path, manifest.page_count, expected)
+    return tables.read_existence(folder / layout.PAGES, manifest.page_count, expected)
 
 
 def read_placement(folder: Path, manifest: Manifest) -> tables.Placement:
-    """The main host's page placement file: per page an index in `manifest.hosts`, or nowhere."""
+    """The main host's page placement: per page an index in `manifest.hosts`, or nowhere.
+
+    That says whose part has the page's bytes; in a whole checkpoint the page was there.
+    """
+    if manifest.memory_format is MemoryFormat.SEGMENTED:
+        return main_tables.read_placement(folder, manifest)
     expected = listed(manifest, manifest.main, layout.PAGES)
     path = folder / layout.PAGES
     placement, hosts = tables.read_placement(path, manifest.page_count, expected)
@@ -152,11 +241,34 @@ def read_placement(folder: Path, manifest: Manifest) -> tables.Placement:
     return placement
 
 
+def read_history(folder: Path, manifest: Manifest) -> tables.Ticks:
+    """The main host's access history: per page the tick of its last access."""
+    if manifest.memory_format is MemoryFormat.SEGMENTED:
+        return main_tables.read_history(folder, manifest)
+    expected = listed(manifest, manifest.main, layout.HISTORY)
+    return tables.read_history(folder / layout.HISTORY, manifest.page_count, expected)[0]
+
+
+def read_main_tables(folder: Path, manifest: Manifest) -> MainTables:
+    """Both, for a checkpoint that continues this one."""
+    hosts = tuple(part.host for part in manifest.hosts)
+    return MainTables(read_placement(folder, manifest), hosts, read_history(folder, manifest))
+
+
+def placement_file(manifest: Manifest) -> str:
+    """The main host's file that says where pages are, at least those that changed."""
+    if manifest.memory_format is MemoryFormat.SEGMENTED:
+        return layout.by_origin(manifest.checkpoint, layout.PAGES)
+    return layout.PAGES
+
+
 def read_part(folder: Path, manifest: Manifest, host: str) -> Part:
     """The part of `host` in `folder`. Raises CheckpointCorrupt and NotFound."""
     part = find_part(manifest, host)
     memory = memory_part(folder, manifest, part).read()
-    require_same(folder / layout.PAGES, read_here(folder, manifest, part), memory.mask, host)
+    if part.role is Role.MAIN or manifest.memory_format is not MemoryFormat.SEGMENTED:
+        here = read_here(folder, manifest, part)
+        require_same(folder / placement_file(manifest), here, memory.mask, host)
     return Part(host, folder, memory)
 
 

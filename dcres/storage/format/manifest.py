@@ -34,8 +34,12 @@ from dcres.storage.layout import (
     FILE_PATTERN,
     HOST_PATTERN,
     MEMORY,
-    MEMORY_FILES,
+    SEGMENT,
+    SEGMENT_PACK,
     VM_PATTERN,
+    by_origin,
+    memory_file,
+    vm_of,
 )
 
 # Four places: the shortest decimal of such a number never has an exponent, in any language.
@@ -51,6 +55,7 @@ class Role(StrEnum):
 
     MAIN = "main"
     SUB = "sub"
+    PARTS = "parts"  # none of its hosts any more, and has pages of earlier checkpoints
 
 
 class Mode(StrEnum):
@@ -79,8 +84,34 @@ class PagingDuring(_Model):
     pages_out: Count = 0
 
 
+class Segment(_Model):
+    """What a host saved in one checkpoint: rows of its table that are `pages`, and those `gone`.
+
+    So many of the pages have `places` in its pack; the others are pages of zeros.
+    """
+
+    checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
+    pages: Count
+    gone: Count
+    places: Count
+
+    @property
+    def table(self) -> str:
+        """Its table's file."""
+        return by_origin(self.checkpoint, SEGMENT)
+
+    @property
+    def pack(self) -> str:
+        """Its memory file."""
+        return by_origin(self.checkpoint, SEGMENT_PACK)
+
+
 class HostPart(_Model):
-    """What one host saved: its memory file, and every small file in its folder."""
+    """What one host saved: its memory file, and every small file in its folder.
+
+    In a segmented checkpoint it has `segments`, oldest first, of which the last is its own:
+    `memory_file` is that one's pack, and follows.
+    """
 
     host: str = Field(pattern=HOST_PATTERN)
     role: Role
@@ -90,7 +121,16 @@ class HostPart(_Model):
     file_bytes_allocated: Count
     seconds: Seconds
     memory_file: str = Field(default=MEMORY, pattern=FILE_PATTERN)
+    segments: tuple[Segment, ...] | None = None
     files: tuple[FileSum, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived(cls, values: Any) -> Any:
+        segments = values.get("segments") if isinstance(values, dict) else None
+        if isinstance(segments, list | tuple) and segments:
+            return {**values, "memory_file": Segment.model_validate(segments[-1]).pack}
+        return values
 
     def file(self, name: str) -> FileSum | None:
         """The checksum of the small file `name`, if this host saved one."""
@@ -122,6 +162,10 @@ class Manifest(_Model):
     pages_moved_for_checkpoint: Count = 0
     paging_during: PagingDuring = PagingDuring()
     rounds: Count = 0
+    base: str | None = None
+    chain: tuple[Annotated[str, Field(pattern=CHECKPOINT_PATTERN)], ...] = ()
+    pages_changed: Count = 0
+    pages_saved: Count = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -144,10 +188,14 @@ class Manifest(_Model):
         names = [part.host for part in self.hosts]
         if len(set(names)) != len(names):
             raise ValueError("a host is named twice")
-        if [part.role for part in self.hosts] != [Role.MAIN] + [Role.SUB] * (len(names) - 1):
+        roles = [part.role for part in self.hosts]
+        others = roles.count(Role.PARTS)
+        if roles != [Role.MAIN] + [Role.SUB] * (len(roles) - 1 - others) + [Role.PARTS] * others:
             raise ValueError("the first host is the main host, and the only one")
-        if any(part.memory_file != MEMORY_FILES[self.memory_format] for part in self.hosts):
+        name = memory_file(self.memory_format, self.checkpoint)
+        if any(part.memory_file != name for part in self.hosts):
             raise ValueError(f"a memory file does not have the name of {self.memory_format} ones")
+        self._check_chain()
         for part in self.hosts:
             if len({file.name for file in part.files}) < len(part.files):
                 raise ValueError(f"a file of {part.host} is listed twice")
@@ -156,6 +204,24 @@ class Manifest(_Model):
         if self.vmcore not in self.main.files:
             raise ValueError("the VM core is not among the main host's files")
         return self
+
+    def _check_chain(self) -> None:
+        """Raises ValueError unless all segments are of the chain, and the chain ends here."""
+        if self.memory_format is not MemoryFormat.SEGMENTED:
+            if self.chain or any(part.segments is not None for part in self.hosts):
+                raise ValueError("only segmented checkpoints have chains and segments")
+            if any(part.role is Role.PARTS for part in self.hosts):
+                raise ValueError("only segmented checkpoints have hosts that are not the VM's")
+            return
+        places = {checkpoint: at for at, checkpoint in enumerate(self.chain)}
+        if len(places) < len(self.chain) or {*map(vm_of, self.chain)} != {self.vm}:
+            raise ValueError("its chain is not of different checkpoints of this VM")
+        if self.chain[-2:] != (*([] if self.base is None else [self.base]), self.checkpoint):
+            raise ValueError("its chain does not end with its base and itself")
+        for part in self.hosts:
+            at = [places.get(segment.checkpoint, -1) for segment in part.segments or ()]
+            if -1 in at or at != sorted({*at}):
+                raise ValueError(f"the segments of {part.host} are not of the chain, in its order")
 
     @property
     def main(self) -> HostPart:
@@ -181,6 +247,15 @@ class Manifest(_Model):
     def page_count(self) -> int:
         """The number of pages of the VM's memory, saved or never touched."""
         return self.memory_bytes // PAGE_SIZE
+
+
+def listed(manifest: Manifest, part: HostPart, name: str) -> FileSum:
+    """The checksum of file `name`. Raises CheckpointCorrupt if the manifest does not list it."""
+    found = part.file(name)
+    if found is None:
+        what = f"the manifest of {manifest.checkpoint} does not list it"
+        raise corrupt(Path(part.host, name), what)
+    return found
 
 
 def dumps(manifest: Manifest) -> str:

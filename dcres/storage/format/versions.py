@@ -32,10 +32,11 @@ def _each(keys: Keys) -> Keys:
 
 
 _FILE = _keys("name length_bytes sha256")
-_HOST = _keys(
-    "host role share_bytes pages bytes_written file_bytes_allocated seconds memory_file",
-    files=_each(_FILE),
+_ANY_HOST = _keys(
+    "host role share_bytes pages bytes_written file_bytes_allocated seconds", files=_each(_FILE)
 )
+_HOST = _keys("memory_file", **_ANY_HOST)
+_SEGMENTED_HOST = _keys("", segments=_each(_keys("checkpoint pages gone places")), **_ANY_HOST)
 _FIRST_KEYS = _keys(
     "format_version checkpoint vm created mode memory_format memory_bytes page_size generation "
     "vm_spec qemu_version accel machine tick seconds downtime_seconds pages_moved_for_checkpoint "
@@ -45,6 +46,10 @@ _FIRST_KEYS = _keys(
     disks=_each(_keys("path format snapshot")),
     paging_during=_keys("pages_in pages_out"),
 )
+_THIRD_KEYS = {
+    **_FIRST_KEYS,
+    **_keys("base chain pages_changed pages_saved", hosts=_each(_SEGMENTED_HOST)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,13 @@ class Version:
 VERSIONS = {
     1: Version(_FIRST_KEYS, frozenset({MemoryFormat.SPARSE})),
     2: Version(_FIRST_KEYS, frozenset({MemoryFormat.PACKED})),
+    3: Version(_THIRD_KEYS, frozenset({MemoryFormat.SEGMENTED})),
 }
-WRITTEN = {MemoryFormat.SPARSE: 1, MemoryFormat.PACKED: 2}  # the version of a new checkpoint
+WRITTEN = {  # the version of a new checkpoint
+    MemoryFormat.SPARSE: 1,
+    MemoryFormat.PACKED: 2,
+    MemoryFormat.SEGMENTED: 3,
+}
 
 
 def canonical(values: Any) -> bytes:

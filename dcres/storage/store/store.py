@@ -202,9 +202,7 @@ class Store:
 
     def read_history(self, manifest: Manifest) -> tables.Ticks:
         """See `Reading`."""
-        path = self._folders.part(manifest, manifest.main.host) / layout.HISTORY
-        expected = host_part.listed(manifest, manifest.main, layout.HISTORY)
-        return tables.read_history(path, manifest.page_count, expected)[0]
+        return host_part.read_history(self._folders.part(manifest, manifest.main.host), manifest)
 
     def vmcore(self, manifest: Manifest) -> Path:
         """See `Reading`."""
@@ -260,7 +258,8 @@ def _age(entry: Listed) -> tuple[str, int, str]:
 def _is_apart(folder: Path) -> bool:
     """Whether all that is here are whole parts of sub hosts, whose main host has another store."""
     parts = below(folder)
-    of_main_host = any((part / layout.HISTORY).exists() for part in parts)
+    histories = (layout.HISTORY, layout.by_origin(folder.name, layout.HISTORY))
+    of_main_host = any((part / name).exists() for part in parts for name in histories)
     return bool(parts) and all(map(_is_whole, parts)) and not of_main_host
 
 
@@ -269,7 +268,13 @@ def _has_whole_part(folder: Path) -> bool:
 
 
 def _is_whole(part: Path) -> bool:
-    """Whether its host has written all of it: each of these is written after all but the other."""
+    """Whether its host has written all of it.
+
+    The table of its own segment is its last file. In a whole checkpoint, each of two is written
+    after all but the other.
+    """
+    if (part / layout.by_origin(part.parent.name, layout.SEGMENT)).exists():
+        return True
     return (part / layout.PAGES).exists() and (part / layout.SUMS).exists()
 
 

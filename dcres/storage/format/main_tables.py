@@ -1,0 +1,113 @@
+"""What the main host alone says of each page, and only where a checkpoint differs from its base.
+
+The tables of a segmented checkpoint's chain, laid one over the other from the oldest on, are what
+one table has for all pages in a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dcres.errors import StorageError
+from dcres.model.history import Ticks
+from dcres.model.pages import Mask
+from dcres.storage import layout
+from dcres.storage.damage import corrupt
+from dcres.storage.digest import FileSum
+from dcres.storage.format import tables
+from dcres.storage.format.manifest import Manifest, listed
+from dcres.storage.format.runs import history_runs, runs_where
+from dcres.storage.format.tables import NOWHERE, Placement
+
+# A run of the history takes 20 bytes, a page in a segment as many.
+_SAVED_PAGES_A_RUN, _FEWEST_RUNS = 4, 4096
+_STRANGE = 0x100
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MainTables:
+    """For each page which of `hosts` has its bytes, or `NOWHERE`, and the tick of its last access.
+
+    The first host is the main host.
+    """
+
+    placement: Placement
+    hosts: tuple[str, ...]
+    history: Ticks
+
+
+def write_changes(
+    folder: Path, checkpoint: str, now: MainTables, tick: int, saved: int, base: MainTables | None
+) -> tuple[FileSum, ...]:
+    """Write where `now` differs from `base`, or from nothing at all: durable on return.
+
+    The history gets coarser the fewer pages were `saved`, on all hosts: it is at most a quarter as
+    many runs, or 4096. Raises StorageError if the main host is not the base's, StoreFull.
+    """
+    if base is not None and base.hosts[0] != now.hosts[0]:
+        raise StorageError(
+            f"the tables of checkpoint {checkpoint} would continue those of {base.hosts[0]}, and "
+            f"{now.hosts[0]} is the main host now; take a full checkpoint"
+        )
+    page_count = len(now.placement)
+    before = np.zeros(page_count, dtype=np.uint32) if base is None else base.history
+    most = max(_FEWEST_RUNS, saved // _SAVED_PAGES_A_RUN)
+    history = history_runs(now.history, tick, before, most)
+    placement = runs_where(now.placement != _renamed(base, now), now.placement)
+    paths = [folder / layout.by_origin(checkpoint, n) for n in (layout.HISTORY, layout.PAGES)]
+    return (
+        tables.write_history_runs(paths[0], history, tick, page_count),
+        tables.write_placement_runs(paths[1], placement, now.hosts, page_count),
+    )
+
+
+def _renamed(base: MainTables | None, now: MainTables) -> npt.NDArray[np.uint16]:
+    """The base's placement by the hosts of now."""
+    if base is None:
+        return np.full(len(now.placement), NOWHERE, dtype=np.uint16)
+    return _codes(base.hosts, now.hosts)[base.placement]
+
+
+def _codes(names: tuple[str, ...], hosts: tuple[str, ...]) -> npt.NDArray[np.uint16]:
+    """For each index in `names` that in `hosts`, or `_STRANGE`."""
+    codes = np.full(256, NOWHERE, dtype=np.uint16)
+    codes[: len(names)] = [hosts.index(name) if name in hosts else _STRANGE for name in names]
+    return codes
+
+
+def read_placement(folder: Path, manifest: Manifest) -> Placement:
+    """For each page an index in the manifest's hosts. Raises CheckpointCorrupt."""
+    hosts = tuple(part.host for part in manifest.hosts)
+    placement: Placement = np.full(manifest.page_count, NOWHERE, dtype=np.uint8)
+    strange: Mask = np.zeros(0, dtype=np.bool_)  # pages of hosts that it does not have
+    for path, expected in _tables(folder, manifest, layout.PAGES):
+        runs, names = tables.read_placement_runs(path, manifest.page_count, expected)
+        codes = _codes(names, hosts)[runs.values]
+        runs.lay(placement, codes.astype(np.uint8))
+        if not strange.size and (codes == _STRANGE).any():
+            strange = np.zeros(manifest.page_count, dtype=np.bool_)
+        if strange.size:
+            runs.lay(strange, codes == _STRANGE)
+    for page in np.flatnonzero(strange)[:1].tolist():
+        path = folder / layout.by_origin(manifest.checkpoint, layout.PAGES)
+        raise corrupt(path, f"page {page} is left with a host that the manifest does not have")
+    return placement
+
+
+def read_history(folder: Path, manifest: Manifest) -> Ticks:
+    """For each page the tick of its last access. Raises CheckpointCorrupt."""
+    history: Ticks = np.zeros(manifest.page_count, dtype=np.uint32)
+    for path, expected in _tables(folder, manifest, layout.HISTORY):
+        tables.read_history_runs(path, manifest.page_count, expected)[0].lay(history)
+    return history
+
+
+def _tables(folder: Path, manifest: Manifest, name: str) -> Iterator[tuple[Path, FileSum]]:
+    for checkpoint in manifest.chain:
+        file = listed(manifest, manifest.main, layout.by_origin(checkpoint, name))
+        yield folder / file.name, file
