@@ -14,6 +14,7 @@
     │   └── NotOurs            a file or folder is not provably dcres's own
     ├── StorageError           what is on disk cannot be trusted or written
     │   ├── CheckpointCorrupt  a file of a checkpoint is missing, truncated or altered
+    │   ├── BaseUnusable       no increment can be made upon a checkpoint; take a full one
     │   ├── StoreFull          the disk ran out of space
     │   └── StoreReadOnly      the store cannot be written to
     ├── PagingError            remote paging went wrong
@@ -147,6 +148,10 @@ class StorageError(DcresError):
 
 class CheckpointCorrupt(StorageError):
     """A file of a checkpoint is missing, truncated or altered."""
+
+
+class BaseUnusable(StorageError):
+    """No increment can be made upon that checkpoint; take a full one."""
 
 
 class StoreFull(StorageError):

@@ -138,6 +138,26 @@ class PagingCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """The checkpoint that the next one can be an increment upon, or why there is none."""
+
+    manifest: str = field(default="", repr=False)
+    why_none: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A host is ready to save.
+
+    `changed` is the main host's: the pages that changed since the base so far (see `pack_mask`),
+    on whichever host they are.
+    """
+
+    paging: PagingCounters = PagingCounters()
+    changed: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ClaimOrder:
     """For the main host: begin a life of the VM, with a generation greater than `above`.
 
@@ -301,6 +321,7 @@ class Finished:
     stopped: datetime  # when the guest was paused, UTC, by the main host's clock
     run_state: RunState  # in which the VM was found, and in which it is left
     parts_s: dict[str, float] = field(default_factory=dict)  # what the stop was spent on
+    changed: bytes = field(default=b"", repr=False)  # since the base, see `pack_mask`
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +345,9 @@ class Saved:
     files: tuple[dict[str, Any], ...]
     placed: tuple[Placed, ...] = ()  # from the main host: what every sub host must have saved
     store: str = ""  # the identity of the store that it was saved to
+    pages_saved: int = 0  # of `pages`, the others' bytes are in segments of earlier checkpoints
+    pages_changed: int = 0  # from the main host: on all hosts, since the base
+    segments: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

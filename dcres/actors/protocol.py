@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias, TypeVar
 
 from dcres.actors.messages import (
+    Base,
     ChangeId,
     ClaimOrder,
     Description,
@@ -32,10 +33,10 @@ from dcres.actors.messages import (
     Incarnation,
     MainPart,
     PageFlow,
-    PagingCounters,
     PartsOrder,
     Planned,
     PlanOrder,
+    Prepared,
     Progress,
     Role,
     RunOrder,
@@ -175,23 +176,30 @@ class Saving(Protocol):
     Orders name the checkpoint: one that comes late is refused with Conflict.
     """
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
-        """Sweep what is unfinished, make room, track changes from now on; the counters as they are.
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat, base: str = "") -> Prepared:
+        """Sweep what is unfinished, make room, track changes from now on.
 
-        Raises StoreFull, StoreReadOnly, UnsafeDevice, VmLost, Conflict.
+        With the manifest of a `base` it is an increment. Raises StoreFull, StoreReadOnly,
+        UnsafeDevice, VmLost, Conflict, BaseUnusable.
         """
 
     @within(_AS_LONG_AS_IT_TAKES_S)
-    def copy(self, checkpoint: str) -> HostRound:
-        """One round while the guest runs. Raises StoreFull, PagingError, Conflict."""
+    def copy(self, checkpoint: str, changed: bytes = b"") -> HostRound:
+        """One round while the guest runs. Raises StoreFull, PagingError, Conflict.
+
+        Of an increment the first saves those pages here that have `changed`, as far as is known.
+        """
 
     @within(_AS_LONG_AS_IT_TAKES_S)
     def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
         """The barrier before the stop, with a last quick round if `once_more`: what that did."""
 
     @within(_AS_LONG_AS_IT_TAKES_S)
-    def stage(self, checkpoint: str, most_pages: int) -> None:
-        """The guest is paused: take the rest, at most `most_pages` of it into memory."""
+    def stage(self, checkpoint: str, most_pages: int, changed: bytes = b"") -> None:
+        """The guest is paused: take the rest, at most `most_pages` of it into memory.
+
+        Of an increment this host saves the pages here that have `changed`, and no others.
+        """
 
     @within(_AS_LONG_AS_IT_TAKES_S)
     def save(self, checkpoint: str, tick: int) -> Saved:
@@ -226,6 +234,9 @@ class Machine(Protocol):
 
     def pause(self) -> None:
         """Stop the guest until `go`. Repeatable."""
+
+    def base(self) -> Base:
+        """What the next checkpoint can be an increment upon. Changes nothing."""
 
     @within(_AS_LONG_AS_IT_TAKES_S)
     def finish(self, checkpoint: str) -> Finished:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dcres.errors import ConfigError
-from dcres.model.formats import DEFAULT_FORMAT, WHOLE_FORMATS
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 
 __all__ = [
     "DEFAULT_DOWNTIME_S",
@@ -19,7 +19,7 @@ DEFAULT_MODE = "live"
 MODES = ("live", "stop")
 DEFAULT_DOWNTIME_S = 0.1
 DEFAULT_MAX_ROUNDS = 8
-FORMATS = tuple(str(each) for each in WHOLE_FORMATS)
+FORMATS = tuple(str(each) for each in MemoryFormat)
 
 
 def require_kind(mode: str, format: str) -> None:

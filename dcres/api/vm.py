@@ -103,15 +103,20 @@ class Vm:
         format: str = DEFAULT_FORMAT,
         downtime_s: float = DEFAULT_DOWNTIME_S,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
+        full: bool = False,
         progress: ProgressOption = None,
     ) -> Checkpoint:
-        """Save the VM on all its hosts at once.
+        """Save the VM on all its hosts at once: what changed since its last checkpoint.
+
+        That is an increment: whole by itself, it shares with earlier ones what has not changed.
+        All is saved if it is to be `full`, or where it is not known what changed;
+        ``facts["full_because"]`` says why.
 
         ``live``: it runs meanwhile, and is paused only for what is left when that fits
         `downtime_s`, or after `max_rounds` rounds. ``stop``: it is paused until all is
-        written. `format` is that of the memory files: ``packed``, pages close together in large
-        writes, or ``sparse``, every page at its place in memory. `progress` is called with an
-        `OperationProgress` four times a second.
+        written. `format` is that of the memory files: ``segmented``, which increments need;
+        ``packed``, one file a host with pages close together; or ``sparse``, every page at its
+        place in memory. `progress` is called with an `OperationProgress` four times a second.
 
         Ctrl-C cancels it, unless it is being published: KeyboardInterrupt's text has its id then.
         Raises OperationFailed when it failed or was cancelled (the VM goes on, earlier checkpoints
@@ -124,7 +129,7 @@ class Vm:
                 "give more than 0 ms and at least 1 round"
             )
         attended = self._attended(f"checkpoint of {self.name}", progress)
-        order = mode, None, downtime_s, max_rounds, MemoryFormat(format)
+        order = mode, None, downtime_s, max_rounds, MemoryFormat(format), full
         facts = attended.run(Coordinator.checkpoint, *order)
         return Checkpoint(self._session, facts)
 

@@ -40,7 +40,7 @@ from dcres.bench.qemu_vm import QemuVm, Way
 from dcres.bench.result import Aim, Bench, Direction, Figure, Ratio, Row, Setup
 from dcres.config import VmSpec, default_cache
 from dcres.errors import UnsupportedHost
-from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
+from dcres.model.formats import MemoryFormat
 from dcres.model.live import DOWNTIME_S, MAX_ROUNDS
 from dcres.storage.format.manifest import dumps
 from dcres.storage.store.store import Store
@@ -189,9 +189,11 @@ def _rival_round(way: Way, vm: QemuVm, at: int) -> list[Row]:
 
 
 _MAPPED_RAM = {
-    "save_over_mapped_ram": Ratio(f"save_{DEFAULT_FORMAT}", "save_mapped_ram"),
-    "restore_over_mapped_ram": Ratio(f"restore_{DEFAULT_FORMAT}", "restore_mapped_ram"),
-    "restore_whole_over_mapped_ram": Ratio(f"restore_whole_{DEFAULT_FORMAT}", "restore_mapped_ram"),
+    "save_over_mapped_ram": Ratio(f"save_{MemoryFormat.PACKED}", "save_mapped_ram"),
+    "restore_over_mapped_ram": Ratio(f"restore_{MemoryFormat.PACKED}", "restore_mapped_ram"),
+    "restore_whole_over_mapped_ram": Ratio(
+        f"restore_whole_{MemoryFormat.PACKED}", "restore_mapped_ram"
+    ),
 }
 
 BENCH = Bench(
@@ -205,8 +207,8 @@ BENCH = Bench(
         "engine_sparse_over_fio": Ratio("engine_sparse", "fio_write"),
         "restore_packed_over_fio": Ratio("restore_packed", "fio_read"),
         **_MAPPED_RAM,
-        "save_over_qemu_stream": Ratio(f"save_{DEFAULT_FORMAT}", "save_stream"),
-        "restore_over_qemu_stream": Ratio(f"restore_{DEFAULT_FORMAT}", "restore_stream"),
+        "save_over_qemu_stream": Ratio(f"save_{MemoryFormat.PACKED}", "save_stream"),
+        "restore_over_qemu_stream": Ratio(f"restore_{MemoryFormat.PACKED}", "restore_stream"),
     },
     aims=(
         Aim("save_packed_over_fio", Direction.AT_LEAST, 0.85),

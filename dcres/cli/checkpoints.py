@@ -46,9 +46,13 @@ def checkpoint(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="Of memory files. packed: pages close together. sparse: each at its place.",
+            help="Of memory files. segmented: increments. packed: all pages, close together. "
+            "sparse: each at its place.",
         ),
     ] = DEFAULT_FORMAT,
+    full: Annotated[
+        bool, typer.Option("--full", help="Save all pages, not only what has changed.")
+    ] = False,
     downtime: Annotated[
         float, typer.Option(metavar="MS", help="live: milliseconds that the VM may be paused.")
     ] = DEFAULT_DOWNTIME_S * 1000,
@@ -56,13 +60,13 @@ def checkpoint(
         int, typer.Option(metavar="N", help="live: pause the VM after N rounds at the latest.")
     ] = DEFAULT_MAX_ROUNDS,
 ) -> Answer:
-    """Save a VM, all hosts their own pages in parallel; Ctrl-C cancels."""
+    """Save a VM, all hosts in parallel what has changed there; Ctrl-C cancels."""
     from dcres.cli.tables import checkpoint_view
 
     require_kind(mode, format)
     with open_cluster(options) as cluster:
         taken = cluster.vm(vm).checkpoint(
-            mode, format=format, downtime_s=downtime / 1000, max_rounds=max_rounds
+            mode, format=format, downtime_s=downtime / 1000, max_rounds=max_rounds, full=full
         )
         facts = taken.facts
     return Answer(facts, checkpoint_view(facts))

@@ -152,7 +152,17 @@ def checkpoint_view(facts: dict[str, Any]) -> RenderableType:
             f"{host['seconds']:.2f}",
         )
     moved = facts["pages_moved_for_checkpoint"]
-    return Group(head, table, f"pages moved between hosts for it: {moved}")
+    return Group(head, _upon(facts), table, f"pages moved between hosts for it: {moved}")
+
+
+def _upon(facts: dict[str, Any]) -> str:
+    """Whether it is an increment, and upon what."""
+    saved = f"{_size_of(facts['pages_saved'])} saved"
+    if facts["base"] is None:
+        why = facts.get("full_because")
+        return f"a full checkpoint, {saved}" + (f": {why}" if why else "")
+    changed = _size_of(facts["pages_changed"])
+    return f"an increment upon {facts['base']}: {changed} changed, {saved}"
 
 
 def checkpoints_view(listing: Iterable[Listed]) -> RenderableType:

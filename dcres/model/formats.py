@@ -14,4 +14,4 @@ class MemoryFormat(StrEnum):
 
 
 WHOLE_FORMATS = (MemoryFormat.SPARSE, MemoryFormat.PACKED)  # of checkpoints that know no other
-DEFAULT_FORMAT = MemoryFormat.PACKED
+DEFAULT_FORMAT = MemoryFormat.SEGMENTED

@@ -145,8 +145,9 @@ def test_what_was_saved_is_read_back(
             assert store.memory_part(published, host).pages == part.memory.mask.sum()
             memory_file.load(part.memory, fd)
     assert target.read_bytes() == ram.read_bytes()
-    assert store.read_placement(published).tolist() == placement().tolist()
-    assert store.read_history(published).tolist() == list(range(PAGE_COUNT))
+    tables = store.read_main_tables(published)
+    assert tables.placement.tolist() == placement().tolist()
+    assert tables.history.tolist() == list(range(PAGE_COUNT))
     assert store.vmcore(published).stat().st_size == published.vmcore.length_bytes
     for read in (store.read_part, store.memory_part):
         with pytest.raises(NotFound, match="h9"):

@@ -37,12 +37,12 @@ from dcres.actors.ray import gateway
 from dcres.actors.ray.fleet import RayFleet
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.config import VmSpec, vm_spec
-from dcres.errors import Conflict, DcresError, NotFound, PagingError, StorageError
+from dcres.errors import BaseUnusable, Conflict, DcresError, NotFound, PagingError, StorageError
 from dcres.model.formats import DEFAULT_FORMAT
 from dcres.model.pages import pages_of
 from dcres.storage.digest import FileSum
-from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, dumps
-from dcres.storage.layout import MEMORY_FILES, VMCORE, checkpoint_id
+from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment, dumps
+from dcres.storage.layout import VMCORE, checkpoint_id, memory_file
 from tests.support.fleet import LocalFleet
 from tests.support.hosts import FakeHost, FakeSub
 from tests.support.main_host import FakeMain
@@ -219,29 +219,53 @@ def other() -> str:
     return a_name()
 
 
-def prepare(site: Site, checkpoint: str) -> None:
+def prepare(site: Site, checkpoint: str, base: Manifest | None = None) -> None:
+    text = "" if base is None else dumps(base)
     for port in site.ports:
-        port.call(Saving.prepare, checkpoint, DEFAULT_FORMAT)
+        port.call(Saving.prepare, checkpoint, DEFAULT_FORMAT, text)
 
 
-def stop(site: Site, checkpoint: str) -> Finished:
+def stop(site: Site, checkpoint: str, base: Manifest | None = None) -> Finished:
     """All up to the stop, with every host's part in its hands."""
-    prepare(site, checkpoint)
+    prepare(site, checkpoint, base)
     finished = site.main.call(Machine.finish, checkpoint)
     for port in site.ports:
-        port.call(Saving.stage, checkpoint, STAGE_PAGES)
+        port.call(Saving.stage, checkpoint, STAGE_PAGES, finished.changed)
     return finished
 
 
-def save(site: Site, checkpoint: str) -> Manifest:
+def save(site: Site, checkpoint: str, base: Manifest | None = None) -> Manifest:
     """All up to the last vote."""
-    finished = stop(site, checkpoint)
+    finished = stop(site, checkpoint, base)
     site.main.call(Machine.resume, checkpoint)
     saved = [port.call(Saving.save, checkpoint, finished.tick) for port in site.ports]
-    return manifest_of(site, checkpoint, finished, saved)
+    require_placed(saved)
+    return manifest_of(site, checkpoint, finished, saved, base)
 
 
-def manifest_of(site: Site, checkpoint: str, done: Finished, saved: list[Saved]) -> Manifest:
+def require_placed(saved: list[Saved]) -> None:
+    """The main host has placed on each sub host what that one's part has."""
+    main, *subs = saved
+    assert [(each.pages, each.digest) for each in subs] == [
+        (each.pages, each.digest) for each in main.placed
+    ]
+
+
+def renamed(manifest: Manifest, checkpoint: str) -> Manifest:
+    text = manifest.model_dump_json()
+    for name in (str, lambda name: name.removeprefix(f"{VM}-")):
+        text = text.replace(name(manifest.checkpoint), name(checkpoint))
+    return Manifest.model_validate_json(text)
+
+
+def publish(site: Site, manifest: Manifest) -> None:
+    hosts = tuple(part.host for part in manifest.hosts)
+    site.main.call(Machine.publish, dumps(manifest), hosts)
+
+
+def manifest_of(
+    site: Site, checkpoint: str, done: Finished, saved: list[Saved], base: Manifest | None = None
+) -> Manifest:
     main = site.main.call(Presence.describe)
     parts = tuple(
         HostPart(
@@ -252,7 +276,8 @@ def manifest_of(site: Site, checkpoint: str, done: Finished, saved: list[Saved])
             bytes_written=each.bytes_written,
             file_bytes_allocated=each.allocated_bytes,
             seconds=each.seconds,
-            memory_file=MEMORY_FILES[DEFAULT_FORMAT],
+            memory_file=memory_file(DEFAULT_FORMAT, checkpoint),
+            segments=tuple(Segment(**one) for one in each.segments),
             files=tuple(FileSum(**file) for file in each.files),
         )
         for index, (each, share) in enumerate(zip(saved, site.spec.layout.shares, strict=True))
@@ -276,6 +301,8 @@ def manifest_of(site: Site, checkpoint: str, done: Finished, saved: list[Saved])
         vmcore=core,
         seconds=1.0,
         downtime_seconds=0.1,
+        base=None if base is None else base.checkpoint,
+        chain=(*(() if base is None else base.chain), checkpoint),
     )
 
 
@@ -613,6 +640,42 @@ def test_nothing_is_given_up_that_never_began(started: Site, name: str) -> None:
     refused(Conflict, lambda: started.main.call(Saving.prepare, name, DEFAULT_FORMAT))
 
 
+# Increments
+
+
+def test_an_increment_is_upon_the_last_that_was_published(anywhere: Site, name: str) -> None:
+    first = save(anywhere, name)
+    assert anywhere.main.call(Machine.base).manifest != dumps(first), "it is not published yet"
+    publish(anywhere, first)
+    assert anywhere.main.call(Machine.base).manifest == dumps(first)
+    second = save(anywhere, a_name(), first)
+    assert second.pages >= first.pages
+    assert [len(part.segments or ()) for part in second.hosts] == [2] * len(second.hosts)
+    publish(anywhere, second)
+    assert anywhere.main.call(Machine.base).manifest == dumps(second)
+    require_running(anywhere)
+
+
+def test_one_that_was_given_up_is_no_base(started: Site, name: str, other: str) -> None:
+    publish(started, first := save(started, name))
+    save(started, other, first)
+    give_up(started, other)
+    assert started.main.call(Machine.base).manifest == dumps(first)
+    publish(started, second := save(started, a_name(), first))
+    assert second.pages >= first.pages
+
+
+def test_upon_what_is_not_there_nothing_is_prepared(started: Site, name: str, other: str) -> None:
+    gone = save(started, name)
+    give_up(started, name)
+    for port in started.ports:
+        refused(
+            BaseUnusable, partial(port.call, Saving.prepare, other, DEFAULT_FORMAT, dumps(gone))
+        )
+    give_up(started, other)
+    require_running(started)
+
+
 # An actor that is started again
 
 
@@ -650,8 +713,7 @@ def test_parts_are_served_until_the_end_which_is_final(started: Site, name: str)
     manifest = save(started, name)
     text, main = dumps(manifest), started.main
     hosts = tuple(part.host for part in manifest.hosts)
-    nobody = dumps(manifest.model_copy(update={"checkpoint": a_name()}))
-    assert main.call(Parts.parts_here, nobody) == ()
+    assert main.call(Parts.parts_here, dumps(renamed(manifest, a_name()))) == ()
     main.call(Machine.publish, text, hosts)
     capacities = tuple(pages_of(share) for share in started.spec.layout.shares)
     holds = ((True, True, True),) * 3

@@ -78,7 +78,9 @@ class Checked:
             self.restart_pager()
 
     def _until_answered(self) -> None:
-        while not select.select([self.paged.writer.process.stdout], [], [], 0.2)[0]:
+        answers = self.paged.writer.process.stdout
+        assert answers is not None
+        while not select.select([answers], [], [], 0.2)[0]:
             self._limit(LIMIT)
         self.paged.writer.answer()
 

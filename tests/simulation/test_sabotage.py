@@ -86,6 +86,19 @@ def test_a_dirty_bitmap_that_misses_writes() -> None:
     require_found(Plan(world=Blind), "than the guest had")
 
 
+class Forgetful(SimulatedVm):
+    """A page that changed and came back from another host counts as it was."""
+
+    def _place(self, page: int, host: str) -> None:
+        if page not in self.memory.get(host, {}):
+            self.changed.discard(page)
+        super()._place(page, host)
+
+
+def test_an_account_of_contents_that_forgets_pages_that_move() -> None:
+    require_found(Plan(world=Forgetful), "than the guest had|not the")
+
+
 class Careless(SimulatedVm):
     """Whatever is not being saved is swept, published or not."""
 

@@ -18,11 +18,11 @@ from dcres.actors.messages import (
     Description,
     LoadOrder,
     MainPart,
-    PagingCounters,
     PartsOrder,
     Placed,
     Planned,
     PlanOrder,
+    Prepared,
     Progress,
     Role,
     Saved,
@@ -35,11 +35,11 @@ from dcres.actors.protocol import (
     Serving,
     SubStatus,
 )
-from dcres.errors import Conflict, NotFound, PagingError
+from dcres.errors import BaseUnusable, Conflict, NotFound, PagingError
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.paging.settings import SubAddress
-from dcres.storage.format.manifest import Manifest, loads
+from dcres.storage.format.manifest import Manifest, Segment, loads
 from tests.support.world import Memory, Part, World, digest_of
 
 NOT_ON_A_HOST = 255
@@ -50,13 +50,26 @@ def parsed(manifest: str) -> Manifest:
     return loads(manifest, Path("manifest.json"))
 
 
+def packed(pages: set[int]) -> bytes:
+    """A set of pages as it goes from host to host; that of none is not empty."""
+    return b"=" + bytes(sorted(pages))
+
+
+def unpacked(pages: bytes) -> set[int] | None:
+    """The set again; None for all."""
+    return set(pages[1:]) if pages else None
+
+
 @dataclass
 class Saver:
     """One host's part of one checkpoint, as an actor has it in hand."""
 
     checkpoint: str
+    base: Manifest | None = None
+    segmented: bool = False
     pages: Memory = field(default_factory=dict)
     began: bool = False
+    changed: set[int] | None = None  # since the base; None: all
 
 
 class FakeHost:
@@ -196,12 +209,27 @@ class SavingHost(FakeHost):
             raise Conflict(f"host {self.host} has no checkpoint {checkpoint} under way")
         return self._saver
 
-    def _begin_saving(self, checkpoint: str) -> None:
-        self._saver = Saver(checkpoint)
+    def _begin_saving(self, checkpoint: str, memory_format: MemoryFormat, base: str) -> None:
+        upon = parsed(base) if base else None
+        if upon is not None and not all(
+            self.world.parts.get((upon.checkpoint, part.host), Part()).whole
+            for part in upon.hosts
+            if part.host == self.host
+        ):
+            raise BaseUnusable(f"the part of {self.host} in {upon.checkpoint} is missing")
+        segmented = memory_format is MemoryFormat.SEGMENTED
+        self._saver = Saver(checkpoint, upon, segmented)
         self.world.keeping[self.host] = checkpoint
         self.world.marks[self.host] = set()
 
-    def _prepare(self, checkpoint: str, require: Callable[[], None], whole_parts: bool) -> None:
+    def _prepare(
+        self,
+        checkpoint: str,
+        memory_format: MemoryFormat,
+        base: str,
+        require: Callable[[], None],
+        whole_parts: bool,
+    ) -> None:
         self.world.spend(self.host, "prepare")
         self._require_wanted(checkpoint)
         require()
@@ -209,23 +237,24 @@ class SavingHost(FakeHost):
         self.world.sweep(checkpoint, whole_parts=whole_parts)
         self.world.parts[checkpoint, self.host] = Part()
         self.world.note(self.host, "prepare")
-        self._begin_saving(checkpoint)
+        self._begin_saving(checkpoint, memory_format, base)
 
-    def _take(self, saver: Saver) -> None:
-        """What is here at first, then what has changed."""
+    def _take(self, saver: Saver, changed: set[int] | None = None) -> None:
+        """What is here at first and has changed, then what comes or is written."""
         here, marks = self.world.memory.get(self.host, {}), self.world.marks[self.host]
         for page in marks if saver.began else here:
-            if page in here:
+            if page in here and (saver.began or changed is None or page in changed):
                 saver.pages[page] = here[page]
             else:
                 saver.pages.pop(page, None)
+        if saver.began:
+            marks.clear()
         saver.began = True
-        marks.clear()
 
-    def copy(self, checkpoint: str) -> HostRound:
+    def copy(self, checkpoint: str, changed: bytes = b"") -> HostRound:
         self._current(checkpoint)
         self.world.note(self.host, "copy")
-        self._take(self._current(checkpoint))
+        self._take(self._current(checkpoint), unpacked(changed))
         self.world.spend(self.host, "copy")
         self._current(checkpoint)
         return HostRound(len(self.world.marks[self.host]), 0.01, 1e9)
@@ -240,25 +269,56 @@ class SavingHost(FakeHost):
         left = self.world.left.pop() if self.world.left else 0
         return HostRound(left, 0.01, 1e9)
 
-    def stage(self, checkpoint: str, most_pages: int) -> None:
+    def stage(self, checkpoint: str, most_pages: int, changed: bytes = b"") -> None:
         self._current(checkpoint)
         self.world.note(self.host, "stage")
         self.world.spend(self.host, "stage")
-        self._take(self._current(checkpoint))
+        saver = self._current(checkpoint)
+        saver.changed = unpacked(changed)
+        self._take(saver, saver.changed)
+        if saver.changed is not None:
+            for page in saver.pages.keys() - saver.changed:
+                del saver.pages[page]
 
     def _save(self, checkpoint: str, files: list[str], placed: tuple[Placed, ...] = ()) -> Saved:
         self._current(checkpoint)
         self.world.note(self.host, "save")
         self.world.spend(self.host, "save")
-        pages = self._current(checkpoint).pages
+        saver = self._current(checkpoint)
+        pages = {**self._kept(saver), **saver.pages}
         self.world.parts[checkpoint, self.host] = Part(pages, whole=True)
         self._saver = None
         self.world.marks.pop(self.host, None)
         sums = tuple({"name": name, "length_bytes": 1, "sha256": "0" * 64} for name in files)
         count = self.world.saved_pages.get(self.host, len(pages))
-        written, store = len(pages) * 4096, self.world.saved_to.get(self.host, "store")
-        digest = digest_of(pages)
-        return Saved(self.host, count, written, written, 0.1, digest, sums, placed, store)
+        written, store = len(saver.pages) * 4096, self.world.saved_to.get(self.host, "store")
+        return Saved(
+            self.host,
+            count,
+            written,
+            written,
+            0.1,
+            digest_of(pages),
+            sums,
+            placed,
+            store,
+            len(saver.pages),
+            segments=self._segments(saver),
+        )
+
+    def _kept(self, saver: Saver) -> Memory:
+        if saver.base is None or saver.changed is None:
+            return {}
+        return self.world.kept(saver.base.checkpoint, self.host, saver.changed)
+
+    def _segments(self, saver: Saver) -> tuple[dict[str, Any], ...]:
+        if not saver.segmented:
+            return ()
+        parts = () if saver.base is None else saver.base.hosts
+        earlier = [part.segments or () for part in parts if part.host == self.host]
+        saved = len(saver.pages)
+        own = Segment(checkpoint=saver.checkpoint, pages=saved, gone=0, places=saved)
+        return tuple(each.model_dump() for each in (*sum(earlier, ()), own))
 
     def halt(self, checkpoint: str) -> None:
         self.world.note(self.host, "halt")
@@ -324,9 +384,9 @@ class FakeSub(SavingHost):
             self.world.capacities[self.host] = order.capacity_pages
         return SubAddress(self.host, "127.0.0.1", 1, order.capacity_pages)
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
-        self._prepare(checkpoint, self._require_serving, whole_parts=False)
-        return PagingCounters()
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat, base: str = "") -> Prepared:
+        self._prepare(checkpoint, memory_format, base, self._require_serving, whole_parts=False)
+        return Prepared()
 
     def save(self, checkpoint: str, tick: int) -> Saved:
         saved = self._save(checkpoint, ["pages.arrow", "sums.arrow"])

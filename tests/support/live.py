@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +30,11 @@ from dcres.actors.host.state import StateFile, VmState
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.messages import Role
 from dcres.actors.ports import Port
+from dcres.actors.protocol import Machine
 from dcres.config import HostSettings, Layout, VmSpec
 from dcres.linux.marks import Mark
 from dcres.linux.process import ProcessId
-from dcres.model.formats import MemoryFormat
+from dcres.model.formats import WHOLE_FORMATS, MemoryFormat
 from dcres.model.live import Target
 from dcres.model.pages import PAGE_SIZE
 from dcres.model.placement import sub_code
@@ -40,7 +42,8 @@ from dcres.model.run_state import RunState
 from dcres.paging.control import PagerControl
 from dcres.paging.orders import Counters, Frozen
 from dcres.paging.status import PagerStatus
-from dcres.storage.format.manifest import Manifest, Mode
+from dcres.storage.engine import memory_file
+from dcres.storage.format.manifest import Manifest, Mode, loads
 from dcres.storage.layout import MEMORY
 from dcres.storage.store.store import Store
 from dcres.vm.command import VmFiles
@@ -162,6 +165,7 @@ class LiveCheckpoints:
 
     def __init__(self, rig: Rig, store: Store, without: str = "") -> None:
         self._rig, self._store, self._without = rig, store, without
+        self.why_full = ""  # of the last increment that was none
         subs = len(rig.servers)
         shares = [PAGE_SIZE * rig.pages] * (subs + 1)
         spec = VmSpec(
@@ -176,9 +180,20 @@ class LiveCheckpoints:
 
     def take(self, number: int, mode: Mode = Mode.LIVE) -> Manifest:
         """Checkpoint `number`: even ones are sparse, odd ones packed."""
+        return self._take(number, mode, WHOLE_FORMATS[number % 2], None)
+
+    def increment(self, number: int, mode: Mode = Mode.LIVE) -> Manifest:
+        """Checkpoint `number` upon the one before, if that can be."""
+        found = self._subject.ports["main"].call(Machine.base)
+        self.why_full = found.why_none
+        base = loads(found.manifest, Path("base")) if found.manifest else None
+        return self._take(number, mode, MemoryFormat.SEGMENTED, base)
+
+    def _take(
+        self, number: int, mode: Mode, memory_format: MemoryFormat, base: Manifest | None
+    ) -> Manifest:
         name = f"{VM}-20260101-000000-{number:04x}"
-        memory_format = list(MemoryFormat)[number % 2]
-        checkpointing = Checkpointing(self._subject, name, mode, Target(), memory_format)
+        checkpointing = Checkpointing(self._subject, name, mode, Target(), memory_format, base=base)
         if not self._without:
             return checkpointing.run()
         with patch.object(publishing, "_require_agreement"):
@@ -186,11 +201,19 @@ class LiveCheckpoints:
 
     def memory(self, manifest: Manifest) -> list[npt.NDArray[np.uint64]]:
         """Each host's memory file as it is, a row of words a page; what is not there is zeros."""
+        if manifest.memory_format is MemoryFormat.SEGMENTED:
+            return [self._loaded(manifest, part.host) for part in manifest.hosts]
         folder = self._store.root / VM / manifest.checkpoint
         return [
             _words(folder / part.host, part.memory_file, manifest.page_count)
             for part in manifest.hosts
         ]
+
+    def _loaded(self, manifest: Manifest, host: str) -> npt.NDArray[np.uint64]:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(manifest.memory_bytes)
+            memory_file.load(self._store.read_part(manifest, host).memory, file.fileno())
+            return np.fromfile(file, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)
 
     def require_size(self, manifest: Manifest, memory: list[npt.NDArray[np.uint64]]) -> None:
         """However many rounds there were, a memory file takes its pages' blocks and no more.

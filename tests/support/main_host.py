@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from dcres.actors.messages import (
+    Base,
     ChangeId,
     ClaimOrder,
     Description,
     Finished,
     Incarnation,
     PageFlow,
-    PagingCounters,
     Placed,
+    Prepared,
     Resumption,
     Role,
     RunOrder,
@@ -35,8 +36,9 @@ from dcres.model.picture import Picture
 from dcres.model.record import Record, refusal
 from dcres.model.run_state import RunState, is_held, kept, no_run, no_save, told
 from dcres.paging.settings import SubAddress
-from tests.support.hosts import NOT_ON_A_HOST, SavingHost, parsed
-from tests.support.world import PAGES, World
+from dcres.storage.layout import MOST_SEGMENTS
+from tests.support.hosts import NOT_ON_A_HOST, SavingHost, packed, parsed
+from tests.support.world import PAGES, World, digest_of
 
 
 class FakeMain(SavingHost):
@@ -183,18 +185,30 @@ class FakeMain(SavingHost):
         if self._require_qemu() is RunState.RUNNING:
             self.world.qemus[self.host] = self.world.meant = RunState.PAUSED
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
+    def base(self) -> Base:
+        self._require_qemu()
+        text = self.world.published.get(self.world.base)
+        if text is None:
+            return Base(why_none="there is no base")
+        base, hosts = parsed(text), self.world.states[self.host]["hosts"]
+        if len(base.chain) >= MOST_SEGMENTS or base.main.host != hosts[0]:
+            return Base(why_none="the chain is over")
+        if any(part.host not in hosts for part in base.hosts):
+            return Base(why_none="a host is not of the VM any more")
+        return Base(text)
+
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat, base: str = "") -> Prepared:
         def require() -> None:
             if why := no_save(self.vm, told(self._require_qemu(), self.found)):
                 raise Conflict(why)
             self._require_latest()
             self.world.states[self.host]["checkpoint"] = checkpoint
 
-        self._prepare(checkpoint, require, whole_parts=True)
-        return PagingCounters()
+        self._prepare(checkpoint, memory_format, base, require, whole_parts=True)
+        return Prepared(changed=packed(self.world.changed) if base else b"")
 
-    def copy(self, checkpoint: str) -> HostRound:
-        done = super().copy(checkpoint)
+    def copy(self, checkpoint: str, changed: bytes = b"") -> HostRound:
+        done = super().copy(checkpoint, changed)
         self._await_moves(checkpoint)
         return done
 
@@ -222,13 +236,37 @@ class FakeMain(SavingHost):
         self.world.frozen, self.world.qemus[self.host] = True, RunState.POSTMIGRATE
         self.world.note(self.host, "finish")
         subs = self.world.states[self.host]["hosts"][1:]
-        self._frozen = tuple(Placed(*self.world.placed(host)) for host in subs)
+        changed = self._cut(checkpoint)
+        self._frozen = tuple(self._placed(host, changed) for host in subs)
         self.world.cuts[checkpoint] = dict(self.world.guest)
-        stopped = self.world.utc()
-        return Finished(1, 0, 0, 0, stopped_at=1.0, stopped=stopped, run_state=found)
+        return Finished(
+            1,
+            0,
+            0,
+            0,
+            stopped_at=1.0,
+            stopped=self.world.utc(),
+            run_state=found,
+            changed=b"" if changed is None else packed(changed),
+        )
 
-    def stage(self, checkpoint: str, most_pages: int) -> None:
-        super().stage(checkpoint, most_pages)
+    def _cut(self, checkpoint: str) -> set[int] | None:
+        saver = self._current(checkpoint)
+        if saver.segmented:
+            self.world.cut(checkpoint)
+        return None if saver.base is None else set(self.world.changed)
+
+    def _placed(self, host: str, changed: set[int] | None) -> Placed:
+        """Whose bytes a checkpoint has from a host: what has changed there, or was saved there."""
+        pages, base = self.world.memory.get(host, {}), self._saver and self._saver.base
+        if base is None or changed is None:
+            return Placed(len(pages), digest_of(pages))
+        kept = self.world.kept(base.checkpoint, host, changed)
+        found = kept.keys() | (pages.keys() & changed)
+        return Placed(len(found), digest_of(found))
+
+    def stage(self, checkpoint: str, most_pages: int, changed: bytes = b"") -> None:
+        super().stage(checkpoint, most_pages, changed)
         if not self.world.frozen:
             raise PagingError("the pager was started again while the checkpoint was taken")
 
@@ -263,6 +301,8 @@ class FakeMain(SavingHost):
         self._write(name, manifest, here)
         self.world.reach(self.host, "publish")
         self._forget(name)
+        if parsed(manifest).memory_format is MemoryFormat.SEGMENTED:
+            self.world.rebase(name)
         if f"{self.host}.publish" in self.world.lost_answers:
             raise ClusterError(f"{self.host}.publish did not answer")
 

@@ -132,8 +132,10 @@ class Rig:
         self.coordinator.start(spec)
         return await_checks(self.console, checks)
 
-    def checkpoint(self, memory_format: MemoryFormat = DEFAULT_FORMAT) -> Manifest:
-        facts = self.coordinator.checkpoint("stop", memory_format=memory_format)
+    def checkpoint(
+        self, memory_format: MemoryFormat = DEFAULT_FORMAT, *, full: bool = True
+    ) -> Manifest:
+        facts = self.coordinator.checkpoint("stop", memory_format=memory_format, full=full)
         return self.store.get(facts["checkpoint"])
 
     def restore(self, manifest: Manifest, **more: Any) -> dict[str, Any]:
@@ -256,6 +258,9 @@ def _has_ended(pidfd: str) -> bool:
     return "Pid:\t-1\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
 
 
+_GONE = 0xFFFFFFFE  # in a segment's table; one more is a page of zeros
+
+
 class PlainMemory:
     """A VM's memory put together from sparse files, by plain reads, page by page.
 
@@ -284,6 +289,8 @@ class PlainMemory:
 
     def add_saved(self, folder: Path, owner: str) -> int:
         """Take what a host saved, read as docs/format.md says and no other way."""
+        if segments := sorted(folder.glob("*.segment.arrow")):
+            return self._add_segments(segments, owner)
         listed = _column(folder / "sums.arrow", "page")
         assert listed == sorted(set(listed))
         places = {number: number for number in listed}
@@ -303,6 +310,26 @@ class PlainMemory:
                     page = os.pread(file.fileno(), PAGE_BYTES, places[number] * PAGE_BYTES)
                 self.put(number, page, owner)
         return len(listed)
+
+    def _add_segments(self, tables: list[Path], owner: str) -> int:
+        """The newest segment that lists a page has it, or tells that it is gone."""
+        found: dict[int, bytes] = {}
+        for table in tables:  # their names begin with the time
+            pack = table.with_name(table.name.replace(".segment.arrow", ".pack"))
+            numbers, places = _column(table, "page"), _column(table, "place")
+            assert numbers == sorted(set(numbers))
+            held = [place for place in places if place < _GONE]
+            assert sorted(held) == list(range(pack.stat().st_size // PAGE_BYTES))
+            with pack.open("rb", buffering=0) as file:
+                for number, place in zip(numbers, places, strict=True):
+                    found[number] = bytes(PAGE_BYTES)
+                    if place < _GONE:
+                        found[number] = os.pread(file.fileno(), PAGE_BYTES, place * PAGE_BYTES)
+                    elif place == _GONE:
+                        del found[number]
+        for number, page in found.items():
+            self.put(number, page, owner)
+        return len(found)
 
     def at(self, number: int) -> bytes:
         """A page; one that is nowhere reads as zeros."""

@@ -67,6 +67,12 @@ class World:
     coming: dict[int, str] = field(default_factory=dict)  # pages under way, and to which host
     cuts: dict[str, Memory] = field(default_factory=dict)  # what it had, by checkpoint
 
+    # The pager's account of contents: of the checkpoint that it is since, and of the last cut
+    base: str = ""
+    cut_for: str = ""
+    changed: set[int] = field(default_factory=set)
+    changed_since_cut: set[int] = field(default_factory=set)
+
     # The store
     published: dict[str, str] = field(default_factory=dict)
     parts: dict[tuple[str, str], Part] = field(default_factory=dict)  # by checkpoint and host
@@ -155,6 +161,7 @@ class World:
         if self.qemus.pop(host, None) is not None:
             self.frozen = False
             self.coming.clear()
+            self.base = self.cut_for = ""
         self.states.pop(host, None)
         self.serving.discard(host)
         self.serving_parts.discard(host)
@@ -214,12 +221,29 @@ class World:
     def write(self, page: int, host: str) -> None:
         """The guest writes to a page, which is or comes to `host`."""
         self.guest[page] += 1
+        self.changed.add(page)
+        self.changed_since_cut.add(page)
         self._place(page, host)
 
     def placed(self, host: str) -> tuple[int, str]:
         """How many pages the page table places on a host, and which."""
         pages = self.memory.get(host, {})
         return len(pages), digest_of(pages)
+
+    def cut(self, checkpoint: str) -> None:
+        """What changes from now on is not in the checkpoint."""
+        self.cut_for = checkpoint
+        self.changed_since_cut = set()
+
+    def rebase(self, checkpoint: str) -> None:
+        """It is published."""
+        self.base = checkpoint if self.cut_for == checkpoint else ""
+        self.changed = set(self.changed_since_cut)
+
+    def kept(self, base: str, host: str, changed: set[int]) -> Memory:
+        """What a host's part of a checkpoint has from its base."""
+        part = self.parts.get((base, host), Part())
+        return {page: version for page, version in part.pages.items() if page not in changed}
 
     # The store
 

@@ -959,6 +959,7 @@ class TestTables:
     [
         ("running", "the VM was paused for 12 ms after 2 rounds: the rest fits"),
         ("paused", "in 0.50 s, the VM is paused, as it was\n"),
+        ("running", "an increment upon box-0: 4 KiB changed, 4 KiB saved"),
     ],
 )
 def test_what_a_checkpoint_says_of_its_vm(state: str, told: str) -> None:
@@ -972,6 +973,9 @@ def test_what_a_checkpoint_says_of_its_vm(state: str, told: str) -> None:
         "run_state": state,
         "rounds": 2,
         "verdict": "the rest fits",
+        "base": "box-0",
+        "pages_changed": 1,
+        "pages_saved": 1,
     }
     console = Console(width=120, file=StringIO(), record=True)
     console.print(checkpoint_view(facts))

@@ -20,11 +20,13 @@ from dcres.paging.orders import (
     SERVER_ORDERS,
     Answer,
     Counters,
+    Cut,
     Done,
     Freeze,
     Frozen,
     PagerOrder,
     Quiesce,
+    Rebase,
     Reload,
     ResizePager,
     ResizeServer,
@@ -162,6 +164,8 @@ ASKED_PAGER: list[tuple[Callable[[PagerControl], object], PagerOrder, object]] =
     (lambda pager: pager.track(Path("/m")), Track("/m"), None),
     (lambda pager: pager.scan(Path("/m")), Scan("/m"), 11),
     (PagerControl.untrack, Untrack(), None),
+    (lambda pager: pager.cut("vm-1"), Cut("vm-1"), None),
+    (lambda pager: pager.rebase("vm-1"), Rebase("vm-1"), None),
 ]
 ASKED_SERVER: list[tuple[Callable[[ServerControl], object], ServerOrder, object]] = [
     (ServerControl.status, Status(), SERVER),

@@ -29,7 +29,7 @@ from dcres.errors import (
     UnsafeDevice,
     UnsupportedHost,
 )
-from dcres.model.formats import DEFAULT_FORMAT, WHOLE_FORMATS, MemoryFormat
+from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
 from dcres.storage.format.manifest import Manifest, dumps
 from tests.support import sabotage
 from tests.support.fleet import real_hosts
@@ -183,7 +183,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def both(hosts: Rig) -> dict[MemoryFormat, Manifest]:
     """A checkpoint in each format of a VM that is gone."""
     hosts.boot(spec_of(main="96MiB", fill=16))
-    manifests = {each: hosts.checkpoint(each) for each in WHOLE_FORMATS}
+    manifests = {each: hosts.checkpoint(each) for each in MemoryFormat}
     hosts.coordinator.stop()
     return manifests
 
@@ -194,9 +194,15 @@ def taken(both: dict[MemoryFormat, Manifest]) -> Manifest:
     return both[DEFAULT_FORMAT]
 
 
+def stamp(manifest: Manifest) -> str:
+    """What files of a segmented checkpoint are called by."""
+    return manifest.checkpoint.removeprefix("vm-")
+
+
 def cut(path: Path) -> None:
     """Its end is missing: a page of memory, or most of a table."""
-    os.truncate(path, path.stat().st_size - 4096 if path.stem == "memory" else 100)
+    memory = path.suffix in (".img", ".pack")
+    os.truncate(path, path.stat().st_size - 4096 if memory else 100)
 
 
 def flip(path: Path) -> None:
@@ -221,6 +227,11 @@ FILES = {
     ),
     # The tables are those of the packed format, but that there is no index.
     MemoryFormat.SPARSE: ("h0/memory.img", "h0/sums.arrow", "h1/memory.img", "h1/sums.arrow"),
+    # These are called by their checkpoint, and there is no page existence file.
+    MemoryFormat.SEGMENTED: (
+        *("h0/{}.pack", "h0/{}.segment.arrow", "h0/{}.pages.arrow", "h0/{}.history.arrow"),
+        *("h1/{}.pack", "h1/{}.segment.arrow"),
+    ),
 }
 DAMAGES = [
     *((each, damage, name) for each in FILES for damage in (flip, cut) for name in FILES[each]),
@@ -230,15 +241,16 @@ DAMAGES = [
 
 def test_every_file_of_a_checkpoint_is_damaged_below(both: dict[MemoryFormat, Manifest]) -> None:
     for each, manifest in both.items():
+        files = {name.format(stamp(manifest)) for name in FILES[each]}
         named = {
             f"h{index}/{file}"
             for index, part in enumerate(manifest.hosts[:2])
             for file in (part.memory_file, *(entry.name for entry in part.files))
         }
-        assert set(FILES[each]) <= named
+        assert files <= named
         alike = {f"h0/{name}" for name in ("pages.arrow", "history.arrow", "vmcore")}
-        assert named - set(FILES[each]) <= {*alike, "h1/pages.arrow"}
-        assert each is MemoryFormat.SPARSE or named == set(FILES[each])
+        assert named - files <= {*alike, "h1/pages.arrow"}
+        assert each is not MemoryFormat.PACKED or named == files
 
 
 @pytest.mark.parametrize(("memory_format", "damage", "name"), DAMAGES)
@@ -250,7 +262,7 @@ def test_a_damaged_file_is_named_and_refused(
     name: str,
 ) -> None:
     manifest = both[memory_format]
-    path = idle.store.root / "vm" / manifest.checkpoint / name
+    path = idle.store.root / "vm" / manifest.checkpoint / name.format(stamp(manifest))
     kept = path.with_name("kept")
     subprocess.run(["cp", "-p", "--sparse=always", path, kept], check=True)
     try:

@@ -29,7 +29,7 @@ from dcres.actors.messages import (
 )
 from dcres.config import Layout
 from dcres.errors import CheckpointCorrupt, Conflict, OperationFailed, PagingError
-from dcres.model.formats import WHOLE_FORMATS, MemoryFormat
+from dcres.model.formats import MemoryFormat
 from dcres.storage.format.manifest import Manifest, dumps
 from dcres.vm import disk
 from tests.support.guest import create_disk
@@ -160,22 +160,25 @@ def test_the_union_of_the_memory_files_is_the_guests_memory(tmp_path: Path) -> N
     with watched() as vm:
         vm.boot(spec_of(main="64MiB", subs=["72MiB", "72MiB"], fill=72), checks=3)
         manifests = []
-        for memory_format in WHOLE_FORMATS:
+        for memory_format in MemoryFormat:
             manifests.append(vm.checkpoint(memory_format))
             await_checks(vm.console, 2)
+        manifests.append(vm.checkpoint(full=False))
+        assert manifests[-1].base == manifests[-2].checkpoint
         require_refused_when_late(vm, manifests[0].checkpoint)
         vm.coordinator.stop()
         for manifest, seen in zip(manifests, Watched.seen, strict=True):
             saved = saved_memory(vm, manifest)
-            require_same(saved, seen)
+            require_same(saved, seen, moved=manifest.base is not None)
             require_tables_agree(vm, manifest, saved)
             assert manifest.pages_moved_for_checkpoint == 0
             assert min(part.pages for part in manifest.hosts) > 1000
             assert vm.store.verify(manifest.checkpoint).ok
-        with loaded_on_one_host(vm, manifests[0]) as host:
-            compared = require_in_qemu(host, Watched.seen[0], tmp_path)
+        assert 0 < manifests[-1].pages_saved == manifests[-1].pages_changed < manifests[-1].pages
+        with loaded_on_one_host(vm, manifests[-1]) as host:
+            compared = require_in_qemu(host, Watched.seen[-1], tmp_path)
         print(f"{compared} pages compared: plain reading, memory files, QEMU, guest physical")
-        assert compared == manifests[0].pages
+        assert compared == manifests[-1].pages
 
 
 def test_more_than_4_gib_of_mostly_untouched_memory(tmp_path: Path) -> None:

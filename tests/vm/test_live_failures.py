@@ -45,9 +45,9 @@ class Held:
         self._saving.copy = self._counted  # type: ignore[method-assign]
         self._meter.done = self._hold  # type: ignore[method-assign]
 
-    def _counted(self, checkpoint: str) -> Any:
+    def _counted(self, checkpoint: str, changed: bytes = b"") -> Any:
         self._rounds += 1
-        done = self._copy(checkpoint)
+        done = self._copy(checkpoint, changed)
         if self._rounds < self._round:
             # A round may be shorter than it takes until a page comes or changes here.
             until(self._has_work, 60, "there are pages for another round")

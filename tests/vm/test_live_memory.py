@@ -17,6 +17,8 @@ pytestmark = pytest.mark.vm
 MEMORY_MIB = 256
 CHECKPOINTS, MOST_CHECKPOINTS = 16, 24
 ROUNDS = 3 * CHECKPOINTS
+SEGMENTED = MemoryFormat.SEGMENTED
+FORMATS = (MemoryFormat.SPARSE, SEGMENTED, MemoryFormat.PACKED, SEGMENTED)
 
 
 def test_a_live_checkpoint_is_the_busy_guests_memory_at_the_stop(tmp_path: Path) -> None:
@@ -34,18 +36,24 @@ def test_a_live_checkpoint_is_the_busy_guests_memory_at_the_stop(tmp_path: Path)
     with watched() as vm:
         vm.coordinator.start(spec)
         until(lambda: "WROTE" in vm.console.read_text(), 120, "the guest writes")
-        rounds = number = 0
+        rounds = number = increments = 0
+        base = ""
         # How many rounds a checkpoint takes is for the machine to say; so many are looked at.
         while number < CHECKPOINTS or (rounds <= ROUNDS and number < MOST_CHECKPOINTS):
-            facts = vm.coordinator.checkpoint(
-                "live", downtime_s=0.05, memory_format=list(MemoryFormat)[number % 2]
-            )
+            memory_format = FORMATS[number % len(FORMATS)]
+            facts = vm.coordinator.checkpoint("live", downtime_s=0.05, memory_format=memory_format)
             manifest = vm.store.get(facts["checkpoint"])
             saved = saved_memory(vm, manifest)
-            require_same(saved, Watched.seen.pop())
+            segmented = memory_format is SEGMENTED
+            increments += (increment := manifest.base is not None)
+            require_same(saved, Watched.seen.pop(), moved=increment)
             require_tables_agree(vm, manifest, saved)
             assert manifest.pages_moved_for_checkpoint == 0
             rounds += int(facts["rounds"])
-            vm.store.delete(manifest.checkpoint)
+            # What the next increment is made upon stays; it has all that those before it had.
+            gone, base = (base, manifest.checkpoint) if segmented else (manifest.checkpoint, base)
+            if gone:
+                vm.store.delete(gone)
             number += 1
     assert rounds > ROUNDS  # the last of each is that in which hosts synchronise
+    assert increments >= number // 2 - 2

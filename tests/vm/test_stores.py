@@ -99,13 +99,18 @@ def test_nobody_takes_the_files_of_a_checkpoint_under_way(vm: Rig) -> None:
     vm.store.delete(manifest.checkpoint)  # it is pinned no longer
 
 
-@pytest.mark.parametrize("lost", ["h0/memory.pack", "h1/memory.pack", "h2"])
+@pytest.mark.parametrize("lost", ["h0/{}.pack", "h1/{}.pack", "h2"])
 def test_what_lost_a_file_after_the_votes_is_not_published(vm: Rig, lost: str) -> None:
     before = vm.listed()
-    Disturbed.disturb = lambda folder: (folder / lost).rename(folder.with_name("aside"))
+
+    def disturb(folder: Path) -> None:
+        path = folder / lost.format(folder.name.removeprefix("vm-"))
+        path.rename(folder.with_name("aside"))
+
+    Disturbed.disturb = disturb
     with pytest.raises(OperationFailed, match="is not published") as caught:
         vm.coordinator.checkpoint()
-    assert lost in str(caught.value)
+    assert lost.partition("{}")[2] in str(caught.value)
     assert "the VM goes on" in str(caught.value)
     assert vm.listed() == before
     subprocess.run(["rm", "-r", vm.store.root / "vm" / "aside"], check=True)

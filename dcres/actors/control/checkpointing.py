@@ -10,7 +10,7 @@ from dcres.actors.control.concurrency import THREADS, Concurrency
 from dcres.actors.control.executor import Doing, Executor, Patience, order
 from dcres.actors.control.journal import Journal
 from dcres.actors.control.publishing import Subject, Taken, manifest_of
-from dcres.actors.messages import Finished, PagingCounters, Saved
+from dcres.actors.messages import Finished, Prepared, Saved
 from dcres.actors.protocol import Machine, Saving
 from dcres.errors import CANCELLED, OperationFailed
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
@@ -41,6 +41,7 @@ class Checkpointing:
         created: datetime | None = None,
         executor: Executor | None = None,
         concurrency: Concurrency = THREADS,
+        base: Manifest | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self._subject = subject
@@ -52,7 +53,8 @@ class Checkpointing:
         journal = Journal(f"checkpoint {checkpoint}", concurrency)
         self._executor = executor or Executor(journal, concurrency)
         self._began_s = concurrency.now_s()
-        self._before = PagingCounters()
+        self._base = base  # of an increment
+        self._ready = Prepared()  # the main host
         self._finished: Finished | None = None
         self._saved: dict[str, Saved] = {}
         self._manifest: Manifest | None = None
@@ -159,17 +161,19 @@ class Checkpointing:
         to = host, self._subject.ports[host]
         match instruction:
             case steps.Prepare():
-                prepare = order(*to, Saving.prepare, name, self._format)
+                prepare = order(*to, Saving.prepare, name, self._format, self._base_text)
                 return prepare.then(partial(self._prepared, host))
             case steps.Copy():
-                return order(*to, Saving.copy, name).then(partial(steps.Copied, host))
+                copy = order(*to, Saving.copy, name, self._known_to_change(host))
+                return copy.then(partial(steps.Copied, host))
             case steps.Synchronise(once_more=once_more):
                 synchronise = order(*to, Saving.synchronise, name, once_more, pages)
                 return synchronise.then(partial(steps.Synchronised, host))
             case steps.Finish():
                 return order(*to, Machine.finish, name).then(partial(self._stopped, host))
             case steps.Stage():
-                return order(*to, Saving.stage, name, pages).then(lambda _: steps.Staged(host))
+                stage = order(*to, Saving.stage, name, pages, self._stopped_with.changed)
+                return stage.then(lambda _: steps.Staged(host))
             case steps.Save(tick=tick):
                 return order(*to, Saving.save, name, tick).then(partial(self._voted, host))
             case _:
@@ -203,10 +207,21 @@ class Checkpointing:
             case _:
                 assert_never(instruction)
 
-    def _prepared(self, host: str, counters: PagingCounters) -> steps.Prepared:
+    def _prepared(self, host: str, ready: Prepared) -> steps.Prepared:
         if host == self._subject.main:
-            self._before = counters
+            self._ready = ready
         return steps.Prepared(host)
+
+    @property
+    def _base_text(self) -> str:
+        return "" if self._base is None else dumps(self._base)
+
+    def _known_to_change(self, host: str) -> bytes:
+        """What a host saves of an increment in its first round. Then what comes there is saved.
+
+        Whether that has changed, it is told when all is known, at the stop.
+        """
+        return self._ready.changed if host not in self._state.latest else b""
 
     def _stopped(self, host: str, finished: Finished) -> steps.Finished:
         self._finished = finished
@@ -226,15 +241,20 @@ class Checkpointing:
         store = self._saved[self._subject.main].store
         return tuple(host for host, saved in self._saved.items() if saved.store == store)
 
+    @property
+    def _stopped_with(self) -> Finished:
+        assert self._finished is not None, "the VM was stopped"
+        return self._finished
+
     def _taken(self) -> Taken:
-        assert self._finished is not None, "every host has voted"
         return Taken(
             checkpoint=self.checkpoint,
             created=self._created,
             mode=self._mode,
             memory_format=self._format,
-            paging_before=self._before,
-            finished=self._finished,
+            paging_before=self._ready.paging,
+            finished=self._stopped_with,
+            base=self._base,
             saved=self._saved,
             rounds=self.rounds,
             seconds=self._concurrency.now_s() - self._began_s,

@@ -12,19 +12,17 @@ a second one is refused with Conflict. What an operation does is decided by its 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dcres.actors.control.bringing_up import BringingUp
-from dcres.actors.control.changing_shares import ChangingShares, Wanted, spec_of
-from dcres.actors.control.checkpointing import Checkpointing
+from dcres.actors.control.changing_shares import ChangingShares, Wanted
+from dcres.actors.control.checkpoints import Checkpoints, Wanting
 from dcres.actors.control.choosing import Choice, Wish
 from dcres.actors.control.concurrency import THREADS, Concurrency
 from dcres.actors.control.placing_restores import choose_hosts, foresee
-from dcres.actors.control.publishing import Subject, checkpoint_facts
-from dcres.actors.control.recording import catch_up, record_running, record_stopped
+from dcres.actors.control.recording import record_running, record_stopped
 from dcres.actors.control.recovering import recover
 from dcres.actors.control.replacing import Shares
 from dcres.actors.control.restoring import Restoring, spec_for
@@ -34,19 +32,17 @@ from dcres.actors.control.vm_handle import VmHandle
 from dcres.actors.control.wanting import while_it_lives
 from dcres.actors.messages import Foreseen, ForeseenRestore
 from dcres.actors.ports import Fleet
-from dcres.actors.protocol import Machine, Presence
+from dcres.actors.protocol import Machine
 from dcres.config import Layout, VmSpec, vm_spec
-from dcres.errors import ClusterError, Conflict, DcresError, VmLost
+from dcres.errors import ClusterError, Conflict
 from dcres.linux import priority
 from dcres.model.formats import DEFAULT_FORMAT, MemoryFormat
-from dcres.model.live import DOWNTIME_S, FIXED_S, MAX_ROUNDS, Judgement, Target
+from dcres.model.live import DOWNTIME_S, MAX_ROUNDS
 from dcres.model.phase import VmPhase
 from dcres.model.picture import Picture
-from dcres.model.run_state import RunState, no_save, runs_restored
-from dcres.storage.format.manifest import Manifest, Mode, loads
-from dcres.storage.layout import checkpoint_id
+from dcres.model.run_state import runs_restored
+from dcres.storage.format.manifest import Mode, loads
 
-_NEXT_TOKEN = timedelta(microseconds=16)
 _CANCEL_TIMEOUT_S = 45.0
 _CANCELLED = "cancelled by the user"
 
@@ -61,10 +57,7 @@ class Coordinator:
         self._turn = Turn(vm, concurrency, partial(recover, self._vm))
         self._telling = Telling(self._vm, self._turn)
         self._shares = ChangingShares(self._vm, self._turn.unsettle)
-        self._checkpointing: Checkpointing | None = None
-        self._last: dict[str, Any] = {}
-        self._latest = datetime.fromtimestamp(0, UTC)  # when the last checkpoint was begun
-        self._fixed_s = FIXED_S
+        self._checkpoints = Checkpoints(self._vm, self._turn)
         self._turn.recover_if_due()
 
     def start(
@@ -129,62 +122,21 @@ class Coordinator:
         downtime_s: float = DOWNTIME_S,
         max_rounds: int = MAX_ROUNDS,
         memory_format: MemoryFormat = DEFAULT_FORMAT,
+        full: bool = False,
     ) -> dict[str, Any]:
         """Take a checkpoint; its manifest's facts as `dcres checkpoint --json` prints them.
+
+        It is an increment upon the VM's last one if that can be, unless it is to be `full`;
+        ``full_because`` says why not.
 
         `downtime_s` is what a live checkpoint aims at, in at most `max_rounds` rounds; then the
         VM is stopped all the same, and ``verdict`` says why. Raises OperationFailed when it was
         given up. A VM that ran runs on in either case, and one that was paused stays paused.
         """
         with self._turn.taken(VmPhase.CHECKPOINTING, settled=True):
-            _ = self._vm.main  # NotFound without one
-            run_state = _savable_state(self._vm)
-            began_s = self._concurrency.now_s()
-            now = self._latest = self._next_time()
-            name = checkpoint or checkpoint_id(self._vm.name, now, f"{now.microsecond // 16:04x}")
-            running = Checkpointing(
-                self._subject(run_state),
-                name,
-                Mode(mode),
-                Target(downtime_s, max_rounds, self._fixed_s),
-                memory_format,
-                now,
-                self._turn.executor(f"checkpoint {name}"),
-                self._concurrency,
+            return self._checkpoints.take(
+                Mode(mode), Wanting(downtime_s, max_rounds, memory_format, full), checkpoint
             )
-            manifest = self._run(running)
-            catch_up(self._vm)  # its store may have been there to read only until now
-            seconds = self._concurrency.now_s() - began_s
-            self._last = checkpoint_facts(manifest, seconds)
-            self._last["downtime_parts_seconds"] = running.downtime_parts_s
-            if running.judgement is not None:
-                stopped_s = manifest.downtime_seconds
-                self._fixed_s = _learned(self._fixed_s, running.judgement, stopped_s)
-                self._last["verdict"] = str(running.judgement.verdict)
-            return self._last
-
-    def _next_time(self) -> datetime:
-        """A clock may be set back, and ids are in order; they tell 16 µs apart."""
-        return max(self._concurrency.utc(), self._latest + _NEXT_TOKEN)
-
-    def _run(self, running: Checkpointing) -> Manifest:
-        """Take it; a VM that was left standing still is told again in any case."""
-        self._checkpointing = running
-        try:
-            manifest = running.run()
-        finally:
-            self._checkpointing = None
-            if not running.settled:
-                self._turn.unsettle()
-            if running.vm_stands:
-                self._turn.recover()
-        now = self._turn.situation
-        if running.vm_stands and not now.settled:
-            raise VmLost(
-                f"checkpoint {running.checkpoint} was taken, but the VM is stopped: {now.why}"
-            )
-        self._become(VmPhase.RUNNING)
-        return manifest
 
     def pause(self) -> VmFacts:
         """Stop the guest until `resume`; all else goes on. Repeatable. Raises Conflict, VmLost."""
@@ -210,22 +162,6 @@ class Coordinator:
                 f"host {self._vm.hosts.main} of VM {vm} does not answer ({error}); whether it has "
                 f"done this, `dcres status {vm}` says once it does"
             ) from None
-
-    def _subject(self, run_state: RunState) -> Subject:
-        hosts = self._vm.hosts
-        main = hosts.ports[hosts.main].call(Presence.describe)
-        return Subject(
-            vm=self._vm.name,
-            generation=main.generation,
-            spec=spec_of(main),
-            accel=main.accel,
-            qemu_version=main.qemu_version,
-            machine=main.machine,
-            hosts=hosts.names,
-            ports=hosts.ports,
-            alive=self._vm.fleet.alive,
-            run_state=run_state,
-        )
 
     def restore(
         self,
@@ -322,7 +258,7 @@ class Coordinator:
 
     def status(self) -> VmFacts:
         """The VM as its hosts see it: what is proven of it, and who does not answer."""
-        return self._telling.status(self._last or None)
+        return self._telling.status(self._checkpoints.last or None)
 
     def placement(self, buckets: int) -> Picture:
         """Where memory is, as `Machine.picture` has it. Raises NotFound, Conflict, VmLost."""
@@ -330,7 +266,7 @@ class Coordinator:
 
     def progress(self) -> dict[str, Any]:
         """How far the operation under way is: its phase, and bytes, rate and rest per host."""
-        return self._telling.progress(self._checkpointing)
+        return self._telling.progress(self._checkpoints.under_way)
 
     def cancel(self) -> bool:
         """Give up the checkpoint, start, restore or change of shares under way, if there is one.
@@ -358,22 +294,3 @@ class Coordinator:
 
 def _phase_in(facts: VmFacts) -> VmPhase:
     return VmPhase(facts["phase"])
-
-
-def _learned(fixed_s: float, judgement: Judgement, downtime_s: float) -> float:
-    """The fixed part of the next downtime is what this one had beyond its staging."""
-    staging_s = judgement.estimated_downtime_s - fixed_s
-    return max(0.5 * (fixed_s + downtime_s - staging_s), 0.005)
-
-
-def _savable_state(vm: VmHandle) -> RunState:
-    """The VM's run state. Raises Conflict if it cannot be saved in that, VmLost, VmOff."""
-    try:
-        state = RunState(vm.main.call(Machine.status)["run_state"])
-    except VmLost:
-        raise
-    except DcresError:  # the checkpoint itself meets that again, and tells it host by host
-        return RunState.RUNNING
-    if why := no_save(vm.name, state):
-        raise Conflict(why)
-    return state

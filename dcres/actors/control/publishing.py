@@ -24,8 +24,9 @@ from dcres.storage.format.manifest import (
     Mode,
     PagingDuring,
     Role,
+    Segment,
 )
-from dcres.storage.layout import MEMORY_FILES, VMCORE
+from dcres.storage.layout import VMCORE, memory_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Taken:
     rounds: int
     seconds: float
     downtime_s: float
+    base: Manifest | None = None  # of an increment
 
 
 def manifest_of(subject: Subject, taken: Taken) -> Manifest:
@@ -75,6 +77,7 @@ def manifest_of(subject: Subject, taken: Taken) -> Manifest:
     _require_agreement(subject, taken)
     finished, before = taken.finished, taken.paging_before
     return Manifest(
+        **_increment(taken),
         checkpoint=taken.checkpoint,
         vm=subject.vm,
         created=taken.created.strftime(TIME_FORMAT),
@@ -138,9 +141,23 @@ def _slice(subject: Subject, taken: Taken, index: int) -> HostPart:
         bytes_written=saved.bytes_written,
         file_bytes_allocated=saved.allocated_bytes,
         seconds=saved.seconds,
-        memory_file=MEMORY_FILES[taken.memory_format],
+        memory_file=memory_file(taken.memory_format, taken.checkpoint),
+        segments=tuple(Segment(**each) for each in saved.segments) or None,
         files=tuple(FileSum(**each) for each in saved.files),
     )
+
+
+def _increment(taken: Taken) -> dict[str, Any]:
+    """What only the manifests of segmented checkpoints say."""
+    if taken.memory_format is not MemoryFormat.SEGMENTED:
+        return {}
+    base, saved = taken.base, taken.saved.values()
+    return {
+        "base": None if base is None else base.checkpoint,
+        "chain": (*(() if base is None else base.chain), taken.checkpoint),
+        "pages_changed": sum(each.pages_changed for each in saved),
+        "pages_saved": sum(each.pages_saved for each in saved),
+    }
 
 
 def checkpoint_facts(manifest: Manifest, seconds: float | None = None) -> dict[str, Any]:
@@ -153,6 +170,9 @@ def checkpoint_facts(manifest: Manifest, seconds: float | None = None) -> dict[s
         "seconds": manifest.seconds if seconds is None else seconds,
         "downtime_seconds": manifest.downtime_seconds,
         "pages": manifest.pages,
+        "base": manifest.base,
+        "pages_changed": manifest.pages_changed,
+        "pages_saved": manifest.pages_saved,
         "hosts": [
             {
                 "host": part.host,

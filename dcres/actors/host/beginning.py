@@ -59,7 +59,8 @@ def _saved_tables(
 ) -> tuple[Owners, Ticks]:
     part = resumption.main_part
     if part is None:
-        return store.read_placement(manifest), store.read_history(manifest)
+        tables = store.read_main_tables(manifest)
+        return tables.placement, tables.history
     return unpack_array(part.placement, np.uint8), unpack_array(part.history, np.uint32)
 
 

@@ -7,16 +7,19 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
+from dcres.actors.host.account import Account, MainBase
 from dcres.actors.host.host_saver import LATE_ORDERS, HostSaver
 from dcres.actors.host.pager import Pager
 from dcres.actors.host.qemu import Qemu
 from dcres.actors.host.site import Site
 from dcres.actors.host.standing import Standing
-from dcres.actors.messages import Finished
+from dcres.actors.messages import Finished, pack_mask
 from dcres.errors import Conflict, PagingError, VmLost
 from dcres.model.history import Ticks
 from dcres.model.pages import pages_of
-from dcres.model.placement import Owners
+from dcres.model.placement import MAIN, NOWHERE, Owners
 from dcres.storage.layout import VMCORE
 from dcres.vm import disk
 from dcres.vm.command import disk_nodes
@@ -35,9 +38,17 @@ class CheckpointStop:
     """Stops the VM for a checkpoint, at most once for each, and lets it go on."""
 
     def __init__(
-        self, site: Site, saver: HostSaver, qemu: Qemu, pager: Pager, standing: Standing
+        self,
+        site: Site,
+        saver: HostSaver,
+        qemu: Qemu,
+        pager: Pager,
+        standing: Standing,
+        account: Account,
     ) -> None:
         self._vm = site.vm
+        self._state = site.state
+        self._account = account
         self._saver = saver
         self._qemu = qemu
         self._pager = pager
@@ -46,6 +57,7 @@ class CheckpointStop:
         self._resumed: deque[str] = deque(maxlen=LATE_ORDERS)  # for which it was told to go on
         self._frozen_pid = 0  # of the pager that froze
         self.frozen: FrozenPages | None = None
+        self.base: MainBase | None = None  # of the checkpoint under way, if it is an increment
         # Where QEMU writes the VM core: on tmpfs, since the VM is paused meanwhile.
         self.core = site.folder.ram / VMCORE
 
@@ -81,6 +93,7 @@ class CheckpointStop:
         laps.append(("freeze", time.monotonic()))
         table = self._pager.table(pages_of(self._qemu.spec.memory))
         self.frozen = FrozenPages(table.owners.copy(), table.ticks.copy())
+        changed = self._cut(checkpoint, self.frozen.owners)
         return Finished(
             tick=frozen.tick,
             moved=frozen.pages_in - before.pages_in + frozen.pages_out - before.pages_out,
@@ -90,7 +103,21 @@ class CheckpointStop:
             parts_s={name: at - laps[i][1] for i, (name, at) in enumerate(laps[1:])},
             run_state=stopped.found,
             stopped=stopped.since,
+            changed=changed,
         )
+
+    def _cut(self, checkpoint: str, owners: Owners) -> bytes:
+        """What is in the checkpoint ends here; what has changed since its base."""
+        with self._saver.current(checkpoint) as saver:
+            segmented = saver.base is not None
+        if not segmented:
+            return b""
+        if not self._state.require().codes:  # nothing is ever missing: the pager has no owners
+            owners[:] = np.where(self._saver.here(), MAIN, NOWHERE)
+        self._account.cut(checkpoint)
+        if self.base is None:
+            return b""
+        return pack_mask(self.base.changed(self._account.changed(owners.size), owners != NOWHERE))
 
     def _take_snapshots(self, monitor: Monitor, checkpoint: str, *, inactive: bool) -> None:
         """Of all disks. After a failure `abandon` removes those that were made."""
@@ -111,7 +138,7 @@ class CheckpointStop:
 
     def forget(self) -> None:
         """What was frozen is saved, or will not be."""
-        self.frozen = None
+        self.frozen = self.base = None
 
     def resume(self, checkpoint: str) -> float:
         """Thaw paging, leave the guest as it was found; the time on this host's monotonic clock.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +11,25 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from dcres.actors.host.part_saver import PartSaver, Tracker, changes_of, warm_buffers_after
+from dcres.actors.host.page_loader import parse
+from dcres.actors.host.part_base import PartBase
+from dcres.actors.host.part_saver import (
+    Known,
+    PartSaver,
+    Tracker,
+    changes_of,
+    everything,
+    warm_buffers_after,
+)
 from dcres.actors.host.site import Site
-from dcres.actors.messages import Saved
+from dcres.actors.messages import Saved, unpack_mask
 from dcres.errors import Conflict, DcresError
 from dcres.linux import priority
+from dcres.linux.files import data_extents, opened
 from dcres.linux.removal import remove_own_file
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
+from dcres.model.pages import PAGE_SIZE, Mask, mask_of_extents
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import SavedMemory
 from dcres.storage.store.pins import Hold
@@ -65,23 +77,37 @@ class HostSaver:
         if checkpoint in self._halted:
             raise Conflict(f"checkpoint {checkpoint} of VM {self._site.vm} was cancelled")
 
-    def begin(self, checkpoint: str, memory_format: MemoryFormat) -> None:
-        """Begin the checkpoint, with this host's folder in it, and track changes from now on."""
+    def begin(self, checkpoint: str, memory_format: MemoryFormat, base: str = "") -> None:
+        """Begin the checkpoint, with this host's folder in it, and track changes from now on.
+
+        Raises BaseUnusable, and then nothing is begun.
+        """
         site = self._site
         with self.saving:
             self.require_wanted(checkpoint)
             self.end()
             site.meter.reset()
             site.store.begin(site.vm, checkpoint, self.kept)
+            folder = site.store.host_folder(site.vm, checkpoint, site.host)
+            part_base = None
+            if memory_format is MemoryFormat.SEGMENTED:
+                part_base = self._base(checkpoint, folder, base)
             self._saver = PartSaver(
                 checkpoint,
                 self._source,
-                site.store.host_folder(site.vm, checkpoint, site.host),
+                folder,
                 memory_format,
                 changes_of(self._source),
                 self._tracker,
                 site.meter,
+                part_base,
             )
+
+    def _base(self, checkpoint: str, folder: Path, base: str) -> PartBase:
+        site = self._site
+        if not base:
+            return PartBase.none(self._source.stat().st_size // PAGE_SIZE)
+        return PartBase.linked(site.store, parse(base), site.host, folder, checkpoint)
 
     def end(self) -> None:
         """Whatever is being saved is not saved any more. Repeatable."""
@@ -102,24 +128,36 @@ class HostSaver:
                 )
             yield self._saver
 
-    def copy(self, checkpoint: str) -> HostRound:
+    def copy(self, checkpoint: str, known: Known = everything) -> HostRound:
         """A round of checkpoint `checkpoint` while the guest runs; see `PartSaver.copy`."""
         with self.current(checkpoint) as saver:
-            return saver.copy()
+            return saver.copy(known)
 
-    def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
+    def synchronise(
+        self, checkpoint: str, once_more: bool, most_pages: int, known: Known = everything
+    ) -> HostRound | None:
         """The barrier before the stop, with a last quick round if `once_more`: what it did.
 
         `most_pages` is what `stage` may then hold in memory.
         """
         with self.current(checkpoint) as saver:
             saver.make_room(most_pages)
-            return saver.copy() if once_more else None
+            return saver.copy(known) if once_more else None
 
-    def stage(self, checkpoint: str, most_pages: int) -> None:
+    def stage(self, checkpoint: str, most_pages: int, changed: bytes = b"") -> None:
         """The VM is paused: take the rest; see `PartSaver.stage`."""
         with self.current(checkpoint) as saver:
-            saver.stage(most_pages)
+            saver.stage(most_pages, self.mask(changed))
+
+    def here(self) -> Mask:
+        """The pages that are on this host now."""
+        with opened(self._source, os.O_RDONLY) as fd:
+            count = os.fstat(fd).st_size // PAGE_SIZE
+            return mask_of_extents(data_extents(fd, count), count)
+
+    def mask(self, changed: bytes) -> Mask | None:
+        """What an order says has changed; None for all."""
+        return unpack_mask(changed, self._source.stat().st_size // PAGE_SIZE) if changed else None
 
     def settle(
         self, checkpoint: str, tables_of: Callable[[SavedMemory], Sequence[FileSum]]

@@ -15,7 +15,7 @@ from dcres.actors.host.record import write_record
 from dcres.actors.host.site import Site
 from dcres.actors.host.standing import Standing
 from dcres.actors.host.vm_view import VmView
-from dcres.actors.messages import ClaimOrder, Finished, Incarnation, RunOrder
+from dcres.actors.messages import Base, ClaimOrder, Finished, Incarnation, RunOrder
 from dcres.actors.protocol import MainStatus
 from dcres.model.picture import Picture
 from dcres.model.record import Record
@@ -97,6 +97,10 @@ class MainMachine:
     def published(self, checkpoint: str) -> bool:
         """See `MainSaver.published`."""
         return self._saver.published(checkpoint)
+
+    def base(self) -> Base:
+        """See `MainSaver.base`."""
+        return self._saver.base()
 
     def status(self) -> MainStatus:
         """See `VmView.status`."""

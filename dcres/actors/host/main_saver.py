@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from dcres.actors.host.account import Account, MainBase
 from dcres.actors.host.checkpoint_stop import CheckpointStop
 from dcres.actors.host.host_saver import HostSaver
 from dcres.actors.host.name_in_store import NameInStore
@@ -17,16 +18,17 @@ from dcres.actors.host.room import require_store_room
 from dcres.actors.host.site import Site
 from dcres.actors.host.standing import Standing
 from dcres.actors.host.vm_view import VmView
-from dcres.actors.messages import PagingCounters, Placed, Saved
-from dcres.errors import Conflict, PagesLost
+from dcres.actors.messages import Base, PagingCounters, Placed, Prepared, Saved, pack_mask
+from dcres.errors import BaseUnusable, Conflict, PagesLost, StorageError
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
-from dcres.model.pages import PAGE_SIZE
-from dcres.model.placement import MAIN, NOWHERE, digest, to_saved
+from dcres.model.pages import PAGE_SIZE, Mask, pages_of
+from dcres.model.placement import NOWHERE, SAVED_NOWHERE, digest, to_saved
 from dcres.model.run_state import RunState
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import SavedMemory
-from dcres.storage.format.host_part import write_main_files
+from dcres.storage.format.host_part import write_main_changes, write_main_files
+from dcres.storage.format.main_tables import MainTables
 from dcres.vm import disk
 from dcres.vm.command import disk_nodes
 
@@ -46,6 +48,7 @@ class MainSaver:
         standing: Standing,
         stop: CheckpointStop,
         name: NameInStore,
+        account: Account,
     ) -> None:
         self._site = site
         self._state = site.state
@@ -56,13 +59,14 @@ class MainSaver:
         self._standing = standing
         self._stop = stop
         self._name = name
+        self._account = account
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat, base: str = "") -> Prepared:
         """Sweep unfinished checkpoints, make room for this one, track changes from now on.
 
-        The state file says so: an actor that is started again finds out what it left. Returns
-        the paging counters as they are. Raises StoreFull, StoreReadOnly, UnsafeDevice, VmLost,
-        Conflict if it was cancelled and for a life that another has followed.
+        The state file says so: an actor that is started again finds out what it left. Raises
+        StoreFull, StoreReadOnly, UnsafeDevice, VmLost, Conflict if it was cancelled and for a life
+        that another has followed, BaseUnusable.
         """
         site = self._site
         with self._saver.saving:
@@ -76,8 +80,30 @@ class MainSaver:
             site.store.sweep(site.vm, keep=frozenset({checkpoint}))
             require_store_room(site.settings.store, status["pages"][0] * PAGE_SIZE)
             self._state.change(lambda now: replace(now, checkpoint=checkpoint))
-            self._saver.begin(checkpoint, memory_format)
-        return PagingCounters(status["pages_in"], status["pages_out"])
+            upon = self._base(base)
+            self._saver.begin(checkpoint, memory_format, base)
+            self._stop.base = upon
+        counters = PagingCounters(status["pages_in"], status["pages_out"])
+        changed = self._changed()
+        return Prepared(counters, b"" if changed is None else pack_mask(changed))
+
+    def _base(self, base: str) -> MainBase | None:
+        if not base:
+            return None
+        try:
+            return MainBase.read(self._site.store, parse(base), self._state.require().hosts)
+        except StorageError as error:
+            raise BaseUnusable(str(error)) from None
+
+    def _changed(self) -> Mask | None:
+        """What an increment saves, as far as is known; None for all."""
+        base = self._stop.base
+        return None if base is None else self._account.changed(base.placement.size)
+
+    def base(self) -> Base:
+        """What the next checkpoint can be an increment upon."""
+        now = self._state.require()
+        return self._account.base(pages_of(self._qemu.spec.memory), now.hosts)
 
     def _keep_name(self) -> None:
         """This life may save: the name in the store is its own, and no life came after it."""
@@ -88,16 +114,19 @@ class MainSaver:
                 self._name.hold_anew(life.cluster, claimed, monitor)
             self._state.change(lambda now: replace(now, unclaimed=""))
 
-    def copy(self, checkpoint: str) -> HostRound:
-        """A round; the first one of a lazily restored VM lasts until all its pages are here."""
-        done = self._saver.copy(checkpoint)
+    def copy(self, checkpoint: str, changed: bytes = b"") -> HostRound:
+        """A round; the first one of a lazily restored VM lasts until all its pages are here.
+
+        What has `changed` the pager knows better by now.
+        """
+        done = self._saver.copy(checkpoint, self._changed)
         self._await_moves(checkpoint)
         return done
 
     def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
         """See `HostSaver.synchronise`."""
         self._await_moves(checkpoint)
-        return self._saver.synchronise(checkpoint, once_more, most_pages)
+        return self._saver.synchronise(checkpoint, once_more, most_pages, self._changed)
 
     def _await_moves(self, checkpoint: str) -> None:
         """Until a lazy restore has brought all pages: a checkpoint holds what its hosts have.
@@ -110,12 +139,12 @@ class MainSaver:
             self._saver.require_wanted(checkpoint)
             time.sleep(_MOVES_POLL_S)
 
-    def stage(self, checkpoint: str, most_pages: int) -> None:
+    def stage(self, checkpoint: str, most_pages: int, changed: bytes = b"") -> None:
         """The VM is paused: take the rest. Raises PagingError if pages may have moved meanwhile.
 
         `resume` need not wait for it: a disk may hang, and the VM is not to hang with it.
         """
-        self._saver.stage(checkpoint, most_pages)
+        self._saver.stage(checkpoint, most_pages, changed)
         self._stop.require_frozen()
 
     def save(self, checkpoint: str, tick: int) -> Saved:
@@ -124,28 +153,40 @@ class MainSaver:
         Raises StoreFull, PagesLost when what was saved is not what the page table says.
         """
         with self._saver.current(checkpoint) as saver:
-            folder = saver.folder
-        frozen = self._stop.frozen
+            folder, part_base, changed = saver.folder, saver.base, saver.changed
+        frozen, base = self._stop.frozen, self._stop.base
         if frozen is None:
             raise Conflict(f"checkpoint {checkpoint} of VM {self._site.vm} was not finished")
         if self._qemu.is_running:  # once more, for what happened while the guest was paused
             self._qemu.require_saveable()
-        owners, life = frozen.owners, self._state.require()
+        life = self._state.require()
+        # Where nothing is ever missing the pager keeps no owners, unless the cut has looked.
+        unkept = part_base is None and not life.codes
+        owners = np.full_like(frozen.owners, NOWHERE) if unkept else frozen.owners
+        placement = to_saved(owners, life.codes)
 
         def write_files(saved: SavedMemory) -> tuple[FileSum, ...]:
-            if not life.codes:  # nothing is ever missing, so the pager keeps no account of it
-                owners[:] = np.where(saved.mask, MAIN, NOWHERE)
-            wrong = int((saved.mask != (owners == MAIN)).sum())
-            if wrong:
-                raise PagesLost(f"the memory file and the page table disagree about {wrong} pages")
-            placement, core = to_saved(owners, life.codes), self._stop.core.read_bytes()
-            return write_main_files(folder, core, (frozen.ticks, tick), placement, life.hosts)
+            if unkept:
+                placement[:] = np.where(saved.mask, 0, SAVED_NOWHERE)
+            _require_same(saved.mask, (placement == 0) & changed)
+            core, history = self._stop.core.read_bytes(), (frozen.ticks, tick)
+            if part_base is None:
+                return write_main_files(folder, core, history, placement, life.hosts)
+            if base is not None:
+                placement[:] = base.place(placement, changed)
+            _require_same(part_base.kept(saved.mask, changed), placement == 0)
+            now = MainTables(placement, life.hosts, frozen.ticks)
+            before = None if base is None else base.tables
+            some = int(changed.sum())
+            return write_main_changes(folder, checkpoint, core, now, tick, some, before)
 
         saved = self._saver.settle(checkpoint, write_files)
         self._stop.forget()
-        masks = [owners == code for code in life.codes]
+        masks = [placement == index for index in range(1, len(life.hosts))]
         placed = tuple(Placed(int(mask.sum()), digest(mask)) for mask in masks)
-        return replace(saved, placed=placed)
+        everything = placement != SAVED_NOWHERE
+        counted = everything if base is None else changed
+        return replace(saved, placed=placed, pages_changed=int(counted.sum()))
 
     def publish(self, manifest: str, here: tuple[str, ...]) -> None:
         """Write the manifest: from now on the checkpoint exists. Repeatable.
@@ -161,6 +202,8 @@ class MainSaver:
                 store.lives(self._site.vm).require_latest(now.generation)
             store.publish(published, here)
             self._forget(published.checkpoint)
+        if published.memory_format is MemoryFormat.SEGMENTED:
+            self._account.rebase(published.checkpoint)
 
     def published(self, checkpoint: str) -> bool:
         """Whether the checkpoint's manifest is there, durably; if so nothing is left to cancel.
@@ -207,3 +250,10 @@ class MainSaver:
                 return
         for each in spec.disks:
             disk.delete(each.path, checkpoint)
+
+
+def _require_same(saved: Mask, placed: Mask) -> None:
+    """PagesLost unless a part has the pages that it must have."""
+    wrong = int((saved != placed).sum())
+    if wrong:
+        raise PagesLost(f"the memory file and the page table disagree about {wrong} pages")

@@ -119,7 +119,8 @@ def _load_all(
 def make_plan(store: Store, order: PlanOrder) -> Planned:
     """Where every page goes; see `model.plan`. Raises NoRoom, CheckpointCorrupt."""
     manifest = parse(order.manifest)
-    placement, history = store.read_placement(manifest), store.read_history(manifest)
+    tables = store.read_main_tables(manifest)
+    placement, history = tables.placement, tables.history
     plan = plan_.plan(placement, history, order.capacities, np.array(order.holds))
     masks = {
         (part, target): pack_mask((placement == part) & (plan.owners == target))
@@ -132,8 +133,9 @@ def make_plan(store: Store, order: PlanOrder) -> Planned:
 def read_main_part(store: Store, manifest_text: str) -> MainPart:
     """What another main host needs of the main host's part here. Raises CheckpointCorrupt."""
     manifest = parse(manifest_text)
+    tables = store.read_main_tables(manifest)
     return MainPart(
-        pack_array(store.read_placement(manifest)),
-        pack_array(store.read_history(manifest)),
+        pack_array(tables.placement),
+        pack_array(tables.history),
         store.vmcore(manifest).read_bytes(),
     )

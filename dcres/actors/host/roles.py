@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from dcres.actors.host.account import Account
 from dcres.actors.host.checkpoint_stop import CheckpointStop
 from dcres.actors.host.core_load import CoreLoad
 from dcres.actors.host.host_saver import HostSaver
@@ -75,12 +76,13 @@ class MainRole:
             self.pager.patient,
             lambda: self.qemu.is_running,
         )
-        self.stop = CheckpointStop(site, self.saver, self.qemu, self.pager, self.standing)
+        account = Account(self.pager, site.store)
+        self.stop = CheckpointStop(site, self.saver, self.qemu, self.pager, self.standing, account)
         self.core = CoreLoad(site, self.qemu)
         self.launch = Launch(site, self.qemu, self.pager, self.core, name)
         view = VmView(site, self.qemu, self.pager, self.standing)
         self.saving = MainSaver(
-            site, self.saver, self.qemu, self.pager, view, self.standing, self.stop, name
+            site, self.saver, self.qemu, self.pager, view, self.standing, self.stop, name, account
         )
         self.machine = MainMachine(
             site,

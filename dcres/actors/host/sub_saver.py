@@ -6,7 +6,7 @@ from dcres.actors.host.host_saver import HostSaver
 from dcres.actors.host.memory_server import MemoryServer
 from dcres.actors.host.room import require_store_room
 from dcres.actors.host.site import Site
-from dcres.actors.messages import PagingCounters, Saved
+from dcres.actors.messages import Prepared, Saved
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.model.pages import PAGE_SIZE
@@ -24,10 +24,10 @@ class SubSaver:
         self._saver = saver
         self._server = server
 
-    def prepare(self, checkpoint: str, memory_format: MemoryFormat) -> PagingCounters:
+    def prepare(self, checkpoint: str, memory_format: MemoryFormat, base: str = "") -> Prepared:
         """Sweep what is unfinished, make room for a checkpoint, track changes from now on.
 
-        Raises StoreFull, Conflict.
+        Raises StoreFull, Conflict, BaseUnusable.
         """
         site = self._site
         with self._saver.saving:
@@ -37,20 +37,21 @@ class SubSaver:
             # The main host removes the rest, if that is in this store as well.
             site.store.sweep(site.vm, keep=frozenset({checkpoint}), whole_parts=False)
             require_store_room(site.settings.store, held * PAGE_SIZE)
-            self._saver.begin(checkpoint, memory_format)
-        return PagingCounters()
+            self._saver.begin(checkpoint, memory_format, base)
+        return Prepared()
 
-    def copy(self, checkpoint: str) -> HostRound:
+    def copy(self, checkpoint: str, changed: bytes = b"") -> HostRound:
         """See `HostSaver.copy`."""
-        return self._saver.copy(checkpoint)
+        mask = self._saver.mask(changed)
+        return self._saver.copy(checkpoint, lambda: mask)
 
     def synchronise(self, checkpoint: str, once_more: bool, most_pages: int) -> HostRound | None:
         """See `HostSaver.synchronise`."""
         return self._saver.synchronise(checkpoint, once_more, most_pages)
 
-    def stage(self, checkpoint: str, most_pages: int) -> None:
+    def stage(self, checkpoint: str, most_pages: int, changed: bytes = b"") -> None:
         """See `HostSaver.stage`."""
-        self._saver.stage(checkpoint, most_pages)
+        self._saver.stage(checkpoint, most_pages, changed)
 
     def save(self, checkpoint: str, tick: int) -> Saved:
         """Make this host's part durable, with its page existence file: the vote.
@@ -58,9 +59,11 @@ class SubSaver:
         Raises StoreFull, Conflict when it was cancelled.
         """
         with self._saver.current(checkpoint) as saver:
-            folder = saver.folder
+            folder, segmented = saver.folder, saver.base is not None
 
         def write_tables(saved: SavedMemory) -> list[FileSum]:
+            if segmented:  # its segments say as much
+                return []
             return [tables.write_existence(folder / PAGES, saved.mask)]
 
         saved = self._saver.settle(checkpoint, write_tables)

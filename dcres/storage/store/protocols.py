@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dcres.storage.digest import FileSum
 from dcres.storage.engine.transfer import Progress
-from dcres.storage.format import tables
 from dcres.storage.format.checks import VerifiedPart, VerifyReport
 from dcres.storage.format.host_part import Part
+from dcres.storage.format.main_tables import MainTables
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.format.memory_part import MemoryPart
 from dcres.storage.store.lives import Lives
@@ -82,6 +83,15 @@ class Taking(Protocol):
         the main host. Without `whole_parts` nothing goes that has a part which its host has ended:
         on network storage a host may not see yet that another has published it (nfs(5), acdirmin).
         Call it only where no other checkpoint than those in `keep` is being taken.
+        """
+
+    def link_part(
+        self, base: Manifest, host: str, folder: Path, checkpoint: str
+    ) -> tuple[FileSum, ...]:
+        """Give the part of `host` in `checkpoint`, at `folder`, all that it has of `base`.
+
+        The sums of its small files. May be repeated. Raises StorageError where that cannot be, and
+        NotFound.
         """
 
     def identity(self) -> str:
@@ -164,11 +174,11 @@ class Reading(Protocol):
     def memory_part(self, manifest: Manifest, host: str) -> MemoryPart:
         """What the memory file of `host` must be; nothing is read. Raises NotFound."""
 
-    def read_placement(self, manifest: Manifest) -> tables.Placement:
-        """For every page an index in ``manifest.hosts``, or `tables.NOWHERE`."""
+    def read_main_tables(self, manifest: Manifest) -> MainTables:
+        """For every page an index in ``manifest.hosts``, or `tables.NOWHERE`: whose part has it.
 
-    def read_history(self, manifest: Manifest) -> tables.Ticks:
-        """For every page the tick of its last access. Raises CheckpointCorrupt."""
+        And the tick of its last access. Raises CheckpointCorrupt.
+        """
 
     def vmcore(self, manifest: Manifest) -> Path:
         """The VM core's file, once it was checked. Raises CheckpointCorrupt."""

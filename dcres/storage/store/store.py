@@ -18,10 +18,11 @@ from dcres.linux.removal import CheckpointFolder
 from dcres.storage import layout
 from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_durably
 from dcres.storage.damage import corrupt, unreadable
-from dcres.storage.digest import check_file
+from dcres.storage.digest import FileSum, check_file
 from dcres.storage.engine.transfer import Progress
-from dcres.storage.format import host_part, tables
+from dcres.storage.format import host_part
 from dcres.storage.format.checks import VerifiedPart, Verifier, VerifyReport
+from dcres.storage.format.main_tables import MainTables
 from dcres.storage.format.manifest import Manifest, dumps, loads
 from dcres.storage.format.memory_part import MemoryPart
 from dcres.storage.store import marker
@@ -196,13 +197,16 @@ class Store:
         part = host_part.find_part(manifest, host)
         return host_part.memory_part(self._folders.part(manifest, host), manifest, part)
 
-    def read_placement(self, manifest: Manifest) -> tables.Placement:
+    def read_main_tables(self, manifest: Manifest) -> MainTables:
         """See `Reading`."""
-        return host_part.read_placement(self._folders.part(manifest, manifest.main.host), manifest)
+        folder = self._folders.part(manifest, manifest.main.host)
+        return host_part.read_main_tables(folder, manifest)
 
-    def read_history(self, manifest: Manifest) -> tables.Ticks:
-        """See `Reading`."""
-        return host_part.read_history(self._folders.part(manifest, manifest.main.host), manifest)
+    def link_part(
+        self, base: Manifest, host: str, folder: Path, checkpoint: str
+    ) -> tuple[FileSum, ...]:
+        """See `Taking`."""
+        return host_part.link_base(self._folders.part(base, host), folder, base, host, checkpoint)
 
     def vmcore(self, manifest: Manifest) -> Path:
         """See `Reading`."""

@@ -1,0 +1,99 @@
+"""Increments under paging are points in time, whole by themselves, and small.
+
+The hosts' own actors save a writer whose pages travel; what is restored from a chain is compared
+with what the writer had written at that moment, exactly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from dcres.storage.format.manifest import Manifest, Mode
+from dcres.storage.layout import MOST_SEGMENTS
+from dcres.storage.store.store import Store
+from tests.support.live import LiveCheckpoints, Writes, faults_in
+from tests.support.paging import Rig, rig
+from tests.support.speed import patience
+
+pytestmark = pytest.mark.linux
+
+PAGES, LIMIT, SUBS = 2048, 600, (1200, 1200)
+TAKEN = 40
+
+Words = npt.NDArray[np.uint64]
+
+
+@pytest.fixture
+def paged(tmp_path: Path, writer_program: Path) -> Iterator[Rig]:
+    with rig(tmp_path, writer_program, PAGES, LIMIT, SUBS) as made:
+        yield made
+
+
+@pytest.mark.timeout(patience(600))
+def test_increments_are_points_in_time(paged: Rig, tmp_path: Path) -> None:
+    """Of a writer that goes on; pagers are killed, and bases deleted."""
+    store, rng = Store(tmp_path / "store"), random.Random(5)
+    checkpoints, writes = LiveCheckpoints(paged, store), Writes(PAGES)
+    paged.writer.tell("causal 600")
+    upon = 0
+    kept: list[str] = []
+    for number in range(TAKEN):
+        mode = Mode.STOP if number % 7 == 3 else Mode.LIVE
+        manifest = checkpoints.increment(number, mode)
+        kept.append(manifest.checkpoint)
+        assert faults_in(checkpoints.memory(manifest), writes) == []
+        assert store.verify(manifest.checkpoint, strict=True).ok
+        upon += manifest.base is not None
+        if number % 9 == 5:
+            paged.kill("pager")
+            paged.start_pager()
+        while len(kept) > rng.randrange(1, 6):
+            store.delete(kept.pop(0))
+    assert upon > TAKEN // 2
+    for name in kept:
+        assert store.verify(name, strict=True).ok
+
+
+def test_only_what_changed_is_saved(paged: Rig, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    checkpoints = LiveCheckpoints(paged, store)
+    paged.writer.ask("fill")
+    first = checkpoints.increment(0)
+    assert (first.base, first.pages_saved, first.pages_changed) == (None, PAGES, PAGES)
+    assert checkpoints.why_full
+    paged.writer.ask("write 1 20")
+    paged.writer.ask("read 1 2048")  # everything comes and goes
+    second = checkpoints.increment(1)
+    assert second.base == first.checkpoint
+    assert (second.pages, second.pages_saved, second.pages_changed) == (PAGES, 20, 20)
+    assert sum(part.bytes_written for part in second.hosts) <= 30 * 4096
+    before, after = (_whole(checkpoints, each) for each in (first, second))
+    assert int((before != after).any(axis=1).sum()) == 20
+    third = checkpoints.increment(2)
+    assert (third.pages_saved, third.pages_changed) == (0, 0)
+    store.delete(first.checkpoint)
+    store.delete(second.checkpoint)
+    assert store.verify(third.checkpoint, strict=True).ok
+    assert np.array_equal(_whole(checkpoints, third), after)
+
+
+def _whole(checkpoints: LiveCheckpoints, manifest: Manifest) -> Words:
+    whole: Words = np.maximum.reduce(checkpoints.memory(manifest))
+    return whole
+
+
+def test_after_so_many_there_is_a_full_one(paged: Rig, tmp_path: Path) -> None:
+    checkpoints = LiveCheckpoints(paged, Store(tmp_path / "store"))
+    paged.writer.ask("write 1 64")
+    full = {}
+    for number in range(MOST_SEGMENTS + 2):
+        if checkpoints.increment(number).base is None:
+            full[number] = checkpoints.why_full
+    assert list(full) == [0, MOST_SEGMENTS]
+    assert f"the last of a chain of {MOST_SEGMENTS}" in full[MOST_SEGMENTS]
