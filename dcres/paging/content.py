@@ -107,8 +107,11 @@ class ContentChanges:
         self._marks = np.frombuffer(self._map, np.uint8, page_count, PAGE_SIZE)
 
     @classmethod
-    def fresh(cls, path: Path, page_count: int) -> Self:
-        """A new file, without a base, in place of any that is there. Raises NoRoom."""
+    def fresh(cls, path: Path, page_count: int, base: str = "") -> Self:
+        """A new file in place of any that is there. Raises NoRoom.
+
+        Nothing has changed yet since `base`, of a VM that was restored from it.
+        """
         remove_own_file(path)
         new = path.with_suffix(".new")
         fd = open_own(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -116,6 +119,7 @@ class ContentChanges:
             # To touch a hole of a full tmpfs in a mapping is SIGBUS.
             os.posix_fallocate(fd, 0, PAGE_SIZE + page_count)
             os.pwrite(fd, _HEADER.pack(_MAGIC, page_count), 0)
+            os.pwrite(fd, _named(base), _BASE_AT)
         except OSError as error:
             remove_own_file(new)
             raise NoRoom(
@@ -172,6 +176,8 @@ class ContentChanges:
         Raises PagingError unless the last cut was its own; then there is no base.
         """
         cut_for = self.cut_for
+        if self.base == checkpoint:  # told twice
+            return
         self._rename(_BASE_AT, "")
         if cut_for != checkpoint:
             raise PagingError(f"what changed since checkpoint {checkpoint} is not known")
@@ -184,10 +190,14 @@ class ContentChanges:
 
     def _rename(self, at: int, name: str) -> None:
         """The first byte goes first and comes last, so one that is killed leaves no name."""
-        encoded = name.encode()
-        if len(encoded) >= _NAME_BYTES:
-            raise PagingError(f"{name!r} is too long for the name of a checkpoint")
+        named = _named(name)
         self._map[at] = 0
-        self._map[at + 1 : at + _NAME_BYTES] = encoded[1:].ljust(_NAME_BYTES - 1, b"\0")
-        if encoded:
-            self._map[at] = encoded[0]
+        self._map[at + 1 : at + _NAME_BYTES] = named[1:]
+        self._map[at] = named[0]
+
+
+def _named(name: str) -> bytes:
+    encoded = name.encode()
+    if len(encoded) >= _NAME_BYTES:
+        raise PagingError(f"{name!r} is too long for the name of a checkpoint")
+    return encoded.ljust(_NAME_BYTES, b"\0")

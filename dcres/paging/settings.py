@@ -73,6 +73,7 @@ class PagerSettings:
     subs: tuple[SubAddress, ...]
     moves: str  # where the mover's orders are, if there are any
     sources: tuple[SubAddress, ...] = ()  # part servers of a lazy restore
+    base: str = ""  # the checkpoint that all memory is from, if increments can be made upon it
 
     @property
     def identity(self) -> Identity:

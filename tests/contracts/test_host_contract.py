@@ -47,7 +47,7 @@ from tests.support.fleet import LocalFleet
 from tests.support.hosts import FakeHost, FakeSub
 from tests.support.main_host import FakeMain
 from tests.support.speed import patience
-from tests.support.vm import restart_main, rig, spec_of
+from tests.support.vm import renamed, restart_main, rig, spec_of
 from tests.support.world import World
 
 VM = "vm"
@@ -249,13 +249,6 @@ def require_placed(saved: list[Saved]) -> None:
     assert [(each.pages, each.digest) for each in subs] == [
         (each.pages, each.digest) for each in main.placed
     ]
-
-
-def renamed(manifest: Manifest, checkpoint: str) -> Manifest:
-    text = manifest.model_dump_json()
-    for name in (str, lambda name: name.removeprefix(f"{VM}-")):
-        text = text.replace(name(manifest.checkpoint), name(checkpoint))
-    return Manifest.model_validate_json(text)
 
 
 def publish(site: Site, manifest: Manifest) -> None:

@@ -54,9 +54,9 @@ def attacked(vm: Rig) -> Iterator[None]:
             Attack.resuming[-1].start()
         return finish(stop, checkpoint)
 
-    def staging(saver: MainSaver, checkpoint: str, most_pages: int) -> None:
+    def staging(saver: MainSaver, checkpoint: str, most_pages: int, changed: bytes = b"") -> None:
         Attack.at("frozen", vm)
-        stage(saver, checkpoint, most_pages)
+        stage(saver, checkpoint, most_pages, changed)
         Attack.at("staged", vm)
 
     def requiring_frozen(stop: CheckpointStop) -> None:

@@ -177,6 +177,15 @@ def test_a_checkpoint_without_a_cut_is_no_base(checked: Checked) -> None:
     assert not checked.account.base
 
 
+def test_a_checkpoint_is_published_once(checked: Checked) -> None:
+    """An answer may be lost, and the order repeated."""
+    checked.cut(publish=True)
+    checked.paged.order("rebase", checkpoint="writer-20260101-000000-0001")
+    checked.cut(publish=True)
+    assert checked.stale == 0
+    assert checked.unmarked > 0
+
+
 def test_a_checkpoint_that_was_given_up_changes_nothing(checked: Checked) -> None:
     checked.cut(publish=True)
     checked.paged.writer.ask("write 1 300")

@@ -258,6 +258,15 @@ def _has_ended(pidfd: str) -> bool:
     return "Pid:\t-1\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
 
 
+def renamed(manifest: Manifest, checkpoint: str) -> Manifest:
+    """The manifest as that of another checkpoint of its VM."""
+    text = manifest.model_dump_json()
+    for prefix in ("", f"{manifest.vm}-"):  # files are called by the rest
+        before, after = (name.removeprefix(prefix) for name in (manifest.checkpoint, checkpoint))
+        text = text.replace(before, after)
+    return Manifest.model_validate_json(text)
+
+
 _GONE = 0xFFFFFFFE  # in a segment's table; one more is a page of zeros
 
 

@@ -35,7 +35,7 @@ from tests.support import sabotage
 from tests.support.fleet import real_hosts
 from tests.support.guest import create_disk
 from tests.support.speed import patience
-from tests.support.vm import Rig, await_checks, rig, spec_of
+from tests.support.vm import Rig, await_checks, renamed, rig, spec_of
 
 pytestmark = pytest.mark.vm
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_does_not_exist(idle: Rig, taken: Manifest) -> None:
         NotFound, match=f"no checkpoint '{wrong}'.*did you mean .*{taken.checkpoint}"
     ):
         idle.store.get(wrong)
-    gone = taken.model_copy(update={"checkpoint": wrong})
+    gone = renamed(taken, wrong)
     with pytest.raises(NotFound, match=f"of checkpoint {wrong} is on no host"):
         idle.restore(gone)
 

@@ -40,6 +40,7 @@ from tests.support.vm import (
     Rig,
     await_checks,
     keeps_checking,
+    renamed,
     rig,
     spec_of,
     total_bytes,
@@ -149,7 +150,7 @@ def require_refused_when_late(vm: Rig, checkpoint: str) -> None:
     main.saving.halt("vm-20260101-000000-0000")
     with pytest.raises(Conflict, match="cancelled"):
         main.saving.prepare("vm-20260101-000000-0000", MemoryFormat.PACKED)
-    late = vm.store.get(checkpoint).model_copy(update={"checkpoint": "vm-20260101-000000-0000"})
+    late = renamed(vm.store.get(checkpoint), "vm-20260101-000000-0000")
     with pytest.raises(Conflict, match="cancelled"):
         main.machine.publish(dumps(late), ("h0", "h1", "h2"))
     assert vm.coordinator.status()["hosts"][0]["run_state"] == "running"

@@ -41,6 +41,10 @@ class Account:
         """The pages whose contents have changed since the base, as far as the pager has looked."""
         return self._look(page_count).changed()
 
+    def changed_pages(self, base: MainBase) -> int:
+        """How many they are, on all hosts."""
+        return int(np.count_nonzero(self.changed(base.placement.size)))
+
     def base(self, page_count: int, hosts: tuple[str, ...]) -> Base:
         """What the next checkpoint of a VM on `hosts` can be an increment upon."""
         try:
@@ -73,8 +77,8 @@ def _why_not(manifest: Manifest, hosts: tuple[str, ...]) -> str:
         return f"{manifest.checkpoint} has {manifest.memory_format} memory files"
     if manifest.main.host != hosts[0]:
         return f"{manifest.main.host} was the main host of {manifest.checkpoint}"
-    if gone := [part.host for part in manifest.hosts if part.host not in hosts]:
-        return f"{', '.join(gone)} has parts of {manifest.checkpoint} and is not of the VM any more"
+    if gone := [part.host for part in manifest.hosts if part.pages and part.host not in hosts]:
+        return f"pages of {manifest.checkpoint} are on {', '.join(gone)}, not of the VM any more"
     if len(manifest.chain) >= MOST_SEGMENTS:
         return f"{manifest.checkpoint} is the last of a chain of {MOST_SEGMENTS}"
     return ""
@@ -95,7 +99,9 @@ class MainBase:
         """Of a base that `Account.base` has chosen. Raises CheckpointCorrupt."""
         tables = store.read_main_tables(base)
         index = np.full(256, SAVED_NOWHERE, dtype=np.uint8)
-        index[: len(tables.hosts)] = [hosts.index(host) for host in tables.hosts]
+        index[: len(tables.hosts)] = [
+            hosts.index(host) if host in hosts else SAVED_NOWHERE for host in tables.hosts
+        ]
         return cls(tables, index[tables.placement])
 
     def changed(self, marked: Mask, here: Mask) -> Mask:

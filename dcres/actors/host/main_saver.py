@@ -78,9 +78,12 @@ class MainSaver:
             self._saver.end()  # what nobody has halted must not keep its own part
             # Sub hosts that share this store may have begun their part already.
             site.store.sweep(site.vm, keep=frozenset({checkpoint}))
-            require_store_room(site.settings.store, status["pages"][0] * PAGE_SIZE)
-            self._state.change(lambda now: replace(now, checkpoint=checkpoint))
             upon = self._base(base)
+            pages = status["pages"][0]
+            if upon is not None:
+                pages = min(pages, self._account.changed_pages(upon))
+            require_store_room(site.settings.store, pages * PAGE_SIZE)
+            self._state.change(lambda now: replace(now, checkpoint=checkpoint))
             self._saver.begin(checkpoint, memory_format, base)
             self._stop.base = upon
         counters = PagingCounters(status["pages_in"], status["pages_out"])

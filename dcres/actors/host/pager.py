@@ -10,9 +10,11 @@ from pathlib import Path
 
 from dcres.actors.host.beginning import Beginning
 from dcres.actors.host.daemon import Daemon
+from dcres.actors.host.page_loader import parse
 from dcres.actors.host.vm_folder import VmFolder
-from dcres.actors.messages import Incarnation, RunOrder
+from dcres.actors.messages import Incarnation, Resumption, RunOrder
 from dcres.errors import PagingError
+from dcres.model.formats import MemoryFormat
 from dcres.model.moves import NO_MOVES, Moves
 from dcres.model.pages import pages_of
 from dcres.paging import moves as paging_moves
@@ -78,6 +80,7 @@ class Pager:
             ),
             moves=str(self._moves_path),
             sources=sources,
+            base=_base_of(order.resumption),
         )
         paging_settings.save(settings, self._settings_path)
         self.daemon.start()
@@ -129,3 +132,11 @@ class Pager:
         """The life that it serves."""
         settings = self._settings
         return Incarnation(vm, settings.generation, settings.secret)
+
+
+def _base_of(resumption: Resumption | None) -> str:
+    """The checkpoint that a VM begins with, if increments can be made upon it."""
+    if resumption is None:
+        return ""
+    manifest = parse(resumption.manifest)
+    return manifest.checkpoint if manifest.memory_format is MemoryFormat.SEGMENTED else ""

@@ -36,7 +36,8 @@ class SubSaver:
             self._saver.end()  # what nobody has halted must not keep its own part
             # The main host removes the rest, if that is in this store as well.
             site.store.sweep(site.vm, keep=frozenset({checkpoint}), whole_parts=False)
-            require_store_room(site.settings.store, held * PAGE_SIZE)
+            if not base:  # how much of it has changed is told in the first round
+                require_store_room(site.settings.store, held * PAGE_SIZE)
             self._saver.begin(checkpoint, memory_format, base)
         return Prepared()
 

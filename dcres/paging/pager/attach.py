@@ -62,14 +62,14 @@ def open_table(settings: PagerSettings) -> PageTable:
     return table
 
 
-def open_content(table: PageTable, path: Path) -> ContentChanges:
-    """The account of what changed; a new one, without a base, for a QEMU that ran nothing yet.
+def open_content(table: PageTable, path: Path, base: str) -> ContentChanges:
+    """The account of what changed; a new one, since `base`, for a QEMU that ran nothing yet.
 
     Raises NoRoom, PagingError for one of another VM.
     """
     if table.pipe_inode and path.exists():
         return ContentChanges(path, table.page_count)
-    return ContentChanges.fresh(path, table.page_count)
+    return ContentChanges.fresh(path, table.page_count, base)
 
 
 def _require_known(table: PageTable, settings: PagerSettings) -> None:

@@ -162,11 +162,12 @@ class Evictor:
         if content.kept:
             content.mark(self._tracker.written(content.unmarked(pages)))
 
-    def keep_history(self) -> None:
+    def begin_anew(self) -> None:
         """Before a guest runs that was restored: what was loaded was not written by it.
 
         The kernel takes a page for written that was never mapped nor protected. The first
-        `note_writes` would find all of memory touched, and no page colder than another.
+        `note_writes` would find all of memory touched, no page colder than another, and all
+        changed since the checkpoint.
         """
         self._tracker.scan(protect=True)
 

@@ -53,7 +53,8 @@ class Pager:
         stack.enter_context(alone(lock_of(settings), "a pager of this VM"))
         table = open_table(settings)
         self._book = PageBook(table)
-        content = self._book.content = open_content(table, content_file(Path(settings.table)))
+        path = content_file(Path(settings.table))
+        content = self._book.content = open_content(table, path, settings.base)
         attached = attach(settings, self._book, stack)
         self._uffd = attached.uffd
         self._started = time.monotonic()
@@ -66,8 +67,8 @@ class Pager:
         )
         outbox = attached.outbox
         self._evictor = Evictor(self._book, outbox, subs, tracker, self.tick)
-        if not attached.adopted and table.ticks[table.owners == MAIN].any():
-            self._evictor.keep_history()
+        if not attached.adopted and (settings.base or table.ticks[table.owners == MAIN].any()):
+            self._evictor.begin_anew()
         self._faults = FaultHandler(
             attached.uffd, attached.base, self._book, self._evictor, outbox, everywhere, self.tick
         )
