@@ -13,7 +13,9 @@ import pytest
 
 from dcres.errors import CheckpointCorrupt
 from dcres.storage.digest import FileSum, file_sum
+from dcres.storage.engine.expected import SUM_OF_ZEROS
 from dcres.storage.format import tables
+from dcres.storage.format.runs import Runs
 
 COUNT = 50
 MASK = np.arange(COUNT) % 3 == 1
@@ -22,6 +24,12 @@ PLACEMENT = np.where(MASK, 0, np.where(np.arange(COUNT) % 2, 1, tables.NOWHERE))
 HISTORY = np.arange(COUNT, dtype=np.uint32)[::-1] * 80_000_000
 
 ORDER = np.flatnonzero(MASK)[::-1]
+SEGMENT = tables.SegmentRows(
+    np.array([2, 3, 7, 49]),
+    np.array([1, tables.GONE, 0, tables.ZEROS], dtype=np.uint32),
+    np.array([2**64 - 1, 0, 5, SUM_OF_ZEROS], dtype=np.uint64),
+)
+RUNS = Runs(np.array([[0, 2], [2, 3], [40, COUNT]]), np.array([1, 0, tables.NOWHERE]))
 
 Write = Callable[[Path], FileSum]
 Read = Callable[..., Any]
@@ -36,6 +44,15 @@ KINDS: dict[str, tuple[Write, Read]] = {
     "sums": (lambda path: tables.write_sums(path, MASK, SUMS), tables.read_sums),
     "index": (lambda path: tables.write_index(path, ORDER, COUNT), tables.read_index),
     "history": (lambda path: tables.write_history(path, HISTORY, 9), tables.read_history),
+    "segment": (lambda path: tables.write_segment(path, SEGMENT, COUNT), tables.read_segment),
+    "placement_runs": (
+        lambda path: tables.write_placement_runs(path, RUNS, ("h0", "h1"), COUNT),
+        tables.read_placement_runs,
+    ),
+    "history_runs": (
+        lambda path: tables.write_history_runs(path, RUNS, 9, COUNT),
+        tables.read_history_runs,
+    ),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -58,6 +75,16 @@ def test_round_trips(tmp_path: Path) -> None:
     history, tick = tables.read_history(files["history"], COUNT)
     assert history.tolist() == HISTORY.tolist()
     assert tick == 9
+    rows = tables.read_segment(files["segment"], COUNT)
+    for name in ("pages", "places", "sums"):
+        assert getattr(rows, name).tolist() == getattr(SEGMENT, name).tolist()
+    assert (rows.placed, rows.gone) == (2, 1)
+    placed, hosts = tables.read_placement_runs(files["placement_runs"], COUNT)
+    accessed, tick = tables.read_history_runs(files["history_runs"], COUNT)
+    assert (hosts, tick) == (("h0", "h1"), 9)
+    for runs in (placed, accessed):
+        assert runs.extents.tolist() == RUNS.extents.tolist()
+        assert runs.values.tolist() == RUNS.values.tolist()
 
 
 def test_a_vm_without_a_page_here(tmp_path: Path) -> None:
@@ -127,6 +154,19 @@ def u64(*values: int) -> Any:
     return pa.array(values, pa.uint64())
 
 
+SECOND = {"format_version": "2"}
+
+
+def segment(pages: tuple[int, ...], places: tuple[int, ...], *sums: int) -> dict[str, Any]:
+    more = {"place": pa.array(places, pa.uint32()), "xxh3_64": u64(*sums)}
+    return {"page": u64(*pages), **more}
+
+
+def runs(first: tuple[int, ...], stop: tuple[int, ...], kind: Any = None) -> dict[str, Any]:
+    name, values = ("last_access", pa.uint32()) if kind is None else ("host", kind)
+    return {"first": u64(*first), "stop": u64(*stop), name: pa.array([1] * len(first), values)}
+
+
 @pytest.mark.parametrize(
     ("kind", "columns", "more", "message"),
     [
@@ -152,7 +192,34 @@ def u64(*values: int) -> Any:
             "a newer dcres wrote",
         ),
         ("index", {"page": u64(1)}, {"format_version": "3"}, "use a dcres that reads version 3"),
-        ("index", {"page": u64(1)}, {"format_version": "2"}, "version 2 of the tables has none"),
+        (
+            "index",
+            {"page": u64(1)},
+            {"format_version": "2"},
+            "version 2 of the tables has no kind index",
+        ),
+        ("segment", segment((2, 1), (0, 1), 0, 0), SECOND, "do not ascend"),
+        ("segment", segment((1, 1), (0, 1), 0, 0), SECOND, "do not ascend"),
+        ("segment", segment((COUNT,), (0,), 0), SECOND, "leave the VM's memory"),
+        ("segment", segment((1, 2), (0, 0), 0, 0), SECOND, "2 places are not each there"),
+        ("segment", segment((1, 2), (0, 2), 0, 0), SECOND, "2 places are not each there"),
+        ("segment", segment((1, 2), (0, tables.ZEROS), 0, 1), SECOND, "page 2 has no place"),
+        ("segment", segment((1, 2), (0, tables.GONE), 0, 1), SECOND, "page 2 has no place"),
+        ("segment", segment((1,), (0,), 0), {}, "version 1 of the tables has no kind segment"),
+        ("segment", {"page": u64(1)}, SECOND, "other names or types"),
+        ("history_runs", runs((3,), (3,)), {**SECOND, "tick": "1"}, "runs do not ascend"),
+        ("history_runs", runs((3, 5), (6, 7)), {**SECOND, "tick": "1"}, "runs do not ascend"),
+        ("history_runs", runs((5, 3), (6, 4)), {**SECOND, "tick": "1"}, "runs do not ascend"),
+        ("history_runs", runs((5,), (COUNT + 1,)), {**SECOND, "tick": "1"}, "leave the VM's"),
+        ("history_runs", runs((5,), (2**64 - 1,)), {**SECOND, "tick": "1"}, "leave the VM's"),
+        ("history_runs", runs((3,), (4,)), SECOND, "not a number"),
+        (
+            "placement_runs",
+            runs((3,), (4,), pa.uint8()),
+            {**SECOND, "hosts": '["h0"]'},
+            "names host 1 of 1",
+        ),
+        ("placement_runs", runs((3,), (4,), pa.uint8()), SECOND, "list of hosts"),
         ("index", {"page": u64(1)}, {"format_version": "0"}, "'0', which no dcres wrote"),
         ("index", {"page": u64(1)}, {"format_version": "1.5"}, "'1.5', which no dcres wrote"),
     ],

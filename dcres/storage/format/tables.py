@@ -290,8 +290,10 @@ def _read(
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise corrupt(path, f"it is not an Arrow file ({error})") from None
     version = _version(path, metadata.get("format_version", ""))
+    if metadata.get("kind") != kind:
+        raise corrupt(path, f"its kind is {metadata.get('kind')}, not {kind}")
     if kind not in _VERSIONS[version]:
-        raise corrupt(path, f"it is no {kind} table: version {version} of the tables has none")
+        raise corrupt(path, f"version {version} of the tables has no kind {kind}")
     wanted = _schema(version, kind, page_count, {})
     for key, value in wanted.metadata.items():
         name = key.decode().removeprefix("dcres.")
