@@ -15,7 +15,7 @@ from dcres import config
 from dcres.errors import CheckpointCorrupt
 from dcres.storage import layout
 from dcres.storage.digest import FileSum
-from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, dumps, loads
+from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment, dumps, loads
 from dcres.storage.format.versions import canonical
 
 PATH = Path("store/demo/manifest.json")
@@ -168,6 +168,130 @@ def test_what_is_not_a_manifest(text: str, message: str) -> None:
 def test_what_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         manifest(**changes)
+
+
+OWN, OLD, OLDEST = (f"demo-20260301-120000-00{token}" for token in ("ab", "aa", "a9"))
+
+
+WHOLE: dict[str, Any] = {
+    "memory_format": "sparse",
+    "hosts": (MAIN,),
+    "base": None,
+    "chain": (),
+    "pages_changed": 0,
+    "pages_saved": 0,
+}
+
+
+def piece(checkpoint: str, pages: int = 1) -> Segment:
+    return Segment(checkpoint=checkpoint, pages=pages, gone=0, places=pages)
+
+
+def segmented(host: str, role: Role, *checkpoints: str) -> HostPart:
+    segments = tuple(map(piece, checkpoints or (OWN,)))
+    values = part(host, Role.MAIN if role is Role.MAIN else Role.SUB).model_dump()
+    return HostPart(**values | {"role": role, "segments": segments})
+
+
+def increment(**changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "memory_format": "segmented",
+        "hosts": (
+            segmented("h0", Role.MAIN, OLDEST, OWN),
+            segmented("h1", Role.PARTS, OLD, OWN),
+        ),
+        "base": OLD,
+        "chain": (OLDEST, OLD, OWN),
+        "pages_changed": 3,
+        "pages_saved": 2,
+    }
+    return manifest(**values | changes)
+
+
+def test_an_increment_has_keys_of_its_own() -> None:
+    text = dumps(increment())
+    assert loads(text, PATH) == increment()
+    values = json.loads(text)
+    assert values["format_version"] == 3
+    assert (values["base"], values["chain"]) == (OLD, [OLDEST, OLD, OWN])
+    assert values["hosts"][1]["role"] == "parts"
+    assert values["hosts"][1]["segments"][0] == {
+        "checkpoint": OLD,
+        "gone": 0,
+        "pages": 1,
+        "places": 1,
+    }
+    assert "memory_file" not in values["hosts"][0]
+    assert {part.memory_file for part in increment().hosts} == {"20260301-120000-00ab.pack"}
+    older = json.loads(dumps(manifest()))
+    new = {*values} - {*older}
+    assert new == {"base", "chain", "pages_changed", "pages_saved"}
+    assert {*older["hosts"][0]} - {*values["hosts"][0]} == {"memory_file"}
+    for key in new:
+        with pytest.raises(CheckpointCorrupt):
+            loads(signed({**older, key: values[key]}), PATH)
+        with pytest.raises(CheckpointCorrupt):
+            loads(signed({name: each for name, each in values.items() if name != key}), PATH)
+    wrong: tuple[dict[str, Any], ...] = (
+        {"segments": None},
+        {"segments": []},
+        {"segments": "x"},
+        {"segments": [{}]},
+    )
+    for change in wrong:
+        hosts = [{**values["hosts"][0], **change}, values["hosts"][1]]
+        with pytest.raises(CheckpointCorrupt, match=r"manifest\.json"):
+            loads(signed({**values, "hosts": hosts}), PATH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chain": ()}, "not of different checkpoints of this VM"),
+        ({"chain": (OLD, OLD, OWN)}, "not of different checkpoints"),
+        ({"chain": ("other-20260301-120000-0000", OLDEST, OLD, OWN)}, "checkpoints of this VM"),
+        ({"chain": (OLD, OLDEST, OWN)}, "does not end with its base"),
+        ({"chain": (OLDEST, OWN, OLD)}, "does not end with its base"),
+        ({"base": None}, "does not end with its base"),
+        ({"base": OWN}, "does not end with its base"),
+        ({"chain": (OLD, OWN)}, "segments of h0 are not of the chain, in its order"),
+        ({"hosts": (segmented("h0", Role.MAIN, OLD, OLDEST, OWN),)}, "in its order"),
+        ({"hosts": (segmented("h0", Role.MAIN, OLD, OLD, OWN),)}, "in its order"),
+        ({"hosts": (segmented("h0", Role.MAIN, OLD),)}, "of segmented ones"),
+        ({"hosts": (MAIN,)}, "of segmented ones"),
+        (
+            {
+                "hosts": (
+                    segmented("h0", Role.MAIN),
+                    segmented("h1", Role.PARTS),
+                    segmented("h2", Role.SUB),
+                )
+            },
+            "first host is the main host",
+        ),
+        ({"memory_format": "packed", "hosts": (MAIN,)}, "of packed ones"),
+        *(
+            ({**WHOLE, **change}, "only segmented checkpoints have a base, a chain and its pages")
+            for change in (
+                {"base": OLD},
+                {"chain": (OWN,)},
+                {"pages_changed": 1},
+                {"pages_saved": 1},
+            )
+        ),
+        (
+            {**WHOLE, "hosts": (MAIN.model_copy(update={"segments": ()}),)},
+            "only segmented checkpoints have segments",
+        ),
+        (
+            {**WHOLE, "hosts": (MAIN, part("h1", Role.PARTS))},
+            "only segmented checkpoints have hosts that are not the VM's",
+        ),
+    ],
+)
+def test_what_no_increment_can_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        increment(**changes)
 
 
 def test_what_the_vm_was_in_is_kept_of_one_that_tells_it() -> None:

@@ -134,7 +134,10 @@ class Verifier:
         memory file that the placement names.
         """
         check = partial(self._check_agreement, folder, masks)
-        self._try(self.manifest.main.host, host_part.placement_file(self.manifest), check)
+        if self.manifest.memory_format is MemoryFormat.SEGMENTED:
+            self._try_last(self.manifest.main.host, layout.PAGES, check)
+        else:
+            self._try(self.manifest.main.host, layout.PAGES, check)
 
     def report(self) -> VerifyReport:
         """What was found so far."""

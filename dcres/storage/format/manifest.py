@@ -208,8 +208,10 @@ class Manifest(_Model):
     def _check_chain(self) -> None:
         """Raises ValueError unless all segments are of the chain, and the chain ends here."""
         if self.memory_format is not MemoryFormat.SEGMENTED:
-            if self.chain or any(part.segments is not None for part in self.hosts):
-                raise ValueError("only segmented checkpoints have chains and segments")
+            if self.base is not None or self.chain or self.pages_changed or self.pages_saved:
+                raise ValueError("only segmented checkpoints have a base, a chain and its pages")
+            if any(part.segments is not None for part in self.hosts):
+                raise ValueError("only segmented checkpoints have segments")
             if any(part.role is Role.PARTS for part in self.hosts):
                 raise ValueError("only segmented checkpoints have hosts that are not the VM's")
             return
