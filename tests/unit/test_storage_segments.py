@@ -29,7 +29,7 @@ from dcres.storage.format.host_part import (
 )
 from dcres.storage.format.main_tables import MainTables
 from dcres.storage.format.manifest import Manifest, dumps, loads
-from dcres.storage.format.runs import history_runs, runs_where
+from dcres.storage.format.runs import Runs, coarser, history_runs, runs_of
 from dcres.storage.format.tables import NOWHERE
 from tests.support.chains import Chain, Change
 from tests.support.stored import memory, take
@@ -284,7 +284,7 @@ def placement_of(chain: Chain) -> tables.Placement:
 def test_a_page_that_is_left_with_a_stranger(chain: Chain) -> None:
     third = chain.taken[-1]
     own = layout.by_origin(THIRD, layout.PAGES)
-    runs = runs_where(np.arange(PAGES) == 33, np.ones(PAGES, np.uint8))
+    runs = Runs(np.array([[33, 34]]), np.ones(1, np.uint8))
     forged = with_table(
         chain,
         third,
@@ -431,6 +431,9 @@ def test_parts_that_are_whole_are_swept_by_the_rule(place: Path) -> None:
     chain = Chain(place)
     chain.change(Change("write", 0, 9))
     manifest = chain.take(publish=False)
+    assert chain.store.sweep("vm") == [FIRST], "the main host's part is there"
+    chain.taken.clear()
+    manifest = chain.take(publish=False)
     assert chain.store.sweep("vm", whole_parts=False) == []
     for part in ("h0", "h1"):
         chain.folder(manifest, part).rename(place / part)
@@ -481,18 +484,63 @@ def test_history_gets_coarser_and_never_older() -> None:
     touched = scattered(count, 0.3, 2)
     now = np.where(touched, tick - np.arange(count) % 7, before // 2).astype(np.uint32)
     exact = np.maximum(now, before)
+    lengths = []
     for most in (5000, 1000, 100, 1):
         runs, found = history_runs(now, tick, before, most), before.copy()
-        runs.lay(found)
+        runs.lift(found)
+        lengths.append(len(runs))
         assert len(runs) <= most
         assert (found >= exact).all()
-        assert found.max() == exact.max()
         assert most < 5000 or found.tolist() == exact.tolist()
+    assert lengths[-1] == 1 < lengths[1]
     assert len(history_runs(before, tick, before, 1)) == 0
-    again = before.copy()  # a clock that began anew
-    history_runs(now // 10, 5, before, 5000).lay(again)
-    assert again.max() <= 5
-    assert again[before > 5].tolist() == (now // 10)[before > 5].tolist()
+
+
+def test_history_by_a_clock_that_was_set_back(place: Path) -> None:
+    """What it knew of a later time is forgotten: else it would be the newest for ever."""
+    chain = Chain(place, hosts=1)
+    chain.change(Change("write", 0, 9))
+    chain.ticks[:9] = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    chain.take()
+    chain.ticks[:9] = [2, 1, 1, 1, 1, 2, 0, 0, 0]
+    manifest = chain.take()
+    assert manifest.tick == 2
+    assert chain.store.read_history(manifest)[:9].tolist() == [2, 2, 1, 1, 1, 2, 0, 0, 0]
+
+
+VALUES = st.lists(st.tuples(st.integers(1, 90), st.integers(0, 3)), max_size=40)
+
+
+@settings(max_examples=200)
+@given(VALUES, st.integers(1, 12), st.sampled_from([1, 7, 64, 1 << 20]))
+def test_runs_are_what_they_were_made_of(
+    lengths: list[tuple[int, int]], most: int, at_once: int
+) -> None:
+    """0 is what was known before of all pages."""
+    column = np.array([value for length, value in lengths for _ in range(length)], np.uint32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dcres.storage.format.runs._AT_ONCE", at_once)
+        runs = runs_of(column, lambda pages: column[pages] != 0)
+    for lay in (runs.lay, runs.lift):
+        found = np.zeros_like(column)
+        lay(found)
+        assert found.tolist() == column.tolist()
+    changes = np.flatnonzero(np.diff(np.concatenate(([0], column.astype(np.int64), [0]))))
+    values = np.append(column, 0)[changes]
+    assert len(runs) == np.count_nonzero(values), "none could be joined with the next"
+    few = coarser(runs, most, len(column))
+    size = 1
+    while True:  # the first size of regions that is coarse enough, the plain way
+        heads = range(0, len(column), size)
+        expected = np.array([column[head : head + size].max() for head in heads], np.uint32)
+        rows = np.count_nonzero(np.diff(expected, prepend=0)[expected != 0])
+        if rows <= most:
+            break
+        size *= 2
+    found = np.zeros_like(column)
+    few.lay(found)
+    assert len(few) <= most
+    assert found.tolist() == np.repeat(expected, size)[: len(column)].tolist()
 
 
 def test_a_host_that_comes_back_under_another_number(place: Path) -> None:

@@ -1,7 +1,8 @@
 """What the main host alone says of each page, and only where a checkpoint differs from its base.
 
-The tables of a segmented checkpoint's chain, laid one over the other from the oldest on, are what
-one table has for all pages in a whole checkpoint.
+The tables of a segmented checkpoint's chain, one upon the other from the oldest on, are what one
+table has for all pages in a whole checkpoint. The history is approximate: an access may count for
+neighbours as well, and a tick never gets smaller.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum
 from dcres.storage.format import tables
 from dcres.storage.format.manifest import Manifest, listed
-from dcres.storage.format.runs import history_runs, runs_where
+from dcres.storage.format.runs import Runs, history_runs, runs_of, without_later
 from dcres.storage.format.tables import NOWHERE, Placement
 
 # A run of the history takes 20 bytes, a page in a segment as many.
@@ -58,7 +59,7 @@ def write_changes(
     before = np.zeros(page_count, dtype=np.uint32) if base is None else base.history
     most = max(_FEWEST_RUNS, saved // _SAVED_PAGES_A_RUN)
     history = history_runs(now.history, tick, before, most)
-    placement = runs_where(now.placement != _renamed(base, now), now.placement)
+    placement = _changed_placement(now, base)
     paths = [folder / layout.by_origin(checkpoint, n) for n in (layout.HISTORY, layout.PAGES)]
     return (
         tables.write_history_runs(paths[0], history, tick, page_count),
@@ -66,11 +67,12 @@ def write_changes(
     )
 
 
-def _renamed(base: MainTables | None, now: MainTables) -> npt.NDArray[np.uint16]:
-    """The base's placement by the hosts of now."""
+def _changed_placement(now: MainTables, base: MainTables | None) -> Runs:
+    """Runs of pages that the base has with another host; hosts are known by their names."""
     if base is None:
-        return np.full(len(now.placement), NOWHERE, dtype=np.uint16)
-    return _codes(base.hosts, now.hosts)[base.placement]
+        return runs_of(now.placement, lambda pages: now.placement[pages] != NOWHERE)
+    before, codes = base.placement, _codes(base.hosts, now.hosts)
+    return runs_of(now.placement, lambda pages: now.placement[pages] != codes[before[pages]])
 
 
 def _codes(names: tuple[str, ...], hosts: tuple[str, ...]) -> npt.NDArray[np.uint16]:
@@ -88,11 +90,11 @@ def read_placement(folder: Path, manifest: Manifest) -> Placement:
     for path, expected in _tables(folder, manifest, layout.PAGES):
         runs, names = tables.read_placement_runs(path, manifest.page_count, expected)
         codes = _codes(names, hosts)[runs.values]
-        runs.lay(placement, codes.astype(np.uint8))
+        Runs(runs.extents, codes.astype(np.uint8)).lay(placement)
         if not strange.size and (codes == _STRANGE).any():
             strange = np.zeros(manifest.page_count, dtype=np.bool_)
         if strange.size:
-            runs.lay(strange, codes == _STRANGE)
+            Runs(runs.extents, codes == _STRANGE).lay(strange)
     for page in np.flatnonzero(strange)[:1].tolist():
         path = folder / layout.by_origin(manifest.checkpoint, layout.PAGES)
         raise corrupt(path, f"page {page} is left with a host that the manifest does not have")
@@ -103,7 +105,10 @@ def read_history(folder: Path, manifest: Manifest) -> Ticks:
     """For each page the tick of its last access. Raises CheckpointCorrupt."""
     history: Ticks = np.zeros(manifest.page_count, dtype=np.uint32)
     for path, expected in _tables(folder, manifest, layout.HISTORY):
-        tables.read_history_runs(path, manifest.page_count, expected)[0].lay(history)
+        runs, tick = tables.read_history_runs(path, manifest.page_count, expected)
+        if history.max(initial=0) > tick:
+            history = without_later(history, tick)
+        runs.lift(history)
     return history
 
 
