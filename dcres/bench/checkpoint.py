@@ -119,7 +119,9 @@ class Subject:
 
     def round(self, at: int) -> list[Row]:
         """Checkpoint, bare write and read, restore; the checkpoint is deleted in the end."""
-        facts = self._port.within(_RESTORE_TIMEOUT_S).call(Coordinator.checkpoint, "stop")
+        facts = self._port.within(_RESTORE_TIMEOUT_S).call(
+            Coordinator.checkpoint, "stop", full=True
+        )
         self._port.call(Coordinator.stop)
         length = facts["pages"] * PAGE_SIZE
         raw_write = disk.write(self._raw, length)

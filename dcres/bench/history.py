@@ -70,7 +70,7 @@ class _Subject:
         port.within(_TIMEOUT_S).call(Coordinator.start, spec, list(cluster.hosts))
         self._await_work()
         time.sleep(learning_s)
-        facts = port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "live")
+        facts = port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "live", full=True)
         port.call(Coordinator.stop)
         self._manifest = store_of(cluster, cluster.hosts[0]).get(facts["checkpoint"])
         self._history = self._read_history()

@@ -55,7 +55,7 @@ def measure(setup: Setup) -> list[Row]:
     rates = QUICK_RATES if setup.quick else RATES
     rows: list[Row] = []
     room = memory_mib << 20
-    with _connected(LocalCluster.start(setup.folder / "c", 2, memory_per_host=room)) as cluster:
+    with connected(LocalCluster.start(setup.folder / "c", 2, memory_per_host=room)) as cluster:
         for rate, reads in (*((rate, 0) for rate in rates), (FLAT_OUT, READS)):
             setup.say(f"a guest of {memory_mib} MiB that writes: {_name(rate, reads)}")
             rows += _Subject(cluster, setup.folder, memory_mib, rate, reads).measure(rounds)
@@ -68,7 +68,8 @@ def measure(setup: Setup) -> list[Row]:
 
 
 @contextmanager
-def _connected(cluster: LocalCluster) -> Iterator[LocalCluster]:
+def connected(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The cluster, with this process as a driver of it."""
     with cluster:
         gateway.connect(cluster.address, cluster.token_path)
         try:
@@ -77,9 +78,10 @@ def _connected(cluster: LocalCluster) -> Iterator[LocalCluster]:
             gateway.disconnect()
 
 
-def _spec(
+def spec_of(
     folder: Path, memory_mib: int, rate: int, reads: int = 0, **more: object
 ) -> dict[str, object]:
+    """The VM file of a guest that writes to half of its memory, `rate` MB/s of pages."""
     image = filler_image(folder)
     words = f"fill={fill_mib(memory_mib)} dirty={rate} span={memory_mib // 2} reads={reads}"
     return {
@@ -102,7 +104,7 @@ class _Subject:
         self._store = Store(cluster.settings(cluster.hosts[0]).store)
         quarter = memory_mib // 4
         layout = {"main": f"{3 * quarter}MiB", "subs": [f"{quarter}MiB"]}
-        spec = _spec(folder, memory_mib, rate, reads, layout=layout)
+        spec = spec_of(folder, memory_mib, rate, reads, layout=layout)
         self._vm = str(spec["name"])
         self._port = gateway.spawn(RayCoordinator, coordinator_name(self._vm), (self._vm,))
         self._port.wait_ready(60.0)
@@ -140,7 +142,9 @@ class _Subject:
         facts: dict[str, object] = {}
 
         def checkpoint() -> None:
-            facts.update(self._port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "live"))
+            facts.update(
+                self._port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "live", full=True)
+            )
 
         during, seconds = self._speed(checkpoint)
         self._store.delete(str(facts["checkpoint"]))
@@ -171,7 +175,7 @@ def _qemu_rows(folder: Path, memory_mib: int, rounds: int) -> list[Row]:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1M"], check=True)
     layout = {"main": f"{memory_mib}MiB"}
     disks = [{"path": str(disk)}]
-    spec = VmSpec.model_validate(_spec(folder, memory_mib, 0, layout=layout, disks=disks))
+    spec = VmSpec.model_validate(spec_of(folder, memory_mib, 0, layout=layout, disks=disks))
     with tempfile.TemporaryDirectory(prefix="dcres-bench-", dir="/dev/shm") as ram:
         files = VmFiles(Path(ram) / "ram", folder / "q.sock", folder / "console", folder / "q.log")
         qemu, monitor = process.start(spec, files, Accel.TCG)

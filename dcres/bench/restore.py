@@ -137,7 +137,7 @@ class _Subject:
         return both
 
     def _checkpoint(self) -> Manifest:
-        facts = self._port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "stop")
+        facts = self._port.within(_TIMEOUT_S).call(Coordinator.checkpoint, "stop", full=True)
         self._port.call(Coordinator.stop)
         return store_of(self._cluster, self._hosts[0]).get(facts["checkpoint"])
 

@@ -114,7 +114,7 @@ class SplitVm:
     def checkpoint(self) -> tuple[Timed, Manifest]:
         """A checkpoint of the stopped VM, which runs again."""
         began = time.monotonic()
-        facts = self.port.within(TIMEOUT_S).call(Coordinator.checkpoint, "stop")
+        facts = self.port.within(TIMEOUT_S).call(Coordinator.checkpoint, "stop", full=True)
         timed = Timed(time.monotonic() - began, facts)
         return timed, store_of(self._cluster, self.main_host).get(facts["checkpoint"])
 

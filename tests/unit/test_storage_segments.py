@@ -79,10 +79,10 @@ def require_whole(chain: Chain, manifest: Manifest) -> None:
                 for first, stop in extents_of_mask(reader.mask).tolist():
                     assert reader.read(first, stop) == chain.ram[first:stop].tobytes()
     assert target.read_bytes() == chain.ram.tobytes()
-    placement = chain.store.read_placement(manifest)
+    placement = chain.store.read_main_tables(manifest).placement
     for index, part in enumerate(manifest.hosts):
         assert (placement == index).tolist() == chain.placed(part.host).tolist()
-    assert chain.store.read_history(manifest).tolist() == chain.ticks.tolist()
+    assert chain.store.read_main_tables(manifest).history.tolist() == chain.ticks.tolist()
     report = chain.store.verify(manifest.checkpoint)
     assert (report.ok, report.pages) == (True, manifest.pages), report
     text = dumps(manifest)
@@ -266,11 +266,11 @@ def test_tables_that_do_not_fit(chain: Chain) -> None:
         lambda path: tables.write_placement(path, placed, ("h0", "h1", "h2")),
     )
     with pytest.raises(CheckpointCorrupt, match=f"{older}: its kind is placement"):
-        chain.store.read_placement(forged)
+        chain.store.read_main_tables(forged)
     bare = altered(third, 0, files=(third.vmcore,))
     for attempt in (
-        lambda: chain.store.read_placement(bare),
-        lambda: chain.store.read_history(bare),
+        lambda: chain.store.read_main_tables(bare).placement,
+        lambda: chain.store.read_main_tables(bare).history,
         lambda: chain.store.memory_part(bare, "h0"),
     ):
         with pytest.raises(CheckpointCorrupt, match="does not list it"):
@@ -278,7 +278,7 @@ def test_tables_that_do_not_fit(chain: Chain) -> None:
 
 
 def placement_of(chain: Chain) -> tables.Placement:
-    return chain.store.read_placement(chain.taken[-1])
+    return chain.store.read_main_tables(chain.taken[-1]).placement
 
 
 def test_a_page_that_is_left_with_a_stranger(chain: Chain) -> None:
@@ -293,7 +293,7 @@ def test_a_page_that_is_left_with_a_stranger(chain: Chain) -> None:
         lambda path: tables.write_placement_runs(path, runs, ("h0", "h9"), PAGES),
     )
     with pytest.raises(CheckpointCorrupt, match=f"{own}: page 33 is left with a host that"):
-        chain.store.read_placement(forged)
+        chain.store.read_main_tables(forged)
 
 
 # Linking
@@ -505,7 +505,17 @@ def test_history_by_a_clock_that_was_set_back(place: Path) -> None:
     chain.ticks[:9] = [2, 1, 1, 1, 1, 2, 0, 0, 0]
     manifest = chain.take()
     assert manifest.tick == 2
-    assert chain.store.read_history(manifest)[:9].tolist() == [2, 2, 1, 1, 1, 2, 0, 0, 0]
+    assert chain.store.read_main_tables(manifest).history[:9].tolist() == [
+        2,
+        2,
+        1,
+        1,
+        1,
+        2,
+        0,
+        0,
+        0,
+    ]
 
 
 VALUES = st.lists(st.tuples(st.integers(1, 90), st.integers(0, 3)), max_size=40)
