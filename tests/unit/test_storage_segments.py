@@ -518,10 +518,22 @@ def test_history_by_a_clock_that_was_set_back(place: Path) -> None:
     ]
 
 
+def test_coarse_history_makes_no_page_older(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main_tables, "_FEWEST_RUNS", 1)
+    chain = Chain(place, hosts=1)
+    chain.change(Change("write", 0, 9))
+    chain.take()
+    chain.ticks[10] = 2
+    chain.take()
+    chain.ticks[[9, 12]] = 1
+    found = chain.store.read_history(chain.take())
+    assert found[8:17].tolist() == [1, 1, 2, 1, 1, 1, 1, 1, 0]
+
+
 VALUES = st.lists(st.tuples(st.integers(1, 90), st.integers(0, 3)), max_size=40)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100, deadline=None)
 @given(VALUES, st.integers(1, 12), st.sampled_from([1, 7, 64, 1 << 20]))
 def test_runs_are_what_they_were_made_of(
     lengths: list[tuple[int, int]], most: int, at_once: int
@@ -531,10 +543,12 @@ def test_runs_are_what_they_were_made_of(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dcres.storage.format.runs._AT_ONCE", at_once)
         runs = runs_of(column, lambda pages: column[pages] != 0)
-    for lay in (runs.lay, runs.lift):
-        found = np.zeros_like(column)
-        lay(found)
-        assert found.tolist() == column.tolist()
+    found = np.zeros_like(column)
+    runs.lay(found)
+    assert found.tolist() == column.tolist()
+    other = column[::-1].copy()
+    runs.lift(other)
+    assert other.tolist() == np.maximum(column, column[::-1]).tolist()
     changes = np.flatnonzero(np.diff(np.concatenate(([0], column.astype(np.int64), [0]))))
     values = np.append(column, 0)[changes]
     assert len(runs) == np.count_nonzero(values), "none could be joined with the next"
