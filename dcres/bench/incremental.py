@@ -35,7 +35,7 @@ from dcres.storage.store.store import Store
 
 _TIMEOUT_S = 600.0
 _EVERY_S = 5.0
-_FEW_READS = 1000  # for each page that the guest writes: about 10 MB/s change
+_FEW_READS = 150  # for each page that the guest writes: about 10 MB/s change
 _UNPACED = 100_000  # MB/s that no guest reaches
 _TIB_PAGES = (1 << 40) // PAGE_SIZE
 _STAMP = "vm-20260101-000000-{:04x}"
