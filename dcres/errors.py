@@ -14,6 +14,7 @@
     │   └── NotOurs            a file or folder is not provably dcres's own
     ├── StorageError           what is on disk cannot be trusted or written
     │   ├── CheckpointCorrupt  a file of a checkpoint is missing, truncated or altered
+    │   │   └── FileMissing    it is not there at all
     │   ├── BaseUnusable       no increment can be made upon a checkpoint; take a full one
     │   ├── StoreFull          the disk ran out of space
     │   └── StoreReadOnly      the store cannot be written to
@@ -148,6 +149,10 @@ class StorageError(DcresError):
 
 class CheckpointCorrupt(StorageError):
     """A file of a checkpoint is missing, truncated or altered."""
+
+
+class FileMissing(CheckpointCorrupt):
+    """A file that a checkpoint names is not there at all."""
 
 
 class BaseUnusable(StorageError):

@@ -199,7 +199,11 @@ def _on_all(function: Callable[..., _T], *args: object) -> list[_T]:
 def verify(catalogue: Catalogue, checkpoint: str, progress: ProgressOption = None) -> VerifyReport:
     """Read every byte of a checkpoint and compare; see `Checkpoint.verify`."""
     with _verifying(catalogue.get(checkpoint), progress) as done:
-        return catalogue.verify(checkpoint, done)
+        report = catalogue.verify(checkpoint, done)
+    listing = [] if report.ok else catalogue.list(vm_of(checkpoint))
+    if not report.ok and all(each.checkpoint != checkpoint for each in listing):
+        raise NotFound(f"checkpoint {checkpoint} was deleted while it was read; it is not damaged")
+    return report
 
 
 def listed_facts(entry: Listed) -> dict[str, Any]:

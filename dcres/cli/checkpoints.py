@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +113,7 @@ def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
 
     with open_catalogue(options) as catalogue:
         report = catalogues.verify(catalogue, ckpt)
-    files = [{**asdict(file), "ok": file.ok} for file in report.files]
+    files = [file.to_dict() for file in report.files]
     values = {"checkpoint": ckpt, "ok": report.ok, "pages": report.pages, "files": files}
     return Answer(values, verify_view(report), 0 if report.ok else 1)
 

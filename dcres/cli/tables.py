@@ -219,10 +219,11 @@ def verify_view(report: VerifyReport) -> RenderableType:
     """Every file with a problem, or that there is none."""
     if report.ok:
         return f"{report.checkpoint} is whole: {len(report.files)} files, {report.pages} pages read"
-    table = _table("host", "file", "problem")
+    table = _table("host", "file", "problem", "also in")
     for file in report.files:
         if file.problem is not None:
-            table.add_row(file.host, file.name, Text(file.problem, "red"))
+            problem = Text(file.problem, "red")
+            table.add_row(file.host, file.name, problem, "\n".join(file.also_in))
     return Group(Text(f"{report.checkpoint} is damaged", "bold red"), table)
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dcres.errors import CheckpointCorrupt
+from dcres.errors import CheckpointCorrupt, FileMissing
 
 
 def corrupt(path: Path, what: str) -> CheckpointCorrupt:
     """The error for `path`; `what` says in a clause what is wrong with it."""
-    return CheckpointCorrupt(f"{path}: {what}; restore another checkpoint or a copy")
+    return CheckpointCorrupt(_told(path, what))
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointCorrupt:
     """The error for a file that is missing or cannot be read."""
     if isinstance(error, FileNotFoundError):
-        return corrupt(path, "it is missing")
+        return FileMissing(_told(path, "it is missing"))
     return corrupt(path, f"it cannot be read ({error.strerror})")
+
+
+def _told(path: Path, what: str) -> str:
+    return f"{path}: {what}; restore another checkpoint or a copy"
 
 
 def newer(path: Path, version: int, newest: int) -> CheckpointCorrupt:

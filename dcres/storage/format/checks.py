@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from dcres.errors import CheckpointCorrupt
+from dcres.errors import CheckpointCorrupt, FileMissing
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import Mask
 from dcres.storage import layout
@@ -24,18 +25,45 @@ from dcres.storage.format.manifest import HostPart, Manifest, Role, listed
 T = TypeVar("T")
 
 
+class FileState(StrEnum):
+    """What a file of a checkpoint was found to be."""
+
+    WHOLE = "whole"
+    MISSING = "missing"
+    CORRUPT = "corrupt"
+
+    @classmethod
+    def of(cls, error: CheckpointCorrupt) -> FileState:
+        """That of a file of which this was raised."""
+        return cls.MISSING if isinstance(error, FileMissing) else cls.CORRUPT
+
+
 @dataclass(frozen=True, slots=True)
 class FileResult:
-    """One file, and what is wrong with it, if anything is."""
+    """One file, and what is wrong with it, if anything is.
+
+    `also_in` are other checkpoints that a damaged file belongs to: it is the same file there.
+    """
 
     host: str
     name: str
-    problem: str | None
+    problem: str | None = None
+    state: FileState = FileState.WHOLE
+    also_in: tuple[str, ...] = ()
+
+    @classmethod
+    def damaged(cls, host: str, name: str, error: CheckpointCorrupt) -> Self:
+        """One of which `error` was raised."""
+        return cls(host, name, str(error), FileState.of(error))
 
     @property
     def ok(self) -> bool:
         """Whether the file is as it was written."""
         return self.problem is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``dcres verify --json`` prints it."""
+        return {**asdict(self), "ok": self.ok}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +78,14 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether the whole checkpoint can be trusted."""
         return all(file.ok for file in self.files)
+
+    def naming(self, others: Callable[[FileResult], tuple[str, ...]]) -> Self:
+        """The same with what `others` says of each damaged file: who else has it."""
+        files = (
+            file if file.ok or file.also_in else replace(file, also_in=others(file))
+            for file in self.files
+        )
+        return replace(self, files=tuple(files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +120,7 @@ class Verifier:
     progress: Progress | None = None
     strict: bool = False
     _pages: int = 0
-    _problems: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    _found: dict[tuple[str, str], FileResult] = field(default_factory=dict)
 
     def part(self, folder: Path, host: str) -> Mask | None:
         """Check all files of `host`; the mask of its pages, or None where that is unknown."""
@@ -99,7 +135,7 @@ class Verifier:
                 self._try(host, file.name, partial(self._check_other, folder / file.name, file))
         if part.role is Role.MAIN:  # a restore would miss it, and only then
             self._try(host, layout.HISTORY, partial(listed, self.manifest, part, layout.HISTORY))
-        if sums is not None and not self._problems.get((host, layout.INDEX)):
+        if sums is not None and self._is_whole(host, layout.INDEX):
             self._try(host, part.memory_file, partial(self._check_memory, folder, part))
         return mask
 
@@ -125,7 +161,7 @@ class Verifier:
         """What another verifier found in a part."""
         self._pages += part.report.pages
         for file in part.report.files:
-            self._problems[file.host, file.name] = file.problem
+            self._found[file.host, file.name] = file
 
     def agreement(self, folder: Path, masks: dict[str, Mask]) -> None:
         """Check each host's pages against the placement file in the main host's `folder`.
@@ -141,19 +177,23 @@ class Verifier:
 
     def report(self) -> VerifyReport:
         """What was found so far."""
-        files = tuple(FileResult(*key, problem) for key, problem in self._problems.items())
-        return VerifyReport(self.manifest.checkpoint, self._pages, files)
+        return VerifyReport(self.manifest.checkpoint, self._pages, tuple(self._found.values()))
 
     def _try(self, host: str, name: str, check: Callable[[], T]) -> T | None:
         key = (host, name)
-        self._problems.setdefault(key, None)
+        self._found.setdefault(key, FileResult(host, name))
         try:
             return check()
         except CheckpointCorrupt as error:
             if self.strict:
                 raise
-            self._problems[key] = self._problems[key] or str(error)
+            if self._found[key].ok:
+                self._found[key] = FileResult.damaged(host, name, error)
             return None
+
+    def _is_whole(self, host: str, name: str) -> bool:
+        """Whether nothing was found wrong with a file until now."""
+        return (host, name) not in self._found or self._found[host, name].ok
 
     def _try_last(self, host: str, name: str, check: Callable[[], T]) -> T | None:
         """Check the chain's files of one kind together, under the last one's name.
@@ -161,7 +201,7 @@ class Verifier:
         None where one of them has been found wrong already.
         """
         names = [layout.by_origin(checkpoint, name) for checkpoint in self.manifest.chain]
-        if any(self._problems.get((host, each)) for each in names):
+        if not all(self._is_whole(host, each) for each in names):
             return None
         return self._try(host, names[-1], check)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -33,6 +34,22 @@ class Folders:
     def part(self, manifest: Manifest, host: str) -> Path:
         """The folder of what `host` saved."""
         return self.checkpoint(manifest.vm, manifest.checkpoint) / layout.checked_host(host)
+
+    def others_with(self, manifest: Manifest, host: str, name: str) -> tuple[str, ...]:
+        """Other checkpoints that have a file of `host`: links to it. None if it is not here.
+
+        Where the manifest lies elsewhere it cannot be seen which of them are published.
+        """
+        mine = self.part(manifest, host) / name
+        here = self.is_published(manifest.checkpoint)
+        return tuple(
+            other.name
+            for other in below(self.root / manifest.vm)
+            if layout.is_checkpoint_of(manifest.vm, other.name)
+            and other.name != manifest.checkpoint
+            and (not here or self.is_published(other.name))
+            and is_same(mine, other / layout.checked_host(host) / name)
+        )
 
     def unpublished(self, vm: str, checkpoint: str) -> Path:
         """The folder of a checkpoint under way. Raises Conflict for a published one."""
@@ -66,6 +83,13 @@ class Folders:
         """The VMs that have a folder."""
         names = (path.name for path in below(self.root))
         return [name for name in names if re.fullmatch(layout.VM_PATTERN, name)]
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Whether both are there, and are one file."""
+    with suppress(OSError):
+        return os.path.samestat(path.lstat(), other.lstat())
+    return False
 
 
 def below(parent: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound
@@ -21,7 +22,7 @@ from dcres.storage.damage import corrupt, unreadable
 from dcres.storage.digest import FileSum, check_file
 from dcres.storage.engine.transfer import Progress
 from dcres.storage.format import host_part
-from dcres.storage.format.checks import VerifiedPart, Verifier, VerifyReport
+from dcres.storage.format.checks import FileResult, VerifiedPart, Verifier, VerifyReport
 from dcres.storage.format.main_tables import MainTables
 from dcres.storage.format.manifest import Manifest, dumps, loads
 from dcres.storage.format.memory_part import MemoryPart
@@ -228,7 +229,8 @@ class Store:
         """See `Published`."""
         verifier = Verifier(manifest, progress, strict)
         mask = verifier.part(self._folders.part(manifest, host), host)
-        return VerifiedPart.of(host, verifier.report(), mask)
+        report = verifier.report().naming(partial(self._others_with, manifest))
+        return VerifiedPart.of(host, report, mask)
 
     def verify_together(
         self, manifest: Manifest, parts: Sequence[VerifiedPart], strict: bool = False
@@ -242,7 +244,11 @@ class Store:
             if mask is not None:
                 masks[part.host] = mask
         verifier.agreement(self._folders.part(manifest, manifest.main.host), masks)
-        return verifier.report()
+        return verifier.report().naming(partial(self._others_with, manifest))
+
+    def _others_with(self, manifest: Manifest, file: FileResult) -> tuple[str, ...]:
+        """See `Folders.others_with`."""
+        return self._folders.others_with(manifest, file.host, file.name)
 
 
 def _listed(store: Store, checkpoint: str) -> Listed:
