@@ -45,13 +45,14 @@ from dcres.actors.ray.gateway.reservations import (
     reservation,
     reserve,
 )
-from dcres.actors.ray.gateway.running import run_apart, run_on, start_on
+from dcres.actors.ray.gateway.running import Stream, run_apart, run_on, start_on, stream_apart
 
 __all__ = [
     "ADDRESS_VARIABLE",
     "ActorPort",
     "Pending",
     "Reservation",
+    "Stream",
     "cluster_id",
     "connect",
     "connected_address",
@@ -74,4 +75,5 @@ __all__ = [
     "run_on",
     "spawn",
     "start_on",
+    "stream_apart",
 ]

@@ -8,9 +8,9 @@ take long is a task: Ray ends it when the process that wanted it is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -62,7 +62,45 @@ def start_on(host: str, function: Callable[..., _T], *args: Any) -> Pending[_T]:
 
 def run_apart(host: str, function: Callable[..., _T], *args: Any, timeout_s: float) -> _T:
     """As `run_on`, in a process that ends when this one does."""
-    strategy = NodeAffinitySchedulingStrategy(host_named(host, hosts()).node_id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=strategy)
-    pending: Pending[_T] = Pending(f"{function.__name__} on {host}", task.remote(*args), timeout_s)
+    task = _task(host, function).remote(*args)
+    pending: Pending[_T] = Pending(_what(host, function), task, timeout_s)
     return pending.result()
+
+
+class Stream(Generic[_T]):
+    """What a generator on a host yields, as it comes; see `stream_apart`."""
+
+    def __init__(self, what: str, references: Any, timeout_s: float) -> None:
+        self._what = what
+        self._references = references
+        self._timeout_s = timeout_s
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> _T:
+        """Raises what the generator raised, and ClusterError, as `Pending.result` does."""
+        pending: Pending[_T] = Pending(self._what, next(self._references), self._timeout_s)
+        return pending.result()
+
+    def cancel(self) -> None:
+        """Interrupt the generator, wherever it is; may be called by another thread. Repeatable."""
+        ray.cancel(self._references)
+
+
+def stream_apart(
+    host: str, function: Callable[..., Iterator[_T]], *args: Any, timeout_s: float
+) -> Stream[_T]:
+    """Run a generator function as `run_apart` does; each value may take `timeout_s`."""
+    references = _task(host, function, num_returns="streaming").remote(*args)
+    return Stream(_what(host, function), references, timeout_s)
+
+
+def _task(host: str, function: Callable[..., Any], **options: Any) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(host_named(host, hosts()).node_id, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    return task.options(scheduling_strategy=strategy, **options)
+
+
+def _what(host: str, function: Callable[..., Any]) -> str:
+    return f"{function.__name__} on {host}"
