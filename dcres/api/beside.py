@@ -11,7 +11,6 @@ from typing import Generic, Protocol, TypeVar
 from dcres.api.operation import HostProgress, OperationProgress, ProgressOption, shown_progress
 from dcres.errors import ClusterError, DcresError, HostFailure, OperationFailed
 from dcres.linux.interrupt import OperationInterrupted, ended_by_sigterm
-from dcres.storage.store.pieces import PartCopied
 
 _T = TypeVar("_T")
 _Yielded = TypeVar("_Yielded", covariant=True)
@@ -26,6 +25,29 @@ class Work(Protocol[_Yielded]):
 
     def cancel(self) -> None:
         """Have it end soon, and raise instead of yielding more; for another thread."""
+
+
+class Going(Protocol):
+    """How far a part of the work is."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All that is to be done, as far as that is known."""
+
+    @property
+    def done_bytes(self) -> int:
+        """What is done of it."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of these, those that took `seconds`."""
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+
+
+_G = TypeVar("_G", bound=Going)
 
 
 class WorkHere(Generic[_T]):
@@ -47,25 +69,33 @@ class WorkHere(Generic[_T]):
         self._over = True
 
 
-class Beside:
-    """The parts of one checkpoint that hosts copy at the same time.
+class Beside(Generic[_G]):
+    """Parts of one piece of work, such as those of a checkpoint that hosts copy at the same time.
 
-    `title` names it for people, `vm` and `phase` are told as progress.
+    `title` names it for people, `vm` and `phase` are told as progress; `kept` says what stays of
+    it when it is interrupted.
     """
 
-    def __init__(self, title: str, vm: str, phase: str) -> None:
+    def __init__(
+        self,
+        title: str,
+        vm: str,
+        phase: str,
+        kept: str = "what was copied until then stays, and repeated it goes on",
+    ) -> None:
         self._title = title
         self._vm = vm
         self._phase = phase
+        self._kept = kept
         self._lock = threading.Lock()
-        self._works: list[Work[PartCopied]] = []
+        self._works: list[Work[_G]] = []
         self._over = False
-        self._now: dict[str, PartCopied] = {}
+        self._now: dict[str, _G] = {}
 
     def run(
-        self, begin: Mapping[str, Callable[[], Work[PartCopied]]], progress: ProgressOption
-    ) -> dict[str, PartCopied]:
-        """Begin and finish the work of all of these: what it took, by their names.
+        self, begin: Mapping[str, Callable[[], Work[_G]]], progress: ProgressOption
+    ) -> dict[str, _G]:
+        """Begin and finish the work of all of these: the last that each yielded, by their names.
 
         One that fails does not end the others; then raises OperationFailed. An interrupt ends all
         of them, and is raised as an OperationInterrupted when they have ended.
@@ -80,21 +110,22 @@ class Beside:
                 except BaseException as error:
                     self._cancel()
                     if isinstance(error, KeyboardInterrupt):
-                        what = "what was copied until then stays, and repeated it goes on"
-                        raise OperationInterrupted(f"cancelled: {self._title}; {what}") from None
+                        what = f"cancelled: {self._title}; {self._kept}"
+                        raise OperationInterrupted(what) from None
                     raise
             return self._results(futures)
 
-    def _finish(self, name: str, begin: Callable[[], Work[PartCopied]]) -> PartCopied:
+    def _finish(self, name: str, begin: Callable[[], Work[_G]]) -> _G:
         with self._lock:
             if self._over:
                 raise ClusterError("it was cancelled")
             work = begin()
             self._works.append(work)
-        last = PartCopied(name)
-        for last in work:
-            self._now[name] = last
-        return last
+        for each in work:
+            self._now[name] = each
+        if name not in self._now:
+            raise ClusterError(f"{self._title} ended without a word")
+        return self._now[name]
 
     def _cancel(self) -> None:
         with self._lock:
@@ -103,7 +134,7 @@ class Beside:
                 with suppress(DcresError):
                     work.cancel()
 
-    def _results(self, futures: Mapping[str, Future[PartCopied]]) -> dict[str, PartCopied]:
+    def _results(self, futures: Mapping[str, Future[_G]]) -> dict[str, _G]:
         failed = [
             HostFailure.of(name, error)
             for name, future in futures.items()
@@ -117,6 +148,6 @@ class Beside:
         hosts = (self._host_progress(name, part) for name, part in sorted(self._now.items()))
         return OperationProgress(self._vm, self._phase, tuple(hosts))
 
-    def _host_progress(self, name: str, part: PartCopied) -> HostProgress:
+    def _host_progress(self, name: str, part: _G) -> HostProgress:
         rate = part.sent_bytes / part.seconds if part.seconds else 0.0
         return HostProgress(name, self._phase, part.done_bytes, part.total_bytes, rate)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from dcres.actors.control.publishing import checkpoint_facts
 from dcres.actors.ray import gateway
+from dcres.api.beside import Work, WorkHere
 from dcres.api.operation import HostProgress, OperationProgress, ProgressOption, shown_progress
 from dcres.config import HostSettings
 from dcres.errors import CheckpointCorrupt, ClusterError, DcresError, NotFound, OperationFailed
@@ -49,6 +50,15 @@ class Catalogue(Protocol):
         OperationFailed says which hosts keep files of one that is deleted.
         """
 
+    def places(self) -> Names:
+        """Where there are stores, each of them once: the name of a host, or nothing for here."""
+
+    def run(self, place: str, function: Callable[..., _T], *args: object) -> _T:
+        """The result of ``function(store, *args)`` in a place, however long that takes."""
+
+    def stream(self, place: str, function: Callable[..., Iterator[_T]], *args: object) -> Work[_T]:
+        """The same for a generator function: what it yields, as it comes."""
+
 
 class StoreHere:
     """A store that this machine reaches."""
@@ -75,6 +85,18 @@ class StoreHere:
     def delete(self, checkpoint: str) -> None:
         """See `Catalogue`."""
         self._store.delete(checkpoint)
+
+    def places(self) -> Names:
+        """See `Catalogue`; the only place is this machine."""
+        return [""]
+
+    def run(self, place: str, function: Callable[..., _T], *args: object) -> _T:
+        """See `Catalogue`; in this process."""
+        return function(self._store, *args)
+
+    def stream(self, place: str, function: Callable[..., Iterator[_T]], *args: object) -> Work[_T]:
+        """See `Catalogue`; in this process."""
+        return WorkHere(function(self._store, *args))
 
 
 class StoresOfHosts:
@@ -136,6 +158,28 @@ class StoresOfHosts:
             why = f"{checkpoint} is deleted, but not all of its files"
             raise OperationFailed(why, failures, types)
 
+    def places(self) -> Names:
+        """See `Catalogue`; of hosts that share a store it is the first."""
+        alive = _alive()
+        found: dict[str, str] = {}
+        for host, identity in zip(alive, _on_all(_identity, hosts=alive), strict=True):
+            if identity:  # else nothing was ever written to it
+                found.setdefault(identity, host)
+        return list(found.values())
+
+    def run(self, place: str, function: Callable[..., _T], *args: object) -> _T:
+        """See `Catalogue`; in a process of its own on the host."""
+        answer: _T = gateway.run_apart(
+            place, _with_store, function, *args, timeout_s=_READ_ALL_TIMEOUT_S
+        )
+        return answer
+
+    def stream(self, place: str, function: Callable[..., Iterator[_T]], *args: object) -> Work[_T]:
+        """See `Catalogue`; in a process of its own on the host."""
+        return gateway.stream_apart(
+            place, _each_with_store, function, *args, timeout_s=_READ_ALL_TIMEOUT_S
+        )
+
     def _out_of_reach(self, first: str, checkpoint: str) -> Names:
         """Hosts of a checkpoint that do not answer, if no other host has their part either.
 
@@ -190,9 +234,12 @@ def _at_once(work: Callable[[str], _T], hosts: Sequence[str]) -> list[_T]:
         return list(pool.map(work, hosts))
 
 
-def _on_all(function: Callable[..., _T], *args: object) -> list[_T]:
+def _on_all(
+    function: Callable[..., _T], *args: object, hosts: Sequence[str] | None = None
+) -> list[_T]:
     return _at_once(
-        lambda host: gateway.run_on(host, function, *args, timeout_s=_LOOK_TIMEOUT_S), _alive()
+        lambda host: gateway.run_on(host, function, *args, timeout_s=_LOOK_TIMEOUT_S),
+        _alive() if hosts is None else hosts,
     )
 
 
@@ -243,6 +290,18 @@ def _verifying(
 
 def _store() -> CheckpointStore:
     return Store(HostSettings.from_environ(os.environ).store)
+
+
+def _with_store(function: Callable[..., _T], *args: object) -> _T:
+    return function(_store(), *args)
+
+
+def _each_with_store(function: Callable[..., Iterator[_T]], *args: object) -> Iterator[_T]:
+    yield from function(_store(), *args)
+
+
+def _identity() -> str:
+    return _store().identity()
 
 
 def _list(vm: str | None) -> Listing:

@@ -12,8 +12,10 @@ from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray import gateway
 from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster, purge
+from dcres.api.defaults import DEFAULT_RATE
 from dcres.api.operation import ProgressOption
 from dcres.api.pruning import Pruning, plan_pruning, prune
+from dcres.api.scrubbing import Scrubbing, scrub
 from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
@@ -139,6 +141,23 @@ class Cluster:
         """
         planned = plan_pruning(self._session.catalogue, vm, keep)
         return planned if dry_run else prune(self._session.catalogue, planned)
+
+    def scrub(
+        self,
+        vm: str | None = None,
+        *,
+        rate: str | float | None = DEFAULT_RATE,
+        older: str | float | None = None,
+        progress: ProgressOption = None,
+    ) -> Scrubbing:
+        """Read everything in the stores, each host its own and each file once; what was damaged.
+
+        At most `rate` on each host (None: as fast as it goes), and what was not read for longest
+        first; with `older`, such as ``"7d"``, what was read since then is left out. When it is
+        interrupted, what was read until then is remembered. Raises NotFound for a VM without
+        checkpoints, ConfigError, OperationFailed.
+        """
+        return scrub(self._session.catalogue, vm, rate, older, progress)
 
     def restore(
         self,

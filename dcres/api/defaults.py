@@ -10,6 +10,7 @@ __all__ = [
     "DEFAULT_FORMAT",
     "DEFAULT_MAX_ROUNDS",
     "DEFAULT_MODE",
+    "DEFAULT_RATE",
     "FORMATS",
     "MODES",
     "require_kind",
@@ -19,6 +20,7 @@ DEFAULT_MODE = "live"
 MODES = ("live", "stop")
 DEFAULT_DOWNTIME_S = 0.1
 DEFAULT_MAX_ROUNDS = 8
+DEFAULT_RATE = "100MB/s"  # of scrubbing, on each host
 FORMATS = tuple(str(each) for each in MemoryFormat)
 
 

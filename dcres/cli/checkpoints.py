@@ -12,6 +12,7 @@ from dcres.api.defaults import (
     DEFAULT_FORMAT,
     DEFAULT_MAX_ROUNDS,
     DEFAULT_MODE,
+    DEFAULT_RATE,
     require_kind,
 )
 from dcres.cli.clusters import app
@@ -116,6 +117,30 @@ def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
     files = [file.to_dict() for file in report.files]
     values = {"checkpoint": ckpt, "ok": report.ok, "pages": report.pages, "files": files}
     return Answer(values, verify_view(report), 0 if report.ok else 1)
+
+
+@add_command(app, "scrub", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+def scrub(
+    options: Options,
+    rate: Annotated[
+        str, typer.Option(metavar="100MB/s", help="The most that is read on each host, or none.")
+    ] = DEFAULT_RATE,
+    vm: Annotated[
+        str | None, typer.Option("--vm", metavar="VM", help="Only checkpoints of this VM.")
+    ] = None,
+    older: Annotated[
+        str | None,
+        typer.Option(metavar="7d", help="Only what was not read for so long; default: all."),
+    ] = None,
+) -> Answer:
+    """Read everything in the stores, each file once, and find damage; Ctrl-C, and it goes on."""
+    from dcres.api import scrubbing
+    from dcres.cli.scrub_tables import scrub_view
+
+    with open_catalogue(options) as catalogue:
+        limit = None if rate == "none" else rate
+        found = scrubbing.scrub(catalogue, vm, limit, older)
+    return Answer(found.to_dict(), scrub_view(found), 0 if found.ok else 1)
 
 
 @add_command(app, "restore", panel=_CHECKPOINTS, shared=CHECKPOINTS)

@@ -221,6 +221,15 @@ def opened_own(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> I
         os.close(fd)
 
 
+def forget_cached(path: Path) -> None:
+    """Have the next reader of a file read what is on the disk, not in memory. Raises OSError.
+
+    posix_fadvise(2): pages that are being written, or mapped, stay.
+    """
+    with opened(path, os.O_RDONLY) as fd:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive flock(2) on the file `path`, which is created and stays."""

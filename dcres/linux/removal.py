@@ -34,7 +34,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 # As in dcres.storage.layout, which is above us.
 _STORE_FILE = re.compile(
     r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?/"
-    r"(?:generation|\.generation\.lock|record\.json|\.life-\d+|\.[\w.-]+\.tmp)"
+    r"(?:generation|\.generation\.lock|record\.json|scrubbed\.json|\.life-\d+|\.[\w.-]+\.tmp)"
 )
 _CHECKPOINT = re.compile(r"(?P<vm>[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)/(?P=vm)-\d{8}-\d{6}-[0-9a-f]{4}")
 

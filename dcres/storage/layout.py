@@ -28,6 +28,7 @@ MOST_SEGMENTS = 16  # of a host; after as many checkpoints the next is a full on
 GENERATION = "generation"
 GENERATION_LOCK = ".generation.lock"
 RECORD = "record.json"
+SCRUBBED = "scrubbed.json"
 MARKER = ".dcres-store"  # in the store itself
 _LIFE = re.compile(r"\.life-([1-9][0-9]{0,18})")
 

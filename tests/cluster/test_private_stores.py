@@ -97,6 +97,18 @@ def test_each_host_has_its_part(cli: Cli, saved: dict[str, Any], folder: Path) -
     assert cli.json("verify", saved["checkpoint"])["ok"] is True
 
 
+def test_each_host_scrubs_its_own(cli: Cli, saved: dict[str, Any], folder: Path) -> None:
+    found = cli.json("scrub", "--rate", "none")
+    assert (found["ok"], found["damaged"]) == (True, [])
+    files = {each["store"]: sum(vm["files"] for vm in each["vms"]) for each in found["stores"]}
+    assert {host: files[host] for host in ("h0", "h1", "h2")} == {"h0": 5, "h1": 2, "h2": 2}
+    assert found["bytes"] > saved["pages"] * PAGE_SIZE // 2
+    for host in ("h0", "h1", "h2"):
+        assert (folder / "disks" / host / "box" / "scrubbed.json").exists()
+    again = cli.json("scrub", "--older", "1d")
+    assert (again["ok"], again["files"], again["skipped"]) == (True, 0, 9)
+
+
 def test_what_would_move(cli: Cli, saved: dict[str, Any]) -> None:
     plan = cli.json("restore", saved["checkpoint"], "--hosts", "h1,h3", "--dry-run")
     assert plan["possible"], plan["problems"]

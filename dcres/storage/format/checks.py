@@ -119,6 +119,8 @@ class Verifier:
     manifest: Manifest
     progress: Progress | None = None
     strict: bool = False
+    pages_too: bool = True  # else the small files alone
+    check_file: Callable[[Path, FileSum], None] = check_file
     _pages: int = 0
     _found: dict[tuple[str, str], FileResult] = field(default_factory=dict)
 
@@ -135,14 +137,19 @@ class Verifier:
                 self._try(host, file.name, partial(self._check_other, folder / file.name, file))
         if part.role is Role.MAIN:  # a restore would miss it, and only then
             self._try(host, layout.HISTORY, partial(listed, self.manifest, part, layout.HISTORY))
-        if sums is not None and self._is_whole(host, layout.INDEX):
+        if sums is not None and self.pages_too and self._is_whole(host, layout.INDEX):
             self._try(host, part.memory_file, partial(self._check_memory, folder, part))
         return mask
+
+    def report_of(self, folder: Path, host: str) -> tuple[VerifyReport, Mask | None]:
+        """As `part`, and what was found."""
+        mask = self.part(folder, host)
+        return self.report(), mask
 
     def _segments(self, folder: Path, part: HostPart) -> Mask | None:
         """The same for a part that has segments."""
         for file in part.files:
-            self._try(part.host, file.name, partial(check_file, folder / file.name, file))
+            self._try(part.host, file.name, partial(self.check_file, folder / file.name, file))
         if part.role is Role.MAIN:
             for name, read in (
                 (layout.PAGES, host_part.read_placement),
@@ -153,7 +160,7 @@ class Verifier:
         memory = self._try_last(part.host, layout.SEGMENT, read_memory)
         if memory is None:
             return None
-        for file_ in memory.each():
+        for file_ in memory.each() if self.pages_too else ():
             self._try(part.host, file_.path.name, partial(self._verify, file_))
         return memory.mask
 
@@ -220,7 +227,7 @@ class Verifier:
             case layout.INDEX:
                 tables.read_index(path, self.manifest.page_count, expected)
             case _:
-                check_file(path, expected)
+                self.check_file(path, expected)
 
     def _read_memory(self, folder: Path, part: HostPart) -> MemoryFile:
         return host_part.memory_part(folder, self.manifest, part).read()

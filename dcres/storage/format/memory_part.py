@@ -99,6 +99,18 @@ class MemoryPart:
         *more, own = (Piece(self.folder / each.pack, each.places) for each in self.segments)
         return MemoryFile(own.path, mask, sums, order, tuple(more))
 
+    def read_segment(self, segment: SegmentPart) -> MemoryFile:
+        """The pack of one segment by itself: all pages in it, also what a later one has anew."""
+        rows = segment.read(self.folder, self.page_count)
+        mask: Mask = np.zeros(self.page_count, dtype=np.bool_)
+        sums: Sums = np.zeros(self.page_count, dtype=np.uint64)
+        order: Pages = np.full(segment.places, SUPERSEDED, dtype=np.int64)
+        placed = rows.places < tables.GONE
+        mask[rows.pages[placed]] = True
+        sums[rows.pages[placed]] = rows.sums[placed]
+        order[rows.places[placed]] = rows.pages[placed]
+        return MemoryFile(self.folder / segment.pack, mask, sums, order)
+
     def _require_pages(self, path: Path, mask: Mask) -> None:
         count = int(np.count_nonzero(mask))
         if count != self.pages:

@@ -168,6 +168,9 @@ class Reading(Protocol):
     def parts_here(self, manifest: Manifest) -> tuple[str, ...]:
         """The hosts whose parts this store has; whether they are whole, reading them says."""
 
+    def part_folder(self, manifest: Manifest, host: str) -> Path:
+        """Where the files of `host` are, if they are here; it lies in the VM's folder."""
+
     def read_part(self, manifest: Manifest, host: str) -> Part:
         """What `host` saved, its tables checked. Raises CheckpointCorrupt and NotFound."""
 

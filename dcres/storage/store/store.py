@@ -149,6 +149,10 @@ class Store:
         with contextlib.suppress(FileNotFoundError), unpinned(folder):
             pass
 
+    def part_folder(self, manifest: Manifest, host: str) -> Path:
+        """See `Reading`."""
+        return self._folders.part(manifest, host)
+
     def parts_here(self, manifest: Manifest) -> tuple[str, ...]:
         """See `Reading`."""
         parts = (part.host for part in manifest.hosts)
