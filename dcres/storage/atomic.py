@@ -60,7 +60,7 @@ def make_private_dirs(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
-def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
     """Give `path` the content `data`, all of it or none; durable on return.
 
     An existing file is replaced. Two writers of one path need a lock. Raises StoreFull.
