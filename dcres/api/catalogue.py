@@ -53,6 +53,12 @@ class Catalogue(Protocol):
     def places(self) -> Names:
         """Where there are stores, each of them once: the name of a host, or nothing for here."""
 
+    def find(self, checkpoint: str) -> tuple[str, Manifest]:
+        """A checkpoint's manifest, and in which place that is. Raises as `get` does."""
+
+    def holders(self, manifest: Manifest) -> dict[str, str]:
+        """For each host of a checkpoint the place that has its part. Raises NotFound."""
+
     def run(self, place: str, function: Callable[..., _T], *args: object) -> _T:
         """The result of ``function(store, *args)`` in a place, however long that takes."""
 
@@ -89,6 +95,15 @@ class StoreHere:
     def places(self) -> Names:
         """See `Catalogue`; the only place is this machine."""
         return [""]
+
+    def find(self, checkpoint: str) -> tuple[str, Manifest]:
+        """See `Catalogue`; the only place is this machine."""
+        return "", self.get(checkpoint)
+
+    def holders(self, manifest: Manifest) -> dict[str, str]:
+        """See `Catalogue`."""
+        _require_parts(manifest, self.lacking(manifest))
+        return dict.fromkeys((part.host for part in manifest.hosts), "")
 
     def run(self, place: str, function: Callable[..., _T], *args: object) -> _T:
         """See `Catalogue`; in this process."""
@@ -167,6 +182,22 @@ class StoresOfHosts:
                 found.setdefault(identity, host)
         return list(found.values())
 
+    def find(self, checkpoint: str) -> tuple[str, Manifest]:
+        """See `Catalogue`; a place is a host."""
+        return self._find(checkpoint)
+
+    def holders(self, manifest: Manifest) -> dict[str, str]:
+        """See `Catalogue`; each host has its own, if it has it, and else any."""
+        alive = _alive()
+        having = dict(zip(alive, _on_all(_parts_here, manifest, hosts=alive), strict=True))
+        found: dict[str, str] = {}
+        for host, parts in having.items():
+            for part in parts:
+                if part == host or part not in found:
+                    found[part] = host
+        _require_parts(manifest, _without(manifest, found))
+        return found
+
     def run(self, place: str, function: Callable[..., _T], *args: object) -> _T:
         """See `Catalogue`; in a process of its own on the host."""
         answer: _T = gateway.run_apart(
@@ -241,6 +272,14 @@ def _on_all(
         lambda host: gateway.run_on(host, function, *args, timeout_s=_LOOK_TIMEOUT_S),
         _alive() if hosts is None else hosts,
     )
+
+
+def _require_parts(manifest: Manifest, lacking: Names) -> None:
+    if lacking:
+        raise NotFound(
+            f"the part of {manifest.checkpoint} on {', '.join(lacking)} is not to be found; is "
+            "that host alive?"
+        )
 
 
 def verify(catalogue: Catalogue, checkpoint: str, progress: ProgressOption = None) -> VerifyReport:

@@ -9,6 +9,7 @@ from typing import Any
 from dcres.actors.control.choosing import wish_of
 from dcres.actors.control.publishing import checkpoint_facts
 from dcres.api.catalogue import verify
+from dcres.api.copying import Copied, KnownCopy, copy, known_copies
 from dcres.api.operation import ProgressOption
 from dcres.api.plan import RestorePlan, plan_restore
 from dcres.api.session import Session
@@ -76,6 +77,24 @@ class Published:
         OperationFailed says which hosts keep files of it: those that do not answer.
         """
         self._session.catalogue.delete(self.id)
+
+    def copy(
+        self, to: str, *, rate: str | float | None = None, progress: ProgressOption = None
+    ) -> Copied:
+        """Copy it to a URL: ``s3://bucket/prefix``, ``gs://…`` or ``file:///folder``.
+
+        Every host that has a part sends its own, at most `rate` bytes a second (``"100MB/s"``), and
+        reads back what it sent. What is there and whole is not sent again, so this may be repeated:
+        it goes on after an interruption, and mends a copy that was damaged. The copy is one only
+        when all of it is there. Meanwhile the checkpoint cannot be deleted. Raises ConfigError
+        for a wrong URL, NotFound, Conflict if another checkpoint is there in its place,
+        and OperationFailed, which says what failed on which host.
+        """
+        return copy(self._session.catalogue, self.id, to, rate, progress)
+
+    def copies(self) -> list[KnownCopy]:
+        """Its copies that are on record, each as it is found now. Raises NotFound."""
+        return known_copies(self._session.catalogue, self.id)
 
     def plan(
         self,

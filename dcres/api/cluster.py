@@ -12,6 +12,8 @@ from dcres.actors.control.coordinator import Coordinator
 from dcres.actors.ray import gateway
 from dcres.actors.ray.coordinators import Coordinators
 from dcres.actors.ray.local_cluster import LocalCluster, purge
+from dcres.api import bringing_copies
+from dcres.api.copying import list_copies
 from dcres.api.defaults import DEFAULT_RATE
 from dcres.api.operation import ProgressOption
 from dcres.api.pruning import Pruning, plan_pruning, prune
@@ -19,7 +21,7 @@ from dcres.api.scrubbing import Scrubbing, scrub
 from dcres.api.session import Session, catalogue_of, open_session
 from dcres.api.status import Host, VmStatus, status_of
 from dcres.api.vm import Checkpoint, Vm, start_vm
-from dcres.config import Layout, VmSpec, load_vm_spec, named_folder, parse_size, vm_spec
+from dcres.config import Layout, VmSpec, listed, load_vm_spec, named_folder, parse_size, vm_spec
 from dcres.errors import ConfigError, Conflict
 from dcres.linux.interrupt import Terminated, ended_by_sigterm, uninterrupted
 from dcres.linux.removal import remove_if_empty
@@ -112,8 +114,13 @@ class Cluster:
         unknown = [VmStatus(vm, "unknown", str(why)) for vm, why in failures.items()]
         return sorted([*found, *unknown], key=lambda status: status.vm)
 
-    def listing(self, vm: str | None = None) -> Listing:
-        """Published checkpoints of one VM or all, oldest first, unreadable ones too."""
+    def listing(self, vm: str | None = None, *, source: str | None = None) -> Listing:
+        """Published checkpoints of one VM or all, oldest first, unreadable ones too.
+
+        With `source` those that have a copy at that URL. Raises ConfigError, StorageError for it.
+        """
+        if source is not None:
+            return list_copies(source, vm)
         return self._session.catalogue.list(vm)
 
     def checkpoints(self, vm: str | None = None) -> list[Checkpoint]:
@@ -127,6 +134,25 @@ class Cluster:
     def checkpoint(self, checkpoint: str) -> Checkpoint:
         """The checkpoint with that id. Raises NotFound, CheckpointCorrupt."""
         return Checkpoint(self._session, self._session.catalogue.get(checkpoint))
+
+    def bring(
+        self,
+        checkpoint: str,
+        source: str,
+        *,
+        hosts: int | str | Sequence[str] | None = None,
+        progress: ProgressOption = None,
+    ) -> Checkpoint:
+        """Bring what the hosts' stores lack of a checkpoint from its copy at a URL.
+
+        Every byte is verified before it counts, that of parts which are there, too; what is damaged
+        there is replaced. Where `hosts` names some, as for a restore, what comes goes to these.
+        Repeatable. Raises ConfigError for a wrong URL, NotFound if it has no copy, Conflict,
+        and OperationFailed, which says what failed on which host.
+        """
+        named = () if hosts is None or isinstance(hosts, int) else listed(hosts)
+        manifest, _ = bringing_copies.bring(checkpoint, source, named, progress)
+        return Checkpoint(self._session, manifest)
 
     def delete(self, checkpoint: str) -> None:
         """Remove a checkpoint for good, readable or not. Raises as `Checkpoint.delete` does."""
@@ -168,10 +194,15 @@ class Cluster:
         hosts: int | str | Sequence[str] | None = None,
         lazy: bool = False,
         take_over: bool = False,
+        source: str | None = None,
         progress: ProgressOption = None,
     ) -> Vm:
-        """`Checkpoint.restore` by id."""
-        return self.checkpoint(checkpoint).restore(
+        """`Checkpoint.restore` by id; with `source` what is missing is brought from there first."""
+        if source is None:
+            found = self.checkpoint(checkpoint)
+        else:
+            found = self.bring(checkpoint, source, hosts=hosts, progress=progress)
+        return found.restore(
             layout, single=single, hosts=hosts, lazy=lazy, take_over=take_over, progress=progress
         )
 

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from dcres.cli import checkpoints  # adds its commands to the app
+from dcres.cli import checkpoints, copies  # add their commands to the app
 from dcres.cli.clusters import app
 from dcres.cli.frame import (
     DEBUG_FLAG,
@@ -34,7 +34,7 @@ from dcres.cli.frame import (
 from dcres.errors import DcresError, InputError
 from dcres.linux.interrupt import interrupt_on_signals
 
-__all__ = ["app", "checkpoints", "judge", "main"]
+__all__ = ["app", "checkpoints", "copies", "judge", "main"]
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 

@@ -28,10 +28,14 @@ from dcres.cli.frame import CHECKPOINTS, Answer, Options, YesOption, add_command
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CKPT", help="The checkpoint's id; see `dcres checkpoints`.")
 ]
-_CHECKPOINTS = "Checkpoints"
+FromOption = Annotated[
+    str | None,
+    typer.Option("--from", metavar="URL", help="Where copies are; see `dcres copy`."),
+]
+CHECKPOINTS_PANEL = "Checkpoints"
 
 
-@add_command(app, "checkpoint", panel=_CHECKPOINTS)
+@add_command(app, "checkpoint", panel=CHECKPOINTS_PANEL)
 def checkpoint(
     options: Options,
     vm: VmArgument,
@@ -72,7 +76,7 @@ def checkpoint(
     return Answer(facts, checkpoint_view(facts))
 
 
-@add_command(app, "cancel", panel=_CHECKPOINTS)
+@add_command(app, "cancel", panel=CHECKPOINTS_PANEL)
 def cancel(options: Options, vm: VmArgument) -> Answer:
     """Cancel what is being done to a VM: a checkpoint, start, restore or change of shares."""
     with open_cluster(options) as cluster:
@@ -81,22 +85,28 @@ def cancel(options: Options, vm: VmArgument) -> Answer:
     return Answer({"vm": vm, "cancelled": done}, text)
 
 
-@add_command(app, "checkpoints", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+@add_command(app, "checkpoints", panel=CHECKPOINTS_PANEL, shared=CHECKPOINTS)
 def checkpoints(
     options: Options,
     vm: Annotated[str | None, typer.Argument(metavar="VM", help="Only those of this VM.")] = None,
+    source: FromOption = None,
 ) -> Answer:
-    """List all checkpoints, oldest first."""
+    """List all checkpoints, oldest first; with --from those that have a copy there."""
     from dcres.api.catalogue import listed_facts
     from dcres.cli.tables import checkpoints_view
 
-    with open_catalogue(options) as catalogue:
-        listing = catalogue.list(vm)
+    if source is not None:
+        from dcres.api.copying import list_copies
+
+        listing = list_copies(source, vm)
+    else:
+        with open_catalogue(options) as catalogue:
+            listing = catalogue.list(vm)
     values = {"checkpoints": [listed_facts(entry) for entry in listing]}
     return Answer(values, checkpoints_view(listing))
 
 
-@add_command(app, "inspect", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+@add_command(app, "inspect", panel=CHECKPOINTS_PANEL, shared=CHECKPOINTS)
 def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
     """Show what a checkpoint holds: its manifest."""
     from dcres.cli.tables import inspect_view
@@ -106,7 +116,7 @@ def inspect(options: Options, ckpt: CheckpointArgument) -> Answer:
     return Answer(values, inspect_view(values))
 
 
-@add_command(app, "verify", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+@add_command(app, "verify", panel=CHECKPOINTS_PANEL, shared=CHECKPOINTS)
 def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
     """Read every byte of a checkpoint and compare it with its checksums."""
     from dcres.api import catalogue as catalogues
@@ -119,7 +129,7 @@ def verify(options: Options, ckpt: CheckpointArgument) -> Answer:
     return Answer(values, verify_view(report), 0 if report.ok else 1)
 
 
-@add_command(app, "scrub", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+@add_command(app, "scrub", panel=CHECKPOINTS_PANEL, shared=CHECKPOINTS)
 def scrub(
     options: Options,
     rate: Annotated[
@@ -143,7 +153,7 @@ def scrub(
     return Answer(found.to_dict(), scrub_view(found), 0 if found.ok else 1)
 
 
-@add_command(app, "restore", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+@add_command(app, "restore", panel=CHECKPOINTS_PANEL, shared=CHECKPOINTS)
 def restore(
     options: Options,
     ckpt: CheckpointArgument,
@@ -161,18 +171,31 @@ def restore(
     lazy: Annotated[
         bool, typer.Option("--lazy", help="The guest runs at once; its memory follows.")
     ] = False,
+    source: FromOption = None,
     dry_run: DryRunOption = False,
     take_over: TakeOverOption = False,
 ) -> Answer:
-    """Restore a VM from a checkpoint, on hosts that you name or that dcres finds."""
+    """Restore a VM from a checkpoint, on hosts that you name or that dcres finds.
+
+    With --from URL the hosts first bring what their stores lack of it from a copy.
+    """
     from dcres.cli.tables import plan_view, restore_view
     from dcres.config import load_layout
+    from dcres.errors import ConfigError
 
+    if source is not None and dry_run:
+        raise ConfigError(
+            "--dry-run changes nothing, and --from brings the checkpoint into stores; leave one "
+            "out: `dcres copies CKPT --from URL` says whether the copy is whole"
+        )
     wanted = None if layout is None else load_layout(layout)
     # isdigit by itself is true of ², which is no number to int().
     where = int(hosts) if hosts and hosts.isascii() and hosts.isdigit() else hosts
     with open_cluster(options) as cluster:
-        found = cluster.checkpoint(ckpt)
+        if source is None:
+            found = cluster.checkpoint(ckpt)
+        else:
+            found = cluster.bring(ckpt, source, hosts=where)
         if dry_run:
             plan = found.plan(wanted, single=single, hosts=where, lazy=lazy, take_over=take_over)
             return Answer(plan.to_dict(), plan_view(plan), 0 if plan.possible else 1)
@@ -181,7 +204,7 @@ def restore(
     return Answer(facts, restore_view(facts))
 
 
-@add_command(app, "delete", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+@add_command(app, "delete", panel=CHECKPOINTS_PANEL, shared=CHECKPOINTS)
 def delete(
     options: Options,
     ckpt: CheckpointArgument,
@@ -194,7 +217,7 @@ def delete(
     return Answer({"checkpoint": ckpt, "deleted": True}, f"deleted: {ckpt}")
 
 
-@add_command(app, "prune", panel=_CHECKPOINTS, shared=CHECKPOINTS)
+@add_command(app, "prune", panel=CHECKPOINTS_PANEL, shared=CHECKPOINTS)
 def prune(
     options: Options,
     vm: VmArgument,
