@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,14 @@ from dcres.actors.ray import gateway
 from dcres.actors.ray.gateway import ActorPort, Pending, looking
 from dcres.actors.ray.local_cluster import LocalCluster
 from dcres.errors import ActorGone, ClusterError, Conflict, DcresError, NoRoom, NotFound
-from tests.support.actors import Probe, host_and_pid, host_of_task, task_that_fails
+from tests.support.actors import (
+    Probe,
+    counting,
+    for_ever,
+    host_and_pid,
+    host_of_task,
+    task_that_fails,
+)
 from tests.support.cli import Cli, ended
 from tests.support.errors import ALL_ERRORS, example
 from tests.support.speed import patience
@@ -173,6 +181,28 @@ class TestHosts:
         apart = gateway.run_apart(name, host_and_pid, timeout_s=patience(30))
         assert apart[0] == name
         assert apart[1] != gateway.run_on(name, os.getpid)
+
+    def test_a_generator_is_heard_as_it_goes_on(self, cluster: LocalCluster) -> None:
+        name = cluster.hosts[1]
+        stream = gateway.stream_apart(name, counting, 3, NoRoom, timeout_s=patience(30))
+        assert [next(stream) for _ in range(3)] == [(name, number) for number in range(3)]
+        with pytest.raises(NoRoom):
+            next(stream)
+        whole = gateway.stream_apart(name, counting, 2, None, timeout_s=patience(30))
+        assert list(whole) == [(name, 0), (name, 1)]
+
+    def test_a_generator_is_interrupted(self, cluster: LocalCluster, tmp_path: Path) -> None:
+        """Though it yields nothing, and while another thread waits for it."""
+        started, over = tmp_path / "started", tmp_path / "over"
+        stream = gateway.stream_apart(
+            cluster.hosts[0], for_ever, started, over, timeout_s=patience(60)
+        )
+        assert next(stream) == 1
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(next, stream)
+            stream.cancel()
+            until(over.exists, 30, "the generator has ended")
+            assert isinstance(waiting.exception(patience(30)), ClusterError)
 
     def test_a_functions_error_comes_back(self, cluster: LocalCluster) -> None:
         with pytest.raises(NoRoom):

@@ -1,8 +1,12 @@
-"""Hosts with stores of their own, as a user has them: restored elsewhere, lazily, then drained."""
+"""Hosts with stores of their own, as a user has them: restored elsewhere, lazily, then drained.
+
+And copied to an object store, from where the checkpoint comes back when all disks are lost.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from dcres.model.pages import PAGE_SIZE
 from dcres.vm import witness
 from tests.support.cli import Cli, ended, require_nothing_left
 from tests.support.guest import guest_image
+from tests.support.object_store import PASSWORD, object_store
 from tests.support.wait import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.vm]
@@ -73,6 +78,13 @@ def saved(cli: Cli, folder: Path) -> dict[str, Any]:
     return taken
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of a place for copies in an object store."""
+    with object_store() as server:
+        yield server.url("copies", server.port)
+
+
 def require_checks(folder: Path, main: str, more: int) -> None:
     """The guest makes so many more checks, all of them good, and has not booted again."""
     console = folder / "home" / "hosts" / main / "run" / "box" / "console.log"
@@ -107,6 +119,18 @@ def test_each_host_scrubs_its_own(cli: Cli, saved: dict[str, Any], folder: Path)
         assert (folder / "disks" / host / "box" / "scrubbed.json").exists()
     again = cli.json("scrub", "--older", "1d")
     assert (again["ok"], again["files"], again["skipped"]) == (True, 0, 9)
+
+
+def test_each_host_copies_its_part(
+    cli: Cli, saved: dict[str, Any], folder: Path, bucket: str
+) -> None:
+    copied = cli.json("copy", saved["checkpoint"], "--to", bucket)
+    assert [host["host"] for host in copied["hosts"]] == ["h0", "h1", "h2"]
+    parts = (folder / "disks").glob(f"h*/box/{saved['checkpoint']}/h*/*")
+    assert copied["bytes_sent"] == sum(path.stat().st_size for path in parts)
+    assert PASSWORD not in json.dumps(copied)
+    again = cli.json("copy", saved["checkpoint"], "--to", bucket)
+    assert (again["bytes_sent"], again["bytes_there"]) == (0, copied["bytes_sent"])
 
 
 def test_what_would_move(cli: Cli, saved: dict[str, Any]) -> None:
@@ -174,3 +198,20 @@ def test_eagerly_and_checkpointed_anew(cli: Cli, saved: dict[str, Any], folder: 
     assert pruned["checkpoints"][0]["reasons"] == ["last"], "all of its parts were found"
     assert cli.json("delete", again["checkpoint"], "--yes")["deleted"] is True
     assert cli.json("checkpoints") == {"checkpoints": []}
+
+
+def test_comes_back_from_its_copy_when_all_disks_are_lost(
+    cli: Cli, saved: dict[str, Any], folder: Path, bucket: str
+) -> None:
+    for host in (folder / "disks").iterdir():
+        shutil.rmtree(host)
+    assert cli.json("checkpoints") == {"checkpoints": []}
+    listed = cli.json("checkpoints", "--from", bucket)["checkpoints"]
+    assert [each["checkpoint"] for each in listed] == [saved["checkpoint"]]
+    cli.json("restore", saved["checkpoint"], "--from", bucket, "--hosts", "h3,h4")
+    require_checks(folder, "h3", 1)
+    cli.json("stop", "box")
+    assert cli.json("verify", saved["checkpoint"])["ok"] is True
+    assert sorted(path.name for path in (folder / "disks").iterdir()) == ["h3", "h4"]
+    assert cli.json("delete", saved["checkpoint"], "--yes")["deleted"] is True
+    assert len(cli.json("checkpoints", "--from", bucket)["checkpoints"]) == 1

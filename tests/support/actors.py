@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dcres.actors.ray import gateway
@@ -74,3 +75,23 @@ def task_that_fails(cls: type[DcresError]) -> None:
 
 def host_and_pid() -> tuple[str, int]:
     return os.environ["DCRES_HOST"], os.getpid()
+
+
+def counting(stop: int, error: type[DcresError] | None) -> Iterator[tuple[str, int]]:
+    """This host's name with numbers; then an error, if one is given."""
+    for number in range(stop):
+        yield os.environ["DCRES_HOST"], number
+    if error is not None:
+        raise example(error)
+
+
+def for_ever(started: Path, ended: Path) -> Iterator[int]:
+    """Waits after its first value until it is interrupted, and then says so in a file."""
+    started.touch()
+    try:
+        yield 1
+        never = threading.Event()  # an interrupt of Python's own wakes no wait without an end
+        while not never.wait(0.05):
+            pass
+    finally:
+        ended.touch()
