@@ -188,13 +188,7 @@ class StoresOfHosts:
 
     def holders(self, manifest: Manifest) -> dict[str, str]:
         """See `Catalogue`; each host has its own, if it has it, and else any."""
-        alive = _alive()
-        having = dict(zip(alive, _on_all(_parts_here, manifest, hosts=alive), strict=True))
-        found: dict[str, str] = {}
-        for host, parts in having.items():
-            for part in parts:
-                if part == host or part not in found:
-                    found[part] = host
+        found = _holders(manifest)
         _require_parts(manifest, _without(manifest, found))
         return found
 
@@ -238,13 +232,15 @@ class StoresOfHosts:
         raise missing or ClusterError("no host of the cluster is alive; look at `ray status`")
 
     def _verify_apart(self, manifest: Manifest) -> VerifyReport:
+        holders = _holders(manifest)  # its own host says best what it does not have
+
         def part(host: str) -> VerifiedPart:
             return gateway.run_apart(
-                host, _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S
+                holders.get(host, host), _verify_part, manifest, host, timeout_s=_READ_ALL_TIMEOUT_S
             )
 
         parts = _at_once(part, [each.host for each in manifest.hosts])
-        main = manifest.main.host
+        main = holders.get(manifest.main.host, manifest.main.host)
         return gateway.run_on(main, _verify_together, manifest, parts, timeout_s=_LOOK_TIMEOUT_S)
 
 
@@ -254,6 +250,14 @@ def _alive() -> list[str]:
 
 def _parts_anywhere(manifest: Manifest) -> set[str]:
     return {part for here in _on_all(_parts_here, manifest) for part in here}
+
+
+def _holders(manifest: Manifest) -> dict[str, str]:
+    """A host that has each part, its own if that does; none for one that is nowhere."""
+    alive, found = _alive(), dict[str, str]()
+    for host, parts in zip(alive, _on_all(_parts_here, manifest, hosts=alive), strict=True):
+        found.update({part: host for part in parts if part == host or part not in found})
+    return found
 
 
 def _without(manifest: Manifest, there: Collection[str]) -> Names:

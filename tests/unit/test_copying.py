@@ -22,7 +22,7 @@ from dcres.api.bringing_copies import Stored, targets_of
 from dcres.api.catalogue import StoreHere, StoresOfHosts
 from dcres.api.operation import OperationProgress
 from dcres.cli import main
-from dcres.errors import ConfigError, NotFound, OperationFailed, StorageError
+from dcres.errors import ActorGone, ConfigError, NotFound, OperationFailed, StorageError
 from dcres.linux.interrupt import OperationInterrupted
 from dcres.model.formats import MemoryFormat
 from dcres.storage.format.manifest import Manifest
@@ -72,6 +72,8 @@ class Hosts:
     def run_on(
         self, host: str, function: Callable[..., Any], *args: Any, timeout_s: float = 0
     ) -> Any:
+        if host in self.gone:
+            raise ActorGone(f"{host} has died")
         self._here.host = host
         return function(*args)
 
@@ -166,6 +168,7 @@ def test_lost_hosts_are_replaced(hosts: Hosts, apart: Manifest, place: str) -> N
     assert hosts.stores["h3"].parts_here(apart) == ("h0", "h1")
     assert hosts.stores["h3"].is_published(apart.checkpoint)
     assert not StoresOfHosts().lacking(apart)
+    assert StoresOfHosts().verify(apart.checkpoint).ok
     hosts.sent.clear()
     again = brought(apart, place, ("h3",))
     assert all(part.sent_bytes == 0 for part in again.values())
