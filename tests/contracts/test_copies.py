@@ -20,6 +20,7 @@ from dcres.storage.store.copy_list import CopyState
 from dcres.storage.store.copy_url import CopyUrl
 from dcres.storage.store.pieces import PartCopied
 from dcres.storage.store.store import Store
+from tests.support import stored
 from tests.support.object_store import (
     PASSWORD,
     Fault,
@@ -27,7 +28,7 @@ from tests.support.object_store import (
     Request,
     object_store,
 )
-from tests.support.stored import HOSTS, NOW, PAGE_COUNT, folder, memory, take
+from tests.support.stored import HOSTS, NOW, PAGE_COUNT, folder, memory, placement, take
 
 PIECE_BYTES = 8 * PAGE_SIZE  # so a memory file of some 20 pages has several
 
@@ -286,7 +287,9 @@ def test_damage_is_found_and_mended(
     with pytest.raises(CheckpointCorrupt, match=file.partition("/")[0]) as told:
         bring(tmp_path / "other", manifest.checkpoint, place.url)
     assert "was altered" in str(told.value)
-    assert Store(tmp_path / "other").list() == []
+    other = Store(tmp_path / "other")
+    assert other.list() == []
+    assert not (folder(other, manifest) / "h0" / "pages.arrow").exists(), "by that it were whole"
     assert copy(store, manifest, place.url)["h0"].sent_bytes == len(right)
     assert place.read(name) == right
 
@@ -381,6 +384,23 @@ def test_a_part_that_a_published_checkpoint_lacks(
     assert store.verify(manifest.checkpoint).ok
 
 
+def test_a_host_that_had_no_page(
+    nearby: FolderPlace,
+    store: Store,
+    taken: Take,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where = placement()
+    where[where == 2] = 0
+    monkeypatch.setattr(stored, "placement", lambda: where)
+    manifest = taken()
+    assert manifest.hosts[2].pages == 0
+    copy(store, manifest, nearby.url)
+    other = bring(tmp_path / "other", manifest.checkpoint, nearby.url)
+    require_same(store, other, manifest)
+
+
 def test_copies_are_on_record(nearby: FolderPlace, store: Store, taken: Take) -> None:
     manifest = taken()
     assert copy_records.read(store, manifest) == []
@@ -465,6 +485,7 @@ def test_the_manifest_that_fails_makes_no_checkpoint(
     server.proxy.fault = lambda request: None
     assert listed(bucket.url) == []
     assert copy_records.read(store, manifest) == []
+    assert [name for name in bucket.names() if name.endswith("copy.json")], "it comes before"
     publish(store, manifest, bucket.url, sent)
     assert listed(bucket.url) == [manifest.checkpoint]
 

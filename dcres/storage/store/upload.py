@@ -61,10 +61,10 @@ def send_part(
     """
     objects = Objects(url)
     with store.pin(manifest.checkpoint), open_part(store, manifest, host) as files:
-        sending = _Sending(objects, host, files, bytes_per_s, clock)
-        there = objects.lengths(copy_layout.part_folder(manifest, host))
-        jobs = list(_jobs(copy_layout.part_folder(manifest, host), files, piece_bytes))
-        yield from sending.run(jobs, there, piece_bytes)
+        folder = copy_layout.part_folder(manifest, host)
+        there = objects.lengths(folder)
+        sending = _Sending(objects, host, files, there, piece_bytes, bytes_per_s, clock)
+        yield from sending.run(_jobs(folder, files, piece_bytes))
 
 
 def _jobs(folder: str, files: Sequence[PartFile], piece_bytes: int) -> Iterator[Job]:
@@ -74,31 +74,31 @@ def _jobs(folder: str, files: Sequence[PartFile], piece_bytes: int) -> Iterator[
 
 
 class _Sending:
-    """One host's part on its way."""
+    """One host's part on its way; `there` are lengths of objects that may be there already."""
 
     def __init__(
         self,
         objects: Objects,
         host: str,
         files: Sequence[PartFile],
+        there: Mapping[str, int],
+        piece_bytes: int,
         bytes_per_s: float | None,
         clock: Callable[[], float],
     ) -> None:
         self._objects = objects
         self._host = host
         self._files = files
+        self._there = there
+        self._buffers = Buffers(piece_bytes)
         self._clock = clock
         self._started = clock()
         self._up, self._down = Pace(bytes_per_s, clock), Pace(bytes_per_s, clock)
         self._lock = threading.Lock()
         self._sent_bytes = self._there_bytes = 0
 
-    def run(
-        self, jobs: Iterable[Job], there: Mapping[str, int], piece_bytes: int
-    ) -> Iterator[PartCopied]:
-        """Do all of `jobs`; `there` are the lengths of objects that may be there already."""
-        self._there = there
-        self._buffers = Buffers(piece_bytes)
+    def run(self, jobs: Iterable[Job]) -> Iterator[PartCopied]:
+        """Do all of `jobs`, and tell how far it is."""
         with closing(Worker(self._send, jobs, self._stop).run()) as steps:
             for _ in steps:
                 yield self._state()
