@@ -51,7 +51,7 @@ def bring(
     wanted = [host for host in alive if host in hosts] or alive
     targets = targets_of(manifest, dict(zip(alive, found, strict=True)), wanted)
     title = f"copy of {checkpoint} from {url.shown}"
-    brought = Beside(title, manifest.vm, "bringing").run(
+    brought = Beside[PartCopied](title, manifest.vm, "bringing").run(
         {
             name: partial(_stream, host, manifest, part, url)
             for name, (host, part) in targets.items()

@@ -103,7 +103,7 @@ def copy(
     places = sorted({where, *holders.values()})
     with ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(lambda place: catalogue.run(place, _require_free, url, manifest), places))
-    parts = Beside(f"copy of {checkpoint} to {url.shown}", manifest.vm, "copying").run(
+    parts = Beside[PartCopied](f"copy of {checkpoint} to {url.shown}", manifest.vm, "copying").run(
         _senders(catalogue, manifest, holders, url, limit), progress
     )
     lengths = {host: part.memory_bytes for host, part in parts.items()}

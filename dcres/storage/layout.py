@@ -36,6 +36,7 @@ VM_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$"
 HOST_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 FILE_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 CHECKPOINT_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}$"
+_BY_ORIGIN = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}\.")
 _TAIL_LENGTH = len("-YYYYmmdd-HHMMSS-xxxx")
 
 
@@ -57,6 +58,11 @@ def stamp_of(checkpoint: str) -> str:
 def by_origin(checkpoint: str, name: str) -> str:
     """``YYYYmmdd-HHMMSS-xxxx.NAME``: a file that later checkpoints share with `checkpoint`."""
     return f"{checked_checkpoint(checkpoint)[1 - _TAIL_LENGTH :]}.{name}"
+
+
+def has_origin(name: str) -> bool:
+    """Whether `by_origin` has named a file, so that other checkpoints may have it as well."""
+    return _BY_ORIGIN.match(name) is not None
 
 
 def memory_file(memory_format: MemoryFormat, checkpoint: str) -> str:

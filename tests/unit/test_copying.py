@@ -332,7 +332,7 @@ def test_an_interrupt_ends_all_and_says_that_it_can_be_repeated() -> None:
 
     begin = {name: partial(WorkHere, work(name)) for name in "ab"}
     with pytest.raises(OperationInterrupted, match="repeated it goes on"):
-        Beside("copy", "demo", "copying").run(begin, interrupt)
+        Beside[PartCopied]("copy", "demo", "copying").run(begin, interrupt)
     assert sorted(ended) == ["a", "b"]
 
 

@@ -526,7 +526,7 @@ def test_coarse_history_makes_no_page_older(place: Path, monkeypatch: pytest.Mon
     chain.ticks[10] = 2
     chain.take()
     chain.ticks[[9, 12]] = 1
-    found = chain.store.read_history(chain.take())
+    found = chain.store.read_main_tables(chain.take()).history
     assert found[8:17].tolist() == [1, 1, 2, 1, 1, 1, 1, 1, 0]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dcres.storage.store.objects import Objects
 
 PIECE_BYTES = 8 << 20
 COPY = "copy.json"
+SHARED = "shared"  # no checkpoint is called so
 _VERSION = 1
 _MOST_MANIFEST_BYTES = 64 << 20
 _REMEDY = "repeat the copy, or use another one"
@@ -37,7 +39,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How a copy was cut: the length of pieces, and by host that of what its memory file holds."""
+    """How a copy was cut: the length of pieces, and by host that of what its memory file holds.
+
+    Of segmented checkpoints the manifest says the latter.
+    """
 
     piece_bytes: int
     memory_bytes: Mapping[str, int]
@@ -45,7 +50,9 @@ class Lengths:
     def of_part(self, part: HostPart) -> dict[str, int]:
         """The length of every file of a part, the memory file included."""
         lengths = {file.name: file.length_bytes for file in part.files}
-        return {**lengths, part.memory_file: self.memory_bytes[part.host]}
+        if part.segments is None:
+            return {**lengths, part.memory_file: self.memory_bytes[part.host]}
+        return {**lengths, **{each.pack: each.places * PAGE_SIZE for each in part.segments}}
 
     def dumps(self) -> bytes:
         """As it is stored."""
@@ -63,29 +70,60 @@ def folder_of(checkpoint: str) -> str:
     return f"{layout.vm_of(checkpoint)}/{checkpoint}"
 
 
-def part_folder(manifest: Manifest, host: str) -> str:
-    """Where those of one host's part are."""
-    return f"{folder_of(manifest.checkpoint)}/{layout.checked_host(host)}"
+def place_of(manifest: Manifest, host: str, name: str) -> str:
+    """Where the objects of one file of a host's part are.
+
+    Files that are called by their checkpoint are those of later ones as well, and are there once.
+    """
+    shared = layout.has_origin(name)
+    folder = f"{manifest.vm}/{SHARED}" if shared else folder_of(manifest.checkpoint)
+    return f"{folder}/{layout.checked_host(host)}/{name}"
 
 
-def pieces_of(folder: str, name: str, length_bytes: int, piece_bytes: int) -> Iterator[Piece]:
+def pieces_of(place: str, length_bytes: int, piece_bytes: int) -> Iterator[Piece]:
     """The objects of a file, in order; none for an empty one."""
     for number, offset in enumerate(range(0, length_bytes, piece_bytes)):
         length = min(piece_bytes, length_bytes - offset)
-        yield Piece(f"{folder}/{name}/{number:06d}", offset, length)
+        yield Piece(f"{place}/{number:06d}", offset, length)
 
 
 def all_pieces(manifest: Manifest, lengths: Lengths) -> Iterator[Piece]:
     """Every object of a copy, but for the two that are put last."""
     for part in manifest.hosts:
-        folder = part_folder(manifest, part.host)
         for name, length_bytes in lengths.of_part(part).items():
-            yield from pieces_of(folder, name, length_bytes, lengths.piece_bytes)
+            place = place_of(manifest, part.host, name)
+            yield from pieces_of(place, length_bytes, lengths.piece_bytes)
+
+
+def lengths_there(objects: Objects, manifest: Manifest) -> dict[str, int]:
+    """The lengths of all objects, by their paths, that may be a copy's; a listing may be behind."""
+    folders = [folder_of(manifest.checkpoint)]
+    if manifest.chain:
+        folders.append(f"{manifest.vm}/{SHARED}")
+    return {path: n for folder in folders for path, n in objects.lengths(folder).items()}
+
+
+def known_names(objects: Objects, manifest: Manifest, host: str) -> frozenset[str]:
+    """Files of a host's part that are there, since a copy of an earlier checkpoint has them.
+
+    What that says of them is what `manifest` says, or they do not count.
+    """
+    for checkpoint in reversed(manifest.chain[:-1]):
+        with suppress(NotFound, CheckpointCorrupt):
+            earlier = read_manifest(objects, checkpoint)
+            there = {part.host: part for part in earlier.hosts}.get(host)
+            mine = {part.host: part for part in manifest.hosts}[host]
+            if there is None:
+                return frozenset()
+            files = {file.name for file in {*there.files} & {*mine.files}}
+            packs = {each.pack for each in {*(there.segments or ())} & {*(mine.segments or ())}}
+            return frozenset(name for name in files | packs if layout.has_origin(name))
+    return frozenset()
 
 
 def missing_pieces(objects: Objects, manifest: Manifest, lengths: Lengths) -> list[str]:
     """The paths of objects that are not there as long as they must be."""
-    listed = objects.lengths(folder_of(manifest.checkpoint))
+    listed = lengths_there(objects, manifest)
     late = (p for p in all_pieces(manifest, lengths) if listed.get(p.path) != p.length_bytes)
     # A listing may be behind, and the object itself is not.
     return [piece.path for piece in late if objects.length(piece.path) != piece.length_bytes]
@@ -135,7 +173,7 @@ def _require_plausible(lengths: Lengths, manifest: Manifest) -> None:
         raise ValueError("a length is not a number of pages")
     if not lengths.piece_bytes:
         raise ValueError("its pieces are empty")
-    most = {part.host: part.pages * PAGE_SIZE for part in manifest.hosts}
+    most = {part.host: part.pages * PAGE_SIZE for part in manifest.hosts if not part.segments}
     if lengths.memory_bytes.keys() != most.keys():
         raise ValueError("its hosts are not the manifest's")
     if any(length > most[host] for host, length in lengths.memory_bytes.items()):

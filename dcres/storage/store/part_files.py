@@ -18,7 +18,7 @@ import numpy as np
 from dcres.linux.files import opened
 from dcres.model.pages import PAGE_SIZE, Pages
 from dcres.storage.damage import corrupt, unreadable
-from dcres.storage.digest import check_file
+from dcres.storage.digest import Sums, check_file
 from dcres.storage.engine.bulk import (
     EndOfFile,
     page_sums,
@@ -27,15 +27,10 @@ from dcres.storage.engine.bulk import (
     write_fully,
     write_scattered,
 )
-from dcres.storage.engine.expected import (
-    MemoryFile,
-    read_piece,
-    require_length,
-    require_pages,
-    require_sums,
-    with_place,
-)
+from dcres.storage.engine.expected import MemoryFile, require_pages, with_place
 from dcres.storage.format.manifest import Manifest
+from dcres.storage.format.memory_part import MemoryPart
+from dcres.storage.format.tables import GONE, SegmentRows
 from dcres.storage.store.protocols import CheckpointStore
 
 Read = Callable[[memoryview, int], None]  # fills a buffer from an offset on
@@ -52,7 +47,7 @@ class PartFile:
 
 @contextmanager
 def open_part(store: CheckpointStore, manifest: Manifest, host: str) -> Iterator[list[PartFile]]:
-    """All files of `host`, those but the memory file checked as a whole.
+    """All files of `host`, those but memory files checked as a whole.
 
     Raises CheckpointCorrupt and NotFound.
     """
@@ -65,10 +60,10 @@ def open_part(store: CheckpointStore, manifest: Manifest, host: str) -> Iterator
                 check_file(path, file)
                 fd = files.enter_context(_readable(path))
                 found.append(PartFile(file.name, file.length_bytes, _plain(path, fd)))
-        memory = expected.read()
-        fd = files.enter_context(_readable(memory.path))
-        require_length(memory, fd)
-        found.append(_pages_of(memory, fd))
+        for memory in carried_of(expected):
+            fd = files.enter_context(_readable(memory.path))
+            memory.require_length(fd)
+            found.append(PartFile(memory.path.name, memory.length_bytes, memory.reader(fd)))
         yield found
 
 
@@ -96,6 +91,95 @@ def _plain(path: Path, fd: int) -> Read:
     return read
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Carried:
+    """A memory file as copies carry it: `pages` one after the other, and the checksum of each.
+
+    `page_count` is that of the VM in a sparse file, whose pages lie at their numbers; else None.
+    """
+
+    path: Path
+    pages: Pages
+    sums: Sums
+    page_count: int | None = None
+
+    @property
+    def length_bytes(self) -> int:
+        """How much is carried."""
+        return len(self.pages) * PAGE_SIZE
+
+    @property
+    def stored_bytes(self) -> int:
+        """How long the file is in a store."""
+        return self.length_bytes if self.page_count is None else self.page_count * PAGE_SIZE
+
+    def require_length(self, fd: int) -> None:
+        """CheckpointCorrupt unless the file, open as `fd`, is as long as it must be."""
+        found = os.fstat(fd).st_size
+        if found != self.stored_bytes:
+            raise corrupt(self.path, f"it has {found} bytes instead of {self.stored_bytes}")
+
+    def reader(self, fd: int) -> Read:
+        """What reads from the file, open as `fd`, and compares each page with its checksum."""
+        plain = _plain(self.path, fd)
+
+        def read(buffer: memoryview, offset_bytes: int) -> None:
+            for low, high, place in self._runs(len(buffer), offset_bytes):
+                plain(buffer[low * PAGE_SIZE : high * PAGE_SIZE], place * PAGE_SIZE)
+            page = self.damage(buffer, offset_bytes)
+            if page is not None:
+                raise corrupt(self.path, f"page {page} was altered: its checksum differs")
+
+        return read
+
+    def damage(self, data: memoryview, offset_bytes: int) -> int | None:
+        """The first page in `data`, which belongs at an offset, that is not what was saved."""
+        some = self._some(len(data), offset_bytes)
+        pages = self.pages[some]
+        bad = pages[page_sums(data, np.arange(len(pages))) != self.sums[some]]
+        return int(bad[0]) if bad.size else None
+
+    def write(self, fd: int, data: memoryview, offset_bytes: int) -> None:
+        """Put `data` in its place in `fd`; of a sparse file zeros stay holes. Raises OSError."""
+        if self.page_count is None:
+            write_fully(fd, data, offset_bytes)
+            return
+        pages = self.pages[self._some(len(data), offset_bytes)]
+        words = np.frombuffer(data, dtype=np.uint64).reshape(len(pages), -1)
+        slots = np.flatnonzero(words.any(axis=1))
+        write_scattered(fd, data, pages[slots], slots)
+
+    def _some(self, length_bytes: int, offset_bytes: int) -> slice:
+        first = offset_bytes // PAGE_SIZE
+        return slice(first, first + length_bytes // PAGE_SIZE)
+
+    def _runs(self, length_bytes: int, offset_bytes: int) -> list[tuple[int, int, int]]:
+        """What to read: ``(low, high, place)``, `low` and `high` counted from the first page."""
+        some = self._some(length_bytes, offset_bytes)
+        if self.page_count is None:
+            return [(0, length_bytes // PAGE_SIZE, some.start)]
+        pages = self.pages[some]
+        return [(low, high, int(pages[low])) for low, high in stretches(pages)]
+
+
+def carried_of(part: MemoryPart) -> Iterator[Carried]:
+    """The memory files of a part: one, or the pack of each segment. Raises CheckpointCorrupt."""
+    for segment in part.segments:
+        yield carried_pack(part.folder / segment.pack, segment.read(part.folder, part.page_count))
+    if not part.segments:
+        memory = part.read()
+        pages = stored_pages(memory)
+        count = part.page_count if memory.order is None else None
+        yield Carried(memory.path, pages, memory.sums[pages], count)
+
+
+def carried_pack(path: Path, rows: SegmentRows) -> Carried:
+    """The pack of a segment with these rows: all pages in it, also what a later one has anew."""
+    placed = rows.places < GONE
+    ascending = np.argsort(rows.places[placed])
+    return Carried(path, rows.pages[placed][ascending], rows.sums[placed][ascending])
+
+
 def stored_pages(memory: MemoryFile) -> Pages:
     """The pages that a copy carries, in their order: those with a place, or of a sparse file all.
 
@@ -106,62 +190,3 @@ def stored_pages(memory: MemoryFile) -> Pages:
         return np.flatnonzero(memory.mask)
     require_pages(memory, with_place(memory))
     return memory.order
-
-
-def _pages_of(memory: MemoryFile, fd: int) -> PartFile:
-    order = stored_pages(memory)
-
-    def read(buffer: memoryview, offset_bytes: int) -> None:
-        first = offset_bytes // PAGE_SIZE
-        pages = order[first : first + len(buffer) // PAGE_SIZE]
-        for low, high, place in _runs(memory, pages, first):
-            piece = buffer[low * PAGE_SIZE : high * PAGE_SIZE]
-            read_piece(memory, fd, piece, place * PAGE_SIZE)
-        require_sums(memory, pages, page_sums(buffer, np.arange(len(pages))))
-
-    return PartFile(memory.path.name, len(order) * PAGE_SIZE, read)
-
-
-def _runs(memory: MemoryFile, pages: Pages, first: int) -> list[tuple[int, int, int]]:
-    """What to read: ``(low, high, place)``, `low` and `high` counted from the first page."""
-    if memory.order is not None:
-        return [(0, len(pages), first)]
-    return [(low, high, int(pages[low])) for low, high in stretches(pages)]
-
-
-@dataclass(frozen=True, slots=True)
-class ReceivedMemory:
-    """A memory file that is being written to `fd` from pieces, by several threads at once."""
-
-    memory: MemoryFile
-    order: Pages
-    fd: int
-
-    @classmethod
-    def begun(cls, memory: MemoryFile, manifest: Manifest, fd: int) -> ReceivedMemory:
-        """With the length that it will have. Raises CheckpointCorrupt, OSError."""
-        order = stored_pages(memory)
-        pages = manifest.page_count if memory.order is None else len(order)
-        os.ftruncate(fd, pages * PAGE_SIZE)
-        return cls(memory, order, fd)
-
-    def damage(self, data: memoryview, offset_bytes: int) -> int | None:
-        """The first page in `data`, which belongs at an offset, that is not what was saved."""
-        pages = self._pages(data, offset_bytes)
-        found = page_sums(data, np.arange(len(pages)))
-        bad = pages[found != self.memory.sums[pages]]
-        return int(bad[0]) if bad.size else None
-
-    def write(self, data: memoryview, offset_bytes: int) -> None:
-        """Put `data` in its place; of a sparse file pages of zeros stay holes. Raises OSError."""
-        if self.memory.order is not None:
-            write_fully(self.fd, data, offset_bytes)
-            return
-        pages = self._pages(data, offset_bytes)
-        words = np.frombuffer(data, dtype=np.uint64).reshape(len(pages), -1)
-        slots = np.flatnonzero(words.any(axis=1))
-        write_scattered(self.fd, data, pages[slots], slots)
-
-    def _pages(self, data: memoryview, offset_bytes: int) -> Pages:
-        first = offset_bytes // PAGE_SIZE
-        return self.order[first : first + len(data) // PAGE_SIZE]

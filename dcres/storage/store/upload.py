@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import datetime
 
@@ -61,16 +61,25 @@ def send_part(
     """
     objects = Objects(url)
     with store.pin(manifest.checkpoint), open_part(store, manifest, host) as files:
-        folder = copy_layout.part_folder(manifest, host)
-        there = objects.lengths(folder)
+        there = copy_layout.lengths_there(objects, manifest)
+        known = copy_layout.known_names(objects, manifest, host)
         sending = _Sending(objects, host, files, there, piece_bytes, bytes_per_s, clock)
-        yield from sending.run(_jobs(folder, files, piece_bytes))
+        sending.pass_over(file for file in files if file.name in known)
+        yield from sending.run(_jobs(manifest, host, files, known, piece_bytes))
 
 
-def _jobs(folder: str, files: Sequence[PartFile], piece_bytes: int) -> Iterator[Job]:
+def _jobs(
+    manifest: Manifest,
+    host: str,
+    files: Sequence[PartFile],
+    known: Collection[str],
+    piece_bytes: int,
+) -> Iterator[Job]:
     for file in files:
-        for piece in copy_layout.pieces_of(folder, file.name, file.length_bytes, piece_bytes):
-            yield file, piece
+        if file.name not in known:
+            place = copy_layout.place_of(manifest, host, file.name)
+            for piece in copy_layout.pieces_of(place, file.length_bytes, piece_bytes):
+                yield file, piece
 
 
 class _Sending:
@@ -103,6 +112,10 @@ class _Sending:
             for _ in steps:
                 yield self._state()
         yield self._state()
+
+    def pass_over(self, files: Iterable[PartFile]) -> None:
+        """These are there, in a copy that exists."""
+        self._count(there_bytes=sum(file.length_bytes for file in files))
 
     def _stop(self) -> None:
         self._up.stop()
@@ -165,7 +178,8 @@ def publish(
     have made no copy. `memory_bytes` is what `send_part` has told of each host. Raises NotFound if
     the checkpoint was deleted meanwhile, StorageError.
     """
-    objects, lengths = Objects(url), Lengths(piece_bytes, memory_bytes)
+    whole = {} if manifest.chain else memory_bytes
+    objects, lengths = Objects(url), Lengths(piece_bytes, whole)
     with store.pin(manifest.checkpoint):
         store.get(manifest.checkpoint)
         missing = copy_layout.missing_pieces(objects, manifest, lengths)
