@@ -41,7 +41,7 @@ from dcres.errors import BaseUnusable, Conflict, DcresError, NotFound, PagingErr
 from dcres.model.formats import DEFAULT_FORMAT
 from dcres.model.pages import pages_of
 from dcres.storage.digest import FileSum
-from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment, dumps
+from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment, chain_upon, dumps
 from dcres.storage.layout import VMCORE, checkpoint_id, memory_file
 from tests.support.fleet import LocalFleet
 from tests.support.hosts import FakeHost, FakeSub
@@ -275,6 +275,7 @@ def manifest_of(
         )
         for index, (each, share) in enumerate(zip(saved, site.spec.layout.shares, strict=True))
     )
+    named = {segment.checkpoint for part in parts for segment in part.segments or ()}
     core = parts[0].file(VMCORE)
     assert core is not None
     return Manifest(
@@ -295,7 +296,7 @@ def manifest_of(
         seconds=1.0,
         downtime_seconds=0.1,
         base=None if base is None else base.checkpoint,
-        chain=(*(() if base is None else base.chain), checkpoint),
+        chain=chain_upon(base, checkpoint, named),
     )
 
 

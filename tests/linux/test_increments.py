@@ -96,4 +96,4 @@ def test_after_so_many_there_is_a_full_one(paged: Rig, tmp_path: Path) -> None:
         if checkpoints.increment(number).base is None:
             full[number] = checkpoints.why_full
     assert list(full) == [0, MOST_SEGMENTS]
-    assert f"the last of a chain of {MOST_SEGMENTS}" in full[MOST_SEGMENTS]
+    assert f"has {MOST_SEGMENTS} segments that were not merged" in full[MOST_SEGMENTS]

@@ -19,14 +19,13 @@ from dcres.storage import layout
 from dcres.storage.digest import FileSum
 from dcres.storage.engine.memory_file import MemoryFileWriter
 from dcres.storage.format.host_part import (
-    link_base,
     read_main_tables,
     segment_of,
     write_main_changes,
     write_segment,
 )
 from dcres.storage.format.main_tables import MainTables
-from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment
+from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment, chain_upon
 from dcres.storage.format.tables import NOWHERE
 from dcres.storage.store.pins import Hold
 from dcres.storage.store.store import Store
@@ -132,8 +131,8 @@ class Chain:
         files: list[FileSum] = []
         part = None if base is None else next((p for p in base.hosts if p.host == name), None)
         if base is not None and part is not None:
-            files += link_base(self.folder(base, name), folder, base, name, checkpoint)
-            before = part.segments or ()
+            linked = self.store.link_part(base, name, folder, checkpoint)
+            before, files = linked.segments, [*linked.files]
         mask = self._dirty & (saved == host)
         gone = (self._saved == host) & (saved != host)
         with (
@@ -187,7 +186,9 @@ class Chain:
             seconds=1.0,
             downtime_seconds=0.1,
             base=None if base is None else base.checkpoint,
-            chain=(*(() if base is None else base.chain), checkpoint),
+            chain=chain_upon(
+                base, checkpoint, {s.checkpoint for p in parts for s in p.segments or ()}
+            ),
             pages_changed=saved,
             pages_saved=saved,
         )

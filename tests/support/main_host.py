@@ -191,7 +191,7 @@ class FakeMain(SavingHost):
         if text is None:
             return Base(why_none="there is no base")
         base, hosts = parsed(text), self.world.states[self.host]["hosts"]
-        if len(base.chain) >= MOST_SEGMENTS or base.main.host != hosts[0]:
+        if base.most_segments >= MOST_SEGMENTS or base.main.host != hosts[0]:
             return Base(why_none="the chain is over")
         if any(part.host not in hosts for part in base.hosts):
             return Base(why_none="a host is not of the VM any more")

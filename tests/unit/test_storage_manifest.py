@@ -15,7 +15,16 @@ from dcres import config
 from dcres.errors import CheckpointCorrupt
 from dcres.storage import layout
 from dcres.storage.digest import FileSum
-from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment, dumps, loads
+from dcres.storage.format.manifest import (
+    HostPart,
+    Manifest,
+    Mode,
+    Role,
+    Segment,
+    chain_upon,
+    dumps,
+    loads,
+)
 from dcres.storage.format.versions import canonical
 
 PATH = Path("store/demo/manifest.json")
@@ -187,8 +196,11 @@ def piece(checkpoint: str, pages: int = 1) -> Segment:
     return Segment(checkpoint=checkpoint, pages=pages, gone=0, places=pages)
 
 
-def segmented(host: str, role: Role, *checkpoints: str) -> HostPart:
-    segments = tuple(map(piece, checkpoints or (OWN,)))
+def segmented(host: str, role: Role, *checkpoints: str, merged: int = -1) -> HostPart:
+    pieces = [piece(each) for each in checkpoints or (OLDEST, OLD, OWN)]
+    segments = tuple(
+        each.model_copy(update={"merged": at == merged}) for at, each in enumerate(pieces)
+    )
     values = part(host, Role.MAIN if role is Role.MAIN else Role.SUB).model_dump()
     return HostPart(**values | {"role": role, "segments": segments})
 
@@ -197,7 +209,7 @@ def increment(**changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "memory_format": "segmented",
         "hosts": (
-            segmented("h0", Role.MAIN, OLDEST, OWN),
+            segmented("h0", Role.MAIN, OLDEST, OLD, OWN),
             segmented("h1", Role.PARTS, OLD, OWN),
         ),
         "base": OLD,
@@ -218,6 +230,7 @@ def test_an_increment_has_keys_of_its_own() -> None:
     assert values["hosts"][1]["segments"][0] == {
         "checkpoint": OLD,
         "gone": 0,
+        "merged": False,
         "pages": 1,
         "places": 1,
     }
@@ -244,9 +257,42 @@ def test_an_increment_has_keys_of_its_own() -> None:
             loads(signed({**values, "hosts": hosts}), PATH)
 
 
+def test_what_is_merged_comes_first() -> None:
+    """And then the chain begins with what is left."""
+    hosts = segmented("h0", Role.MAIN, OLD, OWN, merged=0), segmented("h1", Role.SUB, OWN)
+    made = increment(hosts=hosts, chain=(OLD, OWN))
+    assert loads(dumps(made), PATH) == made
+    assert [segment.file("x") for segment in made.main.segments or ()] == [
+        "20260301-120000-00aa.merged.x",
+        "20260301-120000-00ab.x",
+    ]
+    assert (made.most_segments, increment().most_segments) == (2, 3)
+    mixed = increment(hosts=(hosts[0], segmented("h1", Role.SUB, OLDEST, OWN)))
+    assert mixed.chain == (OLDEST, OLD, OWN)
+    assert chain_upon(mixed, "x", {OLDEST, OLD, OWN}) == (OLDEST, OLD, OWN, "x")
+    assert chain_upon(mixed, "x", {OWN}) == (OWN, "x")
+    assert chain_upon(None, "x", {OWN}) == ("x",)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"hosts": (segmented("h0", Role.MAIN, OLDEST, OLD, OWN, merged=1),)},
+            "a merged segment of h0 is not its first",
+        ),
+        (
+            {"hosts": (segmented("h0", Role.MAIN, OWN, merged=0),)},
+            "a memory file does not have the name of segmented ones",
+        ),
+        (
+            {"hosts": (segmented("h0", Role.MAIN, OLDEST, OWN),)},
+            "the main host lacks segments of the chain",
+        ),
+        (
+            {"hosts": (segmented("h0", Role.MAIN, OLD, OWN),)},
+            "the main host lacks segments of the chain",
+        ),
         ({"chain": ()}, "not of different checkpoints of this VM"),
         ({"chain": (OLD, OLD, OWN)}, "not of different checkpoints"),
         ({"chain": ("other-20260301-120000-0000", OLDEST, OLD, OWN)}, "checkpoints of this VM"),

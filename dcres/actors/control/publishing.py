@@ -25,6 +25,7 @@ from dcres.storage.format.manifest import (
     PagingDuring,
     Role,
     Segment,
+    chain_upon,
 )
 from dcres.storage.layout import VMCORE, memory_file
 
@@ -152,9 +153,10 @@ def _increment(taken: Taken) -> dict[str, Any]:
     if taken.memory_format is not MemoryFormat.SEGMENTED:
         return {}
     base, saved = taken.base, taken.saved.values()
+    named = {segment["checkpoint"] for each in saved for segment in each.segments}
     return {
         "base": None if base is None else base.checkpoint,
-        "chain": (*(() if base is None else base.chain), taken.checkpoint),
+        "chain": chain_upon(base, taken.checkpoint, named),
         "pages_changed": sum(each.pages_changed for each in saved),
         "pages_saved": sum(each.pages_saved for each in saved),
     }

@@ -79,8 +79,8 @@ def _why_not(manifest: Manifest, hosts: tuple[str, ...]) -> str:
         return f"{manifest.main.host} was the main host of {manifest.checkpoint}"
     if gone := [part.host for part in manifest.hosts if part.pages and part.host not in hosts]:
         return f"pages of {manifest.checkpoint} are on {', '.join(gone)}, not of the VM any more"
-    if len(manifest.chain) >= MOST_SEGMENTS:
-        return f"{manifest.checkpoint} is the last of a chain of {MOST_SEGMENTS}"
+    if manifest.most_segments >= MOST_SEGMENTS:
+        return f"{manifest.checkpoint} has {MOST_SEGMENTS} segments that were not merged"
     return ""
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from dcres.errors import BaseUnusable, NotFound, StorageError
 from dcres.model.pages import Mask
 from dcres.storage.digest import FileSum
-from dcres.storage.format import host_part
 from dcres.storage.format.manifest import Manifest, Segment
 from dcres.storage.store.store import Store
 
@@ -43,11 +42,11 @@ class PartBase:
             return cls.none(base.page_count)  # it has come since
         try:
             with store.pin(base.checkpoint):
-                files = store.link_part(base, host, folder, checkpoint)
+                linked = store.link_part(base, host, folder, checkpoint)
                 pages = store.read_part(base, host).memory.mask
         except (StorageError, NotFound) as error:
             raise BaseUnusable(f"no increment upon {base.checkpoint}: {error}") from None
-        return cls(pages, host_part.find_part(base, host).segments or (), files)
+        return cls(pages, linked.segments, linked.files)
 
     def kept(self, saved: Mask, changed: Mask) -> Mask:
         """The pages whose bytes this host has in the new checkpoint, of which it `saved` some."""

@@ -183,6 +183,23 @@ class MemoryFileWriter:
         self._staged.clear()
         self._whole = True
 
+    def take_over(self, memory: MemoryFile, threads: int = SAVING_THREADS) -> None:
+        """Copy all pages of a packed `memory`, with the checksums that it has: none is made anew.
+
+        Every page is compared with its own on the way. Nothing else is saved before. Raises
+        StoreFull, and what `load` raises.
+        """
+        self._require_unsealed()
+        self._whole = False
+        with store_written(self.path):
+            self._places.prepare(extents_of_mask(with_place(memory)))
+
+        def put(data: memoryview, pages: Pages, slots: Pages) -> None:
+            self._put(False, Batch(data, pages, slots, memory.sums[pages]))
+
+        _read_pages(memory, put, self._progress, threads, None)
+        self._whole = True
+
     def _write(self, extents: Extents, source: RamFile | Staged, threads: int) -> None:
         with store_written(self.path):
             passes = self._places.prepare(extents)

@@ -155,9 +155,9 @@ class Verifier:
                 (layout.PAGES, host_part.read_placement),
                 (layout.HISTORY, host_part.read_history),
             ):
-                self._try_last(part.host, name, partial(read, folder, self.manifest))
+                self._try_last(part, name, partial(read, folder, self.manifest))
         read_memory = partial(self._read_memory, folder, part)
-        memory = self._try_last(part.host, layout.SEGMENT, read_memory)
+        memory = self._try_last(part, layout.SEGMENT, read_memory)
         if memory is None:
             return None
         for file_ in memory.each() if self.pages_too else ():
@@ -178,7 +178,7 @@ class Verifier:
         """
         check = partial(self._check_agreement, folder, masks)
         if self.manifest.memory_format is MemoryFormat.SEGMENTED:
-            self._try_last(self.manifest.main.host, layout.PAGES, check)
+            self._try_last(self.manifest.main, layout.PAGES, check)
         else:
             self._try(self.manifest.main.host, layout.PAGES, check)
 
@@ -202,15 +202,15 @@ class Verifier:
         """Whether nothing was found wrong with a file until now."""
         return (host, name) not in self._found or self._found[host, name].ok
 
-    def _try_last(self, host: str, name: str, check: Callable[[], T]) -> T | None:
-        """Check the chain's files of one kind together, under the last one's name.
+    def _try_last(self, part: HostPart, name: str, check: Callable[[], T]) -> T | None:
+        """Check the files of one kind of all segments together, under the last one's name.
 
         None where one of them has been found wrong already.
         """
-        names = [layout.by_origin(checkpoint, name) for checkpoint in self.manifest.chain]
-        if not all(self._is_whole(host, each) for each in names):
+        names = [segment.file(name) for segment in part.segments or ()]
+        if not all(self._is_whole(part.host, each) for each in names):
             return None
-        return self._try(host, names[-1], check)
+        return self._try(part.host, names[-1], check)
 
     def _read_sums(self, folder: Path, part: HostPart) -> tuple[Mask, Sums]:
         return host_part.memory_part(folder, self.manifest, part).read_sums()

@@ -24,6 +24,17 @@ from dcres.storage.format.links import Links
 from dcres.storage.format.main_tables import MainTables, write_changes
 from dcres.storage.format.manifest import HostPart, Manifest, Role, Segment, listed
 from dcres.storage.format.memory_part import MemoryPart, SegmentPart
+from dcres.storage.format.merged import Merged, after
+
+_SHARED = (layout.SEGMENT, layout.PAGES, layout.HISTORY)  # kinds of files that belong to segments
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """What a part has from its base: its segments, oldest first, and their small files."""
+
+    segments: tuple[Segment, ...]
+    files: tuple[FileSum, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,16 +157,22 @@ def write_segment(
     saved elsewhere or are nowhere; what was saved cannot be among them (ValueError). Raises
     StoreFull.
     """
+    if (saved.mask & gone).any() or len(saved.mask) != page_count:
+        raise ValueError("what was saved is gone as well, or is of another VM")
+    path = folder / layout.by_origin(checkpoint, layout.SEGMENT)
+    return tables.write_segment(path, segment_rows(saved, gone), page_count)
+
+
+def segment_rows(saved: SavedMemory, gone: Mask) -> tables.SegmentRows:
+    """The table of what was saved, and is gone. Raises ValueError for a sparse file."""
     file = saved.file
-    if (saved.mask & gone).any() or file.order is None or len(file.mask) != page_count:
-        raise ValueError("what was saved is gone as well, is not packed, or is of another VM")
+    if file.order is None:
+        raise ValueError(f"{file.path} is not packed")
     pages = np.flatnonzero(saved.mask | gone)
     places = np.full(len(pages), tables.ZEROS, dtype=np.uint32)
     places[np.searchsorted(pages, file.order)] = np.arange(len(file.order))
     places[gone[pages]] = tables.GONE
-    sums = np.where(gone[pages], np.uint64(0), file.sums[pages])
-    path = folder / layout.by_origin(checkpoint, layout.SEGMENT)
-    return tables.write_segment(path, tables.SegmentRows(pages, places, sums), page_count)
+    return tables.SegmentRows(pages, places, np.where(gone[pages], np.uint64(0), file.sums[pages]))
 
 
 def segment_of(checkpoint: str, saved: SavedMemory, gone: Mask) -> Segment:
@@ -188,15 +205,21 @@ def write_main_changes(
 
 
 def link_base(
-    base_folder: Path, folder: Path, base: Manifest, host: str, checkpoint: str
-) -> tuple[FileSum, ...]:
+    base_folder: Path,
+    folder: Path,
+    base: Manifest,
+    host: str,
+    checkpoint: str,
+    merged: Merged | None = None,
+) -> Linked:
     """Give the part of `host` in `checkpoint`, at `folder`, the files of its part of `base`.
 
     That one's segments, and the main host's tables: by hard links, each with the length and
-    checksum that `base` says, durable on return. To be repeated is harmless, and where it fails it
-    leaves no link that it made. Somebody keeps the base from being removed meanwhile. Returns the
-    sums of the small files. Raises NotFound if `host` has no part of it; StorageError, which says
-    why, where only a full checkpoint can be taken.
+    checksum that `base` says, durable on return. What is `merged` in a checkpoint of the base's
+    chain takes the place of the segments up to that one. To be repeated is harmless, and where it
+    fails it leaves no link that it made. Somebody keeps the base from being removed meanwhile.
+    Raises NotFound if `host` has no part of it; StorageError, which says why, where only a full
+    checkpoint can be taken, or one without what is merged.
     """
     part = find_part(base, host)
     if part.segments is None:
@@ -204,17 +227,24 @@ def link_base(
             f"checkpoint {checkpoint} cannot continue {base.checkpoint}, whose memory files are "
             f"{base.memory_format}; take a full one"
         )
-    small = tuple(file for file in part.files if file != base.vmcore)
-    packs = {each.pack: each.places * PAGE_SIZE for each in part.segments}
-    with Links(base_folder, folder) as links:
-        for file in small:
-            check_file(base_folder / file.name, file)
-            links.add(file.name, file.length_bytes)
-        for name, length_bytes in packs.items():
-            links.add(name, length_bytes)
+    later = after(part.segments, merged)
+    names = {each.file(name) for each in later for name in _SHARED}
+    small = [file for file in part.files if file.name in names]
+    files = [(base_folder / file.name, file) for file in small]
+    packs = [(base_folder / each.pack, each) for each in later]
+    if merged is not None:
+        files += [(merged.folder / file.name, file) for file in merged.files]
+        packs.append((merged.folder / merged.segment.pack, merged.segment))
+    with Links(folder) as links:
+        for path, file in files:
+            check_file(path, file)
+            links.add(path, file.length_bytes)
+        for path, segment in packs:
+            links.add(path, segment.places * PAGE_SIZE)
         sync_folder(folder)
         links.keep()
-    return small
+    first = () if merged is None else (merged.segment,)
+    return Linked((*first, *later), tuple(file for _, file in files))
 
 
 def read_here(folder: Path, manifest: Manifest, part: HostPart) -> Mask:

@@ -18,10 +18,9 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
 
 
 class Links:
-    """Links in a host's `folder` to files of another checkpoint's; unless kept they are gone."""
+    """Links in a host's `folder` to files of other checkpoints; unless kept they are gone."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        self._source = source
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ours = CheckpointFolder(folder.parent)
         self._made: list[Path] = []
@@ -37,9 +36,9 @@ class Links:
         """All is well."""
         self._made.clear()
 
-    def add(self, name: str, length_bytes: int) -> None:
+    def add(self, source: Path, length_bytes: int) -> None:
         """Link a file so long, unless that was done before. Raises StorageError, StoreFull."""
-        source, path = self._source / name, self._folder / name
+        path = self._folder / source.name
         with store_written(path):
             try:
                 self._link(source, path)

@@ -21,12 +21,13 @@ from dcres.storage import layout
 from dcres.storage.damage import corrupt
 from dcres.storage.digest import FileSum
 from dcres.storage.format import tables
-from dcres.storage.format.manifest import Manifest, listed
+from dcres.storage.format.manifest import Manifest, Segment, listed
 from dcres.storage.format.runs import Runs, history_runs, runs_of, without_later
 from dcres.storage.format.tables import NOWHERE, Placement
 
 # A run of the history takes 20 bytes, a page in a segment as many.
 _SAVED_PAGES_A_RUN, _FEWEST_RUNS = 4, 4096
+_NAMES = layout.HISTORY, layout.PAGES
 _STRANGE = 0x100
 
 
@@ -60,7 +61,22 @@ def write_changes(
     most = max(_FEWEST_RUNS, saved // _SAVED_PAGES_A_RUN)
     history = history_runs(now.history, tick, before, most)
     placement = _changed_placement(now, base)
-    paths = [folder / layout.by_origin(checkpoint, n) for n in (layout.HISTORY, layout.PAGES)]
+    paths = [folder / layout.by_origin(checkpoint, name) for name in _NAMES]
+    return (
+        tables.write_history_runs(paths[0], history, tick, page_count),
+        tables.write_placement_runs(paths[1], placement, now.hosts, page_count),
+    )
+
+
+def write_merged(folder: Path, segment: Segment, now: MainTables, tick: int) -> tuple[FileSum, ...]:
+    """Write all of `now`, exactly, as the tables of a merged `segment`: durable on return.
+
+    Raises StoreFull.
+    """
+    page_count = len(now.placement)
+    history = runs_of(now.history, lambda pages: now.history[pages] > 0)
+    placement = _changed_placement(now, None)
+    paths = [folder / segment.file(name) for name in _NAMES]
     return (
         tables.write_history_runs(paths[0], history, tick, page_count),
         tables.write_placement_runs(paths[1], placement, now.hosts, page_count),
@@ -113,6 +129,6 @@ def read_history(folder: Path, manifest: Manifest) -> Ticks:
 
 
 def _tables(folder: Path, manifest: Manifest, name: str) -> Iterator[tuple[Path, FileSum]]:
-    for checkpoint in manifest.chain:
-        file = listed(manifest, manifest.main, layout.by_origin(checkpoint, name))
+    for segment in manifest.main.segments or ():
+        file = listed(manifest, manifest.main, segment.file(name))
         yield folder / file.name, file

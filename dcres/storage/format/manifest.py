@@ -8,6 +8,7 @@ keys of the manifest's version: one that gets a default here is in no file of an
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +35,7 @@ from dcres.storage.layout import (
     FILE_PATTERN,
     HOST_PATTERN,
     MEMORY,
+    MERGED,
     SEGMENT,
     SEGMENT_PACK,
     VM_PATTERN,
@@ -87,23 +89,36 @@ class PagingDuring(_Model):
 class Segment(_Model):
     """What a host saved in one checkpoint: rows of its table that are `pages`, and those `gone`.
 
-    So many of the pages have `places` in its pack; the others are pages of zeros.
+    So many of the pages have `places` in its pack; the others are pages of zeros. A `merged` one
+    has all that the host's part of that checkpoint had, from segments before it as well.
     """
 
     checkpoint: str = Field(pattern=CHECKPOINT_PATTERN)
     pages: Count
     gone: Count
     places: Count
+    merged: bool = False
+
+    def file(self, name: str) -> str:
+        """The file of that kind which was written with it."""
+        return by_origin(self.checkpoint, f"{MERGED}.{name}" if self.merged else name)
 
     @property
     def table(self) -> str:
         """Its table's file."""
-        return by_origin(self.checkpoint, SEGMENT)
+        return self.file(SEGMENT)
 
     @property
     def pack(self) -> str:
         """Its memory file."""
-        return by_origin(self.checkpoint, SEGMENT_PACK)
+        return self.file(SEGMENT_PACK)
+
+
+class MergedSet(_Model):
+    """What a host says of a merged segment that no manifest names yet: its small `files`, too."""
+
+    segment: Segment
+    files: tuple[FileSum, ...]
 
 
 class HostPart(_Model):
@@ -224,11 +239,26 @@ class Manifest(_Model):
             at = [places.get(segment.checkpoint, -1) for segment in part.segments or ()]
             if -1 in at or at != sorted({*at}):
                 raise ValueError(f"the segments of {part.host} are not of the chain, in its order")
+            if any(segment.merged for segment in (part.segments or ())[1:]):
+                raise ValueError(f"a merged segment of {part.host} is not its first")
+        self._check_main_segments(places)
+
+    def _check_main_segments(self, places: dict[str, int]) -> None:
+        """The main host's tables are those of its segments, so none may be left out."""
+        segments = self.main.segments or ()
+        first = places[segments[0].checkpoint]
+        if len(segments) < len(places) - first or (first and not segments[0].merged):
+            raise ValueError("the main host lacks segments of the chain")
 
     @property
     def main(self) -> HostPart:
         """The main host's part."""
         return self.hosts[0]
+
+    @property
+    def most_segments(self) -> int:
+        """How many segments the host has that has the most."""
+        return max(len(part.segments or ()) for part in self.hosts)
 
     @property
     def pages(self) -> int:
@@ -249,6 +279,12 @@ class Manifest(_Model):
     def page_count(self) -> int:
         """The number of pages of the VM's memory, saved or never touched."""
         return self.memory_bytes // PAGE_SIZE
+
+
+def chain_upon(base: Manifest | None, checkpoint: str, named: Collection[str]) -> tuple[str, ...]:
+    """The chain of a `checkpoint` upon `base`, of whose segments those of `named` are left."""
+    before = () if base is None else base.chain
+    return (*(each for each in before if each in named), checkpoint)
 
 
 def listed(manifest: Manifest, part: HostPart, name: str) -> FileSum:

@@ -36,7 +36,9 @@ _ANY_HOST = _keys(
     "host role share_bytes pages bytes_written file_bytes_allocated seconds", files=_each(_FILE)
 )
 _HOST = _keys("memory_file", **_ANY_HOST)
-_SEGMENTED_HOST = _keys("", segments=_each(_keys("checkpoint pages gone places")), **_ANY_HOST)
+_SEGMENTED_HOST = _keys(
+    "", segments=_each(_keys("checkpoint pages gone places merged")), **_ANY_HOST
+)
 _FIRST_KEYS = _keys(
     "format_version checkpoint vm created mode memory_format memory_bytes page_size generation "
     "vm_spec qemu_version accel machine tick seconds downtime_seconds pages_moved_for_checkpoint "

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dcres.storage.digest import FileSum
 from dcres.storage.engine.transfer import Progress
 from dcres.storage.format.checks import VerifiedPart, VerifyReport
-from dcres.storage.format.host_part import Part
+from dcres.storage.format.host_part import Linked, Part
 from dcres.storage.format.main_tables import MainTables
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.format.memory_part import MemoryPart
+from dcres.storage.format.merged import Merged
 from dcres.storage.store.lives import Lives
 from dcres.storage.store.pins import Hold
 
@@ -85,13 +85,24 @@ class Taking(Protocol):
         Call it only where no other checkpoint than those in `keep` is being taken.
         """
 
-    def link_part(
-        self, base: Manifest, host: str, folder: Path, checkpoint: str
-    ) -> tuple[FileSum, ...]:
+    def link_part(self, base: Manifest, host: str, folder: Path, checkpoint: str) -> Linked:
         """Give the part of `host` in `checkpoint`, at `folder`, all that it has of `base`.
 
-        The sums of its small files. May be repeated. Raises StorageError where that cannot be, and
-        NotFound.
+        What is merged in a checkpoint of the base's chain, in place of the segments up to that.
+        May be repeated. Raises StorageError where that cannot be, and NotFound.
+        """
+
+    def merged_part(self, manifest: Manifest, host: str) -> Merged | None:
+        """What takes the place of most segments of `host` in the next checkpoint, if anything."""
+
+    def merge_part(
+        self, manifest: Manifest, host: str, threads: int, progress: Progress | None = None
+    ) -> Merged:
+        """Merge all that the part of `host` has, and have it pinned meanwhile.
+
+        That checkpoint stays as it is, and can be deleted as ever. What was merged in earlier ones
+        of its chain is removed then. One call at a time for a host. Raises CheckpointCorrupt,
+        StoreFull, NotFound, Conflict, and what `progress` raises.
         """
 
     def identity(self) -> str:

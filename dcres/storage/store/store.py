@@ -9,28 +9,33 @@ is in `dcres.storage.store.protocols`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from dcres.errors import CheckpointCorrupt, Conflict, NotFound
+from dcres.errors import CheckpointCorrupt, Conflict, NotFound, StorageError, StoreFull
 from dcres.linux.removal import CheckpointFolder
 from dcres.storage import layout
 from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_durably
 from dcres.storage.damage import corrupt, unreadable
-from dcres.storage.digest import FileSum, check_file
+from dcres.storage.digest import check_file
 from dcres.storage.engine.transfer import Progress
 from dcres.storage.format import host_part
 from dcres.storage.format.checks import FileResult, VerifiedPart, Verifier, VerifyReport
 from dcres.storage.format.main_tables import MainTables
 from dcres.storage.format.manifest import Manifest, dumps, loads
 from dcres.storage.format.memory_part import MemoryPart
+from dcres.storage.format.merged import Merged, newest_merged, remove_merged
+from dcres.storage.format.merging import merge_part
 from dcres.storage.store import marker
 from dcres.storage.store.folders import Folders, below
 from dcres.storage.store.lives import Lives
 from dcres.storage.store.pins import Hold, pinned, unpinned
 from dcres.storage.store.protocols import Listed, Listing, Names
+
+log = logging.getLogger("dcres.storage")
 
 _TRIES, _AGAIN_S = 5, 0.05
 
@@ -209,9 +214,34 @@ class Store:
 
     def link_part(
         self, base: Manifest, host: str, folder: Path, checkpoint: str
-    ) -> tuple[FileSum, ...]:
+    ) -> host_part.Linked:
         """See `Taking`."""
-        return host_part.link_base(self._folders.part(base, host), folder, base, host, checkpoint)
+        base_folder = self._folders.part(base, host)
+        if (merged := self.merged_part(base, host)) is not None:
+            try:
+                return host_part.link_base(base_folder, folder, base, host, checkpoint, merged)
+            except StoreFull:
+                raise
+            except StorageError as error:  # it may be deleted just now, and all else is there
+                log.warning("segments of %s are linked one by one: %s", base.checkpoint, error)
+        return host_part.link_base(base_folder, folder, base, host, checkpoint)
+
+    def merged_part(self, manifest: Manifest, host: str) -> Merged | None:
+        """See `Taking`."""
+        segments = host_part.find_part(manifest, host).segments or ()
+        return newest_merged(lambda name: self._folders.named(name) / host, segments)
+
+    def merge_part(
+        self, manifest: Manifest, host: str, threads: int, progress: Progress | None = None
+    ) -> Merged:
+        """See `Taking`."""
+        segments = host_part.find_part(manifest, host).segments or ()
+        with self.pin(manifest.checkpoint):
+            folder = self._folders.part(manifest, host)
+            merged = merge_part(folder, manifest, host, threads, progress)
+        for segment in segments[:-1]:
+            remove_merged(self._folders.named(segment.checkpoint) / host, segment.checkpoint)
+        return merged
 
     def vmcore(self, manifest: Manifest) -> Path:
         """See `Reading`."""
