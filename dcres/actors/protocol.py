@@ -205,6 +205,13 @@ class Saving(Protocol):
     def save(self, checkpoint: str, tick: int) -> Saved:
         """Make this host's part durable: the vote. Raises StoreFull, PagesLost, Conflict."""
 
+    def compact(self, manifest: str) -> None:
+        """A published checkpoint is the last: merge this host's segments, if there are many.
+
+        Returns at once, and tells nobody how it ends; the checkpoint stays as it is. Repeatable.
+        What is under way for one of its chain goes on, for another it ends. `halt` ends it, too.
+        """
+
     @within(_PATIENT_S)
     def halt(self, checkpoint: str) -> None:
         """Stop saving, for good: orders that come later are refused. Repeatable."""

@@ -42,7 +42,7 @@ from dcres.model.formats import DEFAULT_FORMAT
 from dcres.model.pages import pages_of
 from dcres.storage.digest import FileSum
 from dcres.storage.format.manifest import HostPart, Manifest, Mode, Role, Segment, chain_upon, dumps
-from dcres.storage.layout import VMCORE, checkpoint_id, memory_file
+from dcres.storage.layout import MOST_SEGMENTS, VMCORE, checkpoint_id, memory_file
 from tests.support.fleet import LocalFleet
 from tests.support.hosts import FakeHost, FakeSub
 from tests.support.main_host import FakeMain
@@ -668,6 +668,18 @@ def test_upon_what_is_not_there_nothing_is_prepared(started: Site, name: str, ot
         )
     give_up(started, other)
     require_running(started)
+
+
+def test_many_segments_are_merged_and_nothing_waits_for_it(anywhere: Site, name: str) -> None:
+    """Until then all goes on as ever; the order may come again, and what it is about stays."""
+    publish(anywhere, last := save(anywhere, name))
+    while not all(part.segments and part.segments[0].merged for part in last.hosts):
+        assert last.most_segments < MOST_SEGMENTS
+        for port in anywhere.ports:
+            port.call(Saving.compact, dumps(last))
+            port.call(Saving.compact, dumps(last))
+        publish(anywhere, last := save(anywhere, a_name(), last))
+    require_running(anywhere)
 
 
 # An actor that is started again

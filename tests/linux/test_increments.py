@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dcres.errors import Conflict
 from dcres.storage.format.manifest import Manifest, Mode
+from dcres.storage.format.merged import is_to_be_merged
 from dcres.storage.layout import MOST_SEGMENTS
 from dcres.storage.store.store import Store
 from tests.support.live import LiveCheckpoints, Writes, faults_in
 from tests.support.paging import Rig, rig
 from tests.support.speed import patience
+from tests.support.wait import until
 
 pytestmark = pytest.mark.linux
 
@@ -37,7 +41,7 @@ def paged(tmp_path: Path, writer_program: Path) -> Iterator[Rig]:
 
 @pytest.mark.timeout(patience(600))
 def test_increments_are_points_in_time(paged: Rig, tmp_path: Path) -> None:
-    """Of a writer that goes on; pagers are killed, and bases deleted."""
+    """Of a writer that goes on; pagers are killed, segments merged, and bases deleted."""
     store, rng = Store(tmp_path / "store"), random.Random(5)
     checkpoints, writes = LiveCheckpoints(paged, store), Writes(PAGES)
     paged.writer.tell("causal 600")
@@ -47,6 +51,7 @@ def test_increments_are_points_in_time(paged: Rig, tmp_path: Path) -> None:
         mode = Mode.STOP if number % 7 == 3 else Mode.LIVE
         manifest = checkpoints.increment(number, mode)
         kept.append(manifest.checkpoint)
+        checkpoints.compact(manifest)
         assert faults_in(checkpoints.memory(manifest), writes) == []
         assert store.verify(manifest.checkpoint, strict=True).ok
         upon += manifest.base is not None
@@ -54,10 +59,23 @@ def test_increments_are_points_in_time(paged: Rig, tmp_path: Path) -> None:
             paged.kill("pager")
             paged.start_pager()
         while len(kept) > rng.randrange(1, 6):
-            store.delete(kept.pop(0))
+            delete(store, kept.pop(0))
     assert upon > TAKEN // 2
     for name in kept:
         assert store.verify(name, strict=True).ok
+
+
+def delete(store: Store, checkpoint: str) -> None:
+    """Once it is not in use any more: its segments may be merged just now."""
+
+    def deleted() -> bool:
+        try:
+            store.delete(checkpoint)
+        except Conflict:
+            return False
+        return True
+
+    until(deleted, 30)
 
 
 def test_only_what_changed_is_saved(paged: Rig, tmp_path: Path) -> None:
@@ -86,6 +104,35 @@ def test_only_what_changed_is_saved(paged: Rig, tmp_path: Path) -> None:
 def _whole(checkpoints: LiveCheckpoints, manifest: Manifest) -> Words:
     whole: Words = np.maximum.reduce(checkpoints.memory(manifest))
     return whole
+
+
+def test_with_segments_that_are_merged_a_chain_goes_on(paged: Rig, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    checkpoints = LiveCheckpoints(paged, store)
+    paged.writer.ask("fill")
+    kept: list[Manifest] = []
+    for number in range(TAKEN):
+        paged.writer.ask(f"write {1 + 40 * number} 60")
+        kept.append(manifest := checkpoints.increment(number))
+        assert (manifest.base is None) == (number == 0), checkpoints.why_full
+        checkpoints.compact(manifest)
+        if manifest.most_segments > MOST_SEGMENTS - 4:  # on a machine that is busy elsewhere
+            until(partial(are_merged, store, manifest), 30, "segments to be merged")
+    assert max(each.most_segments for each in kept) < MOST_SEGMENTS
+    last = kept.pop()
+    for each in kept:
+        delete(store, each.checkpoint)
+    assert store.verify(last.checkpoint, strict=True).ok
+    places = sum(segment.places for part in last.hosts for segment in part.segments or ())
+    assert places <= PAGES + MOST_SEGMENTS * 60, "what was superseded is gone"
+
+
+def are_merged(store: Store, manifest: Manifest) -> bool:
+    """Nothing is left for a compaction to do."""
+    return not any(
+        is_to_be_merged(part.pages, part.segments or (), store.merged_part(manifest, part.host))
+        for part in manifest.hosts
+    )
 
 
 def test_after_so_many_there_is_a_full_one(paged: Rig, tmp_path: Path) -> None:

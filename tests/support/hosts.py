@@ -40,6 +40,7 @@ from dcres.model.formats import MemoryFormat
 from dcres.model.live import HostRound
 from dcres.paging.settings import SubAddress
 from dcres.storage.format.manifest import Manifest, Segment, loads
+from dcres.storage.format.merged import Merged, after, is_to_be_merged
 from tests.support.world import Memory, Part, World, digest_of
 
 NOT_ON_A_HOST = 255
@@ -315,10 +316,36 @@ class SavingHost(FakeHost):
         if not saver.segmented:
             return ()
         parts = () if saver.base is None else saver.base.hosts
-        earlier = [part.segments or () for part in parts if part.host == self.host]
+        earlier = next((part.segments or () for part in parts if part.host == self.host), ())
+        merged = self._merged(earlier)
+        if merged is not None:
+            earlier = (merged.segment, *after(earlier, merged))
         saved = len(saver.pages)
         own = Segment(checkpoint=saver.checkpoint, pages=saved, gone=0, places=saved)
-        return tuple(each.model_dump() for each in (*sum(earlier, ()), own))
+        return tuple(each.model_dump() for each in (*earlier, own))
+
+    def _merged(self, segments: Sequence[Segment]) -> Merged | None:
+        """The newest that takes the place of most of them."""
+        for each in reversed(segments):
+            if each.merged:
+                break
+            if found := self.world.merged.get((each.checkpoint, self.host)):
+                return found
+        return None
+
+    def compact(self, manifest: str) -> None:
+        wanted = parsed(manifest)
+        self.world.met(f"{self.host}.compact")
+        for part in wanted.hosts:
+            earlier = part.segments or ()
+            if part.host == self.host and is_to_be_merged(
+                part.pages, earlier, self._merged(earlier)
+            ):
+                name = wanted.checkpoint
+                segment = Segment(
+                    checkpoint=name, pages=part.pages, gone=0, places=part.pages, merged=True
+                )
+                self.world.merged[name, self.host] = Merged(Path(), segment, ())
 
     def halt(self, checkpoint: str) -> None:
         self.world.note(self.host, "halt")

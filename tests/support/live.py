@@ -30,7 +30,7 @@ from dcres.actors.host.state import StateFile, VmState
 from dcres.actors.host.vm_folder import VmFolder
 from dcres.actors.messages import Role
 from dcres.actors.ports import Port
-from dcres.actors.protocol import Machine
+from dcres.actors.protocol import Machine, Saving
 from dcres.config import HostSettings, Layout, VmSpec
 from dcres.linux.marks import Mark
 from dcres.linux.process import ProcessId
@@ -43,7 +43,7 @@ from dcres.paging.control import PagerControl
 from dcres.paging.orders import Counters, Frozen
 from dcres.paging.status import PagerStatus
 from dcres.storage.engine import memory_file
-from dcres.storage.format.manifest import Manifest, Mode, loads
+from dcres.storage.format.manifest import Manifest, Mode, dumps, loads
 from dcres.storage.layout import MEMORY
 from dcres.storage.store.store import Store
 from dcres.vm.command import VmFiles
@@ -188,6 +188,11 @@ class LiveCheckpoints:
         self.why_full = found.why_none
         base = loads(found.manifest, Path("base")) if found.manifest else None
         return self._take(number, mode, MemoryFormat.SEGMENTED, base)
+
+    def compact(self, manifest: Manifest) -> None:
+        """What a coordinator orders after each checkpoint."""
+        for port in self._subject.ports.values():
+            port.call(Saving.compact, dumps(manifest))
 
     def _take(
         self, number: int, mode: Mode, memory_format: MemoryFormat, base: Manifest | None

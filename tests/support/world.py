@@ -19,6 +19,7 @@ from dcres.errors import Conflict
 from dcres.model.record import Record
 from dcres.model.run_state import RunState
 from dcres.storage.format.manifest import loads
+from dcres.storage.format.merged import Merged
 
 PAGES = 10  # on each host, when a VM starts
 
@@ -76,6 +77,7 @@ class World:
     # The store
     published: dict[str, str] = field(default_factory=dict)
     parts: dict[tuple[str, str], Part] = field(default_factory=dict)  # by checkpoint and host
+    merged: dict[tuple[str, str], Merged] = field(default_factory=dict)
     generation: int = 0
     records: list[Record] = field(default_factory=list)  # of what is to run, the last one counts
 

@@ -5,6 +5,8 @@ One that cannot be an increment after all is taken anew, with all pages.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,14 +18,17 @@ from dcres.actors.control.publishing import Subject, checkpoint_facts
 from dcres.actors.control.recording import catch_up
 from dcres.actors.control.turn import Turn
 from dcres.actors.control.vm_handle import VmHandle
-from dcres.actors.protocol import Machine, Presence
+from dcres.actors.ports import Port
+from dcres.actors.protocol import Machine, Presence, Saving
 from dcres.errors import Conflict, DcresError, OperationFailed, VmLost
 from dcres.model.formats import MemoryFormat
 from dcres.model.live import FIXED_S, Judgement, Target
 from dcres.model.phase import VmPhase
 from dcres.model.run_state import RunState, no_save
-from dcres.storage.format.manifest import Manifest, Mode
+from dcres.storage.format.manifest import Manifest, Mode, dumps
 from dcres.storage.layout import checkpoint_id
+
+log = logging.getLogger("dcres.coordinator")
 
 _NEXT_TOKEN = timedelta(microseconds=16)
 
@@ -60,12 +65,12 @@ class Checkpoints:
             return self._take(mode, how, None, upon.after(error))
 
     def _take(self, mode: Mode, how: Wanting, checkpoint: str | None, upon: Upon) -> dict[str, Any]:
-        run_state = _savable_state(self._vm)
+        subject = self._subject(_savable_state(self._vm))
         began_s = self._concurrency.now_s()
         now = self._latest = self._next_time()
         name = checkpoint or checkpoint_id(self._vm.name, now, f"{now.microsecond // 16:04x}")
         running = Checkpointing(
-            self._subject(run_state),
+            subject,
             name,
             mode,
             Target(how.downtime_s, how.max_rounds, self._fixed_s),
@@ -77,6 +82,7 @@ class Checkpoints:
         )
         manifest = self._run(running)
         catch_up(self._vm)  # its store may have been there to read only until now
+        _compact(manifest, subject.ports)
         seconds = self._concurrency.now_s() - began_s
         self.last = checkpoint_facts(manifest, seconds)
         self.last["full_because"] = upon.why_full
@@ -125,6 +131,17 @@ class Checkpoints:
             alive=self._vm.fleet.alive,
             run_state=run_state,
         )
+
+
+def _compact(manifest: Manifest, ports: Mapping[str, Port]) -> None:
+    """Hosts may merge segments from now on. Who does not hear of it will after the next one."""
+    if manifest.memory_format is not MemoryFormat.SEGMENTED:
+        return
+    for host, port in ports.items():
+        try:
+            port.submit(Saving.compact, dumps(manifest))
+        except DcresError as error:
+            log.info("%s is not told to merge segments: %s", host, error)
 
 
 def _learned(fixed_s: float, judgement: Judgement, downtime_s: float) -> float:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from dcres.actors.host.compactor import Compactor
 from dcres.actors.host.page_loader import parse
 from dcres.actors.host.part_base import PartBase
 from dcres.actors.host.part_saver import (
@@ -70,6 +71,7 @@ class HostSaver:
         self._halted: deque[str] = deque(maxlen=LATE_ORDERS)
         self.saving = threading.RLock()  # what cancels a checkpoint comes before all it, or after
         self.kept = Hold()
+        self.compactor = Compactor(site)
         warm_buffers_after(_WARM_AFTER_S)
 
     def require_wanted(self, checkpoint: str) -> None:
@@ -116,6 +118,11 @@ class HostSaver:
             if saver is not None:
                 saver.close()
             self.kept.drop()
+
+    def end_for_good(self) -> None:
+        """The same, and nothing is merged any more. Repeatable."""
+        self.end()
+        self.compactor.end()
 
     @contextmanager
     def current(self, checkpoint: str) -> Iterator[PartSaver]:
@@ -175,6 +182,7 @@ class HostSaver:
         before all hosts have halted.
         """
         self._halted.append(checkpoint)
+        self.compactor.cancel()
         with self._hurrying(checkpoint), self.saving:
             if self._saver is not None and self._saver.checkpoint == checkpoint:
                 self.end()

@@ -223,6 +223,10 @@ class MainSaver:
         if (now := self._state.now) is not None and now.checkpoint == checkpoint:
             self._state.change(lambda now: replace(now, checkpoint=None))
 
+    def compact(self, manifest: str) -> None:
+        """See `Compactor.compact`."""
+        self._saver.compactor.compact(manifest)
+
     def halt(self, checkpoint: str) -> None:
         """See `HostSaver.halt`."""
         self._saver.halt(checkpoint)

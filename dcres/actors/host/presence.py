@@ -91,7 +91,7 @@ class MainPresence:
         """End QEMU and the pager, give all memory back. Repeatable; nothing starts here again."""
         site = self._site
         with site.life.ending(lambda: _hurry(site, self._pager)):
-            self._saver.end()
+            self._saver.end_for_good()
             self._qemu.end()
             self._parts.end_serving_parts()
             self._pager.stop()  # once more: a start under way may have prepared another
@@ -145,7 +145,7 @@ class SubPresence:
         """End the memory server and give its memory back. Repeatable; it is final."""
         site, daemon = self._site, self._server.daemon
         with site.life.ending(lambda: _hurry(site, daemon)):
-            self._saver.end()
+            self._saver.end_for_good()
             site.state.forget()
             self._parts.end_serving_parts()
             daemon.stop()  # once more: a start under way may have prepared another

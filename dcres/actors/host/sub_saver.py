@@ -71,6 +71,10 @@ class SubSaver:
         self._saver.kept.let_go(checkpoint)
         return saved
 
+    def compact(self, manifest: str) -> None:
+        """See `Compactor.compact`."""
+        self._saver.compactor.compact(manifest)
+
     def halt(self, checkpoint: str) -> None:
         """See `HostSaver.halt`."""
         self._saver.halt(checkpoint)
