@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from dcres.errors import (
 )
 from dcres.paging.settings import SubAddress
 from dcres.storage.format.manifest import Manifest, dumps, loads
+from dcres.storage.layout import MERGE_SEGMENTS, MOST_SEGMENTS
 from tests.support.fake_fleet import fake_fleet
 from tests.support.fleet import LocalFleet
 from tests.support.speed import patience
@@ -252,6 +254,25 @@ def test_a_checkpoint_runs_through_its_steps(started: Coordinator, world: World,
     ] == order
     assert world.runs
     assert not world.unfinished
+
+
+@pytest.mark.parametrize("merging", [True, False])
+def test_increments_go_on_for_as_long_as_segments_are_merged(
+    started: Coordinator, world: World, merging: bool
+) -> None:
+    """Where a host does not, that fails no checkpoint; in the end one is full."""
+    if not merging:
+        world.fail["h1.compact"] = StoreFull("the disk is full")
+    full = {}
+    for number in range(MOST_SEGMENTS + 2):
+        facts = started.checkpoint("stop")
+        if facts["base"] is None:
+            full[number] = facts["full_because"]
+        many = max(len(part.segments or ()) for part in manifest_of(world, facts).hosts)
+        if merging and many == MERGE_SEGMENTS:
+            until(partial(world.merged.get, (str(facts["checkpoint"]), "h2")))
+    assert [*full] == ([0] if merging else [0, MOST_SEGMENTS])
+    assert world.runs
 
 
 STEPS = [
