@@ -94,9 +94,9 @@ def unpinned(folder: Path) -> Iterator[None]:
             fd = held.enter_context(sole_lock(folder))
         except BlockingIOError:
             raise Conflict(
-                f"checkpoint {folder.name} is in use: it is being taken, or a VM is being restored "
-                "from it or still reads its pages; delete it when the VM has all its memory, or "
-                "end the VM"
+                f"checkpoint {folder.name} is in use: it is being taken, its segments are being "
+                "merged, or a VM is being restored from it or still reads its pages; delete it "
+                "when that has ended, when the VM has all its memory, or end the VM"
             ) from None
         if os.fstat(fd).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
