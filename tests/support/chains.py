@@ -131,7 +131,7 @@ class Chain:
         files: list[FileSum] = []
         part = None if base is None else next((p for p in base.hosts if p.host == name), None)
         if base is not None and part is not None:
-            linked = self.store.link_part(base, name, folder, checkpoint)
+            linked = self.store.continuing.link_part(base, name, folder, checkpoint)
             before, files = linked.segments, [*linked.files]
         mask = self._dirty & (saved == host)
         gone = (self._saved == host) & (saved != host)

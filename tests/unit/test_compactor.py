@@ -20,6 +20,8 @@ from dcres.storage.engine.transfer import Progress
 from dcres.storage.format.manifest import Manifest, dumps
 from dcres.storage.format.merged import Merged
 from dcres.storage.layout import MERGE_SEGMENTS
+from dcres.storage.store.continuing import LocalContinuing
+from dcres.storage.store.folders import Folders
 from dcres.storage.store.store import Store
 from tests.support.chains import Chain, Change
 from tests.support.wait import until
@@ -43,12 +45,23 @@ class Gate(Store):
         super().__init__(root)
         self.begun: list[str] = []
         self.open = threading.Event()
+        self.continuing = Held(self)
+
+
+class Held(LocalContinuing):
+    """What waits at the gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__(Folders(gate.root))
+        object.__setattr__(self, "gate", gate)
+
+    gate: Gate
 
     def merge_part(
         self, manifest: Manifest, host: str, threads: int, progress: Progress | None = None
     ) -> Merged:
-        self.begun.append(manifest.checkpoint)
-        assert self.open.wait(30)
+        self.gate.begun.append(manifest.checkpoint)
+        assert self.gate.open.wait(30)
         return super().merge_part(manifest, host, threads, progress)
 
 
@@ -69,7 +82,7 @@ def compactor(gate: Gate, tmp_path: Path) -> Iterator[Compactor]:
 
 def merged(gate: Gate, manifest: Manifest) -> str:
     """The checkpoint that has the newest."""
-    found = gate.merged_part(manifest, "h0")
+    found = gate.continuing.merged_part(manifest, "h0")
     return "" if found is None else found.segment.checkpoint
 
 

@@ -107,7 +107,7 @@ def chain(known: Known) -> Chain:
 
 def merge(chain: Chain, manifest: Manifest, *hosts: str) -> list[Merged]:
     names = hosts or tuple(part.host for part in manifest.hosts)
-    return [chain.store.merge_part(manifest, host, 1) for host in names]
+    return [chain.store.continuing.merge_part(manifest, host, 1) for host in names]
 
 
 def files_of(store: Store) -> list[Path]:
@@ -212,15 +212,17 @@ def test_segments_that_came_meanwhile_come_after_it(known: Known, chain: Chain) 
 def test_the_newest_counts_and_the_older_ones_go(known: Known, chain: Chain) -> None:
     first, second, third = chain.taken
     (older,) = merge(chain, second, "h1")
-    assert chain.store.merged_part(third, "h1") == older
+    assert chain.store.continuing.merged_part(third, "h1") == older
     (newer,) = merge(chain, third, "h1")
-    assert chain.store.merged_part(third, "h1") == newer
-    assert chain.store.merged_part(second, "h1") is None, "it is not needed any more"
+    assert chain.store.continuing.merged_part(third, "h1") == newer
+    assert chain.store.continuing.merged_part(second, "h1") is None, "it is not needed any more"
     assert not [name for name in names_in(chain.folder(second, "h1")) if "merged" in name]
     chain.change(Change("write", 30, 33))
     fourth = known.take()
-    assert chain.store.merged_part(fourth, "h1") is None, "it is the first of its segments"
-    assert chain.store.merged_part(first, "h1") is None
+    assert chain.store.continuing.merged_part(fourth, "h1") is None, (
+        "it is the first of its segments"
+    )
+    assert chain.store.continuing.merged_part(first, "h1") is None
     known.require_whole(chain.store)
 
 
@@ -249,11 +251,11 @@ def test_it_is_pinned_meanwhile(chain: Chain) -> None:
             chain.store.delete(THIRD)
         refused.append(THIRD)
 
-    chain.store.merge_part(third, "h0", 1, try_to_delete)
+    chain.store.continuing.merge_part(third, "h0", 1, try_to_delete)
     assert refused
     chain.store.delete(THIRD)
     with pytest.raises(NotFound):
-        chain.store.merge_part(third, "h0", 1)
+        chain.store.continuing.merge_part(third, "h0", 1)
 
 
 # Failures
@@ -261,7 +263,7 @@ def test_it_is_pinned_meanwhile(chain: Chain) -> None:
 
 def nothing_is_left(chain: Chain, host: str = "h0") -> bool:
     folder = chain.folder(chain.taken[-1], host)
-    assert chain.store.merged_part(chain.taken[-1], host) is None
+    assert chain.store.continuing.merged_part(chain.taken[-1], host) is None
     return not [name for name in names_in(folder) if "merged" in name]
 
 
@@ -285,7 +287,7 @@ def test_what_is_cancelled_leaves_nothing(chain: Chain) -> None:
         raise Conflict("cancelled")
 
     with pytest.raises(Conflict, match="cancelled"):
-        chain.store.merge_part(chain.taken[-1], "h1", 2, cancelled)
+        chain.store.continuing.merge_part(chain.taken[-1], "h1", 2, cancelled)
     assert nothing_is_left(chain, "h1")
 
 
@@ -332,7 +334,7 @@ def test_a_failure_at_any_step_leaves_nothing(
                     break
         failed += 1
         known.require_whole(chain.store)
-        if chain.store.merged_part(third, "h0") is None:
+        if chain.store.continuing.merged_part(third, "h0") is None:
             assert nothing_is_left(chain)
     assert failed > 15
     chain.change(Change("write", 7, 9))
@@ -361,8 +363,8 @@ def test_a_kill_at_any_step_leaves_every_checkpoint_whole(
     for store in stores:
         found.add(tuple((each.checkpoint, each.merged) for each in link(store, third).segments))
         store.discard("vm", begun(store))
-        merged = store.merge_part(third, "h0", 1)
-        assert store.merged_part(third, "h0") == merged
+        merged = store.continuing.merge_part(third, "h0", 1)
+        assert store.continuing.merged_part(third, "h0") == merged
         known.require_whole(store)
         mine = [path for path in files_of(store) if path.parent.name == "h0"]
         assert not [path for path in mine if path.name.startswith(".")], "nothing half-made is left"
@@ -372,7 +374,7 @@ def test_a_kill_at_any_step_leaves_every_checkpoint_whole(
 
 def link(store: Store, base: Manifest) -> Linked:
     folder = store.host_folder("vm", begun(store), "h0")
-    return store.link_part(base, "h0", folder, begun(store))
+    return store.continuing.link_part(base, "h0", folder, begun(store))
 
 
 def begun(store: Store) -> str:
@@ -416,7 +418,7 @@ def test_what_is_not_whole_is_not_linked(known: Known, chain: Chain, change: str
         )
         chain.store.discard("vm", begun(chain.store))
         path.write_bytes(data)
-    assert chain.store.merged_part(third, "h0") == merged
+    assert chain.store.continuing.merged_part(third, "h0") == merged
     chain.change(Change("write", 7, 9))
     assert len(known.take().hosts[0].segments or ()) == 2
     known.require_whole(chain.store)

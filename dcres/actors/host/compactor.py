@@ -102,10 +102,10 @@ class _Compaction:
         part = next((part for part in manifest.hosts if part.host == host), None)
         if part is None or part.segments is None:
             return
-        merged = store.merged_part(manifest, host)
+        merged = store.continuing.merged_part(manifest, host)
         if is_to_be_merged(part.pages, part.segments, merged):
             self._require_room(part)
-            store.merge_part(manifest, host, beside_guest(), self._proceed)
+            store.continuing.merge_part(manifest, host, beside_guest(), self._proceed)
             log.info("%d segments of %s are one now", len(part.segments), manifest.checkpoint)
 
     def _require_room(self, part: HostPart) -> None:

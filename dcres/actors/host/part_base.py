@@ -42,7 +42,7 @@ class PartBase:
             return cls.none(base.page_count)  # it has come since
         try:
             with store.pin(base.checkpoint):
-                linked = store.link_part(base, host, folder, checkpoint)
+                linked = store.continuing.link_part(base, host, folder, checkpoint)
                 pages = store.read_part(base, host).memory.mask
         except (StorageError, NotFound) as error:
             raise BaseUnusable(f"no increment upon {base.checkpoint}: {error}") from None

@@ -85,6 +85,13 @@ class Taking(Protocol):
         Call it only where no other checkpoint than those in `keep` is being taken.
         """
 
+    def identity(self) -> str:
+        """Which store this is: hosts with the same one share it; empty if it was never written."""
+
+
+class Continuing(Protocol):
+    """Parts of checkpoints that later ones have as well."""
+
     def link_part(self, base: Manifest, host: str, folder: Path, checkpoint: str) -> Linked:
         """Give the part of `host` in `checkpoint`, at `folder`, all that it has of `base`.
 
@@ -104,9 +111,6 @@ class Taking(Protocol):
         of its chain is removed then. One call at a time for a host. Raises CheckpointCorrupt,
         StoreFull, NotFound, Conflict, and what `progress` raises.
         """
-
-    def identity(self) -> str:
-        """Which store this is: hosts with the same one share it; empty if it was never written."""
 
 
 class Naming(Protocol):
@@ -200,3 +204,7 @@ class Reading(Protocol):
 
 class CheckpointStore(Taking, Naming, Published, Reading, Protocol):
     """All of it: what a host's store is."""
+
+    @property
+    def continuing(self) -> Continuing:
+        """Parts of its checkpoints that later ones have as well."""

@@ -9,13 +9,12 @@ is in `dcres.storage.store.protocols`.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from dcres.errors import CheckpointCorrupt, Conflict, NotFound, StorageError, StoreFull
+from dcres.errors import CheckpointCorrupt, Conflict, NotFound
 from dcres.linux.removal import CheckpointFolder
 from dcres.storage import layout
 from dcres.storage.atomic import make_private_dirs, store_written, sync_folder, write_durably
@@ -27,15 +26,12 @@ from dcres.storage.format.checks import FileResult, VerifiedPart, Verifier, Veri
 from dcres.storage.format.main_tables import MainTables
 from dcres.storage.format.manifest import Manifest, dumps, loads
 from dcres.storage.format.memory_part import MemoryPart
-from dcres.storage.format.merged import Merged, newest_merged, remove_merged
-from dcres.storage.format.merging import merge_part
 from dcres.storage.store import marker
+from dcres.storage.store.continuing import LocalContinuing
 from dcres.storage.store.folders import Folders, below
 from dcres.storage.store.lives import Lives
 from dcres.storage.store.pins import Hold, pinned, unpinned
-from dcres.storage.store.protocols import Listed, Listing, Names
-
-log = logging.getLogger("dcres.storage")
+from dcres.storage.store.protocols import Continuing, Listed, Listing, Names
 
 _TRIES, _AGAIN_S = 5, 0.05
 
@@ -46,6 +42,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._folders = Folders(root)
+        self.continuing: Continuing = LocalContinuing(self._folders)
 
     def begin(self, vm: str, checkpoint: str, hold: Hold) -> None:
         """See `Taking`."""
@@ -212,37 +209,6 @@ class Store:
         folder = self._folders.part(manifest, manifest.main.host)
         return host_part.read_main_tables(folder, manifest)
 
-    def link_part(
-        self, base: Manifest, host: str, folder: Path, checkpoint: str
-    ) -> host_part.Linked:
-        """See `Taking`."""
-        base_folder = self._folders.part(base, host)
-        if (merged := self.merged_part(base, host)) is not None:
-            try:
-                return host_part.link_base(base_folder, folder, base, host, checkpoint, merged)
-            except StoreFull:
-                raise
-            except StorageError as error:  # it may be deleted just now, and all else is there
-                log.warning("segments of %s are linked one by one: %s", base.checkpoint, error)
-        return host_part.link_base(base_folder, folder, base, host, checkpoint)
-
-    def merged_part(self, manifest: Manifest, host: str) -> Merged | None:
-        """See `Taking`."""
-        segments = host_part.find_part(manifest, host).segments or ()
-        return newest_merged(lambda name: self._folders.named(name) / host, segments)
-
-    def merge_part(
-        self, manifest: Manifest, host: str, threads: int, progress: Progress | None = None
-    ) -> Merged:
-        """See `Taking`."""
-        segments = host_part.find_part(manifest, host).segments or ()
-        with self.pin(manifest.checkpoint):
-            folder = self._folders.part(manifest, host)
-            merged = merge_part(folder, manifest, host, threads, progress)
-        for segment in segments[:-1]:
-            remove_merged(self._folders.named(segment.checkpoint) / host, segment.checkpoint)
-        return merged
-
     def vmcore(self, manifest: Manifest) -> Path:
         """See `Reading`."""
         path = self._folders.part(manifest, manifest.main.host) / manifest.vmcore.name
@@ -263,7 +229,7 @@ class Store:
         """See `Published`."""
         verifier = Verifier(manifest, progress, strict)
         mask = verifier.part(self._folders.part(manifest, host), host)
-        report = verifier.report().naming(partial(self._others_with, manifest))
+        report = verifier.report().naming(partial(_others_with, self._folders, manifest))
         return VerifiedPart.of(host, report, mask)
 
     def verify_together(
@@ -278,11 +244,11 @@ class Store:
             if mask is not None:
                 masks[part.host] = mask
         verifier.agreement(self._folders.part(manifest, manifest.main.host), masks)
-        return verifier.report().naming(partial(self._others_with, manifest))
+        return verifier.report().naming(partial(_others_with, self._folders, manifest))
 
-    def _others_with(self, manifest: Manifest, file: FileResult) -> tuple[str, ...]:
-        """See `Folders.others_with`."""
-        return self._folders.others_with(manifest, file.host, file.name)
+
+def _others_with(folders: Folders, manifest: Manifest, file: FileResult) -> tuple[str, ...]:
+    return folders.others_with(manifest, file.host, file.name)
 
 
 def _listed(store: Store, checkpoint: str) -> Listed:
