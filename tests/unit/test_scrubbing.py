@@ -287,6 +287,15 @@ def test_damage_is_told_every_time(chain: Chain, store: Store) -> None:
         assert found.to_dict()["stores"][0]["vms"][0]["oldest_read"] is None
 
 
+def test_damage_of_what_is_left_out_is_its_own(chain: Chain, store: Store) -> None:
+    """A table that was read lately is looked at all the same, and no other one is blamed for it."""
+    scrubbed(store)
+    spoil(table := shared(chain, 0, layout.SEGMENT, 2))
+    for _ in range(2):
+        damage = only(scrubbed(store, older="7d"))
+        assert (damage.name, damage.checkpoints) == (table.name, ids(chain))
+
+
 def test_a_new_file_with_an_old_name_was_not_read(chain: Chain, store: Store, reads: Reads) -> None:
     scrubbed(store)
     pack = shared(chain, 0, layout.SEGMENT_PACK, 0)
@@ -451,6 +460,36 @@ def test_a_checkpoint_that_goes_meanwhile_is_not_damaged(
     assert found.ok
     assert found.changed == (gone,)
     assert found.to_dict()["files"] == CHAIN_FILES - 9
+
+
+def test_a_deletion_that_ended_in_the_middle_is_not_damage(
+    chain: Chain, store: Store, reads: Reads
+) -> None:
+    """Its manifest is gone, and some of its files."""
+    gone = store.root / "vm" / ids(chain)[2]
+
+    def begin_to_delete(path: Path) -> None:
+        if path.parent.parent.name == ids(chain)[0] and (gone / layout.MANIFEST).exists():
+            (gone / layout.MANIFEST).unlink()
+            shutil.rmtree(gone / "h1")
+
+    reads.before = begin_to_delete
+    found = scrubbed(store)
+    assert (found.ok, found.changed) == (True, ids(chain)[2:])
+
+
+def test_a_checkpoint_that_goes_before_it_is_looked_at(
+    chain: Chain, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = StoreHere.stream
+
+    def late(self: StoreHere, *args: Any) -> Any:
+        store.delete(ids(chain)[1])
+        return stream(self, *args)
+
+    monkeypatch.setattr(StoreHere, "stream", late)
+    found = scrubbed(store)
+    assert (found.ok, found.changed) == (True, ids(chain)[1:2])
 
 
 def test_a_shared_file_is_read_by_another_name(chain: Chain, store: Store, reads: Reads) -> None:

@@ -326,7 +326,6 @@ class _Scrub:
         if inode is not None and inode in self._files:
             file = self._files[inode]
             ids = tuple(each.manifest.checkpoint for each in file.of)
-            self._readings.note(file, whole=False)
         damage = Damage(part.manifest.vm, part.host, name, state, problem, ids)
         self._damages.setdefault(inode or path, damage)
 
