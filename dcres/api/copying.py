@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,16 +14,14 @@ from typing import Any
 from dcres.api.beside import Beside, Work
 from dcres.api.catalogue import Catalogue
 from dcres.api.operation import ProgressOption
-from dcres.errors import ConfigError, DcresError
+from dcres.errors import DcresError
+from dcres.model.rate import bytes_per_s
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.store import copy_records, copy_url
 from dcres.storage.store.copy_records import CopyRecord
 from dcres.storage.store.copy_url import CopyUrl
 from dcres.storage.store.pieces import PartCopied
 from dcres.storage.store.protocols import CheckpointStore, Listing
-
-_RATE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b?(?:/s)?)?\s*", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +67,6 @@ class KnownCopy:
     def to_dict(self) -> dict[str, Any]:
         """As ``dcres copies --json`` prints it."""
         return asdict(self)
-
-
-def bytes_per_s(rate: str | float | None) -> float | None:
-    """Bytes per second from ``100MB/s``, ``12 MiB/s`` or a number; None is no limit.
-
-    Raises ConfigError.
-    """
-    found = _RATE.fullmatch(str(rate)) if not isinstance(rate, bool) else None
-    if rate is None:
-        return None
-    number = 0.0
-    if found is not None:
-        base = 1024 if found[3] else 1000
-        number = float(found[1]) * base ** _POWERS[(found[2] or "").lower()]
-    if number <= 0:
-        raise ConfigError(f"{rate!r} is no rate; write bytes per second such as 100MB/s")
-    return number
 
 
 def copy(

@@ -25,6 +25,7 @@ from dcres.cli import main
 from dcres.errors import ActorGone, ConfigError, NotFound, OperationFailed, StorageError
 from dcres.linux.interrupt import OperationInterrupted
 from dcres.model.formats import MemoryFormat
+from dcres.model.rate import bytes_per_s
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.store import copy_url, download
 from dcres.storage.store.pieces import Pace, PartCopied, Stopped
@@ -294,13 +295,13 @@ def test_a_copy_is_shown(tmp_path: Path, place: str, capsys: pytest.CaptureFixtu
     ],
 )
 def test_rates(text: str | int | None, rate: float | None) -> None:
-    assert copying.bytes_per_s(text) == rate
+    assert bytes_per_s(text) == rate
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "fast", "1 furlong", "100Mbit/s", True])
 def test_what_is_no_rate(text: Any) -> None:
     with pytest.raises(ConfigError, match="100MB/s"):
-        copying.bytes_per_s(text)
+        bytes_per_s(text)
 
 
 # Watching, pacing, and ending before the end

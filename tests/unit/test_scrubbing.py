@@ -191,6 +191,20 @@ def test_a_damaged_table_of_the_main_host(chain: Chain, store: Store, name: str)
     assert (damage.host, damage.name, damage.checkpoints) == ("h0", path.name, ids(chain))
 
 
+def test_a_merged_segment_names_its_checkpoints(chain: Chain, store: Store) -> None:
+    """It is a file of those alone that were taken upon it."""
+    for host in ("h0", "h1", "h2"):
+        store.merge_part(chain.taken[2], host, 1)
+    chain.change(Change("write", 1, 3))
+    new = chain.take()
+    assert scrubbed(store).ok
+    (pack,) = chain.folder(new, "h1").glob("*.merged.pack")
+    spoil(pack)
+    damage = only(scrubbed(store))
+    assert (damage.name, damage.checkpoints) == (pack.name, (new.checkpoint,))
+    assert chain.store.verify(ids(chain)[2]).ok
+
+
 def test_a_missing_file_is_missing_there_alone(chain: Chain, store: Store) -> None:
     shared(chain, 0, layout.SEGMENT_PACK, 0).unlink()
     damage = only(scrubbed(store))
