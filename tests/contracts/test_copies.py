@@ -294,6 +294,21 @@ def test_damage_is_found_and_mended(
     assert place.read(name) == right
 
 
+def test_an_object_that_is_longer_is_another(
+    nearby: FolderPlace, store: Store, taken: Take, tmp_path: Path
+) -> None:
+    manifest = taken()
+    copy(store, manifest, nearby.url)
+    name = memory_object(nearby)
+    right = nearby.read(name)
+    nearby.write(name, right + right)
+    assert copy_list.look_at(nearby.url, manifest).state is CopyState.INCOMPLETE
+    with pytest.raises(CheckpointCorrupt, match=f"has not {len(right)} bytes"):
+        bring(tmp_path / "other", manifest.checkpoint, nearby.url)
+    copy(store, manifest, nearby.url)
+    assert nearby.read(name) == right
+
+
 def test_a_damaged_manifest_is_no_checkpoint(place: Place, store: Store, taken: Take) -> None:
     manifest = taken()
     copy(store, manifest, place.url)
@@ -344,6 +359,15 @@ def test_what_is_being_copied_is_not_deleted(
         list(sending(store, manifest, "h1", nearby.url))
     with pytest.raises(NotFound):
         publish(store, manifest, nearby.url, {})
+    assert listed(nearby.url) == []
+
+
+def test_a_deletion_that_broke_off_counts(nearby: FolderPlace, store: Store, taken: Take) -> None:
+    manifest = taken()
+    sent = send(store, manifest, nearby.url)
+    (folder(store, manifest) / "manifest.json").unlink()
+    with pytest.raises(NotFound, match="there is no checkpoint"):
+        publish(store, manifest, nearby.url, sent)
     assert listed(nearby.url) == []
 
 
@@ -408,7 +432,12 @@ def test_copies_are_on_record(nearby: FolderPlace, store: Store, taken: Take) ->
     copy(store, manifest, nearby.url)
     (record,) = copy_records.read(store, manifest)
     assert record.url == nearby.url.shown
-    assert PASSWORD not in record.url
+    secret = copy_url.parse("s3://AKIAUSER:very%2Fsecret@bucket/x?region=r&token=hidden")
+    copy_records.write(store, manifest, secret, NOW)
+    assert {each.url for each in copy_records.read(store, manifest)} == {
+        nearby.url.shown,
+        "s3://bucket/x?region=r",
+    }
     store.delete(manifest.checkpoint)
     assert not folder(store, manifest).exists()
 

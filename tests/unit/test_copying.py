@@ -27,8 +27,9 @@ from dcres.linux.interrupt import OperationInterrupted
 from dcres.model.formats import MemoryFormat
 from dcres.model.rate import bytes_per_s
 from dcres.storage.format.manifest import Manifest
-from dcres.storage.store import copy_url, download
-from dcres.storage.store.pieces import Pace, PartCopied, Stopped
+from dcres.storage.store import copy_url, download, upload
+from dcres.storage.store.objects import Objects
+from dcres.storage.store.pieces import Pace, PartCopied, Stopped, Worker
 from dcres.storage.store.store import Store
 from tests.support.stored import HOSTS, PAGE_COUNT, folder, memory, take
 
@@ -257,8 +258,8 @@ def test_commands_about_copies(
     ("arguments", "why"),
     [
         (("copy", "--to", "s3://b:1/x"), "endpoint_override"),
-        (("copy", "--to", "file:///no/such/folder"), "there is no folder file:///no/such/folder"),
-        (("copy", "--to", "file:///", "--rate", "fast"), "is no rate"),
+        (("copy", "--to", "file://TMP/none"), "there is no folder file:///"),
+        (("copy", "--to", "file://TMP", "--rate", "fast"), "is no rate"),
         (("restore", "--from", "file:///", "--dry-run"), "leave one out"),
     ],
 )
@@ -267,7 +268,7 @@ def test_wrong_usage(
 ) -> None:
     store = Store(tmp_path / "store")
     checkpoint = taken(store, tmp_path).checkpoint
-    command, *rest = arguments
+    command, *rest = (each.replace("TMP", str(tmp_path)) for each in arguments)
     assert main([command, checkpoint, *rest, "--store", str(store.root)]) == 2
     assert why in capsys.readouterr().err
 
@@ -305,6 +306,21 @@ def test_what_is_no_rate(text: Any) -> None:
 
 
 # Watching, pacing, and ending before the end
+
+
+def test_one_machine_that_sends_all_parts_shares_its_rate(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, limits, send = Store(tmp_path / "store"), list[float](), upload.send_part
+
+    def sending(store: Store, manifest: Manifest, host: str, url: Any, limit: float) -> Any:
+        limits.append(limit)
+        return send(store, manifest, host, url)
+
+    monkeypatch.setattr(upload, "send_part", sending)
+    checkpoint = taken(store, tmp_path).checkpoint
+    copying.copy(StoreHere(store.root), checkpoint, place, "3MB/s", progress=False)
+    assert limits == [1e6, 1e6, 1e6]
 
 
 def test_progress_is_told(tmp_path: Path, place: str) -> None:
@@ -346,6 +362,36 @@ def test_a_pace_lets_so_many_bytes_through() -> None:
     pace.stop()
     with pytest.raises(Stopped):  # and not in an hour
         pace.take(1)
+
+
+def test_work_that_is_ended_does_not_do_the_rest() -> None:
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        done.append(number)
+
+    steps = Worker(work, range(10_000_000), lambda: done.append(-1)).run()
+    next(steps)
+    steps.close()
+    count = len(done)
+    assert -1 in done
+    assert 0 < count < 10_000_000
+    assert len(done) == count, "nothing is under way any more"
+
+
+def test_what_an_object_store_says_is_scrubbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = copy_url.parse("s3://AKIAUSER:very%2Fsecret@bucket/x?region=r&endpoint_override=h:1")
+    objects = Objects(url)
+
+    def fail(path: str) -> None:
+        raise OSError(f"the key AKIAUSER with very/secret is not known at {url.whole}.")
+
+    monkeypatch.setattr(objects, "_fs", SimpleNamespace(get_file_info=fail))
+    with pytest.raises(StorageError, match=r"is not known at ….*then repeat the command") as told:
+        objects.length("demo/x")
+    assert "s3://bucket/x/demo/x" in str(told.value)
+    assert "AKIA" not in str(told.value)
+    assert "secret" not in str(told.value)
 
 
 def test_a_url_of_secrets_is_shown_without_them(tmp_path: Path) -> None:
