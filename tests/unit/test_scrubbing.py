@@ -194,7 +194,7 @@ def test_a_damaged_table_of_the_main_host(chain: Chain, store: Store, name: str)
 def test_a_merged_segment_names_its_checkpoints(chain: Chain, store: Store) -> None:
     """It is a file of those alone that were taken upon it."""
     for host in ("h0", "h1", "h2"):
-        store.merge_part(chain.taken[2], host, 1)
+        store.continuing.merge_part(chain.taken[2], host, 1)
     chain.change(Change("write", 1, 3))
     new = chain.take()
     assert scrubbed(store).ok
