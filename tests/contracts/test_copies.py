@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from dcres.errors import CheckpointCorrupt, ConfigError, Conflict, NotFound, StorageError
 from dcres.linux.files import allocated_bytes, opened
 from dcres.model.formats import MemoryFormat
 from dcres.model.pages import PAGE_SIZE
+from dcres.storage.engine import memory_file
 from dcres.storage.format.manifest import Manifest
 from dcres.storage.store import copy_list, copy_records, copy_url, download, upload
 from dcres.storage.store.copy_list import CopyState
@@ -21,6 +23,7 @@ from dcres.storage.store.copy_url import CopyUrl
 from dcres.storage.store.pieces import PartCopied
 from dcres.storage.store.store import Store
 from tests.support import stored
+from tests.support.chains import Chain, Change
 from tests.support.object_store import (
     PASSWORD,
     Fault,
@@ -216,6 +219,48 @@ def test_a_copy_outlives_the_store(
         for part in manifest.hosts:
             with opened(folder(other, manifest) / part.host / part.memory_file, 0) as fd:
                 assert allocated_bytes(fd) == part.file_bytes_allocated, "holes are holes again"
+
+
+def test_of_an_increment_what_is_new_is_sent(place: Place, tmp_path: Path) -> None:
+    """And a copy of it is whole without the copies of those before it."""
+    chain = Chain(tmp_path, pages=4 * PAGE_COUNT)
+    chain.change(Change("write", 0, 3 * PAGE_COUNT, host=1))
+    first = chain.take()
+    chain.change(Change("write", 7, 9, host=2))
+    chain.change(Change("zero", 20, 22, host=1))
+    chain.change(Change("move", 30, 60))
+    second = chain.take()
+    hosts = [part.host for part in second.hosts]
+    all_of = {host: upload_all(chain.store, first, host, place.url) for host in hosts}
+    publish(chain.store, first, place.url, all_of)
+    sent = {host: upload_all(chain.store, second, host, place.url) for host in hosts}
+    publish(chain.store, second, place.url, sent)
+    new = sum(part.sent_bytes for part in sent.values())
+    assert 0 < new < sum(part.sent_bytes for part in all_of.values()) // 4
+    for part in second.hosts:
+        assert sent[part.host].done_bytes == sent[part.host].total_bytes
+    shutil.rmtree(chain.store.root)
+    root = tmp_path / "other"
+    for host in hosts:
+        list(download.receive_part(root, second, host, place.url))
+    other = Store(root)
+    other.publish(copy_list.get_copy(place.url, second.checkpoint))
+    assert other.verify(second.checkpoint, strict=True).ok
+    found = np.zeros_like(chain.ram)
+    for host in hosts:
+        found |= loaded(other, second, host, tmp_path / "ram-there").reshape(chain.ram.shape)
+    assert np.array_equal(found, chain.ram)
+
+
+def upload_all(store: Store, manifest: Manifest, host: str, url: CopyUrl) -> PartCopied:
+    return list(sending(store, manifest, host, url))[-1]
+
+
+def loaded(store: Store, manifest: Manifest, host: str, path: Path) -> npt.NDArray[np.uint64]:
+    with path.open("wb+") as file:
+        file.truncate(manifest.memory_bytes)
+        memory_file.load(store.read_part(manifest, host).memory, file.fileno())
+        return np.fromfile(file, dtype=np.uint64)
 
 
 def test_nothing_is_a_checkpoint_before_the_manifest(
