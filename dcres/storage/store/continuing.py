@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcres.errors import StorageError, StoreFull
+from dcres.errors import StorageError
 from dcres.storage.engine.transfer import Progress
 from dcres.storage.format.host_part import Linked, find_part, link_base
 from dcres.storage.format.manifest import Manifest
@@ -30,8 +30,6 @@ class LocalContinuing:
         if (merged := self.merged_part(base, host)) is not None:
             try:
                 return link_base(base_folder, folder, base, host, checkpoint, merged)
-            except StoreFull:
-                raise
             except StorageError as error:  # it may be deleted just now, and all else is there
                 log.warning("segments of %s are linked one by one: %s", base.checkpoint, error)
         return link_base(base_folder, folder, base, host, checkpoint)
