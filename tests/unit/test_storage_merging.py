@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from dcres.errors import CheckpointCorrupt, Conflict, NotFound, StoreFull
 from dcres.linux.files import opened
 from dcres.linux.removal import CheckpointFolder
-from dcres.model.pages import PAGE_SIZE, extents_of_mask
+from dcres.model.pages import PAGE_SIZE, Pages, extents_of_mask
 from dcres.storage import layout
+from dcres.storage.digest import Sums
+from dcres.storage.engine.expected import MemoryFile, require_sums
 from dcres.storage.engine.memory_file import load
 from dcres.storage.engine.page_reader import PageReader
 from dcres.storage.format.host_part import Linked
@@ -241,6 +244,29 @@ def test_who_has_begun_to_read_goes_on(known: Known, chain: Chain) -> None:
     with chain.store.pin(FOURTH):
         merge(chain, chain.taken[-1])
     known.require_whole(chain.store)
+
+
+def test_it_is_the_same_however_often_it_is_made(
+    known: Known, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several checkpoints may have files of that name, and copies know a file by its name."""
+
+    def hold_up(memory: MemoryFile, pages: Pages, sums: Sums) -> None:
+        time.sleep(0.02 if pages[0] % 4 else 0)  # so that others overtake it
+        require_sums(memory, pages, sums)
+
+    monkeypatch.setattr("dcres.storage.engine.transfer.BATCH_PAGES", 2)
+    monkeypatch.setattr("dcres.storage.engine.memory_file.require_sums", hold_up)
+    third = chain.taken[-1]
+    order = chain.store.read_part(third, "h1").memory.order
+    assert order is not None
+    found = []
+    for threads in (8, 1, 8, 8):
+        merged = chain.store.continuing.merge_part(third, "h1", threads)
+        pack = merged.folder / merged.segment.pack
+        assert pack.read_bytes() == chain.ram[order[order >= 0]].tobytes()
+        found.append(merged)
+    assert found == [merged] * 4
 
 
 def test_it_is_pinned_meanwhile(chain: Chain) -> None:

@@ -184,15 +184,18 @@ class MemoryFileWriter:
         self._whole = True
 
     def take_over(self, memory: MemoryFile, threads: int = SAVING_THREADS) -> None:
-        """Copy all pages of a packed `memory`, with the checksums that it has: none is made anew.
+        """Copy all pages of a packed `memory`, in its order, so that all copies are alike.
 
-        Every page is compared with its own on the way. Nothing else is saved before. Raises
-        StoreFull, and what `load` raises.
+        Each with the checksum that it has, with which it is compared on the way: none is made
+        anew. Nothing else is saved before. Raises StoreFull, what `load` raises, and ValueError.
         """
         self._require_unsealed()
+        if memory.order is None:
+            raise ValueError(f"{memory.path} is not packed")
         self._whole = False
         with store_written(self.path):
             self._places.prepare(extents_of_mask(with_place(memory)))
+        self._places.line_up(memory.order[is_live(memory.order)])
 
         def put(data: memoryview, pages: Pages, slots: Pages) -> None:
             self._put(False, Batch(data, pages, slots, memory.sums[pages]))

@@ -123,6 +123,9 @@ class PagePlaces(Protocol):
         All pages of the first pass are written, or cleared, before any of the second.
         """
 
+    def line_up(self, pages: Pages) -> None:
+        """New pages, whose places are to be in this order whichever is written first."""
+
     def write(self, batch: Batch, cached: bool) -> None:
         """Put pages of one pass in their places, for the first time or again. Raises OSError."""
 
@@ -155,6 +158,9 @@ class SparsePlaces:
             if allocate(self._file.fd, first * PAGE_SIZE, (stop - first) * PAGE_SIZE):
                 self._taken[first:stop] = True
         return Passes(extents[long], extents[~long])
+
+    def line_up(self, pages: Pages) -> None:
+        """See `PagePlaces`: their places are their numbers."""
 
     def write(self, batch: Batch, cached: bool) -> None:
         """See `PagePlaces`."""
@@ -235,6 +241,11 @@ class PackedPlaces:
         # Copying costs a tenth of what a request of many small segments does to the disk.
         with BUFFERS.lent() as scratch:
             self._file.write(batch.copied(scratch), places, cached, again=cached)
+
+    def line_up(self, pages: Pages) -> None:
+        """See `PagePlaces`."""
+        with self._lock:
+            self._give(pages, self._free[:0])
 
     def _places_for(self, pages: Pages, at_the_end: bool) -> Pages:
         with self._lock:
