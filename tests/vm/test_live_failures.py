@@ -142,11 +142,11 @@ def test_the_vm_does_not_wait_for_a_disk_that_hangs(
     main = vm.main()
     hangs, answers, stage = threading.Event(), threading.Event(), PartSaver.stage
 
-    def hanging(saver: PartSaver, most_pages: int) -> None:
+    def hanging(saver: PartSaver, most_pages: int, changed: Any = None) -> None:
         if saver is main.saver._saver:
             hangs.set()
             until(answers.is_set, 60, "the disk answers")
-        stage(saver, most_pages)
+        stage(saver, most_pages, changed)
 
     monkeypatch.setattr(PartSaver, "stage", hanging)
     monkeypatch.setattr(checkpointing, "HALT_TIMEOUT_S", 0.5)
