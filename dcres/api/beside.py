@@ -16,6 +16,7 @@ _T = TypeVar("_T")
 _Yielded = TypeVar("_Yielded", covariant=True)
 
 _LOOK_EVERY_S = 0.25
+_AGAIN_S = 3.0
 
 
 class Work(Protocol[_Yielded]):
@@ -24,7 +25,7 @@ class Work(Protocol[_Yielded]):
     def __iter__(self) -> Iterator[_Yielded]: ...
 
     def cancel(self) -> None:
-        """Have it end soon, and raise instead of yielding more; for another thread."""
+        """Have it end soon, and raise instead of yielding more; for another thread, repeatable."""
 
 
 class Going(Protocol):
@@ -109,6 +110,9 @@ class Beside(Generic[_G]):
                             show(self._progress())
                 except BaseException as error:
                     self._cancel()
+                    # Ray's interrupt is lost if it comes to the process between two values.
+                    while wait(futures.values(), timeout=_AGAIN_S).not_done:
+                        self._cancel()
                     if isinstance(error, KeyboardInterrupt):
                         what = f"cancelled: {self._title}; {self._kept}"
                         raise OperationInterrupted(what) from None

@@ -84,7 +84,10 @@ class Stream(Generic[_T]):
         return pending.result()
 
     def cancel(self) -> None:
-        """Interrupt the generator, wherever it is; may be called by another thread. Repeatable."""
+        """Interrupt the generator, wherever it is; may be called by another thread.
+
+        To be repeated until it has ended: between two values the interrupt is lost in Ray's code.
+        """
         ray.cancel(self._references)
 
 
